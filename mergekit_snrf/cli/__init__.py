@@ -1,0 +1,1 @@
+"""Thin click commands without logic of their own."""

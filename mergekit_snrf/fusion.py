@@ -1,0 +1,146 @@
+"""Shared Neuron Low-Rank Fusion of one tensor (Eq. 9-11). Pure torch: knows no mergekit and no files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.lowrank import truncated_rows
+
+Order = Literal["svd-then-mask", "mask-then-svd"]
+ORDERS: tuple[str, ...] = get_args(Order)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """How strongly and at which rank a tensor is fused.
+
+    Attributes:
+        beta: strength of the update, in [0, 1] (Eq. 11).
+        rank: rank r of the update; 0 means full rank.
+        order: ``svd-then-mask`` is Eq. 10 then Eq. 11; ``mask-then-svd`` truncates the masked difference, the
+            order that the bound of Appendix B is proved for.
+
+    Raises:
+        SnrfError: a value is out of range.
+    """
+
+    beta: float = 0.5
+    rank: int = 4
+    order: str = "svd-then-mask"
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.beta <= 1.0:
+            raise SnrfError(f"beta must be in [0, 1] (Eq. 11), got {self.beta}")
+        if self.rank < 0:
+            raise SnrfError(f"rank must be 0 (full rank) or positive, got {self.rank}")
+        if self.order not in ORDERS:
+            raise SnrfError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+
+    def check_rank(self, name: str, shape: tuple[int, ...]) -> None:
+        """Check the rank against a weight's shape.
+
+        Raises:
+            SnrfError: the rank exceeds the smaller side.
+        """
+        if self.rank > min(shape):
+            raise SnrfError(
+                f"{name}: rank {self.rank} exceeds the smaller side of shape {list(shape)}; use at most "
+                f"{min(shape)}, or rank: 0 for the full-rank update"
+            )
+
+
+def working_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype of the maths: float32, or float64 where a tensor is float64."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def masked_update(
+    target: Float[Tensor, "rows columns"],
+    source: Float[Tensor, "rows columns"],
+    neurons: Bool[Tensor, neurons],
+    axis: int,
+    rank: int,
+    order: str = "svd-then-mask",
+    *,
+    name: str = "weight",
+) -> Float[Tensor, "selected length"]:
+    """Return M_S(Delta_r) of Eq. 9-11, the selected neurons only, one neuron a row.
+
+    Args:
+        target: W_tgt, any floating dtype; the maths is done in float32 (float64 for float64).
+        source: W_src, same shape.
+        neurons: S, one entry for every row (axis 0) or column (axis 1).
+        axis: the axis of the weight that counts neurons.
+        rank: 0 for full rank, else at most the smaller side.
+        order: see ``Fusion``.
+        name: the tensor's name, for messages.
+
+    Raises:
+        SnrfError: the shapes differ, the mask's length does not fit, or a weight is NaN or infinite.
+    """
+    if target.shape != source.shape or target.ndim != 2:
+        raise SnrfError(
+            f"{name}: target has shape {list(target.shape)} and source {list(source.shape)}; SNRF needs two "
+            f"matrices of one shape"
+        )
+    if len(neurons) != target.shape[axis]:
+        raise SnrfError(
+            f"{name}: the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
+            f"{target.shape[axis]}; use a mask of this model"
+        )
+    dtype = working_dtype(target, source)
+    delta = source.to(dtype, copy=True)
+    delta -= target.to(dtype)
+    if not torch.isfinite(delta).all():
+        which = "target" if not torch.isfinite(target).all() else "source"
+        if torch.isfinite(target).all() and torch.isfinite(source).all():
+            raise SnrfError(f"{name}: the difference of source and target overflows {dtype}; check both")
+        raise SnrfError(f"{name}: the {which} holds NaN or infinite weights; the checkpoint is damaged")
+    by_neuron = delta if axis == 0 else delta.mT
+    selected = neurons.to(delta.device).nonzero().flatten()
+    if rank == 0 or rank == min(by_neuron.shape):
+        return by_neuron[selected]
+    if order == "mask-then-svd":
+        masked = by_neuron[selected]
+        if rank >= min(masked.shape):
+            return masked
+        return truncated_rows(masked, rank, torch.arange(len(masked), device=masked.device))
+    return truncated_rows(by_neuron, rank, selected)
+
+
+def fuse(
+    target: Float[Tensor, "rows columns"],
+    source: Float[Tensor, "rows columns"],
+    neurons: Bool[Tensor, neurons],
+    axis: int,
+    fusion: Fusion,
+    *,
+    name: str = "weight",
+) -> Float[Tensor, "rows columns"]:
+    """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype.
+
+    Neurons outside the mask are bit-identical to the target's.
+
+    Raises:
+        SnrfError: as ``masked_update``, or the rank exceeds the smaller side.
+
+    >>> import torch
+    >>> target, source = torch.zeros(3, 2), torch.ones(3, 2)
+    >>> fuse(target, source, torch.tensor([True, False, False]), 0, Fusion(beta=0.5, rank=1))
+    tensor([[0.5000, 0.5000],
+            [0.0000, 0.0000],
+            [0.0000, 0.0000]])
+    """
+    fusion.check_rank(name, tuple(target.shape))
+    update = masked_update(target, source, neurons, axis, fusion.rank, fusion.order, name=name)
+    result = target.clone()
+    by_neuron = result if axis == 0 else result.mT
+    selected = neurons.to(target.device).nonzero().flatten()
+    by_neuron[selected] = (by_neuron[selected].to(update.dtype) + fusion.beta * update).to(target.dtype)
+    return result

@@ -1,0 +1,167 @@
+"""Mask files: a set of neurons with its provenance, and references to files on a hub.
+
+Format ``snrf-mask``, version 1: safetensors with one ``torch.bool`` tensor of shape [neurons] for every layer and
+projection, named ``layers.{l}.{projection}``; an absent key is an empty set. The lengths are the real number of
+rows (columns for fwd.down), so that a mask checks itself against any checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_snrf import safefile
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons import NeuronSet, Site
+
+MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
+
+
+class ModelProvenance(BaseModel):
+    """What is known of a model that a mask was made from; every field is optional."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    path: str | None = None
+    revision: str | None = None
+    model_type: str | None = None
+    config_sha256: str | None = None
+    probes: dict[str, Any] | None = None
+
+
+class Provenance(BaseModel):
+    """Where a mask comes from; every field is optional and unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: ModelProvenance | None = None
+    source: ModelProvenance | None = None
+    selection: dict[str, Any] | None = None
+    operation: str | None = None
+    inputs: list[dict[str, Any]] | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    versions: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A set of neurons and where it comes from.
+
+    Attributes:
+        path: the file it was read from, for messages.
+    """
+
+    neurons: NeuronSet
+    provenance: Provenance = field(default_factory=Provenance)
+    path: str = "mask"
+
+
+def read_mask(path: str | os.PathLike[str]) -> Mask:
+    """Read and validate a mask file.
+
+    Raises:
+        SnrfError: the file is missing, damaged, of another format, or holds a tensor that is not a mask.
+    """
+    tensors, content = safefile.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
+    members = {}
+    for key, tensor in tensors.items():
+        try:
+            site = Site.from_key(key)
+        except SnrfError as error:
+            raise SnrfError(f"{path}: tensor {key!r}: {error}") from None
+        if tensor.dtype != torch.bool or tensor.ndim != 1 or tensor.numel() == 0:
+            raise SnrfError(
+                f"{path}: tensor {key!r} must be torch.bool of shape [neurons], got {tensor.dtype} of "
+                f"shape {list(tensor.shape)}; make the mask again"
+            )
+        members[site] = tensor
+    try:
+        provenance = Provenance.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise SnrfError(f"{path}: provenance field {where!r}: {first['msg']}") from None
+    return Mask(NeuronSet(members), provenance, str(path))
+
+
+def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:
+    """Write a mask file; equal arguments give equal bytes, and an existing file is replaced at once or not at all.
+
+    Raises:
+        SnrfError: the file cannot be written.
+    """
+    safefile.write(
+        path,
+        {site.key: member for site, member in neurons.nonempty().items()},
+        file_format=MASK_FORMAT,
+        version=MASK_VERSION,
+        content=(provenance or Provenance()).model_dump(mode="json", exclude_none=True),
+    )
+
+
+_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?/(?P<file>[^@]+\.[\w]+)", re.ASCII)
+
+
+def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
+    """Return the local file that ``reference`` names, downloading it from the hub when it is ``hf://...``.
+
+    Args:
+        reference: a path, or ``hf://owner/repo@revision/path/in/repo`` (the revision is optional).
+        folders: where to look for a relative path after the working folder, such as the recipe's folder.
+
+    Raises:
+        SnrfError: the reference is malformed, or the file does not exist or cannot be downloaded.
+    """
+    if not reference.startswith("hf://"):
+        candidates = [Path(reference).expanduser()]
+        if not candidates[0].is_absolute():
+            candidates += [Path(folder) / reference for folder in folders]
+        candidates = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate.resolve()
+        places = " and ".join(map(str, candidates))
+        raise SnrfError(f"{reference}: no such file, looked for {places}; correct the path")
+    match = _HUB.fullmatch(reference)
+    if match is None:
+        raise SnrfError(f"{reference}: not a hub reference; the form is hf://owner/repo@revision/path")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        downloaded = hf_hub_download(match["repo"], match["file"], revision=match["revision"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SnrfError(
+            f"{reference}: cannot be downloaded ({reason}); check owner, repo, revision and path, or download "
+            f"the file and give its path"
+        ) from None
+    return Path(downloaded)
+
+
+def provenance_of_operation(operation: str, inputs: Mapping[str, Mask], **details: Any) -> Provenance:
+    """Describe a mask made from other masks: the operation, and path and sha256 of every input.
+
+    Target and source are carried over where all inputs agree on them.
+    """
+    masks = list(inputs.values())
+
+    def common(name: str) -> ModelProvenance | None:
+        values = [getattr(mask.provenance, name) for mask in masks]
+        return values[0] if values and all(value == values[0] for value in values) else None
+
+    return Provenance(
+        target=common("target"),
+        source=common("source"),
+        operation=operation,
+        inputs=[{"file": Path(path).name, "sha256": safefile.sha256(path)} for path in inputs],
+        **details,
+    )

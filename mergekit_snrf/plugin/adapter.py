@@ -1,0 +1,189 @@
+"""Turn a validated plan into what mergekit's planner, loader and writer understand.
+
+mergekit's own tables of architectures know few vision-language models, and mixing two architectures shuffles or
+drops tensors. So the output is described by the names that lie on disk, in two modules: ``copied``, every tensor
+that stays as it is, from the base alone; and ``edited``, the decoder weights with masked neurons, whose names in the
+source are aliases of the base's. Tensors of the source without masked neurons are never planned, so never read.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import click
+from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_snrf.checkpoint import Checkpoint
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.plugin.method import as_click_error
+from mergekit_snrf.plugin.plan import MergePlan, located, plan_merge, temporary_shards
+
+LOG = logging.getLogger(__name__)
+
+# What mergekit writes itself when the recipe sets a chat template.
+_CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}
+_TOKENIZER_FILES = _CHAT_TEMPLATE_FILES | {
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+}
+
+
+class LiteralModule(ModuleArchitecture):
+    """A module that consists of tensors named one by one.
+
+    Attributes:
+        pre: tensors outside the layers.
+        layers: tensors of each layer, in the order of the stack, so that gradients over layers work.
+    """
+
+    def __init__(self, pre: Sequence[WeightInfo] = (), layers: Sequence[Sequence[WeightInfo]] = ()) -> None:
+        self.pre = tuple(pre)
+        self.layers = tuple(tuple(layer) for layer in layers)
+
+    def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        """Return the tensors outside the layers."""
+        return list(self.pre)
+
+    def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
+        """Return no tensors; all are in ``pre`` or in the layers."""
+        return []
+
+    def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
+        """Return the tensors of one layer."""
+        return list(self.layers[index])
+
+    def num_layers(self, config: PretrainedConfig) -> int:
+        """Return the number of layers, whatever the configuration of a model says."""
+        return len(self.layers)
+
+    def num_layers_config_key(self) -> str:
+        """Return no key: the output's configuration is the base's."""
+        return ""
+
+
+def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+    """Validate a merge and describe its output; rewrites ``config`` to modules and absolute paths.
+
+    Stands in for mergekit's ``get_architecture_info``. Under a click command every problem becomes the command's
+    error message; a caller of mergekit's Python API gets the ``SnrfError``.
+
+    Raises:
+        SnrfError: the merge cannot run; the message lists every problem.
+    """
+    context = click.get_current_context(silent=True)
+    parameters = context.params if context is not None else {}
+    out_path, recipe_path = parameters.get("out_path"), parameters.get("config_file")
+    recipe_folder = os.path.dirname(os.path.abspath(recipe_path)) if recipe_path else None
+    try:
+        plan = plan_merge(config, options, out_path=out_path, recipe_folder=recipe_folder, merge_adapter=True)
+        plan.raise_problems()
+    except SnrfError as error:
+        raise as_click_error(error) from None
+    for warning in plan.warnings:
+        LOG.warning(warning)
+    if context is not None and out_path is not None:
+        _remove_shards_of_a_failed_run(context, out_path)
+    _fetch_side_files(plan, options)
+    _rewrite(config, plan, recipe_folder)
+    return describe(plan, config, options)
+
+
+def _remove_shards_of_a_failed_run(context: click.Context, out_path: str) -> None:
+    def remove() -> None:
+        for shard in temporary_shards(out_path):
+            os.remove(shard)
+
+    context.call_on_close(remove)
+
+
+def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
+    """Download the base's small files that mergekit's own download leaves out, such as ``chat_template.jinja``."""
+    target = plan.target
+    assert target is not None
+    if os.path.isdir(target.name):
+        return
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download(
+        target.name,
+        revision=target.revision,
+        cache_dir=options.transformers_cache,
+        allow_patterns=list(target.side_files()),
+    )
+
+
+def _rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
+    assert plan.recipe is not None
+    base = _absolute(plan.recipe.target, recipe_folder)
+    source = _absolute(plan.recipe.source, recipe_folder)
+    config.base_model = base
+    config.models = None
+    config.modules = {"copied": OutputModuleDefinition(models=[InputModelDefinition(model=base)])}
+    if plan.edits:
+        config.modules["edited"] = OutputModuleDefinition(
+            models=[
+                InputModelDefinition(model=base),
+                InputModelDefinition(model=source, parameters=dict(plan.recipe.source_parameters) or None),
+            ]
+        )
+    config.parameters = {**(config.parameters or {}), "masks": str(plan.mask_path)}
+
+
+def _absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
+    # A relative path with one slash would look like a hub id to mergekit's model card, which then asks the hub.
+    path = located(reference, recipe_folder)
+    lora = reference.lora
+    if lora is not None:
+        lora = ModelPath(path=located(ModelReference(model=lora), recipe_folder), revision=lora.revision)
+    return ModelReference(
+        model=ModelPath(path=path, revision=reference.model.revision),
+        lora=lora,
+        override_architecture=reference.override_architecture,
+    )
+
+
+def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``."""
+    target, decoder = plan.target, plan.target_decoder
+    assert target is not None
+    assert decoder is not None
+    layers: list[list[WeightInfo]] = [[] for _ in range(decoder.shape.layers)]
+    for edit in plan.edits:
+        aliases = (edit.source_name,) if edit.source_name != edit.target_name else None
+        layers[edit.site.layer].append(WeightInfo(name=edit.target_name, aliases=aliases))
+    # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
+    copied = [
+        WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
+        for name in plan.copied
+    ]
+    modules = {"copied": ModuleDefinition(architecture=LiteralModule(pre=copied))}
+    if plan.edits:
+        modules["edited"] = ModuleDefinition(architecture=LiteralModule(layers=layers))
+    return ModelArchitecture(
+        modules=modules,
+        architectures=list(target.config.get("architectures") or []),
+        model_type=target.model_type,
+        tagalong_files=_tagalong_files(target, config, options),
+    )
+
+
+def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: MergeOptions) -> list[str]:
+    left_out: set[str] = set()
+    if config.chat_template:
+        left_out |= _CHAT_TEMPLATE_FILES
+    if not options.copy_tokenizer:
+        left_out |= _TOKENIZER_FILES
+    if config.dtype or config.out_dtype:
+        # mergekit writes the configuration with the new dtype; otherwise the base's file is right to the byte.
+        left_out.add("config.json")
+    return [name for name in target.side_files() if name not in left_out]

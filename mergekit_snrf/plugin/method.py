@@ -1,0 +1,151 @@
+"""The merge method as mergekit sees it: its parameters, and the fusion of one tensor."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import click
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    BatchOptions,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import BeforeValidator
+
+from mergekit_snrf.errors import SnrfError
+
+# Gradients interpolate between whole numbers; a rank in between is rounded to the nearest.
+_Rank = Annotated[int, BeforeValidator(lambda value: round(value) if isinstance(value, float) else value)]
+
+SPEC = MergeMethodSpec(
+    name="snrf",
+    pretty_name="Shared Neuron Low-Rank Fusion",
+    reference_url="https://arxiv.org/abs/2602.19058",
+    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=1, max_non_base=1),
+    parameters=(
+        ParameterSpec("masks", str, ParameterScope.SHARED, description="mask file, or hf://owner/repo@revision/path"),
+        ParameterSpec(
+            "masks_sha256", str, ParameterScope.SHARED, "", description="refuse a mask file with another sha256"
+        ),
+        ParameterSpec(
+            "order", str, ParameterScope.SHARED, "svd-then-mask", description="or mask-then-svd (Appendix B)"
+        ),
+        ParameterSpec(
+            "allow_noop", bool, ParameterScope.SHARED, False, description="accept a merge that changes nothing"
+        ),
+        ParameterSpec(
+            "allow_family_mismatch",
+            bool,
+            ParameterScope.SHARED,
+            False,
+            description="accept a source of another model family with equal shapes; neurons then pair by index only",
+        ),
+        ParameterSpec("beta", float, ParameterScope.NON_BASE, 0.5, description="strength of the update (Eq. 11)"),
+        ParameterSpec("rank", _Rank, ParameterScope.NON_BASE, 4, description="rank of the update, 0 for full rank"),
+    ),
+)
+
+
+class SnrfMethod(MergeMethod):
+    """Fuses the decoder weights that have masked neurons, and hands every other tensor through untouched.
+
+    The neurons come from the mask file by the tensor's name, so the method keeps no state between tensors.
+    Inputs are not cast to a common dtype first: the difference is taken in float32 and the output has the base's dtype.
+    """
+
+    spec = SPEC
+    supports_batching = False
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        *,
+        input_dtypes: Sequence[torch.dtype | None],
+        out_dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        results = []
+        for group, values in zip(groups, parameters, strict=True):
+            try:
+                result = merge_group(group, **values)
+            except SnrfError as error:
+                raise as_click_error(error) from None
+            results.append(result if out_dtype is None else result.to(out_dtype))
+        return tuple(results)
+
+
+def as_click_error(error: SnrfError) -> Exception:
+    """Return the error as the running click command shows it: in one sentence, or as it is with -vv or no command."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.params.get("verbosity", 0) > 1:
+        return error
+    return click.ClickException(str(error))
+
+
+def merge_group(
+    group: TensorGroup, *, masks: str, order: str, beta: Any, rank: Any, **_checked_by_the_plan: Any
+) -> torch.Tensor:
+    """Return the fused tensor of one group: base alone, or base and source.
+
+    Args:
+        group: ``metadata.name`` is the base's name of the tensor.
+        masks: local path of the mask file.
+        beta: by source, in [0, 1].
+        rank: by source.
+
+    Raises:
+        SnrfError: the tensor is no decoder weight, the mask does not fit it, or a weight is not finite.
+    """
+    from mergekit_snrf.decoder import site_of
+    from mergekit_snrf.fusion import Fusion, fuse
+
+    base = group.base
+    if base is None:
+        raise SnrfError(f"{group.metadata.name}: the merge method snrf needs the base's tensor")
+    if not group.non_base:
+        return base.tensor
+    (source,) = group.non_base
+    name = group.metadata.name or ""
+    site = site_of(name)
+    member = _MASKS.get(masks).neurons.get(site)
+    if member is None or not bool(member.any()):
+        return base.tensor
+    fusion = Fusion(beta=beta[source.id], rank=rank[source.id], order=order)
+    return fuse(base.tensor, source.tensor, member, site.axis, fusion, name=name)
+
+
+class _MaskCache:
+    """The last mask file read, so that one merge reads its mask once; shared by mergekit's worker threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[str, int, int] | None = None
+        self._mask: Any = None
+
+    def get(self, path: str) -> Any:
+        from mergekit_snrf.maskfile import read_mask
+
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise SnrfError(f"{path}: cannot be read ({error.strerror or error})") from None
+        key = (path, status.st_mtime_ns, status.st_size)
+        with self._lock:
+            if self._key != key:
+                self._mask, self._key = read_mask(path), key
+            return self._mask
+
+
+_MASKS = _MaskCache()
+
+METHOD = SnrfMethod()

@@ -1,0 +1,173 @@
+"""Deterministic, validated safetensors files: what mask and profile files have in common.
+
+The safetensors library reads; the header is written here, because the library serialises ``__metadata__`` in
+hash order, and equal inputs must give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+
+_DTYPES = {torch.bool: "BOOL", torch.float32: "F32", torch.int32: "I32"}
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        SnrfError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() if _HAS_DIGEST else _digest(file)
+    except OSError as error:
+        raise SnrfError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+_HAS_DIGEST = hasattr(hashlib, "file_digest")
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
+
+    Raises:
+        SnrfError: the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    except OSError as error:
+        raise SnrfError(
+            f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists and is writable"
+        ) from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    file_format: str,
+    version: int,
+    content: Mapping[str, Any],
+) -> None:
+    """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes.
+
+    Raises:
+        SnrfError: the file cannot be written.
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": file_format,
+            "version": str(version),
+            "snrf": json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")),
+        }
+    }
+    end = 0
+    blobs = []
+    # Wide dtypes first keeps every tensor aligned to its element size.
+    for key in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):
+        tensor = tensors[key].detach().cpu().contiguous()
+        blob = tensor.numpy().tobytes()
+        header[key] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(blob)],
+        }
+        end += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for blob in blobs:
+            file.write(blob)
+
+
+def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file written by ``write``: its tensors and its JSON object.
+
+    Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+
+    Raises:
+        SnrfError: the file is missing, damaged, or of another format or version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        reason = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise SnrfError(f"{path}: {reason}; give the path of a {file_format} file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata, file_format, version)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
+        raise SnrfError(
+            f"{path}: not a readable safetensors file ({error}); it is damaged or truncated, get it again"
+        ) from None
+    for key, tensor in tensors.items():
+        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            raise SnrfError(
+                f"{path}: tensor {key!r} holds bytes that are not booleans; the file is damaged, get it again"
+            )
+    try:
+        content = json.loads(metadata.get("snrf", "{}"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise SnrfError(f"{path}: the metadata entry 'snrf' is not a JSON object; the file is damaged")
+    return tensors, content
+
+
+def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
+    found = metadata.get("format")
+    if found != file_format:
+        raise SnrfError(
+            f"{path}: a {file_format} file is needed, but its metadata says format={found!r}; "
+            f"{_MAKERS.get(file_format, 'give another file')}"
+        )
+    if metadata.get("version") != str(version):
+        raise SnrfError(
+            f"{path}: {file_format} version {metadata.get('version')!r} is not supported, only {version}; "
+            f"update mergekit-snrf"
+        )
+
+
+_MAKERS = {
+    "snrf-mask": "make one with snrf-profile, 'snrf mask import' or 'snrf mask random'",
+    "snrf-profile": "make one with snrf-profile",
+}
