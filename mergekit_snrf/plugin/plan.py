@@ -24,7 +24,6 @@ from mergekit_snrf.maskfile import Mask, ModelProvenance, local_path, read_mask
 from mergekit_snrf.neurons import PROJECTIONS, Site
 from mergekit_snrf.plugin.recipe import Recipe, read_recipe
 
-_SAFETENSORS_DTYPE = {torch_name: name for name, torch_name in FLOAT_DTYPES.items()}
 _TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")
 _SHOWN = 3
 
@@ -145,7 +144,6 @@ def plan_merge(
     """
     plan = MergePlan()
     plan.recipe = read_recipe(config, plan.problems)
-    _check_output(plan, out_path)
     if plan.recipe is None:
         return plan
     recipe = plan.recipe
@@ -167,6 +165,7 @@ def plan_merge(
             plan.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
             _check_sha256(plan.mask_path, str(recipe.value("masks_sha256")))
             plan.mask = read_mask(plan.mask_path)
+    _check_output(plan, config, options, out_path)
     _check_dtypes(plan, config)
     _check_remote_code(plan, options)
     if plan.target is None or plan.target_decoder is None:
@@ -232,19 +231,34 @@ def _source_with_adapter(
     return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)
 
 
-def _check_output(plan: MergePlan, out_path: str | None) -> None:
+def _check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOptions, out_path: str | None) -> None:
     if out_path is None or not os.path.exists(out_path):
         return
     if not os.path.isdir(out_path):
         plan.problems.append(f"{out_path}: the output path is a file; give a folder")
         return
-    # One unsharded file is what a repeated merge replaces in place; anything else would be left beside the new shards.
-    others = [file for file in weight_files(os.listdir(out_path)) if file != "model.safetensors"]
+    for checkpoint in (plan.target, plan.source):
+        if checkpoint is not None and checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
+            plan.problems.append(f"{out_path}: the output folder is a model of the recipe; choose another folder")
+            return
+    # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
+    unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
+    fits = plan.target is None or output_bytes(plan.target, config) <= options.out_shard_size
+    others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
     if others:
         plan.problems.append(
-            f"{os.path.join(out_path, others[0])}: the output folder already holds weights ({len(others)} files), which "
-            f"would be mixed up with the new shards; remove them or choose another folder"
+            f"{os.path.join(out_path, others[0])}: the output folder holds other weights ({len(others)} files), "
+            f"which would be mixed up with the new shards; remove them or choose another folder"
         )
+
+
+def output_bytes(target: Checkpoint, config: MergeConfiguration) -> int:
+    """Return the size of the output's tensors in bytes."""
+    name = config.out_dtype or config.dtype
+    width = {torch_name: ITEM_BYTES[dtype] for dtype, torch_name in FLOAT_DTYPES.items()}.get(name or "")
+    if width is None:
+        return target.bytes
+    return sum(t.parameters * width if t.dtype in FLOAT_DTYPES else t.bytes for t in target.tensors.values())
 
 
 def temporary_shards(out_path: str) -> list[str]:

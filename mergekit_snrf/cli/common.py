@@ -1,0 +1,104 @@
+"""What all commands share: verbosity, one-sentence errors, tables, and reading a recipe."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+import yaml
+
+from mergekit_snrf.errors import SnrfError
+
+if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_MAX_RECIPE_BYTES = 1_000_000
+_MAX_ALIASES = 100
+
+
+def command_options(function: _F) -> _F:
+    """Give a command ``-v`` and ``--quiet``, and turn ``SnrfError`` into one line and exit code 1 (traceback: -vv)."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, verbosity: int, quiet: bool, **kwargs: Any) -> Any:
+        level = logging.DEBUG if verbosity > 1 else logging.INFO if verbosity else logging.WARNING
+        logging.basicConfig(level=logging.ERROR if quiet else level)
+        try:
+            return function(*args, **kwargs)
+        except SnrfError as error:
+            if verbosity > 1:
+                raise
+            raise click.ClickException(str(error)) from None
+
+    options = (
+        click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity)."),
+        click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings."),
+    )
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper  # type: ignore[return-value]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Format rows under a header; the first column is flush left, the others flush right."""
+    cells = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def share(part: int, whole: int) -> str:
+    """Format a share as per cent with two digits."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def size(count: int) -> str:
+    """Format a number of bytes in decimal units."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def load_recipe(path: str) -> MergeConfiguration:
+    """Read a recipe as mergekit does.
+
+    Raises:
+        SnrfError: the file is missing, not YAML, or not a merge configuration.
+    """
+    from mergekit.config import MergeConfiguration
+    from pydantic import ValidationError
+
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    if len(content) > _MAX_RECIPE_BYTES:
+        raise SnrfError(f"{path}: {len(content)} bytes are too many for a recipe")
+    try:
+        # A few nested aliases can stand for billions of nodes.
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)) > _MAX_ALIASES:
+            raise SnrfError(f"{path}: more than {_MAX_ALIASES} YAML aliases; write the values out")
+        parsed = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    try:
+        return MergeConfiguration.model_validate(parsed)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "recipe"
+        raise SnrfError(f"{path}: {where}: {first['msg']}") from None
+    except RuntimeError as error:
+        raise SnrfError(f"{path}: {error}") from None

@@ -1,0 +1,196 @@
+"""``snrf mask``: show, combine, draw and convert masks."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mergekit_snrf.cli.common import command_options, share, table
+
+if TYPE_CHECKING:
+    from mergekit_snrf.decoder import DecoderShape
+    from mergekit_snrf.maskfile import Mask, ModelProvenance
+    from mergekit_snrf.neurons import NeuronSet
+
+
+@click.group()
+def mask() -> None:
+    """Show, combine, draw and convert masks of neurons.
+
+    A mask is a file, or hf://owner/repo@revision/path.
+    """
+
+
+def _read(reference: str) -> Mask:
+    from mergekit_snrf.maskfile import local_path, read_mask
+
+    return read_mask(local_path(reference))
+
+
+def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
+    from mergekit_snrf.checkpoint import open_checkpoint
+    from mergekit_snrf.decoder import find_decoder
+    from mergekit_snrf.maskfile import ModelProvenance
+
+    checkpoint = open_checkpoint(model)
+    provenance = ModelProvenance(path=model, model_type=checkpoint.model_type, config_sha256=checkpoint.config_sha256)
+    return find_decoder(checkpoint).shape, provenance
+
+
+@mask.command()
+@click.argument("mask_file", metavar="MASK")
+@click.option("--layers", is_flag=True, help="Also print the counts of every layer.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@command_options
+def show(mask_file: str, layers: bool, as_json: bool) -> None:
+    """Print counts and shares per projection, and where MASK comes from."""
+    from mergekit_snrf import safefile
+    from mergekit_snrf.maskfile import local_path, read_mask
+
+    path = local_path(mask_file)
+    content, digest = read_mask(path), safefile.sha256(path)
+    counts = _counts(content.neurons)
+    provenance = content.provenance.model_dump(mode="json", exclude_none=True)
+    if as_json:
+        by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
+        summary = {name: {"tensors": t, "neurons": n, "of": of} for name, (t, n, of) in counts.items()}
+        click.echo(
+            json.dumps({"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}, indent=2)
+        )
+        return
+    rows: list[tuple[object, ...]] = [(name, t, n, of, share(n, of)) for name, (t, n, of) in counts.items()]
+    totals = [sum(values) for values in zip(*counts.values(), strict=True)]
+    rows.append(("all", *totals, share(totals[1], totals[2])))
+    click.echo(table(("projection", "layers", "neurons", "of", "share"), rows))
+    if layers:
+        click.echo("\n" + _layer_table(content.neurons))
+    click.echo(f"\nsha256      {digest}")
+    for key, value in provenance.items():
+        click.echo(f"{key:<10}  {value if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False)}")
+
+
+def _counts(neurons: NeuronSet) -> dict[str, tuple[int, int, int]]:
+    """Count (layers with neurons, neurons, neurons that the layers in the file have) by projection."""
+    from mergekit_snrf.neurons import PROJECTIONS
+
+    result = {}
+    for name in PROJECTIONS:
+        members = [member for site, member in neurons.nonempty().items() if site.projection == name]
+        result[name] = (len(members), sum(int(m.sum()) for m in members), sum(len(m) for m in members))
+    return result
+
+
+def _layer_table(neurons: NeuronSet) -> str:
+    from mergekit_snrf.neurons import PROJECTIONS, Site
+
+    numbers = sorted({site.layer for site in neurons.nonempty()})
+    rows = [(layer, *(neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
+    return table(("layer", *PROJECTIONS), rows)
+
+
+def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSet], text: str) -> click.Command:
+    @click.argument("masks", nargs=-1, required=True, metavar="MASK...")
+    @click.argument("out", type=click.Path(dir_okay=False))
+    @command_options
+    def command(masks: tuple[str, ...], out: str) -> None:
+        from mergekit_snrf.maskfile import local_path, provenance_of_operation, read_mask, write_mask
+
+        if len(masks) < 2:
+            raise click.UsageError("give at least two masks and the output file")
+        inputs = {str(path): read_mask(path) for path in (local_path(reference) for reference in masks)}
+        result = reduce(operation, (content.neurons for content in inputs.values()))
+        write_mask(out, result, provenance_of_operation(name, inputs))
+        click.echo(f"{out}: {result.count()} neurons")
+
+    return mask.command(name, help=text)(command)
+
+
+_combination("intersect", operator.and_, "Write to OUT the neurons that are in every MASK.")
+_combination("union", operator.or_, "Write to OUT the neurons that are in any MASK.")
+_combination("subtract", operator.sub, "Write to OUT the neurons of the first MASK that are in none of the others.")
+
+
+@mask.command()
+@click.argument("files", nargs=-1, required=True, metavar="[MASK] OUT")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--model", help="Draw for this model instead of after a MASK; needs --ratio.")
+@click.option(
+    "--ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of each layer's projection, with --model."
+)
+@command_options
+def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | None) -> None:
+    """Write to OUT as many random neurons as MASK has in each layer and projection, the control of the paper's Table 3.
+
+    With --model and --ratio, draw the same share of every layer and projection of a model.
+    """
+    import torch
+
+    from mergekit_snrf.maskfile import Provenance, local_path, provenance_of_operation, read_mask, write_mask
+    from mergekit_snrf.neurons import NeuronSet
+
+    if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
+        raise click.UsageError("give either MASK and OUT, or OUT with --model and --ratio")
+    out = files[-1]
+    if model is None:
+        path = local_path(files[0])
+        content = read_mask(path)
+        neurons = content.neurons.random(seed)
+        provenance = provenance_of_operation("random", {str(path): content}, seed=seed)
+    else:
+        assert ratio is not None
+        shape, target = _shape(model)
+        sizes = {site: shape.neurons(site.projection) for site in shape.sites()}
+        first = NeuronSet({site: torch.arange(n) < round(ratio * n) for site, n in sizes.items()})
+        neurons = first.random(seed)
+        provenance = Provenance(target=target, operation="random", selection={"ratio": ratio}, seed=seed)
+    write_mask(out, neurons, provenance)
+    click.echo(f"{out}: {neurons.count()} neurons")
+
+
+@mask.command("import")
+@click.argument("json_file", metavar="JSON", type=click.Path(dir_okay=False))
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option(
+    "--model", required=True, help="The model that the neurons were found in; its config and headers are read."
+)
+@click.option(
+    "--kv-indices",
+    type=click.Choice(["repeated", "rows"]),
+    default="repeated",
+    show_default=True,
+    help="Whether attn_k and attn_v count heads repeated for grouped-query attention, as the released code does.",
+)
+@command_options
+def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
+    """Convert the released code's JSON to a mask, with the correct rows for grouped-query attention."""
+    from mergekit_snrf import safefile
+    from mergekit_snrf.maskfile import Provenance, write_mask
+    from mergekit_snrf.released import read_released
+
+    shape, target = _shape(model)
+    neurons = read_released(json_file, shape, "rows" if kv_indices == "rows" else "repeated")
+    source = {"file": Path(json_file).name, "sha256": safefile.sha256(json_file)}
+    write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
+    click.echo(f"{out}: {neurons.count()} neurons")
+
+
+@mask.command()
+@click.argument("mask_file", metavar="MASK")
+@click.argument("json_file", metavar="JSON", type=click.Path(dir_okay=False))
+@click.option("--model", required=True, help="The model that the mask belongs to; its config and headers are read.")
+@command_options
+def export(mask_file: str, json_file: str, model: str) -> None:
+    """Convert a mask to the released code's JSON."""
+    from mergekit_snrf import safefile
+    from mergekit_snrf.released import released_json
+
+    content = released_json(_read(mask_file).neurons, _shape(model)[0])
+    with safefile.replacing(json_file) as file:
+        file.write(json.dumps(content).encode())
+    click.echo(f"{json_file}: {sum(len(i) for layers in content.values() for i in layers.values())} indices")

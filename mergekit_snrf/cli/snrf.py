@@ -1,0 +1,19 @@
+"""``snrf``: what surrounds a merge."""
+
+from __future__ import annotations
+
+import click
+
+from mergekit_snrf import __version__
+from mergekit_snrf.cli.mask import mask
+from mergekit_snrf.cli.plan import plan
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit-snrf")
+def main() -> None:
+    """Plan and inspect merges with the method snrf, and work with neuron masks."""
+
+
+main.add_command(plan)
+main.add_command(mask)
