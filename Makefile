@@ -1,0 +1,31 @@
+# Everything happens in .venv, made by the first target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The versions that CI tests; `make CONSTRAINTS= demo` takes the newest instead.
+CONSTRAINTS ?= -c requirements/ci.txt
+JOBS ?= 2
+
+.PHONY: demo test lint families clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/board/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+families: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/plugin/test_families.py --update-families
+
+$(VENV)/.installed: pyproject.toml requirements/ci.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
