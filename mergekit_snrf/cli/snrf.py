@@ -6,6 +6,7 @@ import click
 
 from mergekit_snrf import __version__
 from mergekit_snrf.cli.mask import mask
+from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
 
 
@@ -16,4 +17,5 @@ def main() -> None:
 
 
 main.add_command(plan)
+main.add_command(patch)
 main.add_command(mask)

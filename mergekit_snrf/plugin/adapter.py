@@ -94,7 +94,7 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
     if context is not None and out_path is not None:
         _remove_shards_of_a_failed_run(context, out_path)
     _fetch_side_files(plan, options)
-    _rewrite(config, plan, recipe_folder)
+    rewrite(config, plan, recipe_folder)
     return describe(plan, config, options)
 
 
@@ -122,7 +122,8 @@ def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
     )
 
 
-def _rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
+def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
+    """Change ``config`` to the modules ``copied`` and ``edited`` with absolute paths, as mergekit can plan them."""
     assert plan.recipe is not None
     base = _absolute(plan.recipe.target, recipe_folder)
     source = _absolute(plan.recipe.source, recipe_folder)
