@@ -1,0 +1,1 @@
+"""Which neurons a model uses on a corpus of probes."""
