@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _MAX_RECIPE_BYTES = 1_000_000
-_MAX_ALIASES = 100
+_MAX_NODES = 100_000
+_MAX_DEPTH = 100
 
 
 def command_options(function: _F) -> _F:
@@ -83,17 +85,19 @@ def load_recipe(path: str) -> MergeConfiguration:
 
     try:
         content = Path(path).read_bytes()
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SnrfError(f"{path}: cannot be read ({reason}); correct the path") from None
     if len(content) > _MAX_RECIPE_BYTES:
         raise SnrfError(f"{path}: {len(content)} bytes are too many for a recipe")
     try:
-        # A few nested aliases can stand for billions of nodes.
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)) > _MAX_ALIASES:
-            raise SnrfError(f"{path}: more than {_MAX_ALIASES} YAML aliases; write the values out")
+        _check_size(path, content)
         parsed = yaml.safe_load(content)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except SnrfError:
+        raise
+    except Exception as error:
+        # A value that does not fit its tag, such as the date 2020-13-45, raises what Python's constructor raises.
+        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None
     try:
         return MergeConfiguration.model_validate(parsed)
     except ValidationError as error:
@@ -102,3 +106,26 @@ def load_recipe(path: str) -> MergeConfiguration:
         raise SnrfError(f"{path}: {where}: {first['msg']}") from None
     except RuntimeError as error:
         raise SnrfError(f"{path}: {error}") from None
+
+
+def _check_size(path: str, content: bytes) -> None:
+    """Refuse YAML so deeply nested that PyYAML takes hours, or whose aliases stand for billions of values."""
+    nodes_of: dict[str, float] = {}
+    anchors, counts = [""], [0.0]
+    for event in yaml.parse(content, yaml.SafeLoader):
+        nodes = 1.0
+        if isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(event.anchor or "")
+            counts.append(0.0)
+            # An alias inside its own anchor never ends.
+            nodes_of[anchors[-1]] = math.inf
+        elif isinstance(event, yaml.CollectionEndEvent):
+            nodes = nodes_of[anchors.pop()] = counts.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            nodes = nodes_of.get(event.anchor or "", 1.0)
+        counts[-1] += nodes
+        if len(counts) > _MAX_DEPTH or counts[-1] > _MAX_NODES:
+            raise SnrfError(
+                f"{path}: is nested deeper than {_MAX_DEPTH} levels, or has more than {_MAX_NODES} values with its "
+                f"aliases written out; that is no recipe"
+            )

@@ -103,8 +103,8 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
 
         if len(masks) < 2:
             raise click.UsageError("give at least two masks and the output file")
-        inputs = {str(path): read_mask(path) for path in (local_path(reference) for reference in masks)}
-        result = reduce(operation, (content.neurons for content in inputs.values()))
+        inputs = [read_mask(local_path(reference)) for reference in masks]
+        result = reduce(operation, (content.neurons for content in inputs))
         write_mask(out, result, provenance_of_operation(name, inputs))
         click.echo(f"{out}: {result.count()} neurons")
 
@@ -138,10 +138,9 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
         raise click.UsageError("give either MASK and OUT, or OUT with --model and --ratio")
     out = files[-1]
     if model is None:
-        path = local_path(files[0])
-        content = read_mask(path)
+        content = read_mask(local_path(files[0]))
         neurons = content.neurons.random(seed)
-        provenance = provenance_of_operation("random", {str(path): content}, seed=seed)
+        provenance = provenance_of_operation("random", [content], seed=seed)
     else:
         assert ratio is not None
         shape, target = _shape(model)

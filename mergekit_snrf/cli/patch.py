@@ -13,7 +13,9 @@ from mergekit_snrf.cli.common import command_options, load_recipe, size
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--hard-links", is_flag=True, help="Link shards without edits; changing one later changes both.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
+)
 @click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
 @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
 @click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")

@@ -111,9 +111,9 @@ def _as_text(plan: MergePlan) -> str:
         lines += ["", _edits_as_text(plan)]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     if plan.problems:
-        lines += ["", f"This merge cannot run, there are {len(plan.problems)} problems:"]
+        lines += ["", "This merge cannot run:"]
         lines += [f"  {number}. {problem}" for number, problem in enumerate(plan.problems, 1)]
-    return "\n".join(lines)
+    return "\n".join(lines).strip()
 
 
 def _edits_as_text(plan: MergePlan) -> str:

@@ -8,6 +8,7 @@ from mergekit_snrf import __version__
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
+from mergekit_snrf.cli.select import select
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,3 +20,4 @@ def main() -> None:
 main.add_command(plan)
 main.add_command(patch)
 main.add_command(mask)
+mask.add_command(select)

@@ -1,0 +1,235 @@
+"""The impact of every neuron of a live model on each probe of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from mergekit_snrf.decoder import DecoderShape
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons import Site
+from mergekit_snrf.profiler.capture import CapturedLayer, find_live_decoder, run_layers, weight_of
+from mergekit_snrf.profiler.impact import (
+    AttentionScores,
+    Readout,
+    attention_impact,
+    attention_output,
+    column_norms,
+    ffn_impact,
+    released_attention_scores,
+    released_ffn_scores,
+)
+
+CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""Largest median over positions of the relative error with which captured tensors must give the attention's output.
+
+It tells a layer that is called in an unknown way, which is off by about one, from rounding, which large scores
+amplify: the model rounds queries and keys to its own dtype after RoPE, the impact does not.
+"""
+
+
+class Batch(Protocol):
+    """Probes as a model takes them; ``ProbeBatch`` is one, and anything with these attributes."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The number of each probe, for messages."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What ``model(**inputs)`` takes."""
+
+    @property
+    def attention_mask(self) -> Shaped[Tensor, "batch tokens"]:
+        """Nonzero where a token is real."""
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "batch tokens"]:
+        """Where a token belongs to the answer."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What counts as the impact of a neuron; the names and values are those of profile.yml.
+
+    Attributes:
+        scoring: ``exact`` is Eq. 14; ``released`` are the scores of the paper's released code.
+        weight: ``paper`` counts the squared change alike at every position; ``residual`` divides it by the mean square
+            of the residual stream there, at the output of the layer.
+        site: compare the attention output before or after o_proj.
+        tokens: count every position, or those of the answer.
+    """
+
+    scoring: Literal["exact", "released"] = "exact"
+    weight: Literal["paper", "residual"] = "paper"
+    site: Literal["pre_o", "post_o"] = "pre_o"
+    tokens: Literal["all", "answer"] = "all"
+
+    def provenance(self) -> dict[str, str]:
+        """Return the settings for a profile file."""
+        return asdict(self)
+
+
+class Meter:
+    """Measures impacts on the probes of batches, with one forward pass a batch.
+
+    The first batch checks every layer: the attention output that the captured tensors imply must be the one that the
+    model computed. So an attention that works in a way unknown to the profiler is an error, never a wrong number.
+
+    Args:
+        model: a loaded transformers model.
+        measure: what to measure.
+        shape: of the decoder, where it is known from the checkpoint.
+        name: of the model, for messages.
+        block_bytes: size of a block of changed scores; None is the default of the device.
+
+    Raises:
+        SnrfError: the model has no text decoder that the profiler knows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        measure: Measure = Measure(),
+        *,
+        shape: DecoderShape | None = None,
+        name: str | None = None,
+        block_bytes: int | None = None,
+    ) -> None:
+        self.model = model
+        self.measure = measure
+        self.decoder = find_live_decoder(model, shape, name=name)
+        self._block_bytes = block_bytes
+        self._column_norms: dict[int, Tensor] = {}
+        self._checked = False
+
+    @property
+    def neurons(self) -> dict[Site, int]:
+        """How many neurons each measured site has; fwd.down has the impacts of fwd.up."""
+        return {site: self.decoder.shape.neurons(site.projection) for site in self.decoder.shape.sites()}
+
+    def impacts(self, batch: Batch) -> dict[Site, Float[Tensor, "probes neurons"]]:
+        """Return the impacts of one batch, on the CPU: float64 for a float64 model, else float32.
+
+        Raises:
+            SnrfError: a layer is called in an unknown way, gives NaN or infinite values, or a probe has no token that
+                counts.
+        """
+        counted = batch.attention_mask != 0
+        if self.measure.tokens == "answer":
+            counted &= batch.answer_mask
+        for number, probe in zip(batch.numbers, counted, strict=True):
+            if not bool(probe.any()):
+                raise SnrfError(
+                    f"{self.decoder.model}: probe {number} has no token that counts with tokens: "
+                    f"{self.measure.tokens}; leave out the row or set tokens: all"
+                )
+        found: dict[Site, Tensor] = {}
+
+        def visit(layer: CapturedLayer) -> None:
+            self._check_finite(layer, batch)
+            weights = self._position_weights(layer, counted)
+            if not self._checked:
+                self._check(layer, batch)
+            attention = self._attention(layer, weights)
+            values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
+            values["fwd.up"] = self._ffn(layer, weights)
+            for projection, value in values.items():
+                value = value.cpu()
+                self._refuse(layer, projection, batch, ~value.isfinite().all(-1))
+                found[Site(layer.index, projection)] = value
+
+        run_layers(
+            self.decoder,
+            lambda: self._forward(batch.inputs),
+            batch.attention_mask,
+            visit,
+            up=self.measure.scoring == "released",
+        )
+        self._checked = True
+        return found
+
+    def _forward(self, inputs: Mapping[str, Any]) -> None:
+        accepted = inspect.signature(type(self.model).forward).parameters
+        # The logits of long probes over a large vocabulary would need more memory than all else.
+        extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
+        training = self.model.training
+        self.model.eval()
+        try:
+            self.model(**{**inputs, **extra})
+        finally:
+            self.model.train(training)
+
+    def _position_weights(
+        self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch tokens"]:
+        stream = layer.stream
+        dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
+        counted = counted.to(stream.device)
+        if self.measure.weight == "paper":
+            return counted.to(dtype)
+        square = stream.to(dtype).square().mean(-1)
+        # Where the stream is not finite the impacts are not either, and that is reported with its projection.
+        weight = torch.nan_to_num(square.clamp(min=torch.finfo(dtype).tiny).reciprocal())
+        return torch.where(counted, weight, 0.0)
+
+    def _attention(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> AttentionScores:
+        if self.measure.scoring == "released":
+            return released_attention_scores(layer.attention, weights, self._block_bytes)
+        readout = None
+        if self.measure.site == "post_o":
+            output = weight_of(layer.module.get_submodule("self_attn.o_proj"))
+            readout = Readout.of(
+                output.to(layer.attention.query.device), layer.attention.heads, layer.attention.kv_heads
+            )
+        return attention_impact(layer.attention, weights, readout, self._block_bytes)
+
+    def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
+        if self.measure.scoring == "released":
+            assert layer.up is not None
+            return released_ffn_scores(layer.up, weights)
+        if layer.index not in self._column_norms:
+            self._column_norms[layer.index] = column_norms(weight_of(layer.module.get_submodule("mlp.down_proj")))
+        return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights)
+
+    def _check_finite(self, layer: CapturedLayer, batch: Batch) -> None:
+        """Name the first projection that gives NaN or infinite values at a real token."""
+        captured = {
+            "attn.q": layer.attention.query,
+            "attn.k": layer.attention.key,
+            "attn.v": layer.attention.value,
+            "fwd.up": layer.hidden if layer.up is None else layer.up,
+        }
+        for projection, tensor in captured.items():
+            wrong = ~tensor.isfinite().all(-1) & (batch.attention_mask != 0).to(tensor.device)
+            self._refuse(layer, projection, batch, wrong.any(-1))
+
+    def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
+        if bool(wrong.any()):
+            number = batch.numbers[int(wrong.nonzero()[0])]
+            raise SnrfError(
+                f"{self.decoder.model}: layer {layer.index}, {projection} gives NaN or infinite values on probe "
+                f"{number}; check the weights of {self.decoder.path}.{layer.index}, or load the model in a dtype of "
+                f"more range (--dtype float32)"
+            )
+
+    def _check(self, layer: CapturedLayer, batch: Batch) -> None:
+        """Compare the attention output that the captured tensors imply with the model's own."""
+        actual = layer.attended
+        real = (batch.attention_mask != 0).to(actual.device)
+        expected = attention_output(layer.attention, real.to(torch.float32))[real]
+        actual = actual[real].to(expected.dtype)
+        error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
+        tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
+        if not float(error.median()) <= tolerance:
+            raise SnrfError(
+                f"{self.decoder.model}: the attention of {self.decoder.path}.{layer.index} does not follow from its "
+                f"projections (relative error {float(error.median()):.2g} where {tolerance:g} is allowed); its rotary "
+                f"layout, mask or scaling is one that the profiler does not know, so this model is not supported"
+            )
