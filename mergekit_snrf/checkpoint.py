@@ -112,23 +112,22 @@ class Checkpoint:
         """
         from transformers import CONFIG_MAPPING
 
-        if self.model_type in CONFIG_MAPPING:
-            raw = {key: value for key, value in self.config.items() if key != "model_type"}
+        def known(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+            model_type = str(config.get("model_type", ""))
+            if model_type not in CONFIG_MAPPING:
+                return None
+            raw = {key: value for key, value in config.items() if key != "model_type"}
             try:
-                return CONFIG_MAPPING[self.model_type](**raw).get_text_config(decoder=True).to_dict()
+                return CONFIG_MAPPING[model_type](**raw).get_text_config(decoder=True).to_dict()
             except Exception as error:
                 raise SnrfError(
-                    f"{self.name}/config.json: transformers refuses this {self.model_type} configuration ({error})"
+                    f"{self.name}/config.json: transformers refuses this {model_type} configuration "
+                    f"({' '.join(str(error).split())}); mend it, or get the file again"
                 ) from None
-        for key in ("text_config", "llm_config", "language_config"):
-            nested = self.config.get(key)
-            if isinstance(nested, Mapping):
-                nested_type = str(nested.get("model_type", ""))
-                if nested_type in CONFIG_MAPPING:
-                    raw = {k: v for k, v in nested.items() if k != "model_type"}
-                    return CONFIG_MAPPING[nested_type](**raw).to_dict()
-                return nested
-        return self.config
+
+        nested = (self.config.get(key) for key in ("text_config", "llm_config", "language_config"))
+        inner = next((config for config in nested if isinstance(config, Mapping)), self.config)
+        return known(self.config) or known(inner) or inner
 
     @property
     def needs_remote_code(self) -> bool:
@@ -222,16 +221,14 @@ def _read_headers(folder: Path) -> dict[str, TensorHeader]:
                 isinstance(v, str) and Path(v).name == v for v in weight_map.values()
             ):
                 raise SnrfError(f"{index}: 'weight_map' does not map tensors to file names; get the index again")
-            headers: dict[str, TensorHeader] = {}
-            for file in sorted(set(weight_map.values())):
-                headers |= _read_shard(folder / file)
-            missing = sorted(set(weight_map) - set(headers))
+            shards = {file: _read_shard(folder / file) for file in sorted(set(weight_map.values()))}
+            missing = sorted(tensor for tensor, file in weight_map.items() if tensor not in shards[file])
             if missing:
                 raise SnrfError(
                     f"{folder / weight_map[missing[0]]}: the index places tensor {missing[0]!r} in this file, which "
                     f"does not hold it ({len(missing)} such tensors); get the shard again"
                 )
-            return {key: headers[key] for key in weight_map}
+            return {tensor: shards[file][tensor] for tensor, file in weight_map.items()}
         if (folder / stem).is_file():
             return _read_shard(folder / stem)
     raise SnrfError(
@@ -241,7 +238,7 @@ def _read_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def _read_shard(path: Path) -> dict[str, TensorHeader]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SnrfError(f"{path}: the index names this shard, but the file is missing; get it again")
     try:
         if path.suffix == ".safetensors":
@@ -252,10 +249,12 @@ def _read_shard(path: Path) -> dict[str, TensorHeader]:
                     headers[key] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()), path.name)
             return headers
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise ValueError("it does not map names to tensors")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SnrfError(f"{path}: cannot be read ({reason}); get the file again or convert it to safetensors") from None
-    state = state.get("state_dict", state)
     return {
         key: TensorHeader(_TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape), path.name)
         for key, value in state.items()
@@ -265,7 +264,7 @@ def _read_shard(path: Path) -> dict[str, TensorHeader]:
 
 def _from_hub(name: str, revision: str | None, cache_dir: str | None, trust_remote_code: bool) -> Checkpoint:
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     cached = _cached_snapshot(name, revision, cache_dir)
     if cached is not None:
@@ -279,8 +278,9 @@ def _from_hub(name: str, revision: str | None, cache_dir: str | None, trust_remo
         raise SnrfError(
             f"{name}: has no safetensors weights on the hub; download it first (hf download {name}) and give the folder"
         ) from None
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise SnrfError(
             f"{name}: neither a local folder nor a model that the hub gives ({reason}); check the name, the network "
             f"and the login (hf auth login)"
@@ -318,8 +318,9 @@ def _cached_snapshot(name: str, revision: str | None, cache_dir: str | None) -> 
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            weight_map = _parse_json(index, index.read_bytes()).get("weight_map", {})
-            return folder if all((folder / str(file)).is_file() for file in weight_map.values()) else None
+            weight_map = _parse_json(index, _read_bytes(index, "get it again")).get("weight_map")
+            files = weight_map.values() if isinstance(weight_map, dict) else ()
+            return folder if all(os.path.isfile(folder / str(file)) for file in files) else None
         if (folder / stem).is_file():
             return folder
     return None

@@ -13,13 +13,13 @@ from mergekit_snrf.neurons import PROJECTIONS, Site
 
 _SITE_OF_MODULE = {projection.module: name for name, projection in PROJECTIONS.items()}
 _WEIGHT = re.compile(
-    r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>\d{1,5})\.(?P<module>"
+    r"(?P<prefix>(?:.*\.)?layers\.)(?P<layer>0|[1-9][0-9]{0,4})\.(?P<module>"
     + "|".join(re.escape(module) for module in _SITE_OF_MODULE)
     + r")\.weight"
 )
 _MOE = re.compile(r".*\.layers\.\d+\..*(experts|block_sparse_moe)\..*")
 _FUSED = re.compile(r".*\.\d+\..*(qkv_proj|query_key_value|c_attn|wqkv|Wqkv|gate_up_proj|attn\.qkv|dense_h_to_4h)\..*")
-_QUANTISED = re.compile(r".*\.self_attn\.q_proj\.(qweight|qzeros|weight_packed|weight_scale.*|absmax|SCB)")
+_QUANTISED = re.compile(r".*\.self_attn\.q_proj\.(qweight|qzeros|weight_packed|weight_scale.*|SCB|weight\.absmax)")
 
 # Text decoders whose neurons correspond although their model_type is spelled differently.
 _SAME_FAMILY = {
@@ -115,7 +115,7 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
         intermediate_size = int(text["intermediate_size"])
         if min(layers, hidden_size, heads, kv_heads, head_dim, intermediate_size) < 1 or heads % kv_heads:
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, ArithmeticError):
         raise SnrfError(
             f"{name}/config.json: does not describe a text decoder with num_hidden_layers, hidden_size, "
             f"num_attention_heads and intermediate_size; SNRF needs a decoder-only text model or a VLM with one"
@@ -130,7 +130,7 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
     matching = [
         prefix
         for prefix, stack in complete.items()
-        if len(stack) == layers and tensors[f"{prefix}0.self_attn.q_proj.weight"].shape[-1] == hidden_size
+        if len(stack) == layers and tensors[f"{prefix}0.self_attn.q_proj.weight"].shape[-1:] == (hidden_size,)
     ]
     if len(matching) > 1:
         raise SnrfError(
@@ -170,15 +170,23 @@ def _why_no_decoder(
         if _QUANTISED.fullmatch(tensor):
             return f"{name}: is quantised ({tensor}); merge the unquantised checkpoint and quantise the result"
     if complete:
-        prefix, stack = next(iter(complete.items()))
-        width = tensors[f"{prefix}0.self_attn.q_proj.weight"].shape[-1]
+        # The deepest stack is the decoder, a resampler has a few layers only.
+        prefix, stack = max(complete.items(), key=lambda item: len(item[1]))
+        first = f"{prefix}0.self_attn.q_proj.weight"
         return (
             f"{name}: config.json says {layers} layers of width {hidden_size}, but the tensors {prefix}* are "
-            f"{len(stack)} layers of width {width}; config and weights are of different models"
+            f"{len(stack)} layers, {first} of shape {list(tensors[first].shape)}; config and weights are of "
+            f"different models"
         )
     # An incomplete stack is worth naming only if it is the decoder: vision towers have q, k and v too, but no up_proj.
-    partial = [(p, s) for p, s in stacks.items() if any("mlp.up_proj" in modules for modules in s.values())]
-    for prefix, stack in partial:
+    partial = {p: s for p, s in stacks.items() if any("mlp.up_proj" in modules for modules in s.values())}
+    for tensor in tensors:
+        if _FUSED.fullmatch(tensor) and (not partial or tensor.startswith(tuple(partial))):
+            return (
+                f"{name}: has fused projections ({tensor}); SNRF needs separate q, k, v, up and down weights, "
+                f"convert the checkpoint to that layout"
+            )
+    for prefix, stack in partial.items():
         for layer in range(max(len(stack), layers)):
             missing = sorted(set(_SITE_OF_MODULE) - stack.get(layer, set()))
             if missing:
@@ -186,12 +194,6 @@ def _why_no_decoder(
                     f"{name}: tensor {prefix}{layer}.{missing[0]}.weight is missing; SNRF needs all five projections "
                     f"in every one of the {layers} layers (complete the download; hybrid decoders are not supported)"
                 )
-    for tensor in tensors:
-        if _FUSED.fullmatch(tensor):
-            return (
-                f"{name}: has fused projections ({tensor}); SNRF needs separate q, k, v, up and down weights, "
-                f"convert the checkpoint to that layout"
-            )
     return (
         f"{name}: no text decoder found, no tensor is called ...layers.N.self_attn.q_proj.weight with "
         f"...layers.N.mlp.up_proj.weight beside it; model_type {checkpoint.model_type!r} is not supported"

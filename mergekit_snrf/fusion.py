@@ -63,7 +63,7 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
 def masked_update(
     target: Float[Tensor, "rows columns"],
     source: Float[Tensor, "rows columns"],
-    neurons: Bool[Tensor, neurons],
+    neurons: Bool[Tensor, " neurons"],
     axis: int,
     rank: int,
     order: str = "svd-then-mask",
@@ -117,7 +117,7 @@ def masked_update(
 def fuse(
     target: Float[Tensor, "rows columns"],
     source: Float[Tensor, "rows columns"],
-    neurons: Bool[Tensor, neurons],
+    neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
     *,
@@ -128,7 +128,7 @@ def fuse(
     Neurons outside the mask are bit-identical to the target's.
 
     Raises:
-        SnrfError: as ``masked_update``, or the rank exceeds the smaller side.
+        SnrfError: as ``masked_update``, or the rank exceeds the smaller side, or the result overflows the dtype.
 
     >>> import torch
     >>> target, source = torch.zeros(3, 2), torch.ones(3, 2)
@@ -137,10 +137,16 @@ def fuse(
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    fusion.check_rank(name, tuple(target.shape))
+    if target.ndim == 2:
+        fusion.check_rank(name, tuple(target.shape))
     update = masked_update(target, source, neurons, axis, fusion.rank, fusion.order, name=name)
     result = target.clone()
     by_neuron = result if axis == 0 else result.mT
     selected = neurons.to(target.device).nonzero().flatten()
-    by_neuron[selected] = (by_neuron[selected].to(update.dtype) + fusion.beta * update).to(target.dtype)
+    fused = (by_neuron[selected].to(update.dtype) + fusion.beta * update).to(target.dtype)
+    if not torch.isfinite(fused).all():
+        raise SnrfError(
+            f"{name}: the fused weights overflow {target.dtype}; merge in a wider dtype or with a lower beta"
+        )
+    by_neuron[selected] = fused
     return result

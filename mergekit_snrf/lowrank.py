@@ -1,76 +1,370 @@
-"""The dominant singular subspace of a weight difference (Eq. 10)."""
+"""The dominant singular subspace of a weight difference (Eq. 10), with a certificate of how good it is.
+
+The truncated SVD of Delta is a projection, Delta V V^T or U U^T Delta: only the shorter side's vectors are computed,
+and only the rows that are wanted are formed.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
+from dataclasses import dataclass, replace
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-_BLOCK_BYTES = 32 * 2**20
+logger = logging.getLogger(__name__)
+
+# Up to this side the float64 Gram matrix is about as fast as Lanczos, and exact.
+_DENSE_SIDE = 512
+# Elements converted to float64 at a time: they stay in a processor's cache.
+_PANEL = 2**19
+# Lanczos vectors before a restart: decomposing their projected matrix should cost less than reading Delta.
+_MOST_VECTORS = 512
+# Bytes that Lanczos may use where half of the matrix is less: the Gram matrix would take more.
+_LEAST_MEMORY = 2**24
+# Energy that a subspace may lack, relative to the optimum. At a tie there is nothing else to ask for.
+_ENERGY = 1e-6
+# Squared singular values this close, relatively, may be copies of one.
+_TWIN = 1e-5
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How good a dominant subspace is; ``dataclasses.asdict`` makes JSON of it. Energy is the squared Frobenius norm.
+
+    Attributes:
+        method: ``gram``, ``lanczos``, ``lanczos+float64``, ``lanczos+gram``, ``zero`` (Delta is zero) or
+            ``full`` (the rank is the shorter side: nothing is truncated).
+        passes: how often Delta was read to find the subspace.
+        norm: ||Delta||_F.
+        captured: share of Delta's energy in the rank-r update, in [0, 1].
+        est: estimated relative error of the update, and of its wanted rows; usually 5 to 100 times the true one.
+        deficit: estimated upper bound of the energy that the subspace lacks, relative to the optimum. None if unknown.
+        gap: (sigma_r - sigma_{r+1}) / sigma_r, in [0, 1]. None where sigma_{r+1} was not computed.
+        degenerate: sigma_r and sigma_{r+1} tie within rounding, and matter: the rank-r update is not unique, ``est``
+            says nothing, and only the energy is meaningful.
+    """
+
+    method: str
+    passes: int
+    norm: float
+    captured: float
+    est: float
+    deficit: float | None
+    gap: float | None
+    degenerate: bool
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """A dominant singular subspace.
+
+    Attributes:
+        basis: orthonormal columns, in the dtype and on the device of the matrix.
+        axis: the axis of the matrix that the basis spans: 0 for U (rows), 1 for V (columns).
+        certificate: how good it is.
+    """
+
+    basis: Float[Tensor, "side rank"]
+    axis: int
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A = scale * tall, the second side the shorter one. The wanted rows lie on that side (axis 0) or on the first."""
+
+    tall: Tensor
+    axis: int
+    rank: int
+    norm: float
+    scale: float
+    tolerance: float
+    rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """Leading vectors, one a row; stalled: more passes in this arithmetic are of no use."""
+
+    vectors: Tensor
+    certificate: Certificate
+    converged: bool
+    stalled: bool
+
+
+def frobenius_norm(matrix: Float[Tensor, "rows columns"]) -> float:
+    """Return ||matrix||_F, summed in float64 (a flat float32 sum of 7e7 squares is .3 % off); NaN and inf pass."""
+    by_row = matrix if matrix.stride(-1) == 1 else matrix.mT
+    scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for part in by_row.split(max(1, _PANEL // 4 // by_row.shape[1])):
+        flat = part.to(torch.float64).flatten() * scale
+        total += torch.dot(flat, flat)
+    return math.sqrt(float(total)) / scale
 
 
 def gram(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "side side"]:
-    """Return the float64 Gram matrix of the shorter side, A A^T or A^T A.
+    """Return the float64 Gram matrix of the shorter side, A A^T or A^T A."""
+    return _gram(_tall(matrix), 1.0)
 
-    Accumulated over blocks, so that no float64 copy of the whole matrix exists.
+
+def certified_subspace(
+    matrix: Float[Tensor, "rows columns"],
+    rank: int,
+    *,
+    rows: Int[Tensor, " selected"] | None = None,
+    seed: int = 0,
+    tolerance: float = 1e-3,
+) -> Subspace:
+    """Return the dominant singular subspace of ``matrix`` on its shorter side, with its certificate.
+
+    Up to a side of 512 from the float64 Gram matrix. Beyond, by block Lanczos on A^T A with full reorthogonalisation,
+    in extra memory of at most half of the matrix (or 16 MB). Where float32 cannot separate the singular values it goes
+    on in float64, and the Gram matrix is the last resort. The start block is drawn on the CPU: devices and thread
+    counts agree within ``tolerance``, equal ones bit for bit.
+
+    Args:
+        matrix: finite, float32 or float64, any orientation and scale.
+        rank: in [1, min(rows, columns)].
+        rows: int64, the rows of the update that will be used: ``est`` is about them too.
+        seed: of the start block.
+        tolerance: relative error of the update; Lanczos stops when the estimate is half of it.
+
+    Raises:
+        ValueError: ``rank`` is out of range, or the matrix is not finite.
     """
-    rows, columns = matrix.shape
-    wide = rows <= columns
-    side, length = min(rows, columns), max(rows, columns)
-    step = max(1, _BLOCK_BYTES // (8 * side))
-    total = torch.zeros(side, side, dtype=torch.float64, device=matrix.device)
-    for start in range(0, length, step):
-        if wide:
-            block = matrix[:, start : start + step].to(torch.float64)
-            total.addmm_(block, block.mT)
-        else:
-            block = matrix[start : start + step].to(torch.float64)
-            total.addmm_(block.mT, block)
-    return total
+    shape, side, axis = list(matrix.shape), min(matrix.shape), 0 if matrix.shape[0] <= matrix.shape[1] else 1
+    if not 1 <= rank <= side:
+        raise ValueError(f"rank must be in [1, {side}] for shape {shape}, got {rank}")
+    norm = frobenius_norm(matrix)
+    if not math.isfinite(norm):
+        raise ValueError(f"a matrix of shape {shape} must be finite, but its Frobenius norm is {norm}")
+    if norm == 0 or rank == side:
+        basis = torch.eye(side, rank, dtype=matrix.dtype, device=matrix.device)
+        return Subspace(basis, axis, Certificate("full" if norm else "zero", 0, norm, 1.0, 0.0, 0.0, None, False))
+
+    problem = _Problem(_tall(matrix), axis, rank, norm, _scale(norm, matrix.dtype), tolerance, rows)
+    solution, method, passes = None, "", 0
+    if side > _DENSE_SIDE:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(16 if rank <= 32 else 32, side, generator=generator, dtype=torch.float64)
+        solution = _lanczos(problem, start.to(matrix.device, matrix.dtype), generator)
+    if solution:
+        method, passes = "lanczos", solution.certificate.passes
+        if solution.stalled and matrix.dtype != torch.float64:
+            solution = _lanczos(problem, solution.vectors.to(torch.float64), generator) or solution
+            method, passes = "lanczos+float64", passes + solution.certificate.passes
+    if not solution or not solution.converged:
+        method, solution = "lanczos+gram" if solution else "gram", _dense(problem)
+        passes += 1
+    certificate = replace(solution.certificate, method=method, passes=passes)
+    logger.debug("shape %s, rank %d: %s", shape, rank, certificate)
+    return Subspace(solution.vectors[:rank].mT.to(matrix.dtype), axis, certificate)
 
 
 def dominant_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> tuple[Float[Tensor, "side rank"], int]:
-    """Return an orthonormal basis of the dominant singular subspace of ``matrix``, on its shorter side.
-
-    From the eigenvectors of the float64 Gram matrix: exact to float64 rounding for the dominant part, and
-    several times faster than an SVD. The truncated SVD (Eq. 10) is then a projection, U U^T A or A V V^T.
-
-    Args:
-        matrix: finite.
-        rank: in [1, min(rows, columns)].
-
-    Returns:
-        The basis in the dtype of ``matrix``, and the axis it spans: 0 for U (rows), 1 for V (columns).
-
-    Raises:
-        ValueError: ``rank`` is out of range.
-    """
-    rows, columns = matrix.shape
-    if not 1 <= rank <= min(rows, columns):
-        raise ValueError(f"rank must be in [1, {min(rows, columns)}] for shape {[rows, columns]}, got {rank}")
-    # The scale keeps squares of tiny and of huge differences inside the range of floating point.
-    scale = matrix.abs().amax()
-    if scale == 0:
-        scale = torch.ones_like(scale)
-    _, vectors = torch.linalg.eigh(gram(matrix / scale))
-    return vectors[:, -rank:].to(matrix.dtype), 0 if rows <= columns else 1
+    """Return basis and axis of ``certified_subspace``."""
+    subspace = certified_subspace(matrix, rank)
+    return subspace.basis, subspace.axis
 
 
-def truncated_rows(
-    matrix: Float[Tensor, "rows columns"],
-    rank: int,
-    rows: Float[Tensor, " selected"],
-) -> Float[Tensor, "selected columns"]:
-    """Return the selected rows of the rank-r truncated SVD of ``matrix`` (Eq. 10), without forming the others.
+def certified_rows(
+    matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
+) -> tuple[Float[Tensor, "selected columns"], Certificate]:
+    """Return the selected rows of the rank-r truncated SVD of ``matrix`` (Eq. 10), and the certificate for them.
 
     Args:
         matrix: finite, any orientation; pass a transposed view to select columns.
         rank: in [1, min(rows, columns)]; at the upper end the rows are returned unchanged.
-        rows: int64 indices.
+        rows: int64 indices. The other rows are not formed.
+
+    Raises:
+        ValueError: as ``certified_subspace``.
     """
-    if rank == min(matrix.shape):
-        return matrix[rows]
-    basis, axis = dominant_subspace(matrix, rank)
-    if axis == 1:
-        return (matrix[rows] @ basis) @ basis.mT
-    return basis[rows] @ (basis.mT @ matrix)
+    subspace = certified_subspace(matrix, rank, rows=rows)
+    basis, certificate = subspace.basis, subspace.certificate
+    if certificate.method == "full":
+        return matrix[rows], certificate
+    if subspace.axis == 0:
+        return basis[rows] @ (basis.mT @ matrix), certificate
+    parts = rows.split(max(1, _PANEL // matrix.shape[1]))
+    return torch.cat([matrix[part] @ basis for part in parts]) @ basis.mT, certificate
+
+
+def truncated_rows(
+    matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
+) -> Float[Tensor, "selected columns"]:
+    """Return the rows of ``certified_rows``."""
+    return certified_rows(matrix, rank, rows)[0]
+
+
+def _tall(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix
+
+
+def _gram(tall: Tensor, scale: float) -> Tensor:
+    side = tall.shape[1]
+    total = torch.zeros(side, side, dtype=torch.float64, device=tall.device)
+    # In blocks, so that no float64 copy of the whole matrix exists.
+    for part in tall.split(max(1, side // 4, _PANEL // side)):
+        block = part.to(torch.float64) * scale
+        total.addmm_(block.mT, block)
+    return total
+
+
+def _scale(size: float, dtype: torch.dtype) -> float:
+    """Return the power of two that brings ``size`` near 1: scaling by it rounds nothing."""
+    limit = 120 if dtype == torch.float32 else 1000
+    return math.ldexp(1.0, max(-limit, min(limit, -math.frexp(size)[1])))
+
+
+def _judge(
+    problem: _Problem, vectors: Tensor, values: Tensor, residuals: Tensor, passes: int, width: int, shares: Tensor | None
+) -> _Solution:
+    """Judge Ritz vectors w by their values (all, descending) and residuals ||A^T A w - value w||.
+
+    ``shares`` are ||w||^2 (axis 0) or ||A w||^2 of the r + 1 leading ones in the wanted rows. A block's ``width`` is
+    the most copies of one singular value that it finds.
+    """
+    rank, values = problem.rank, values.clamp_min(0)
+    kept, below, eps = values[:rank], values[rank], torch.finfo(problem.tall.dtype).eps
+    # A vector that leans by an angle towards another one changes the update by angle^2 (own + other) in energy.
+    whole, wanted, own, other = kept.sum(), kept.sum(), kept, below.expand(rank)
+    if shares is not None and problem.axis == 0:
+        wanted, own, other = (kept * shares[:rank]).sum(), kept * shares[rank], below * shares[:rank]
+    elif shares is not None:
+        wanted, own, other = shares[:rank].sum(), shares[:rank], shares[rank].expand(rank)
+
+    def errors(rho: Tensor) -> tuple[float, float]:
+        squares = torch.where(kept > below, rho / (kept - below), 1.0).clamp_max(1.0).square()
+        of_all = float((squares * (kept + below)).sum() / whole)
+        return of_all, math.sqrt(max(of_all, float((squares * (own + other)).sum() / wanted) if wanted > 0 else 0.0))
+
+    # What rounding leaves of residuals, unseen; measured on many spectra.
+    floor = 6 * torch.finfo(vectors.dtype).eps * (values + values[0] / 16)
+    rho = torch.hypot(residuals, floor)
+    lacking, est = errors(rho[:rank])
+    # The quadratic residual bound up to the best gap, the linear one from there: a tie at r costs no energy.
+    room, sums = values[:-1] - values[1:] - rho[1:], rho.cumsum(0)
+    quadratic = torch.where(room > 0, rho.square().cumsum(0)[:-1] / room, math.inf)
+    bounds = torch.cat([quadratic + (sums[rank - 1] - sums[:-1]).clamp_min(0), sums[rank - 1 : rank]])
+    deficit = min(float(bounds.amin() / whole), lacking) + eps
+    degenerate = errors(eps * kept)[1] >= problem.tolerance
+    certificate = Certificate(
+        method="",
+        passes=passes,
+        norm=problem.norm,
+        captured=min(1.0, float(whole) / (problem.norm * problem.scale) ** 2),
+        est=est + 4 * eps,
+        deficit=deficit if deficit < 1 else None,
+        gap=1 - math.sqrt(float(below / kept[-1].clamp_min(1e-300))),
+        degenerate=degenerate,
+    )
+    first, last = kept[: max(0, rank - width + 1)], kept[width - 1 :]
+    missing = bool(((first - last < _TWIN * first) & (first - below > _TWIN * first)).any())
+    converged = deficit < _ENERGY and (est < 0.5 * problem.tolerance or degenerate)
+    stalled = not converged and deficit < 10 * _ENERGY and errors(floor[:rank])[1] > 0.5 * est
+    return _Solution(vectors, certificate, converged and not missing, stalled and not missing)
+
+
+def _dense(problem: _Problem) -> _Solution:
+    """Solve through the float64 Gram matrix, to rounding whichever rows are wanted."""
+    values, vectors = torch.linalg.eigh(_gram(problem.tall, problem.scale))
+    values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
+    residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
+    return _judge(problem, leading, values, residuals.expand(len(values)), 1, len(values), None)
+
+
+def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _Solution | None:
+    """Run block Lanczos on A^T A from the rows of ``start``, in its dtype, with a thick restart where memory ends.
+
+    None where the memory is too little for that.
+    """
+    tall, rank, scale, dtype = problem.tall, problem.rank, problem.scale, start.dtype
+    (length, side), width = tall.shape, len(start)
+    keep, most_passes = rank + 32, max(32, side // 16)
+    # Half of the matrix in float32, less what a restart copies and two blocks in work.
+    memory = max(2 * length * side, _LEAST_MEMORY) // ((length + side) * dtype.itemsize) - keep - 2 * width
+    room = min(_MOST_VECTORS, side // 2, memory)
+    if room < keep + max(64, width):
+        return None
+    vectors = torch.empty(room, side, dtype=dtype, device=tall.device)
+    images = torch.empty(room, length, dtype=dtype, device=tall.device)
+    projected = torch.zeros(room, room, dtype=torch.float64)
+    count, check, largest = 0, rank + 1, 0.0
+    block, _ = _orthonormal(start, vectors[:0], 0.0, generator)
+    for passes in range(1, most_passes + 1):
+        new = slice(count, count + width)
+        count = new.stop
+        vectors[new] = block
+        applied = _apply(tall, block * scale, images[new], scale)
+        # V^T (A^T A V) in float32 drowns values below its rounding; (A V)^T (A V) in float64 does not.
+        projected[new, :count] = _products(images[new], images[:count])
+        largest = max(largest, float(applied.norm(dim=1).amax()))
+        block, coupling = _orthonormal(applied, vectors[:count], torch.finfo(dtype).eps * largest, generator)
+        full = count + width > room
+        if count < check and not full and passes < most_passes:
+            continue
+        check = math.ceil(1.1 * count)
+        values, mixing = torch.linalg.eigh(projected[:count, :count])
+        values, mixing = values.flip(0), mixing.flip(1)
+        residuals = (coupling.to("cpu", torch.float64) @ mixing[-width:]).norm(dim=0)
+        leading = mixing[:, :keep].to(tall.device, dtype).mT
+        shares = None
+        if problem.rows is not None:
+            source, shares = vectors if problem.axis == 0 else images, torch.zeros(rank + 1, dtype=torch.float64)
+            for part in problem.rows.split(512):
+                seen = leading[: rank + 1] @ source[:count, part]
+                shares += seen.to(torch.float64).square().sum(1).cpu()
+        solution = _judge(problem, leading, values, residuals, passes, width, shares)
+        if solution.converged or solution.stalled or passes == most_passes:
+            break
+        if full:
+            vectors[:keep] = leading @ vectors[:count]
+            images[:keep] = leading @ images[:count]
+            projected[:keep, :keep] = values[:keep].diag()
+            count = keep
+    return replace(solution, vectors=leading[: rank + 16] @ vectors[:count])
+
+
+def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
+    """Return scale * block A^T A and write block A^T to ``images``; A is read as it lies in memory."""
+    step = len(tall) if tall.dtype == block.dtype else max(1, _PANEL // tall.shape[1])
+    applied = torch.zeros_like(block)
+    for begin in range(0, len(tall), step):
+        part = tall[begin : begin + step].to(block.dtype)
+        image = block @ part.mT
+        images[:, begin : begin + step] = image
+        applied += (image * scale) @ part
+    return applied
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Return left right^T in float64, on the CPU."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    step = max(1, _PANEL // len(right))
+    for a, b in zip(left.split(step, dim=1), right.split(step, dim=1), strict=True):
+        total.addmm_(a.to(torch.float64), b.to(torch.float64).mT)
+    return total.cpu()
+
+
+def _orthonormal(block: Tensor, basis: Tensor, floor: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal block that is orthogonal to ``basis``, and the block's coordinates in it.
+
+    Rows that ``basis`` exhausts, to ``floor``, are replaced by random ones.
+    """
+    for _ in range(2):
+        block = block - (block @ basis.mT) @ basis
+    columns, coupling = torch.linalg.qr(block.mT)
+    exhausted = coupling.diagonal().abs() <= floor
+    if exhausted.any():
+        fresh = torch.randn(len(columns), int(exhausted.sum()), generator=generator, dtype=torch.float64)
+        columns[:, exhausted] = fresh.to(columns) / math.sqrt(len(columns))
+    # The QR amplifies what rounding left along the basis in a row that is nearly exhausted.
+    rows = columns.mT
+    for _ in range(2):
+        rows = rows - (rows @ basis.mT) @ basis
+    return torch.linalg.qr(rows.mT).Q.mT, coupling

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,12 +121,12 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
         SnrfError: the reference is malformed, or the file does not exist or cannot be downloaded.
     """
     if not reference.startswith("hf://"):
-        candidates = [Path(reference).expanduser()]
+        candidates = [Path(os.path.expanduser(reference))]
         if not candidates[0].is_absolute():
             candidates += [Path(folder) / reference for folder in folders]
         candidates = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
         for candidate in candidates:
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate.resolve()
         places = " and ".join(map(str, candidates))
         raise SnrfError(f"{reference}: no such file, looked for {places}; correct the path")
@@ -134,12 +134,12 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
     if match is None:
         raise SnrfError(f"{reference}: not a hub reference; the form is hf://owner/repo@revision/path")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         downloaded = hf_hub_download(match["repo"], match["file"], revision=match["revision"])
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise SnrfError(
             f"{reference}: cannot be downloaded ({reason}); check owner, repo, revision and path, or download "
             f"the file and give its path"
@@ -147,21 +147,20 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
     return Path(downloaded)
 
 
-def provenance_of_operation(operation: str, inputs: Mapping[str, Mask], **details: Any) -> Provenance:
-    """Describe a mask made from other masks: the operation, and path and sha256 of every input.
+def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:
+    """Describe a mask made from other masks: the operation, and file name and sha256 of every input in order.
 
     Target and source are carried over where all inputs agree on them.
     """
-    masks = list(inputs.values())
 
     def common(name: str) -> ModelProvenance | None:
-        values = [getattr(mask.provenance, name) for mask in masks]
+        values = [getattr(mask.provenance, name) for mask in inputs]
         return values[0] if values and all(value == values[0] for value in values) else None
 
     return Provenance(
         target=common("target"),
         source=common("source"),
         operation=operation,
-        inputs=[{"file": Path(path).name, "sha256": safefile.sha256(path)} for path in inputs],
+        inputs=[{"file": Path(mask.path).name, "sha256": safefile.sha256(mask.path)} for mask in inputs],
         **details,
     )

@@ -155,7 +155,7 @@ class NeuronSet(Mapping[Site, Tensor]):
     ['attn.k.L0.N1']
     """
 
-    def __init__(self, members: Mapping[Site, Bool[Tensor, neurons]]) -> None:
+    def __init__(self, members: Mapping[Site, Bool[Tensor, " neurons"]]) -> None:
         for site, member in members.items():
             if member.dtype != torch.bool or member.ndim != 1 or member.numel() == 0:
                 raise SnrfError(
@@ -164,7 +164,7 @@ class NeuronSet(Mapping[Site, Tensor]):
                 )
         self._members = {site: members[site] for site in sorted(members)}
 
-    def __getitem__(self, site: Site) -> Bool[Tensor, neurons]:
+    def __getitem__(self, site: Site) -> Bool[Tensor, " neurons"]:
         return self._members[site]
 
     def __iter__(self) -> Iterator[Site]:
@@ -191,7 +191,7 @@ class NeuronSet(Mapping[Site, Tensor]):
             return int(self._members[site].sum()) if site in self._members else 0
         return sum(int(member.sum()) for member in self._members.values())
 
-    def nonempty(self) -> dict[Site, Bool[Tensor, neurons]]:
+    def nonempty(self) -> dict[Site, Bool[Tensor, " neurons"]]:
         """Return the sites that have at least one neuron."""
         return {site: member for site, member in self._members.items() if bool(member.any())}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 
 _KEYS = {name.replace(".", "_"): name for name in PROJECTIONS}
 _GROUPED = ("attn.k", "attn.v")
+_LAYER = re.compile("0|[1-9][0-9]{0,4}")
 KvIndices = Literal["repeated", "rows"]
 
 
@@ -47,8 +49,8 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
         repeated = name in _GROUPED and kv_indices == "repeated"
         limit = shape.heads * shape.head_dim if repeated else shape.neurons(name)
         for layer, indices in by_layer.items():
-            where = f"{path}: {key}, layer {layer}"
-            if not layer.isascii() or not layer.isdigit() or int(layer[:6]) >= shape.layers:
+            where = f"{path}: {key}, layer {layer!r:.20}"
+            if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
                 raise SnrfError(
                     f"{where}: the model has layers 0 to {shape.layers - 1}; give the model it was made from"
                 )

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 
+_MAX_DEPTH = 100
+"""What is nested deeper cannot be written again: pydantic gives up at 255 levels."""
+
 _DTYPES = {torch.bool: "BOOL", torch.float32: "F32", torch.int32: "I32"}
 
 
@@ -34,8 +37,9 @@ def sha256(path: str | os.PathLike[str]) -> str:
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() if _HAS_DIGEST else _digest(file)
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SnrfError(f"{path}: cannot be read ({reason}); correct the path") from None
 
 
 _HAS_DIGEST = hasattr(hashlib, "file_digest")
@@ -53,15 +57,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
 
     Raises:
-        SnrfError: the folder does not exist or cannot be written.
+        SnrfError: the folder does not exist or cannot be written, or the disk is full.
     """
     path = Path(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    except OSError as error:
-        raise SnrfError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists and is writable"
-        ) from None
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -71,9 +73,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from None
         raise
+
+
+def _not_written(path: Path, error: Exception) -> SnrfError:
+    reason = getattr(error, "strerror", None) or error
+    return SnrfError(f"{path}: cannot be written ({reason}); choose a file in a folder that is writable and has space")
 
 
 def write(
@@ -109,7 +118,8 @@ def write(
         }
         end += len(blob)
         blobs.append(blob)
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)))
@@ -127,8 +137,8 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
         SnrfError: the file is missing, damaged, or of another format or version.
     """
     path = Path(path)
-    if not path.is_file():
-        reason = "is a folder, not a file" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):
+        reason = "is not a file" if os.path.exists(path) else "does not exist"
         raise SnrfError(f"{path}: {reason}; give the path of a {file_format} file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -146,11 +156,24 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
             )
     try:
         content = json.loads(metadata.get("snrf", "{}"))
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict):
-        raise SnrfError(f"{path}: the metadata entry 'snrf' is not a JSON object; the file is damaged")
+    if not isinstance(content, dict) or _depth(content) > _MAX_DEPTH:
+        raise SnrfError(
+            f"{path}: the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep; "
+            f"the file is damaged, get it again"
+        )
     return tensors, content
+
+
+def _depth(value: object) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [child for item in inner if isinstance(item, list) for child in item]
+    return depth
 
 
 def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:

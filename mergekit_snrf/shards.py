@@ -6,6 +6,7 @@ The safetensors library reads and writes whole files; a merge changes a few rows
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -40,11 +41,11 @@ def byte_ranges(path: Path) -> dict[str, ByteRange]:
     """Return the byte ranges of all floating-point tensors of a shard.
 
     Raises:
-        SnrfError: the header is damaged or points outside the file.
+        SnrfError: the file cannot be read, or its header is damaged or points outside the file.
     """
-    size = path.stat().st_size
     try:
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(size - 8, _MAX_HEADER):
                 raise ValueError("the header is longer than the file")
@@ -53,11 +54,15 @@ def byte_ranges(path: Path) -> dict[str, ByteRange]:
         for name, entry in header.items():
             if name == "__metadata__" or entry["dtype"] not in _TORCH:
                 continue
-            begin, end = (8 + length + position for position in entry["data_offsets"])
             dtype, shape = _TORCH[entry["dtype"]], tuple(entry["shape"])
-            if not 8 + length <= begin <= end <= size or end - begin != dtype.itemsize * torch.Size(shape).numel():
+            if any(type(number) is not int or number < 0 for number in (*shape, *entry["data_offsets"])):
+                raise ValueError(f"tensor {name!r} has a shape or place that is not made of whole numbers")
+            begin, end = (8 + length + position for position in entry["data_offsets"])
+            if not begin <= end <= size or end - begin != dtype.itemsize * math.prod(shape):
                 raise ValueError(f"tensor {name!r} lies outside the file")
             ranges[name] = ByteRange(path, dtype, shape, begin, end - begin)
+    except OSError as error:
+        raise SnrfError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise SnrfError(f"{path}: not a readable safetensors file ({error}); get the file again") from None
     return ranges
@@ -69,6 +74,8 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
     Raises:
         SnrfError: the file ends early.
     """
+    if where.bytes == 0:
+        return torch.empty(where.shape, dtype=where.dtype)
     buffer = bytearray(where.bytes)
     view = memoryview(buffer)
     with where.path.open("rb", buffering=0) as file:
@@ -82,7 +89,7 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
 
 
 def overwrite_neurons(
-    where: ByteRange, path: Path, weight: Float[Tensor, "rows columns"], neurons: Bool[Tensor, neurons], axis: int
+    where: ByteRange, path: Path, weight: Float[Tensor, "rows columns"], neurons: Bool[Tensor, " neurons"], axis: int
 ) -> int:
     """Write the changed neurons of a weight into a copy of its shard; return the number of bytes written.
 
@@ -92,24 +99,23 @@ def overwrite_neurons(
         where: the tensor's place in the original shard.
         path: the copy.
     """
-    if weight.dtype != where.dtype or tuple(weight.shape) != where.shape:
+    if weight.dtype != where.dtype or tuple(weight.shape) != where.shape or len(neurons) != where.shape[axis]:
         raise ValueError(
-            f"expected {where.dtype} of shape {list(where.shape)}, got {weight.dtype} {list(weight.shape)}"
+            f"expected {where.dtype} of shape {list(where.shape)} and its neurons along axis {axis}, "
+            f"got {weight.dtype} {list(weight.shape)} and {len(neurons)} neurons"
         )
+    if where.bytes == 0 or not bool(neurons.any()):
+        return 0
     data = weight.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    width = where.bytes // where.shape[0]
+    runs = [(0, where.shape[0])] if axis == 1 else _runs(neurons)
     with path.open("r+b", buffering=0) as file:
-        if axis == 1:
-            _pwrite(file.fileno(), data, where.offset)
-            return len(data)
-        width = where.bytes // where.shape[0]
-        written = 0
-        for start, end in _runs(neurons):
+        for start, end in runs:
             _pwrite(file.fileno(), data[start * width : end * width], where.offset + start * width)
-            written += (end - start) * width
-        return written
+    return sum(end - start for start, end in runs) * width
 
 
-def _runs(member: Bool[Tensor, neurons]) -> list[tuple[int, int]]:
+def _runs(member: Bool[Tensor, " neurons"]) -> list[tuple[int, int]]:
     padded = torch.nn.functional.pad(member.to(torch.int8), (1, 1))
     edges = padded.diff().nonzero().flatten().tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from mergekit_snrf.cli.snrf import main
+from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
+from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
+
+K0, UP1, DOWN1 = Site(0, "attn.k"), Site(1, "fwd.up"), Site(1, "fwd.down")
+TARGET, SOURCE = ModelProvenance(path="owner/target", model_type="qwen2_5_vl"), ModelProvenance(path="owner/source")
+
+
+def members(*indices: int, of: int) -> torch.Tensor:
+    return torch.tensor([index in indices for index in range(of)])
+
+
+A = NeuronSet({K0: members(0, 1, 2, of=8), UP1: members(3, 4, of=12)})
+B = NeuronSet({K0: members(1, 2, 7, of=8), DOWN1: members(0, of=12)})
+C = NeuronSet({K0: members(2, of=8), UP1: members(4, 5, of=12)})
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_mask(tmp_path / "a", A, Provenance(target=TARGET, source=SOURCE, selection={"top_ratio": 0.1}))
+    write_mask(tmp_path / "b", B, Provenance(target=TARGET))
+    write_mask(tmp_path / "c", C, Provenance(target=TARGET, source=SOURCE))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """A decoder with 2 layers, 4 heads of 3, every 2 sharing a key and value head, and an FFN of 10."""
+    sizes = {"self_attn.q_proj": 12, "self_attn.k_proj": 6, "self_attn.v_proj": 6, "mlp.up_proj": 10}
+    weights = {f"model.layers.{n}.{name}.weight": torch.zeros(s, 5) for n in range(2) for name, s in sizes.items()}
+    weights |= {f"model.layers.{n}.mlp.down_proj.weight": torch.zeros(5, 10) for n in range(2)}
+    config = {
+        "model_type": "unheard_of",
+        "num_hidden_layers": 2,
+        "hidden_size": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 3,
+        "intermediate_size": 10,
+    }
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    return str(tmp_path / "model")
+
+
+def snrf(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["mask", *arguments])
+
+
+def done(*arguments: str) -> str:
+    result = snrf(*arguments)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def error_of(*arguments: str) -> str:
+    """Return the one line of a command that ends with exit code 1."""
+    result = snrf(*arguments)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").rstrip("\n")
+
+
+def digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def inputs(mask: Mask) -> list[tuple[str, str]]:
+    return [(entry["file"], entry["sha256"]) for entry in mask.provenance.inputs or []]
+
+
+def test_show_prints_counts_shares_and_provenance(folder: Path) -> None:
+    assert done("show", "a").splitlines() == [
+        "projection  layers  neurons  of    share",
+        "attn.q           0        0   0        -",
+        "attn.k           1        3   8  37.50 %",
+        "attn.v           0        0   0        -",
+        "fwd.up           1        2  12  16.67 %",
+        "fwd.down         0        0   0        -",
+        "all              2        5  20  25.00 %",
+        "",
+        f"sha256      {digest('a')}",
+        'target      {"path": "owner/target", "model_type": "qwen2_5_vl"}',
+        'source      {"path": "owner/source"}',
+        'selection   {"top_ratio": 0.1}',
+    ]
+
+
+def test_show_prints_every_layer_on_demand(folder: Path) -> None:
+    lines = done("show", "--layers", "a").splitlines()
+    assert lines[8:11] == [
+        "layer  attn.q  attn.k  attn.v  fwd.up  fwd.down",
+        "0           0       3       0       0         0",
+        "1           0       0       0       2         0",
+    ]
+
+
+def test_show_prints_json(folder: Path) -> None:
+    shown = json.loads(done("show", "--json", "a"))
+    assert shown["sha256"] == digest("a")
+    assert shown["counts"] == {
+        "attn.q": {"tensors": 0, "neurons": 0, "of": 0},
+        "attn.k": {"tensors": 1, "neurons": 3, "of": 8},
+        "attn.v": {"tensors": 0, "neurons": 0, "of": 0},
+        "fwd.up": {"tensors": 1, "neurons": 2, "of": 12},
+        "fwd.down": {"tensors": 0, "neurons": 0, "of": 0},
+    }
+    assert shown["layers"] == {"layers.0.attn.k": 3, "layers.1.fwd.up": 2}
+    assert shown["provenance"]["target"] == {"path": "owner/target", "model_type": "qwen2_5_vl"}
+
+
+def test_show_of_an_empty_mask(folder: Path) -> None:
+    write_mask("empty", NeuronSet({}))
+    assert "all              0        0   0      -" in done("show", "empty")
+    assert done("show", "--layers", "empty").splitlines()[8] == "layer  attn.q  attn.k  attn.v  fwd.up  fwd.down"
+
+
+@pytest.mark.parametrize(
+    ("operation", "expected", "count"),
+    [("intersect", A & B & C, 1), ("union", A | B | C, 8), ("subtract", (A - B) - C, 2)],
+)
+def test_combinations(folder: Path, operation: str, expected: NeuronSet, count: int) -> None:
+    assert done(operation, "a", "b", "c", "out") == f"out: {count} neurons\n"
+    mask = read_mask("out")
+    assert mask.neurons == expected
+    assert expected.count() == count
+    assert mask.provenance.operation == operation
+    assert (mask.provenance.target, mask.provenance.source) == (TARGET, None)
+    assert inputs(mask) == [(name, digest(name)) for name in "abc"]
+
+
+@pytest.mark.parametrize(("operation", "count"), [("intersect", 5), ("union", 5), ("subtract", 0)])
+def test_a_mask_combines_with_itself(folder: Path, operation: str, count: int) -> None:
+    done(operation, "a", "./a", "out")
+    mask = read_mask("out")
+    assert mask.neurons.count() == count
+    assert inputs(mask) == [("a", digest("a"))] * 2
+    assert mask.provenance.source == SOURCE
+
+
+def test_the_output_may_be_an_input(folder: Path) -> None:
+    before = digest("a")
+    done("union", "a", "b", "a")
+    assert read_mask("a").neurons == A | B
+    assert inputs(read_mask("a")) == [("a", before), ("b", digest("b"))]
+
+
+@pytest.mark.parametrize("operation", ["intersect", "union", "subtract"])
+def test_masks_of_different_models_do_not_combine(folder: Path, operation: str) -> None:
+    write_mask("other", NeuronSet({K0: members(0, of=9)}))
+    assert error_of(operation, "a", "other", "out") == (
+        "layers.0.attn.k: cannot combine masks of different models, one has 8 neurons there and the other 9; "
+        "use masks of models with the same decoder shape"
+    )
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("operation", ["intersect", "union", "subtract"])
+def test_one_mask_is_too_few(folder: Path, operation: str) -> None:
+    result = snrf(operation, "a", "out")
+    assert result.exit_code == 2
+    assert "give at least two masks and the output file" in result.stderr
+    assert snrf(operation, "a").exit_code == 2
+
+
+def test_random_draws_as_many(folder: Path) -> None:
+    assert done("random", "a", "out") == "out: 5 neurons\n"
+    mask = read_mask("out")
+    assert mask.neurons == A.random(0)
+    assert {site: mask.neurons.count(site) for site in mask.neurons} == {K0: 3, UP1: 2}
+    provenance = mask.provenance
+    assert (provenance.operation, provenance.seed, provenance.target, provenance.source) == (
+        "random",
+        0,
+        TARGET,
+        SOURCE,
+    )
+    assert inputs(mask) == [("a", digest("a"))]
+
+
+def test_random_depends_on_the_seed_alone(folder: Path) -> None:
+    for out, seed in (("first", 5), ("second", 5), ("third", 6)):
+        done("random", "a", out, "--seed", str(seed))
+    assert Path("first").read_bytes() == Path("second").read_bytes()
+    assert read_mask("first").neurons == A.random(5) != read_mask("third").neurons
+
+
+def test_random_for_a_model(folder: Path, model: str) -> None:
+    assert done("random", "--model", model, "--ratio", "0.25", "--seed", "3", "out") == "out: 22 neurons\n"
+    mask = read_mask("out")
+    counts = {"attn.q": 3, "attn.k": 2, "attn.v": 2, "fwd.up": 2, "fwd.down": 2}
+    lengths = {"attn.q": 12, "attn.k": 6, "attn.v": 6, "fwd.up": 10, "fwd.down": 10}
+    sites = [Site(layer, name) for layer in range(2) for name in PROJECTIONS]
+    # round() goes to the even number at a half: 1.5 and 2.5 are 2.
+    as_many = NeuronSet({site: torch.arange(lengths[site.projection]) < counts[site.projection] for site in sites})
+    assert mask.neurons == as_many.random(3)
+    assert mask.provenance.target is not None
+    assert mask.provenance.target.model_dump(exclude_none=True) == {
+        "path": model,
+        "model_type": "unheard_of",
+        "config_sha256": digest(f"{model}/config.json"),
+    }
+    assert (mask.provenance.selection, mask.provenance.seed) == ({"ratio": 0.25}, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a"], "give either MASK and OUT, or OUT with --model and --ratio"),
+        (["a", "b", "out"], "give either MASK and OUT"),
+        (["a", "out", "--ratio", "0.1"], "give either MASK and OUT"),
+        (["out", "--model", "m"], "give either MASK and OUT"),
+        (["a", "out", "--model", "m", "--ratio", "0.1"], "give either MASK and OUT"),
+        (["out", "--model", "m", "--ratio", "0"], "not in the range 0<x<=1"),
+        (["out", "--model", "m", "--ratio", "1.1"], "not in the range 0<x<=1"),
+        (["a", "out", "--seed", "-1"], "not in the range"),
+        (["a", "out", "--seed", "4294967296"], "not in the range"),
+        ([], "Missing argument"),
+    ],
+)
+def test_random_is_used_in_two_ways(folder: Path, arguments: list[str], message: str) -> None:
+    result = snrf("random", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not Path("out").exists()
+
+
+RELEASED = {"attn_q": {"0": [11]}, "attn_k": {"0": [3, 7], "1": []}, "fwd_down": {"1": [0, 9]}}
+
+
+def test_import_maps_repeated_heads_to_rows(folder: Path, model: str) -> None:
+    Path("neurons.json").write_text(json.dumps(RELEASED))
+    assert done("import", "neurons.json", "out", "--model", model) == "out: 5 neurons\n"
+    mask = read_mask("out")
+    assert [str(neuron) for neuron in mask.neurons.neurons()] == [
+        "attn.k.L0.N0",
+        "attn.k.L0.N4",
+        "attn.q.L0.N11",
+        "fwd.down.L1.N0",
+        "fwd.down.L1.N9",
+    ]
+    assert mask.provenance.operation == "import"
+    assert inputs(mask) == [("neurons.json", digest("neurons.json"))]
+    assert mask.provenance.target is not None
+    assert mask.provenance.target.config_sha256 == digest(f"{model}/config.json")
+
+
+def test_import_takes_rows_on_demand(folder: Path, model: str) -> None:
+    Path("neurons.json").write_text(json.dumps({"attn_k": {"0": [3, 5]}}))
+    done("import", "neurons.json", "out", "--model", model, "--kv-indices", "rows")
+    assert [str(neuron) for neuron in read_mask("out").neurons.neurons()] == ["attn.k.L0.N3", "attn.k.L0.N5"]
+
+
+def test_export_and_import_give_the_mask_back(folder: Path, model: str) -> None:
+    done("random", "--model", model, "--ratio", "0.3", "mask")
+    mask = read_mask("mask")
+    assert done("export", "mask", "neurons.json", "--model", model).startswith("neurons.json: ")
+    exported = json.loads(Path("neurons.json").read_text())
+    assert exported.keys() == {"attn_q", "attn_k", "attn_v", "fwd_up", "fwd_down"}
+    repeated = {"attn_k": 2, "attn_v": 2}
+    for key, by_layer in exported.items():
+        for layer, indices in by_layer.items():
+            assert len(indices) == repeated.get(key, 1) * mask.neurons.count(Site(int(layer), key.replace("_", ".")))
+    done("import", "neurons.json", "again", "--model", model)
+    assert read_mask("again").neurons == mask.neurons
+
+
+def test_masks_of_another_model_are_not_exported(folder: Path, model: str) -> None:
+    message = error_of("export", "a", "neurons.json", "--model", model)
+    assert message.startswith("layers.0.attn.k: the mask has 8 neurons there, the model's 2 layers have 6; give")
+    assert not Path("neurons.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "neurons.json: not valid JSON ("),
+        ("[]", "neurons.json: expected an object such as"),
+        ('{"attn_o": {}}', "neurons.json: unknown projection 'attn_o'"),
+        ('{"attn_q": {"2": [0]}}', "neurons.json: attn_q, layer '2': the model has layers 0 to 1"),
+        ('{"attn_k": {"1": [12]}}', "neurons.json: attn_k, layer '1': index 12 is not in [0, 12)"),
+    ],
+)
+def test_bad_json_is_not_imported(folder: Path, model: str, content: str, message: str) -> None:
+    Path("neurons.json").write_text(content)
+    assert error_of("import", "neurons.json", "out", "--model", model).startswith(message)
+    assert not Path("out").exists()
+
+
+def test_the_model_is_needed_and_checked(folder: Path, model: str) -> None:
+    Path("neurons.json").write_text("{}")
+    assert snrf("import", "neurons.json", "out").exit_code == 2
+    assert snrf("export", "a", "out").exit_code == 2
+    assert error_of("import", "neurons.json", "out", "--model", "./none").startswith("./none: no such folder;")
+    Path(model, "model.safetensors").write_bytes(b"damaged")
+    for arguments in (["import", "neurons.json"], ["export", "a"], ["random", "--ratio", "0.5"]):
+        assert f"{model}/model.safetensors: cannot be read" in error_of(*arguments, "out", "--model", model)
+
+
+COMMANDS: list[list[str]] = [
+    ["show"],
+    ["show", "--json"],
+    ["intersect", "out", "a"],
+    ["union", "out", "a"],
+    ["subtract", "out", "a"],
+    ["random", "out"],
+    ["export", "out", "--model", "MODEL"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ("missing", "missing: no such file, looked for "),
+        ("damaged", "damaged: not a readable safetensors file"),
+        ("model/model.safetensors", "model.safetensors: a snrf-mask file is needed, but its metadata says format=None"),
+        ("hf://owner/repo", "hf://owner/repo: not a hub reference; the form is hf://owner/repo@revision/path"),
+        ("hf://owner/repo/mask.safetensors", "hf://owner/repo/mask.safetensors: cannot be downloaded ("),
+    ],
+)
+def test_masks_that_cannot_be_read(folder: Path, model: str, command: list[str], mask: str, message: str) -> None:
+    Path("damaged").write_bytes(Path("a").read_bytes()[:-1])
+    name, *rest = ["model" if argument == "MODEL" else argument for argument in command]
+    first = [] if name == "show" else [mask]
+    assert message in error_of(name, *first, *([*rest, mask] if name == "show" else rest))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("out", ["missing/out", "a/out", "/proc/out"])
+def test_outputs_that_cannot_be_written(folder: Path, model: str, out: str) -> None:
+    Path("neurons.json").write_text("{}")
+    before = digest("a")
+    for command in (
+        ["union", "a", "b", out],
+        ["random", "a", out],
+        ["random", "--model", model, "--ratio", "0.5", out],
+        ["import", "neurons.json", out, "--model", model],
+        ["export", "a", out, "--model", model],
+    ):
+        if command[0] == "export":
+            write_mask("fitting", NeuronSet({}))
+            command[1] = "fitting"
+        assert error_of(*command).startswith(f"{out}: cannot be written (")
+    assert digest("a") == before
+
+
+def test_random_does_not_replace_a_folder(folder: Path, model: str) -> None:
+    assert error_of("random", "a", "model").startswith("model: cannot be written (Is a directory)")
+    assert snrf("union", "a", "b", "model").exit_code == 2
+    assert Path(model, "config.json").is_file()
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main(prog_name='snrf')", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_as_a_user_runs_it(folder: Path) -> None:
+    shown = run("mask", "show", "--json", "a")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert json.loads(shown.stdout)["counts"]["attn.k"]["neurons"] == 3
+    failed = run("mask", "show", "missing")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr == f"Error: missing: no such file, looked for {folder}/missing; correct the path\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["mask", "--help"], ["mask", "show", "-h"]])
+def test_help_needs_neither_torch_nor_mergekit(arguments: list[str]) -> None:
+    code = "import sys; from mergekit_snrf.cli.snrf import main\ntry: main(prog_name='snrf')\n"
+    code += "finally: print(sorted({'torch', 'mergekit', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert "mask" in result.stdout + result.stderr
+    assert result.stderr.splitlines()[-1:] == ["[]"]
+
+
+def test_every_command_explains_itself() -> None:
+    result = CliRunner().invoke(main, ["mask", "--help"])
+    for name in ("show", "intersect", "union", "subtract", "random", "import", "export"):
+        assert f"  {name} " in result.stdout
+        assert "Usage:" in snrf(name, "--help").stdout
+    assert CliRunner().invoke(main, ["--version"]).stdout.startswith("mergekit-snrf, version ")
