@@ -34,13 +34,18 @@ def _install():
 
 
 def _warn(error):
-    warnings.warn(
+    message = (
         f"mergekit-snrf could not be loaded ({type(error).__name__}: {error}), so mergekit lacks the merge method "
         f"'snrf'; reinstall it with 'pip install --force-reinstall mergekit-snrf' or remove it with "
-        f"'pip uninstall mergekit-snrf'",
-        RuntimeWarning,
-        stacklevel=2,
+        f"'pip uninstall mergekit-snrf'"
     )
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        # Where warnings are errors, this one would break torch or mergekit.
+        import logging
+
+        logging.getLogger(__name__).warning(message)
 
 
 class _RegistryFinder(importlib.abc.MetaPathFinder):
@@ -69,5 +74,10 @@ class _InstallingLoader(importlib.abc.Loader):
         # Later readers of __loader__ and __spec__ should find the real loader.
         module.__loader__ = self._loader
         module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
+        try:
+            self._loader.exec_module(module)
+        except BaseException:
+            # The import may be tried again, say after a missing dependency was installed.
+            sys.meta_path.insert(0, _RegistryFinder())
+            raise
         _install()

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.lowrank import truncated_rows
+from mergekit_snrf.lowrank import Certificate, certified_factors, frobenius_norm
 
 Order = Literal["svd-then-mask", "mask-then-svd"]
 ORDERS: tuple[str, ...] = get_args(Order)
@@ -60,6 +60,43 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+@dataclass(frozen=True)
+class Update:
+    """M_S(Delta_r) of one tensor: the selected neurons only, one a row, as ``left @ right``.
+
+    Attributes:
+        selected: the indices of the neurons.
+        left: None stands for the identity: the rows are ``right`` itself.
+        certificate: how good the truncation is; None where nothing was truncated.
+    """
+
+    selected: Int[Tensor, " selected"]
+    left: Float[Tensor, "selected rank"] | None
+    right: Float[Tensor, "rank length"]
+    certificate: Certificate | None = None
+
+    def rows(self) -> Float[Tensor, "selected length"]:
+        """Return the update of the selected neurons."""
+        return self.right if self.left is None else self.left @ self.right
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the target's dtype leaves of an update.
+
+    Attributes:
+        update: ||beta * M_S(Delta_r)||_F.
+        lost: ||rounded result - exact result||_F.
+        weights: number of weights in the masked neurons.
+        changed: how many of them differ from the target's.
+    """
+
+    update: float
+    lost: float
+    weights: int
+    changed: int
+
+
 def masked_update(
     target: Float[Tensor, "rows columns"],
     source: Float[Tensor, "rows columns"],
@@ -69,8 +106,8 @@ def masked_update(
     order: str = "svd-then-mask",
     *,
     name: str = "weight",
-) -> Float[Tensor, "selected length"]:
-    """Return M_S(Delta_r) of Eq. 9-11, the selected neurons only, one neuron a row.
+) -> Update:
+    """Return M_S(Delta_r) of Eq. 9-11.
 
     Args:
         target: W_tgt, any floating dtype; the maths is done in float32 (float64 for float64).
@@ -101,17 +138,20 @@ def masked_update(
         which = "target" if not torch.isfinite(target).all() else "source"
         if torch.isfinite(target).all() and torch.isfinite(source).all():
             raise SnrfError(f"{name}: the difference of source and target overflows {dtype}; check both")
-        raise SnrfError(f"{name}: the {which} holds NaN or infinite weights; the checkpoint is damaged")
+        raise SnrfError(
+            f"{name}: the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights; the checkpoint "
+            f"is damaged, get it again or leave these neurons out of the mask"
+        )
     by_neuron = delta if axis == 0 else delta.mT
     selected = neurons.to(delta.device).nonzero().flatten()
     if rank == 0 or rank == min(by_neuron.shape):
-        return by_neuron[selected]
-    if order == "mask-then-svd":
-        masked = by_neuron[selected]
-        if rank >= min(masked.shape):
-            return masked
-        return truncated_rows(masked, rank, torch.arange(len(masked), device=masked.device))
-    return truncated_rows(by_neuron, rank, selected)
+        return Update(selected, None, by_neuron[selected])
+    if order == "svd-then-mask":
+        return Update(selected, *certified_factors(by_neuron, rank, selected))
+    masked = by_neuron[selected]
+    if rank >= min(masked.shape):
+        return Update(selected, None, masked)
+    return Update(selected, *certified_factors(masked, rank, torch.arange(len(masked), device=masked.device)))
 
 
 def fuse(
@@ -137,16 +177,41 @@ def fuse(
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
+    return fuse_and_report(target, source, neurons, axis, fusion, name=name)[0]
+
+
+def fuse_and_report(
+    target: Float[Tensor, "rows columns"],
+    source: Float[Tensor, "rows columns"],
+    neurons: Bool[Tensor, " neurons"],
+    axis: int,
+    fusion: Fusion,
+    *,
+    name: str = "weight",
+) -> tuple[Float[Tensor, "rows columns"], Certificate | None, Rounding]:
+    """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update.
+
+    Raises:
+        SnrfError: as ``fuse``.
+    """
     if target.ndim == 2:
         fusion.check_rank(name, tuple(target.shape))
     update = masked_update(target, source, neurons, axis, fusion.rank, fusion.order, name=name)
     result = target.clone()
     by_neuron = result if axis == 0 else result.mT
-    selected = neurons.to(target.device).nonzero().flatten()
-    fused = (by_neuron[selected].to(update.dtype) + fusion.beta * update).to(target.dtype)
+    before = by_neuron[update.selected]
+    step = update.rows() * fusion.beta
+    exact = before.to(step.dtype) + step
+    fused = exact.to(target.dtype)
     if not torch.isfinite(fused).all():
         raise SnrfError(
             f"{name}: the fused weights overflow {target.dtype}; merge in a wider dtype or with a lower beta"
         )
-    by_neuron[selected] = fused
-    return result
+    by_neuron[update.selected] = fused
+    rounding = Rounding(
+        update=frobenius_norm(step) if step.numel() else 0.0,
+        lost=frobenius_norm(fused.to(step.dtype) - exact) if step.numel() else 0.0,
+        weights=step.numel(),
+        changed=int((fused != before).sum()),
+    )
+    return result, update.certificate, rounding

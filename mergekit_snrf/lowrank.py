@@ -1,7 +1,6 @@
 """The dominant singular subspace of a weight difference (Eq. 10), with a certificate of how good it is.
 
-The truncated SVD of Delta is a projection, Delta V V^T or U U^T Delta: only the shorter side's vectors are computed,
-and only the rows that are wanted are formed.
+The truncated SVD is a projection, Delta V V^T or U U^T Delta: only the shorter side's vectors are needed.
 """
 
 from __future__ import annotations
@@ -20,31 +19,27 @@ logger = logging.getLogger(__name__)
 _DENSE_SIDE = 512
 # Elements converted to float64 at a time: they stay in a processor's cache.
 _PANEL = 2**19
-# Lanczos vectors before a restart: decomposing their projected matrix should cost less than reading Delta.
+_CHUNK = 1024
+# Lanczos vectors before a restart: decomposing their projection should cost less than a pass.
 _MOST_VECTORS = 512
-# Bytes that Lanczos may use where half of the matrix is less: the Gram matrix would take more.
-_LEAST_MEMORY = 2**24
-# Energy that a subspace may lack, relative to the optimum. At a tie there is nothing else to ask for.
+# Energy that a subspace may lack, relative to the optimum.
 _ENERGY = 1e-6
-# Squared singular values this close, relatively, may be copies of one.
-_TWIN = 1e-5
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How good a dominant subspace is; ``dataclasses.asdict`` makes JSON of it. Energy is the squared Frobenius norm.
+    """How good a dominant subspace is; ``dataclasses.asdict`` makes JSON of it.
 
     Attributes:
-        method: ``gram``, ``lanczos``, ``lanczos+float64``, ``lanczos+gram``, ``zero`` (Delta is zero) or
-            ``full`` (the rank is the shorter side: nothing is truncated).
-        passes: how often Delta was read to find the subspace.
+        method: ``gram``, ``lanczos``, ``lanczos+float64``, ``lanczos+gram``, ``zero`` (Delta is zero) or ``full``
+            (the rank is the shorter side).
+        passes: how often Delta was read.
         norm: ||Delta||_F.
-        captured: share of Delta's energy in the rank-r update, in [0, 1].
-        est: estimated relative error of the update, and of its wanted rows; usually 5 to 100 times the true one.
-        deficit: estimated upper bound of the energy that the subspace lacks, relative to the optimum. None if unknown.
-        gap: (sigma_r - sigma_{r+1}) / sigma_r, in [0, 1]. None where sigma_{r+1} was not computed.
-        degenerate: sigma_r and sigma_{r+1} tie within rounding, and matter: the rank-r update is not unique, ``est``
-            says nothing, and only the energy is meaningful.
+        captured: ||Delta_r||_F^2 / ||Delta||_F^2.
+        est: estimated relative error of the update and of its wanted rows; usually 5 to 100 times the true one.
+        deficit: by how much ``captured`` misses the optimum, relatively, at most; None if unknown.
+        gap: 1 - sigma_{r+1} / sigma_r; None if unknown.
+        degenerate: sigma_r = sigma_{r+1} within rounding: the update is not unique, only its energy means something.
     """
 
     method: str
@@ -59,13 +54,7 @@ class Certificate:
 
 @dataclass(frozen=True)
 class Subspace:
-    """A dominant singular subspace.
-
-    Attributes:
-        basis: orthonormal columns, in the dtype and on the device of the matrix.
-        axis: the axis of the matrix that the basis spans: 0 for U (rows), 1 for V (columns).
-        certificate: how good it is.
-    """
+    """A dominant singular subspace: orthonormal columns that span axis 0 (U) or axis 1 (V) of the matrix."""
 
     basis: Float[Tensor, "side rank"]
     axis: int
@@ -74,9 +63,9 @@ class Subspace:
 
 @dataclass(frozen=True)
 class _Problem:
-    """A = scale * tall, the second side the shorter one. The wanted rows lie on that side (axis 0) or on the first."""
+    """A = scale * matrix, the axis of its shorter side, and what is wanted."""
 
-    tall: Tensor
+    matrix: Tensor
     axis: int
     rank: int
     norm: float
@@ -87,7 +76,7 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Solution:
-    """Leading vectors, one a row; stalled: more passes in this arithmetic are of no use."""
+    """Leading vectors (rows). Stalled: more passes in this arithmetic are of no use."""
 
     vectors: Tensor
     certificate: Certificate
@@ -99,16 +88,21 @@ def frobenius_norm(matrix: Float[Tensor, "rows columns"]) -> float:
     """Return ||matrix||_F, summed in float64 (a flat float32 sum of 7e7 squares is .3 % off); NaN and inf pass."""
     by_row = matrix if matrix.stride(-1) == 1 else matrix.mT
     scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
-    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    total = matrix.new_zeros((), dtype=torch.float64)
     for part in by_row.split(max(1, _PANEL // 4 // by_row.shape[1])):
         flat = part.to(torch.float64).flatten() * scale
         total += torch.dot(flat, flat)
     return math.sqrt(float(total)) / scale
 
 
-def gram(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "side side"]:
-    """Return the float64 Gram matrix of the shorter side, A A^T or A^T A."""
-    return _gram(_tall(matrix), 1.0)
+def gram(matrix: Float[Tensor, "rows columns"], *, scale: float = 1.0) -> Float[Tensor, "side side"]:
+    """Return the float64 Gram matrix of the shorter side of A = scale * matrix, A A^T or A^T A."""
+    tall = _tall(matrix)
+    total = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
+    for part in tall.split(max(1, len(total) // 4, _PANEL // len(total))):
+        block = part.to(torch.float64) * scale
+        total.addmm_(block.mT, block)
+    return total
 
 
 def certified_subspace(
@@ -121,17 +115,17 @@ def certified_subspace(
 ) -> Subspace:
     """Return the dominant singular subspace of ``matrix`` on its shorter side, with its certificate.
 
-    Up to a side of 512 from the float64 Gram matrix. Beyond, by block Lanczos on A^T A with full reorthogonalisation,
+    Up to a side of 512 from the float64 Gram matrix; beyond, by block Lanczos on A^T A with full reorthogonalisation,
     in extra memory of at most half of the matrix (or 16 MB). Where float32 cannot separate the singular values it goes
-    on in float64, and the Gram matrix is the last resort. The start block is drawn on the CPU: devices and thread
-    counts agree within ``tolerance``, equal ones bit for bit.
+    on in float64; the Gram matrix is the last resort. Devices and thread counts agree within ``tolerance``, equal ones
+    bit for bit.
 
     Args:
         matrix: finite, float32 or float64, any orientation and scale.
         rank: in [1, min(rows, columns)].
-        rows: int64, the rows of the update that will be used: ``est`` is about them too.
-        seed: of the start block.
-        tolerance: relative error of the update; Lanczos stops when the estimate is half of it.
+        rows: int64, the rows of the update that are wanted.
+        seed: of the start block, drawn on the CPU.
+        tolerance: relative error of the update; Lanczos stops where ``est`` is half of it.
 
     Raises:
         ValueError: ``rank`` is out of range, or the matrix is not finite.
@@ -146,22 +140,22 @@ def certified_subspace(
         basis = torch.eye(side, rank, dtype=matrix.dtype, device=matrix.device)
         return Subspace(basis, axis, Certificate("full" if norm else "zero", 0, norm, 1.0, 0.0, 0.0, None, False))
 
-    problem = _Problem(_tall(matrix), axis, rank, norm, _scale(norm, matrix.dtype), tolerance, rows)
+    problem = _Problem(matrix, axis, rank, norm, _scale(norm, matrix.dtype), tolerance, rows)
     solution, method, passes = None, "", 0
     if side > _DENSE_SIDE:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(16 if rank <= 32 else 32, side, generator=generator, dtype=torch.float64)
         solution = _lanczos(problem, start.to(matrix.device, matrix.dtype), generator)
-    if solution:
-        method, passes = "lanczos", solution.certificate.passes
-        if solution.stalled and matrix.dtype != torch.float64:
-            solution = _lanczos(problem, solution.vectors.to(torch.float64), generator) or solution
-            method, passes = "lanczos+float64", passes + solution.certificate.passes
-    if not solution or not solution.converged:
-        method, solution = "lanczos+gram" if solution else "gram", _dense(problem)
+        if solution:
+            method, passes = "lanczos", solution.certificate.passes
+        if solution and solution.stalled and matrix.dtype != torch.float64:
+            solution = _lanczos(problem, solution.vectors.to(torch.float64), generator)
+            method, passes = "lanczos+float64", passes + (solution.certificate.passes if solution else 0)
+    if solution is None or not solution.converged:
+        method, solution = "lanczos+gram" if passes else "gram", _dense(problem)
         passes += 1
     certificate = replace(solution.certificate, method=method, passes=passes)
-    logger.debug("shape %s, rank %d: %s", shape, rank, certificate)
+    logger.debug("%s, rank %d: %s", shape, rank, certificate)
     return Subspace(solution.vectors[:rank].mT.to(matrix.dtype), axis, certificate)
 
 
@@ -171,15 +165,13 @@ def dominant_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> tuple
     return subspace.basis, subspace.axis
 
 
-def certified_rows(
+def certified_factors(
     matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
-) -> tuple[Float[Tensor, "selected columns"], Certificate]:
-    """Return the selected rows of the rank-r truncated SVD of ``matrix`` (Eq. 10), and the certificate for them.
+) -> tuple[Float[Tensor, "selected rank"] | None, Float[Tensor, "rank columns"], Certificate]:
+    """Return the selected rows of the rank-r truncated SVD of ``matrix`` (Eq. 10) as ``left @ right``.
 
-    Args:
-        matrix: finite, any orientation; pass a transposed view to select columns.
-        rank: in [1, min(rows, columns)]; at the upper end the rows are returned unchanged.
-        rows: int64 indices. The other rows are not formed.
+    Args as ``certified_subspace``; the other rows are not formed. A transposed view selects columns. ``left`` is None
+    where nothing is truncated: the rows are ``right`` itself.
 
     Raises:
         ValueError: as ``certified_subspace``.
@@ -187,11 +179,23 @@ def certified_rows(
     subspace = certified_subspace(matrix, rank, rows=rows)
     basis, certificate = subspace.basis, subspace.certificate
     if certificate.method == "full":
-        return matrix[rows], certificate
+        return None, matrix[rows], certificate
     if subspace.axis == 0:
-        return basis[rows] @ (basis.mT @ matrix), certificate
+        return basis[rows], basis.mT @ matrix, certificate
     parts = rows.split(max(1, _PANEL // matrix.shape[1]))
-    return torch.cat([matrix[part] @ basis for part in parts]) @ basis.mT, certificate
+    return torch.cat([matrix[part] @ basis for part in parts]), basis.mT, certificate
+
+
+def certified_rows(
+    matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
+) -> tuple[Float[Tensor, "selected columns"], Certificate]:
+    """Return the product of ``certified_factors``, and the certificate.
+
+    Raises:
+        ValueError: as ``certified_subspace``.
+    """
+    left, right, certificate = certified_factors(matrix, rank, rows)
+    return (right if left is None else left @ right), certificate
 
 
 def truncated_rows(
@@ -205,16 +209,6 @@ def _tall(matrix: Tensor) -> Tensor:
     return matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix
 
 
-def _gram(tall: Tensor, scale: float) -> Tensor:
-    side = tall.shape[1]
-    total = torch.zeros(side, side, dtype=torch.float64, device=tall.device)
-    # In blocks, so that no float64 copy of the whole matrix exists.
-    for part in tall.split(max(1, side // 4, _PANEL // side)):
-        block = part.to(torch.float64) * scale
-        total.addmm_(block.mT, block)
-    return total
-
-
 def _scale(size: float, dtype: torch.dtype) -> float:
     """Return the power of two that brings ``size`` near 1: scaling by it rounds nothing."""
     limit = 120 if dtype == torch.float32 else 1000
@@ -222,16 +216,22 @@ def _scale(size: float, dtype: torch.dtype) -> float:
 
 
 def _judge(
-    problem: _Problem, vectors: Tensor, values: Tensor, residuals: Tensor, passes: int, width: int, shares: Tensor | None
+    problem: _Problem,
+    vectors: Tensor,
+    values: Tensor,
+    residuals: Tensor,
+    passes: int,
+    width: int,
+    shares: Tensor | None,
 ) -> _Solution:
     """Judge Ritz vectors w by their values (all, descending) and residuals ||A^T A w - value w||.
 
-    ``shares`` are ||w||^2 (axis 0) or ||A w||^2 of the r + 1 leading ones in the wanted rows. A block's ``width`` is
-    the most copies of one singular value that it finds.
+    ``width``: a block finds no more copies of one singular value. ``shares``: ||w||^2 (axis 0) or ||A w||^2 of the
+    r + 1 leading ones in the wanted rows.
     """
     rank, values = problem.rank, values.clamp_min(0)
-    kept, below, eps = values[:rank], values[rank], torch.finfo(problem.tall.dtype).eps
-    # A vector that leans by an angle towards another one changes the update by angle^2 (own + other) in energy.
+    kept, below, eps = values[:rank], values[rank], torch.finfo(problem.matrix.dtype).eps
+    # A vector that leans by an angle towards another changes the update's energy by angle^2 (own + other).
     whole, wanted, own, other = kept.sum(), kept.sum(), kept, below.expand(rank)
     if shares is not None and problem.axis == 0:
         wanted, own, other = (kept * shares[:rank]).sum(), kept * shares[rank], below * shares[:rank]
@@ -247,7 +247,7 @@ def _judge(
     floor = 6 * torch.finfo(vectors.dtype).eps * (values + values[0] / 16)
     rho = torch.hypot(residuals, floor)
     lacking, est = errors(rho[:rank])
-    # The quadratic residual bound up to the best gap, the linear one from there: a tie at r costs no energy.
+    # Quadratic residual bound up to the best gap, linear from there: a tie at r costs no energy.
     room, sums = values[:-1] - values[1:] - rho[1:], rho.cumsum(0)
     quadratic = torch.where(room > 0, rho.square().cumsum(0)[:-1] / room, math.inf)
     bounds = torch.cat([quadratic + (sums[rank - 1] - sums[:-1]).clamp_min(0), sums[rank - 1 : rank]])
@@ -264,35 +264,31 @@ def _judge(
         degenerate=degenerate,
     )
     first, last = kept[: max(0, rank - width + 1)], kept[width - 1 :]
-    missing = bool(((first - last < _TWIN * first) & (first - below > _TWIN * first)).any())
+    missing = bool(((first - last < 1e-5 * first) & (first - below > 1e-5 * first)).any())
     converged = deficit < _ENERGY and (est < 0.5 * problem.tolerance or degenerate)
     stalled = not converged and deficit < 10 * _ENERGY and errors(floor[:rank])[1] > 0.5 * est
-    return _Solution(vectors, certificate, converged and not missing, stalled and not missing)
+    return _Solution(vectors, certificate, converged=converged and not missing, stalled=stalled and not missing)
 
 
 def _dense(problem: _Problem) -> _Solution:
-    """Solve through the float64 Gram matrix, to rounding whichever rows are wanted."""
-    values, vectors = torch.linalg.eigh(_gram(problem.tall, problem.scale))
+    """Solve through the float64 Gram matrix."""
+    values, vectors = torch.linalg.eigh(gram(problem.matrix, scale=problem.scale))
     values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
     residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
     return _judge(problem, leading, values, residuals.expand(len(values)), 1, len(values), None)
 
 
 def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _Solution | None:
-    """Run block Lanczos on A^T A from the rows of ``start``, in its dtype, with a thick restart where memory ends.
-
-    None where the memory is too little for that.
-    """
-    tall, rank, scale, dtype = problem.tall, problem.rank, problem.scale, start.dtype
+    """Run block Lanczos on A^T A from the rows of ``start``, in its dtype. None where memory is too little."""
+    tall, rank, scale, dtype = _tall(problem.matrix), problem.rank, problem.scale, start.dtype
     (length, side), width = tall.shape, len(start)
     keep, most_passes = rank + 32, max(32, side // 16)
-    # Half of the matrix in float32, less what a restart copies and two blocks in work.
-    memory = max(2 * length * side, _LEAST_MEMORY) // ((length + side) * dtype.itemsize) - keep - 2 * width
+    # Half of float32 or 16 MB, less what a thick restart copies and two blocks in work.
+    memory = max(2 * length * side, 2**24) // ((length + side) * dtype.itemsize) - keep - 2 * width
     room = min(_MOST_VECTORS, side // 2, memory)
     if room < keep + max(64, width):
         return None
-    vectors = torch.empty(room, side, dtype=dtype, device=tall.device)
-    images = torch.empty(room, length, dtype=dtype, device=tall.device)
+    vectors, images = start.new_empty(room, side), start.new_empty(room, length)
     projected = torch.zeros(room, room, dtype=torch.float64)
     count, check, largest = 0, rank + 1, 0.0
     block, _ = _orthonormal(start, vectors[:0], 0.0, generator)
@@ -301,8 +297,10 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
         count = new.stop
         vectors[new] = block
         applied = _apply(tall, block * scale, images[new], scale)
-        # V^T (A^T A V) in float32 drowns values below its rounding; (A V)^T (A V) in float64 does not.
-        projected[new, :count] = _products(images[new], images[:count])
+        # V^T (A^T A V) in float32 would drown small values; (A V)^T (A V) in float64 does not.
+        projected[new] = 0
+        for image, others in zip(images[new].split(_CHUNK, 1), images[:count].split(_CHUNK, 1), strict=True):
+            projected[new, :count] += (image.to(torch.float64) @ others.to(torch.float64).mT).cpu()
         largest = max(largest, float(applied.norm(dim=1).amax()))
         block, coupling = _orthonormal(applied, vectors[:count], torch.finfo(dtype).eps * largest, generator)
         full = count + width > room
@@ -316,7 +314,7 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
         shares = None
         if problem.rows is not None:
             source, shares = vectors if problem.axis == 0 else images, torch.zeros(rank + 1, dtype=torch.float64)
-            for part in problem.rows.split(512):
+            for part in problem.rows.split(_CHUNK):
                 seen = leading[: rank + 1] @ source[:count, part]
                 shares += seen.to(torch.float64).square().sum(1).cpu()
         solution = _judge(problem, leading, values, residuals, passes, width, shares)
@@ -331,7 +329,7 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
 
 
 def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
-    """Return scale * block A^T A and write block A^T to ``images``; A is read as it lies in memory."""
+    """Return scale * block A^T A and write block A^T to ``images``."""
     step = len(tall) if tall.dtype == block.dtype else max(1, _PANEL // tall.shape[1])
     applied = torch.zeros_like(block)
     for begin in range(0, len(tall), step):
@@ -340,15 +338,6 @@ def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
         images[:, begin : begin + step] = image
         applied += (image * scale) @ part
     return applied
-
-
-def _products(left: Tensor, right: Tensor) -> Tensor:
-    """Return left right^T in float64, on the CPU."""
-    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-    step = max(1, _PANEL // len(right))
-    for a, b in zip(left.split(step, dim=1), right.split(step, dim=1), strict=True):
-        total.addmm_(a.to(torch.float64), b.to(torch.float64).mT)
-    return total.cpu()
 
 
 def _orthonormal(block: Tensor, basis: Tensor, floor: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -363,7 +352,7 @@ def _orthonormal(block: Tensor, basis: Tensor, floor: float, generator: torch.Ge
     if exhausted.any():
         fresh = torch.randn(len(columns), int(exhausted.sum()), generator=generator, dtype=torch.float64)
         columns[:, exhausted] = fresh.to(columns) / math.sqrt(len(columns))
-    # The QR amplifies what rounding left along the basis in a row that is nearly exhausted.
+    # The QR amplifies what rounding left along the basis in rows that are nearly exhausted.
     rows = columns.mT
     for _ in range(2):
         rows = rows - (rows @ basis.mT) @ basis

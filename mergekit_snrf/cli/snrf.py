@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from mergekit_snrf import __version__
+from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
@@ -19,5 +20,6 @@ def main() -> None:
 
 main.add_command(plan)
 main.add_command(patch)
+main.add_command(lora)
 main.add_command(mask)
 mask.add_command(select)

@@ -8,21 +8,21 @@ source are aliases of the base's. Tensors of the source without masked neurons a
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import Sequence
 
 import click
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
-from mergekit.common import ModelPath, ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.plugin.method import as_click_error
-from mergekit_snrf.plugin.plan import MergePlan, located, plan_merge, temporary_shards
+from mergekit_snrf.plugin.method import as_click_error, remember_command
+from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge, temporary_shards
 
 LOG = logging.getLogger(__name__)
 
@@ -92,18 +92,26 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
     for warning in plan.warnings:
         LOG.warning(warning)
     if context is not None and out_path is not None:
-        _remove_shards_of_a_failed_run(context, out_path)
+        remember_command(context)
+        _leave_no_shards_of_a_failed_run(context, out_path, options)
     _fetch_side_files(plan, options)
     rewrite(config, plan, recipe_folder)
     return describe(plan, config, options)
 
 
-def _remove_shards_of_a_failed_run(context: click.Context, out_path: str) -> None:
+def _leave_no_shards_of_a_failed_run(context: click.Context, out_path: str, options: MergeOptions) -> None:
+    existed = os.path.isdir(out_path)
+
     def remove() -> None:
         for shard in temporary_shards(out_path):
             os.remove(shard)
+        if not existed and os.path.isdir(out_path) and not os.listdir(out_path):
+            os.rmdir(out_path)
 
     context.call_on_close(remove)
+    if options.async_write:
+        # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
+        atexit.register(remove)
 
 
 def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
@@ -125,8 +133,9 @@ def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
 def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
     """Change ``config`` to the modules ``copied`` and ``edited`` with absolute paths, as mergekit can plan them."""
     assert plan.recipe is not None
-    base = _absolute(plan.recipe.target, recipe_folder)
-    source = _absolute(plan.recipe.source, recipe_folder)
+    # A relative path with one slash would look like a hub id to mergekit's model card, which then asks the hub.
+    base = absolute(plan.recipe.target, recipe_folder)
+    source = absolute(plan.recipe.source, recipe_folder)
     config.base_model = base
     config.models = None
     config.modules = {"copied": OutputModuleDefinition(models=[InputModelDefinition(model=base)])}
@@ -138,19 +147,6 @@ def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | No
             ]
         )
     config.parameters = {**(config.parameters or {}), "masks": str(plan.mask_path)}
-
-
-def _absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
-    # A relative path with one slash would look like a hub id to mergekit's model card, which then asks the hub.
-    path = located(reference, recipe_folder)
-    lora = reference.lora
-    if lora is not None:
-        lora = ModelPath(path=located(ModelReference(model=lora), recipe_folder), revision=lora.revision)
-    return ModelReference(
-        model=ModelPath(path=path, revision=reference.model.revision),
-        lora=lora,
-        override_architecture=reference.override_architecture,
-    )
 
 
 def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:

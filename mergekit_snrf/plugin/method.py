@@ -84,9 +84,24 @@ class SnrfMethod(MergeMethod):
         return tuple(results)
 
 
+_command: click.Context | None = None
+
+
+def remember_command(context: click.Context) -> None:
+    """Let ``as_click_error`` find the running command from mergekit's worker threads, where click does not know it."""
+    global _command
+
+    def forget() -> None:
+        global _command
+        _command = None
+
+    _command = context
+    context.call_on_close(forget)
+
+
 def as_click_error(error: SnrfError) -> Exception:
     """Return the error as the running click command shows it: in one sentence, or as it is with -vv or no command."""
-    context = click.get_current_context(silent=True)
+    context = click.get_current_context(silent=True) or _command
     if context is None or context.params.get("verbosity", 0) > 1:
         return error
     return click.ClickException(str(error))

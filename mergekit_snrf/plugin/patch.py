@@ -1,20 +1,21 @@
 """Patch mode: copy the target's shards and rewrite only the bytes of the masked neurons.
 
 The result holds the same tensors and side files as ``mergekit-yaml`` without ``dtype``, bit for bit, in the
-target's own shards. The folder is built under a temporary name with temporary shard names and moved into place at
-the end, so that a killed run never leaves a folder that loads.
+target's own shards. (Here a tensor is computed on one thread; where mergekit takes several, the order of their sums
+can round a last digit otherwise.) The folder is built beside the output under a temporary name, with temporary shard
+names, and moved into place as a whole: a killed run leaves no output, and nothing that loads before it is complete.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from mergekit.options import MergeOptions
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import fuse
+from mergekit_snrf.plugin import install
 from mergekit_snrf.plugin.adapter import rewrite
 from mergekit_snrf.plugin.plan import Edit, MergePlan, plan_merge
 from mergekit_snrf.shards import ByteRange, byte_ranges, overwrite_neurons, read_tensor
@@ -60,46 +62,75 @@ def patch_merge(
 
     Args:
         config_source: the recipe's text, written beside the model as mergekit does.
-        out_path: must not exist, or be empty.
+        out_path: must not exist, or be empty; missing parents are made.
         hard_links: link shards without edits instead of copying them; changing one later changes both.
-        workers: tensors that are computed at once; each holds one float32 copy of its tensor.
+        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
 
     Raises:
-        SnrfError: the merge cannot run as a patch; nothing is written.
+        SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
     """
-    plan = plan_merge(config, options, out_path=out_path, recipe_folder=recipe_folder, merge_adapter=True)
+    # The model card asks mergekit for the method's name.
+    install()
+    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
     _check_patchable(plan, config, out_path)
     plan.raise_problems()
     assert plan.target is not None
     assert plan.source is not None
     for warning in plan.warnings:
         LOG.warning(warning)
-    target_folder, source_folder = _local(plan.target, options), _local(plan.source, options)
-    out = Path(out_path).absolute()
-    building = out.parent / f".{out.name}{_PARTIAL}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    target_folder, source_folder = local_folder(plan.target, options), local_folder(plan.source, options)
+    # A link to an empty folder stays a link.
+    out = Path(os.path.realpath(out_path))
+    building = out.with_name(f".{out.name}{_PARTIAL}")
     try:
-        patched = _write_shards(plan, target_folder, source_folder, building, hard_links, workers, options.quiet)
-        for name in plan.target.side_files():
-            shutil.copy(target_folder / name, building / name)
-        if options.write_model_card:
-            rewrite(config, plan, recipe_folder)
-            card = generate_card(config=config, config_yaml=config_source, name=out.name)
-            (building / "README.md").write_text(card, encoding="utf-8")
-            (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
-        for shard in building.glob(f"*{_PARTIAL}"):
-            shard.rename(shard.with_suffix(""))
-        index = target_folder / "model.safetensors.index.json"
-        if index.is_file():
-            shutil.copy(index, building / index.name)
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+        with _claimed(building):
+            patched = _write_shards(plan, target_folder, source_folder, building, hard_links, workers, options.quiet)
+            for name in plan.target.side_files():
+                shutil.copy(target_folder / name, building / name)
+            if options.write_model_card:
+                rewrite(config, plan, recipe_folder)
+                card = generate_card(config=config, config_yaml=config_source, name=Path(out_path).absolute().name)
+                (building / "README.md").write_text(card, encoding="utf-8")
+                (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
+            for shard in building.glob(f"*{_PARTIAL}"):
+                shard.rename(shard.with_suffix(""))
+            index = target_folder / "model.safetensors.index.json"
+            if index.is_file():
+                shutil.copy(index, building / index.name)
+            building.rename(out)
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
+        raise SnrfError(
+            f"{out_path}: the merge could not be written ({reason}); make room, or choose another folder"
+        ) from None
     return patched
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Make ``folder``, or empty it of what a killed run left; remove it if the block fails.
+
+    Raises:
+        SnrfError: another run is at work in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SnrfError(f"{folder}: another run writes there; wait for it, or choose another folder") from None
+        except OSError as error:
+            LOG.debug("%s: cannot be locked (%s)", folder, error)
+        try:
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            yield
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _check_patchable(plan: MergePlan, config: MergeConfiguration, out_path: str) -> None:
@@ -116,24 +147,38 @@ def _check_patchable(plan: MergePlan, config: MergeConfiguration, out_path: str)
                 f"{checkpoint.name}: is stored as .bin; a patch reads byte ranges of safetensors, "
                 f"convert it or merge with mergekit-yaml"
             )
-    if os.path.isdir(out_path) and os.listdir(out_path):
+    if not os.path.exists(out_path):
+        return
+    if not os.path.isdir(out_path):
+        plan.problems.append(f"{out_path}: the output path is a file; give a folder")
+    elif os.listdir(out_path):
         plan.problems.append(f"{out_path}: the output folder is not empty; choose a new folder")
+    elif os.path.ismount(out_path) or os.path.samefile(out_path, os.curdir):
+        plan.problems.append(
+            f"{out_path}: a patch moves its output into place as a whole, which a mount point or the working folder "
+            f"does not allow; choose a new folder below it"
+        )
 
 
-def _local(checkpoint: Checkpoint, options: MergeOptions) -> Path:
+def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
+    """Return the folder of a checkpoint's shards and side files, downloaded if they are only on the hub."""
     if checkpoint.folder is not None:
         return checkpoint.folder
     import huggingface_hub
 
     shards = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return Path(
-        huggingface_hub.snapshot_download(
-            checkpoint.name,
-            revision=checkpoint.revision,
-            cache_dir=options.transformers_cache,
-            allow_patterns=[*shards, *checkpoint.side_files(), "*.index.json"],
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                checkpoint.name,
+                revision=checkpoint.revision,
+                cache_dir=options.transformers_cache,
+                allow_patterns=[*shards, *checkpoint.side_files(), "*.index.json"],
+            )
         )
-    )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SnrfError(f"{checkpoint.name}: cannot be downloaded ({reason}); check network and disk") from None
 
 
 def _write_shards(
@@ -158,8 +203,8 @@ def _write_shards(
     ways = dict.fromkeys(("reflinked", "copied", "linked"), 0)
     written = 0
     threads = torch.get_num_threads()
-    # Many threads on one matrix wait for one another; a thread a tensor does not.
-    torch.set_num_threads(max(1, threads // max(1, workers)))
+    # A thread a tensor: several on one matrix wait for one another, and sum in an order that depends on their number.
+    torch.set_num_threads(1)
     progress = tqdm.tqdm(total=len(plan.edits), desc="Patching", unit="tensor", disable=quiet)
     try:
         with progress, ThreadPoolExecutor(max(1, workers)) as pool:
@@ -199,20 +244,15 @@ def _take_over(original: Path, copy: Path, *, link: bool) -> str:
             os.link(real, copy)
             return "linked"
         except OSError as error:
-            raise SnrfError(f"{original}: cannot be hard-linked to {copy.parent} ({error.strerror})") from None
+            raise SnrfError(
+                f"{original}: cannot be hard-linked to {copy.parent} ({error.strerror}); leave out --hard-links"
+            ) from None
     with real.open("rb") as source, copy.open("wb") as target:
         try:
             fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
             return "reflinked"
         except OSError as error:
-            if error.errno not in (
-                errno.EOPNOTSUPP,
-                errno.EXDEV,
-                errno.EINVAL,
-                errno.ENOTTY,
-                errno.ENOSYS,
-                errno.EPERM,
-            ):
-                raise
+            # File systems refuse in many ways; a real fault shows again when the bytes are copied.
+            LOG.debug("%s: not reflinked (%s)", original, error)
     shutil.copyfile(real, copy)
     return "copied"

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -22,7 +23,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion
 from mergekit_snrf.maskfile import Mask, ModelProvenance, local_path, read_mask
 from mergekit_snrf.neurons import PROJECTIONS, Site
-from mergekit_snrf.plugin.recipe import Recipe, read_recipe
+from mergekit_snrf.plugin.recipe import Recipe, default, read_recipe
 
 _TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")
 _SHOWN = 3
@@ -153,7 +154,8 @@ def plan_merge(
     with plan._collect():
         plan.source = _open(recipe.source, options, recipe_folder)
         if recipe.source.lora is not None:
-            plan.source = _source_with_adapter(plan, recipe.source, plan.source, options, merge_adapter)
+            source = absolute(recipe.source, recipe_folder)
+            plan.source = _source_with_adapter(plan, source, plan.source, options, merge_adapter)
         plan.source_decoder = find_decoder(plan.source)
     if recipe.target.lora is not None:
         plan.problems.append(
@@ -163,10 +165,11 @@ def plan_merge(
     if isinstance(recipe.parameters.get("masks"), str):
         with plan._collect():
             plan.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
-            _check_sha256(plan.mask_path, str(recipe.value("masks_sha256")))
+            _check_sha256(plan.mask_path, str(_tolerant(recipe, "masks_sha256")))
             plan.mask = read_mask(plan.mask_path)
     _check_output(plan, config, options, out_path)
     _check_dtypes(plan, config)
+    _check_chat_template(plan, config)
     _check_remote_code(plan, options)
     if plan.target is None or plan.target_decoder is None:
         return plan
@@ -175,6 +178,8 @@ def plan_merge(
         _compare_provenance(plan, plan.mask)
     if plan.source is None or plan.source_decoder is None:
         return plan
+    if recipe.source.lora is None:
+        _check_distinct(plan, plan.target, plan.source)
     plan.problems += pairing_problems(
         plan.target, plan.source, any_family=bool(_tolerant(recipe, "allow_family_mismatch"))
     )
@@ -184,11 +189,11 @@ def plan_merge(
 
 
 def _tolerant(recipe: Recipe, name: str) -> object:
-    """Return a flag's value, or its default where the recipe's value is invalid and already reported."""
+    """Return a parameter's value, or its default where the recipe's value is invalid and already reported."""
     try:
         return recipe.value(name)
     except ValueError:
-        return False
+        return default(name)
 
 
 def located(reference: ModelReference, recipe_folder: str | None) -> str:
@@ -199,6 +204,18 @@ def located(reference: ModelReference, recipe_folder: str | None) -> str:
         if os.path.isdir(candidate):
             return os.path.abspath(candidate)
     return path
+
+
+def absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
+    """Return the same model and adapter with absolute folders; hub ids stay as they are."""
+    lora = reference.lora
+    if lora is not None:
+        lora = ModelPath(path=located(ModelReference(model=lora), recipe_folder), revision=lora.revision)
+    return ModelReference(
+        model=ModelPath(path=located(reference, recipe_folder), revision=reference.model.revision),
+        lora=lora,
+        override_architecture=reference.override_architecture,
+    )
 
 
 def _open(reference: ModelReference, options: MergeOptions, recipe_folder: str | None) -> Checkpoint:
@@ -223,16 +240,28 @@ def _source_with_adapter(
             f"{reference}: planned from the model below the adapter, which is applied when the merge runs"
         )
         return below
-    merged = reference.merged(
-        cache_dir=options.lora_merge_cache,
-        trust_remote_code=options.trust_remote_code,
-        lora_merge_dtype=options.lora_merge_dtype,
-    )
+    try:
+        merged = reference.merged(
+            cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SnrfError(
+            f"{reference}: mergekit cannot merge the adapter into the source ({reason}); check the adapter, and empty "
+            f"{options.lora_merge_cache} before the next run"
+        ) from error
     return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)
 
 
 def _check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOptions, out_path: str | None) -> None:
-    if out_path is None or not os.path.exists(out_path):
+    if out_path is None:
+        return
+    if not os.path.exists(out_path):
+        above = next(folder for folder in Path(out_path).absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            plan.problems.append(f"{out_path}: cannot be made, {above} is not a writable folder; choose another folder")
         return
     if not os.path.isdir(out_path):
         plan.problems.append(f"{out_path}: the output path is a file; give a folder")
@@ -247,8 +276,9 @@ def _check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpt
     others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
     if others:
         plan.problems.append(
-            f"{os.path.join(out_path, others[0])}: the output folder holds other weights ({len(others)} files), "
-            f"which would be mixed up with the new shards; remove them or choose another folder"
+            f"{os.path.join(out_path, others[0])}: the output folder holds other weights ({len(others)} "
+            f"{'file' if len(others) == 1 else 'files'}), which would be mixed up with the new shards; remove them or "
+            f"choose another folder"
         )
 
 
@@ -299,6 +329,29 @@ def _check_dtypes(plan: MergePlan, config: MergeConfiguration) -> None:
                     f"mergekit would convert to {name}; remove {key} from the recipe to keep every dtype as it is"
                 )
                 break
+
+
+def _check_chat_template(plan: MergePlan, config: MergeConfiguration) -> None:
+    if not config.chat_template or config.chat_template == "auto":
+        return
+    # mergekit notices a bad template after the weights are written, and then leaves the tokenizer out.
+    from mergekit.merge import _set_chat_template
+
+    try:
+        _set_chat_template(SimpleNamespace(), config)
+    except RuntimeError:
+        plan.problems.append(
+            f"chat_template: {config.chat_template!r} is neither Jinja text nor the name of one of mergekit's "
+            f"templates (chatml, llama3, ...); correct or remove it"
+        )
+
+
+def _check_distinct(plan: MergePlan, target: Checkpoint, source: Checkpoint) -> None:
+    if target.folder and source.folder and os.path.samefile(target.folder, source.folder):
+        plan.problems.append(
+            f"{source.name}: the source is the base_model {target.name} itself, so the merge would change nothing; "
+            f"name the text-only model under 'models'"
+        )
 
 
 def _check_remote_code(plan: MergePlan, options: MergeOptions) -> None:

@@ -78,6 +78,11 @@ class Recipe:
         return [entry.filter for setting in settings for entry in _conditionals(setting) if entry.filter]
 
 
+def default(name: str) -> Any:
+    """Return the default of a parameter."""
+    return _SPECS[name].default
+
+
 def read_recipe(config: MergeConfiguration, problems: list[str]) -> Recipe | None:
     """Check a mergekit configuration against SNRF's rules.
 
@@ -152,7 +157,10 @@ def _check_parameter(name: str, setting: ParameterSetting, where: str, problems:
     if name in _PLAIN and not isinstance(setting, (str, bool, int, float)):
         problems.append(f"parameter {name!r} in {where} must be one plain value, not a gradient or a list of filters")
         return
-    for value in _scalars(setting):
+    values = list(_scalars(setting))
+    if not values:
+        problems.append(f"parameter {name!r} in {where} is an empty list; give a value, or remove it")
+    for value in values:
         try:
             _check_value(spec, value)
         except SnrfError as error:
@@ -166,7 +174,7 @@ def _check_parameter(name: str, setting: ParameterSetting, where: str, problems:
 def _check_value(spec: ParameterSpec, value: Any) -> None:
     if isinstance(value, bool) and spec.value_type is not bool:
         raise SnrfError(f"expected a number or text, got {value!r}")
-    if spec.name == "rank" and isinstance(value, float) and value != round(value):
+    if spec.name == "rank" and isinstance(value, float) and not value.is_integer():
         raise SnrfError(f"rank must be a whole number, got {value}")
     checked = spec.validate(value)
     if spec.name in ("beta", "rank", "order"):

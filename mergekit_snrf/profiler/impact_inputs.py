@@ -239,7 +239,7 @@ def _without_short_products() -> Iterator[None]:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:
         # torch refuses to mix this switch with its newer ones, so the process has set one of those.
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
         settings = [backend.fp32_precision for backend in backends]
         try:
             for backend in backends:

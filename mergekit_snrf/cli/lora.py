@@ -1,0 +1,55 @@
+"""``snrf lora``: the update of a merge as a PEFT adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mergekit_snrf.cli.common import command_options, load_recipe, size
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(dir_okay=False))
+@click.argument("out_path", metavar="OUT", type=click.Path())
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the adapter's matrices; float32 is exact.",
+)
+@click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
+@click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
+@click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
+@command_options
+def lora(
+    recipe: str,
+    out_path: str,
+    dtype: str,
+    transformers_cache: str | None,
+    lora_merge_cache: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
+    from mergekit.options import MergeOptions
+
+    from mergekit_snrf.lora import DTYPES, export_adapter
+    from mergekit_snrf.plugin.plan import plan_merge
+
+    options = MergeOptions(
+        transformers_cache=transformers_cache,
+        lora_merge_cache=lora_merge_cache,
+        trust_remote_code=trust_remote_code,
+    )
+    config = load_recipe(recipe)
+    plan = plan_merge(config, options, recipe_folder=str(Path(recipe).resolve().parent), merge_adapter=True)
+    done = export_adapter(
+        plan,
+        options,
+        out_path,
+        dtype=DTYPES[dtype],
+        recipe=Path(recipe).read_text(encoding="utf-8"),
+        quiet=bool(click.get_current_context().params.get("quiet")),
+    )
+    click.echo(f"{out_path}: {len(done.ranks)} modules, {size(done.bytes)}")
