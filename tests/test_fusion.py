@@ -279,7 +279,7 @@ def test_weights_that_are_not_finite_are_named(bad: float, dtype: torch.dtype) -
     neurons = torch.tensor([True, False, False, False])
     for which, target, source in (("target", damaged, good), ("source", good, damaged), ("target", damaged, damaged)):
         with pytest.raises(
-            SnrfError, match=rf"^layer\.weight: the {which} holds NaN or infinite weights; the checkpoint"
+            SnrfError, match=rf"^layer\.weight: the {which}'s tensor of shape .4, 3. holds NaN or infinite weights; "
         ):
             fuse(target, source, neurons, 0, Fusion(rank=1), name="layer.weight")
 

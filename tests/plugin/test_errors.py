@@ -462,7 +462,7 @@ def damaged(pair: Pair, tmp_path: Path) -> dict[str, Any]:
     return pair.recipe(models=[{"model": str(source)}])
 
 
-NAN = f"{target_name(Site(2, 'fwd.up'))}: the source holds NaN or infinite weights"
+NAN = f"{target_name(Site(2, 'fwd.up'))}: the source's tensor of shape [96, 64] holds NaN or infinite weights"
 
 
 @pytest.mark.parametrize("flags", ["", "--out-shard-size 10000", "--no-safe-serialization --out-shard-size 10000"])
