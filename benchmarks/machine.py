@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -45,6 +45,18 @@ class Measured:
         return asdict(self)
 
 
+# A process inherits the peak memory of the one that started it, so a small one starts the command.
+_LAUNCHER = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+wall = time.perf_counter() - start
+usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps({"wall_s": wall, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}))
+sys.exit(code)
+"""
+
+
 def run(command: Sequence[str], *, threads: int, drop_caches: bool = False) -> Measured:
     """Run a command to its end and measure it.
 
@@ -54,17 +66,12 @@ def run(command: Sequence[str], *, threads: int, drop_caches: bool = False) -> M
     if drop_caches:
         drop_file_caches()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    process = subprocess.run(
+        [sys.executable, "-S", "-c", _LAUNCHER, *command], env=environment, capture_output=True, start_new_session=True
     )
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    if os.waitstatus_to_exitcode(status):
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()[-2000:]}")
-    return Measured(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{process.stderr.decode()[-2000:]}")
+    return Measured(**json.loads(process.stdout))
 
 
 def drop_file_caches() -> bool:

@@ -2,7 +2,8 @@
 
     python benchmarks/merge.py --size 0.5B --json merge.json
 
-Two bf16 checkpoints of random weights are made with the shapes of Qwen2.5. The mask holds 10 % of the neurons of
+Two bf16 checkpoints of random weights are made with the shapes of Qwen2.5; their difference is a tenth as large as the
+weights, with singular values that fall off about as i^-0.5. The mask holds 10 % of the neurons of
 every layer and projection; ``one layer`` holds the same of layer 0 alone.
 """
 
@@ -38,7 +39,7 @@ SHAPES = {
 
 
 def make_checkpoint(folder: Path, shape: dict[str, Any], seed: int, drift: Path | None = None) -> None:
-    """Write a random bf16 Qwen2 checkpoint in one file, ``drift`` plus a small difference if given."""
+    """Write a random bf16 Qwen2 checkpoint in one file, ``drift`` plus a difference if given."""
     config = Qwen2Config(vocab_size=151936, architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **shape)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
@@ -58,14 +59,24 @@ def make_checkpoint(folder: Path, shape: dict[str, Any], seed: int, drift: Path 
         sizes[f"{prefix}mlp.down_proj.weight"] = (hidden, wide)
         sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
         sizes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-    scale = 0.02 if drift is None else 0.002
-    tensors = {name: (torch.randn(size, generator=generator) * scale).bfloat16() for name, size in sizes.items()}
+    tensors = {name: _random(size, generator, drifting=drift is not None) for name, size in sizes.items()}
     if drift is not None:
         from safetensors import safe_open
 
         with safe_open(drift / "model.safetensors", "pt") as base:
             tensors = {name: base.get_tensor(name) + tensor for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random(size: tuple[int, ...], generator: torch.Generator, *, drifting: bool) -> torch.Tensor:
+    """Draw a weight, or a difference a tenth as large whose singular values fall off about as i^-0.5."""
+    weight = torch.randn(size, generator=generator) * 0.02
+    if drifting and len(size) == 2:
+        axis = 0 if size[0] <= size[1] else 1
+        decay = torch.arange(1, size[axis] + 1).pow(-0.5)
+        decay *= 0.1 / decay.square().mean().sqrt()
+        weight *= decay[:, None] if axis == 0 else decay[None, :]
+    return weight.bfloat16()
 
 
 def write_recipes(work: Path, rank: int) -> dict[str, Path]:

@@ -14,6 +14,8 @@ from mergekit_snrf.lowrank import Certificate, certified_factors, frobenius_norm
 
 Order = Literal["svd-then-mask", "mask-then-svd"]
 ORDERS: tuple[str, ...] = get_args(Order)
+# Elements that are converted at a time.
+_PANEL = 2**20
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,11 @@ def masked_update(
             f"{name}: the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
             f"{target.shape[axis]}; use a mask of this model"
         )
-    dtype = working_dtype(target, source)
-    delta = source.to(dtype, copy=True)
-    delta -= target.to(dtype)
-    if not torch.isfinite(delta).all():
+    delta, finite = _difference(target, source)
+    if not finite:
         which = "target" if not torch.isfinite(target).all() else "source"
         if torch.isfinite(target).all() and torch.isfinite(source).all():
-            raise SnrfError(f"{name}: the difference of source and target overflows {dtype}; check both")
+            raise SnrfError(f"{name}: the difference of source and target overflows {delta.dtype}; check both")
         raise SnrfError(
             f"{name}: the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights; the checkpoint "
             f"is damaged, get it again or leave these neurons out of the mask"
@@ -152,6 +152,19 @@ def masked_update(
     if rank >= min(masked.shape):
         return Update(selected, None, masked)
     return Update(selected, *certified_factors(masked, rank, torch.arange(len(masked), device=masked.device)))
+
+
+def _difference(target: Tensor, source: Tensor) -> tuple[Tensor, bool]:
+    """Return source - target in the working dtype, and whether it is finite; the only whole copy that is made."""
+    dtype = working_dtype(target, source)
+    delta = torch.empty(target.shape, dtype=dtype, device=target.device)
+    finite = True
+    step = max(1, _PANEL // max(1, target.shape[1]))
+    for start in range(0, len(target), step):
+        panel = slice(start, start + step)
+        torch.sub(source[panel].to(dtype), target[panel].to(dtype), out=delta[panel])
+        finite = finite and bool(torch.isfinite(delta[panel]).all())
+    return delta, finite
 
 
 def fuse(

@@ -20,8 +20,8 @@ _DENSE_SIDE = 512
 # Elements converted to float64 at a time: they stay in a processor's cache.
 _PANEL = 2**19
 _CHUNK = 1024
-# Lanczos vectors before a restart: decomposing their projection should cost less than a pass.
-_MOST_VECTORS = 512
+# Lanczos vectors before a restart: more save no passes on flat spectra, and cost memory.
+_VECTORS = 256
 # Energy that a subspace may lack, relative to the optimum.
 _ENERGY = 1e-6
 
@@ -189,11 +189,7 @@ def certified_factors(
 def certified_rows(
     matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
 ) -> tuple[Float[Tensor, "selected columns"], Certificate]:
-    """Return the product of ``certified_factors``, and the certificate.
-
-    Raises:
-        ValueError: as ``certified_subspace``.
-    """
+    """Return the product of ``certified_factors``, and the certificate. Raises as it does."""
     left, right, certificate = certified_factors(matrix, rank, rows)
     return (right if left is None else left @ right), certificate
 
@@ -216,32 +212,28 @@ def _scale(size: float, dtype: torch.dtype) -> float:
 
 
 def _judge(
-    problem: _Problem,
-    vectors: Tensor,
-    values: Tensor,
-    residuals: Tensor,
-    passes: int,
-    width: int,
-    shares: Tensor | None,
+    problem: _Problem, vectors: Tensor, values: Tensor, residuals: Tensor, passes: int, shares: Tensor | None
 ) -> _Solution:
     """Judge Ritz vectors w by their values (all, descending) and residuals ||A^T A w - value w||.
 
-    ``width``: a block finds no more copies of one singular value. ``shares``: ||w||^2 (axis 0) or ||A w||^2 of the
-    r + 1 leading ones in the wanted rows.
+    ``shares``: ||w||^2 (axis 0) or ||A w||^2 of the r + 1 leading ones in the wanted rows.
     """
     rank, values = problem.rank, values.clamp_min(0)
     kept, below, eps = values[:rank], values[rank], torch.finfo(problem.matrix.dtype).eps
-    # A vector that leans by an angle towards another changes the update's energy by angle^2 (own + other).
-    whole, wanted, own, other = kept.sum(), kept.sum(), kept, below.expand(rank)
+    # A vector that leans by an angle towards another changes the update by angle^2 (own + other energy).
+    whole, wanted, change = kept.sum(), kept.sum(), kept + below
     if shares is not None and problem.axis == 0:
-        wanted, own, other = (kept * shares[:rank]).sum(), kept * shares[rank], below * shares[:rank]
+        wanted, change = (kept * shares[:rank]).sum(), kept * shares[rank] + below * shares[:rank]
     elif shares is not None:
-        wanted, own, other = shares[:rank].sum(), shares[:rank], shares[rank].expand(rank)
+        wanted, change = shares[:rank].sum(), shares[:rank] + shares[rank]
+
+    # Rows that hold no more than rounding have no error of their own.
+    seen = bool(wanted > eps**2 * whole)
 
     def errors(rho: Tensor) -> tuple[float, float]:
         squares = torch.where(kept > below, rho / (kept - below), 1.0).clamp_max(1.0).square()
         of_all = float((squares * (kept + below)).sum() / whole)
-        return of_all, math.sqrt(max(of_all, float((squares * (own + other)).sum() / wanted) if wanted > 0 else 0.0))
+        return of_all, math.sqrt(max(of_all, float((squares * change).sum() / wanted) if seen else 0.0))
 
     # What rounding leaves of residuals, unseen; measured on many spectra.
     floor = 6 * torch.finfo(vectors.dtype).eps * (values + values[0] / 16)
@@ -263,11 +255,9 @@ def _judge(
         gap=1 - math.sqrt(float(below / kept[-1].clamp_min(1e-300))),
         degenerate=degenerate,
     )
-    first, last = kept[: max(0, rank - width + 1)], kept[width - 1 :]
-    missing = bool(((first - last < 1e-5 * first) & (first - below > 1e-5 * first)).any())
     converged = deficit < _ENERGY and (est < 0.5 * problem.tolerance or degenerate)
     stalled = not converged and deficit < 10 * _ENERGY and errors(floor[:rank])[1] > 0.5 * est
-    return _Solution(vectors, certificate, converged=converged and not missing, stalled=stalled and not missing)
+    return _Solution(vectors, certificate, converged, stalled)
 
 
 def _dense(problem: _Problem) -> _Solution:
@@ -275,7 +265,7 @@ def _dense(problem: _Problem) -> _Solution:
     values, vectors = torch.linalg.eigh(gram(problem.matrix, scale=problem.scale))
     values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
     residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
-    return _judge(problem, leading, values, residuals.expand(len(values)), 1, len(values), None)
+    return _judge(problem, leading, values, residuals.expand(len(values)), 1, None)
 
 
 def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _Solution | None:
@@ -283,9 +273,9 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
     tall, rank, scale, dtype = _tall(problem.matrix), problem.rank, problem.scale, start.dtype
     (length, side), width = tall.shape, len(start)
     keep, most_passes = rank + 32, max(32, side // 16)
-    # Half of float32 or 16 MB, less what a thick restart copies and two blocks in work.
+    # Less what a thick restart copies and two blocks in work.
     memory = max(2 * length * side, 2**24) // ((length + side) * dtype.itemsize) - keep - 2 * width
-    room = min(_MOST_VECTORS, side // 2, memory)
+    room = min(max(_VECTORS, 2 * keep), side // 2, memory)
     if room < keep + max(64, width):
         return None
     vectors, images = start.new_empty(room, side), start.new_empty(room, length)
@@ -317,15 +307,19 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
             for part in problem.rows.split(_CHUNK):
                 seen = leading[: rank + 1] @ source[:count, part]
                 shares += seen.to(torch.float64).square().sum(1).cpu()
-        solution = _judge(problem, leading, values, residuals, passes, width, shares)
+        solution = _judge(problem, leading, values, residuals, passes, shares)
         if solution.converged or solution.stalled or passes == most_passes:
             break
         if full:
             vectors[:keep] = leading @ vectors[:count]
             images[:keep] = leading @ images[:count]
             projected[:keep, :keep] = values[:keep].diag()
-            count = keep
-    return replace(solution, vectors=leading[: rank + 16] @ vectors[:count])
+            count = check = keep
+    # A block finds at most its width of copies of one singular value: if it found as many, there may be more.
+    first, last = values[: max(0, rank - width + 1)], values[width - 1 : rank]
+    sure = not bool(((first - last < 1e-5 * first) & (first - values[rank] > 1e-5 * first)).any())
+    found = leading[: rank + 16] @ vectors[:count]
+    return replace(solution, vectors=found, converged=solution.converged and sure, stalled=solution.stalled and sure)
 
 
 def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 
 import click
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.common import dtype_from_name
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_snrf.checkpoint import Checkpoint
+from mergekit_snrf.checkpoint import FLOAT_DTYPES, Checkpoint
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.plugin.method import as_click_error, remember_command
+from mergekit_snrf.plugin.method import as_click_error, remember_command, start_tally
 from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge, temporary_shards
 
 LOG = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
         _leave_no_shards_of_a_failed_run(context, out_path, options)
     _fetch_side_files(plan, options)
     rewrite(config, plan, recipe_folder)
+    start_tally(len(plan.edits))
     return describe(plan, config, options)
 
 
@@ -157,7 +159,9 @@ def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions)
     layers: list[list[WeightInfo]] = [[] for _ in range(decoder.shape.layers)]
     for edit in plan.edits:
         aliases = (edit.source_name,) if edit.source_name != edit.target_name else None
-        layers[edit.site.layer].append(WeightInfo(name=edit.target_name, aliases=aliases))
+        layers[edit.site.layer].append(
+            WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=_wider_dtype(config, edit.dtype))
+        )
     # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
     copied = [
         WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
@@ -172,6 +176,13 @@ def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions)
         model_type=target.model_type,
         tagalong_files=_tagalong_files(target, config, options),
     )
+
+
+def _wider_dtype(config: MergeConfiguration, dtype: str) -> str | None:
+    """Return ``out_dtype`` where it is wider than what the maths would be rounded to before it is applied."""
+    working = dtype_from_name(config.dtype or FLOAT_DTYPES[dtype])
+    out = dtype_from_name(config.out_dtype)
+    return config.out_dtype if out is not None and out.itemsize > working.itemsize else None
 
 
 def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: MergeOptions) -> list[str]:

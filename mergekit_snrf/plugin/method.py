@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import torch
@@ -22,6 +22,9 @@ from mergekit.merge_methods.base import (
 from pydantic import BeforeValidator
 
 from mergekit_snrf.errors import SnrfError
+
+if TYPE_CHECKING:
+    from mergekit_snrf.plugin.tally import Tally
 
 # Gradients interpolate between whole numbers; a rank in between is rounded to the nearest.
 _Rank = Annotated[int, BeforeValidator(lambda value: round(value) if isinstance(value, float) else value)]
@@ -122,7 +125,8 @@ def merge_group(
         SnrfError: the tensor is no decoder weight, the mask does not fit it, or a weight is not finite.
     """
     from mergekit_snrf.decoder import site_of
-    from mergekit_snrf.fusion import Fusion, fuse
+    from mergekit_snrf.fusion import Fusion, fuse_and_report
+    from mergekit_snrf.threads import one_thread
 
     base = group.base
     if base is None:
@@ -136,7 +140,22 @@ def merge_group(
     if member is None or not bool(member.any()):
         return base.tensor
     fusion = Fusion(beta=beta[source.id], rank=rank[source.id], order=order)
-    return fuse(base.tensor, source.tensor, member, site.axis, fusion, name=name)
+    with one_thread():
+        fused, certificate, rounding = fuse_and_report(base.tensor, source.tensor, member, site.axis, fusion, name=name)
+    if _tally is not None:
+        _tally.add(name, certificate, rounding)
+    return fused
+
+
+_tally: Tally | None = None
+
+
+def start_tally(tensors: int) -> None:
+    """Begin to count the edited tensors of a merge, which speaks when the last one is done."""
+    global _tally
+    from mergekit_snrf.plugin.tally import Tally
+
+    _tally = Tally(tensors)
 
 
 class _MaskCache:

@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tqdm
 from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
@@ -27,11 +26,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import fuse
+from mergekit_snrf.fusion import fuse_and_report
 from mergekit_snrf.plugin import install
 from mergekit_snrf.plugin.adapter import rewrite
 from mergekit_snrf.plugin.plan import Edit, MergePlan, plan_merge
+from mergekit_snrf.plugin.tally import Tally
 from mergekit_snrf.shards import ByteRange, byte_ranges, overwrite_neurons, read_tensor
+from mergekit_snrf.threads import one_thread
 
 LOG = logging.getLogger(__name__)
 _FICLONE = 0x40049409
@@ -202,36 +203,33 @@ def _write_shards(
             source_ranges[file] = byte_ranges(source_folder / file)
     ways = dict.fromkeys(("reflinked", "copied", "linked"), 0)
     written = 0
-    threads = torch.get_num_threads()
-    # A thread a tensor: several on one matrix wait for one another, and sum in an order that depends on their number.
-    torch.set_num_threads(1)
+    tally = Tally(len(plan.edits))
     progress = tqdm.tqdm(total=len(plan.edits), desc="Patching", unit="tensor", disable=quiet)
-    try:
-        with progress, ThreadPoolExecutor(max(1, workers)) as pool:
-            for shard in sorted({tensor.file for tensor in plan.target.tensors.values()}):
-                original, copy = target_folder / shard, building / f"{shard}{_PARTIAL}"
-                edits = by_shard.get(shard, [])
-                ways[_take_over(original, copy, link=hard_links and not edits)] += 1
-                ranges = byte_ranges(original) if edits else {}
+    with one_thread(), progress, ThreadPoolExecutor(max(1, workers)) as pool:
+        for shard in sorted({tensor.file for tensor in plan.target.tensors.values()}):
+            original, copy = target_folder / shard, building / f"{shard}{_PARTIAL}"
+            edits = by_shard.get(shard, [])
+            ways[_take_over(original, copy, link=hard_links and not edits)] += 1
+            ranges = byte_ranges(original) if edits else {}
 
-                def apply(edit: Edit, ranges: Mapping[str, ByteRange] = ranges, copy: Path = copy) -> int:
-                    source_file = plan.source.tensors[edit.source_name].file  # type: ignore[union-attr]
-                    return _apply(
-                        plan, edit, ranges[edit.target_name], source_ranges[source_file][edit.source_name], copy
-                    )
+            def apply(edit: Edit, ranges: Mapping[str, ByteRange] = ranges, copy: Path = copy) -> int:
+                source_file = plan.source.tensors[edit.source_name].file  # type: ignore[union-attr]
+                source = source_ranges[source_file][edit.source_name]
+                return _apply(plan, edit, ranges[edit.target_name], source, copy, tally)
 
-                for count in pool.map(apply, edits):
-                    written += count
-                    progress.update()
-    finally:
-        torch.set_num_threads(threads)
+            for count in pool.map(apply, edits):
+                written += count
+                progress.update()
     return Patched(written, **ways)
 
 
-def _apply(plan: MergePlan, edit: Edit, target: ByteRange, source: ByteRange, copy: Path) -> int:
+def _apply(plan: MergePlan, edit: Edit, target: ByteRange, source: ByteRange, copy: Path, tally: Tally) -> int:
     assert plan.mask is not None
     member = plan.mask.neurons[edit.site]
-    fused = fuse(read_tensor(target), read_tensor(source), member, edit.site.axis, edit.fusion, name=edit.target_name)
+    fused, certificate, rounding = fuse_and_report(
+        read_tensor(target), read_tensor(source), member, edit.site.axis, edit.fusion, name=edit.target_name
+    )
+    tally.add(edit.target_name, certificate, rounding)
     return overwrite_neurons(target, copy, fused, member, edit.site.axis)
 
 
