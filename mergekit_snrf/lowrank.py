@@ -231,7 +231,8 @@ def _judge(
     seen = bool(wanted > eps**2 * whole)
 
     def errors(rho: Tensor) -> tuple[float, float]:
-        squares = torch.where(kept > below, rho / (kept - below), 1.0).clamp_max(1.0).square()
+        # Twice the sine of an angle that is not small: the value, too, is then far too low.
+        squares = torch.where(kept > below, rho / (kept - below), 2.0).clamp_max(2.0).square()
         of_all = float((squares * (kept + below)).sum() / whole)
         return of_all, math.sqrt(max(of_all, float((squares * change).sum() / wanted) if seen else 0.0))
 
