@@ -15,7 +15,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-# Up to this side the float64 Gram matrix is about as fast as Lanczos, and exact.
+# Up to this side the Gram matrix is about as fast as Lanczos, and exact.
 _DENSE_SIDE = 512
 # Elements converted to float64 at a time: they stay in a processor's cache.
 _PANEL = 2**19
@@ -31,8 +31,7 @@ class Certificate:
     """How good a dominant subspace is; ``dataclasses.asdict`` makes JSON of it.
 
     Attributes:
-        method: ``gram``, ``lanczos``, ``lanczos+float64``, ``lanczos+gram``, ``zero`` (Delta is zero) or ``full``
-            (the rank is the shorter side).
+        method: ``gram``, ``lanczos``, ``lanczos+float64``, ``lanczos+gram``, ``zero`` or ``full`` (nothing to do).
         passes: how often Delta was read.
         norm: ||Delta||_F.
         captured: ||Delta_r||_F^2 / ||Delta||_F^2.
@@ -115,10 +114,9 @@ def certified_subspace(
 ) -> Subspace:
     """Return the dominant singular subspace of ``matrix`` on its shorter side, with its certificate.
 
-    Up to a side of 512 from the float64 Gram matrix; beyond, by block Lanczos on A^T A with full reorthogonalisation,
-    in extra memory of at most half of the matrix (or 16 MB). Where float32 cannot separate the singular values it goes
-    on in float64; the Gram matrix is the last resort. Devices and thread counts agree within ``tolerance``, equal ones
-    bit for bit.
+    Up to a side of 512 from the float64 Gram matrix; beyond, by block Lanczos in extra memory of at most half of the
+    matrix (or 16 MB), going on in float64 where float32 cannot separate the singular values. The Gram matrix is the
+    last resort. Devices and thread counts agree within ``tolerance``, equal ones bit for bit.
 
     Args:
         matrix: finite, float32 or float64, any orientation and scale.
@@ -226,12 +224,11 @@ def _judge(
         wanted, change = (kept * shares[:rank]).sum(), kept * shares[rank] + below * shares[:rank]
     elif shares is not None:
         wanted, change = shares[:rank].sum(), shares[:rank] + shares[rank]
-
-    # Rows that hold no more than rounding have no error of their own.
+    # Rows that hold rounding only have no error of their own.
     seen = bool(wanted > eps**2 * whole)
 
     def errors(rho: Tensor) -> tuple[float, float]:
-        # Twice the sine of an angle that is not small: the value, too, is then far too low.
+        # Large angles count twice: the value, too, is then too low.
         squares = torch.where(kept > below, rho / (kept - below), 2.0).clamp_max(2.0).square()
         of_all = float((squares * (kept + below)).sum() / whole)
         return of_all, math.sqrt(max(of_all, float((squares * change).sum() / wanted) if seen else 0.0))
@@ -246,16 +243,10 @@ def _judge(
     bounds = torch.cat([quadratic + (sums[rank - 1] - sums[:-1]).clamp_min(0), sums[rank - 1 : rank]])
     deficit = min(float(bounds.amin() / whole), lacking) + eps
     degenerate = errors(eps * kept)[1] >= problem.tolerance
-    certificate = Certificate(
-        method="",
-        passes=passes,
-        norm=problem.norm,
-        captured=min(1.0, float(whole) / (problem.norm * problem.scale) ** 2),
-        est=est + 4 * eps,
-        deficit=deficit if deficit < 1 else None,
-        gap=1 - math.sqrt(float(below / kept[-1].clamp_min(1e-300))),
-        degenerate=degenerate,
-    )
+    captured = min(1.0, float(whole) / (problem.norm * problem.scale) ** 2)
+    gap = 1 - math.sqrt(float(below / kept[-1].clamp_min(1e-300)))
+    known = deficit if deficit < 1 else None
+    certificate = Certificate("", passes, problem.norm, captured, est + 4 * eps, known, gap, degenerate)
     converged = deficit < _ENERGY and (est < 0.5 * problem.tolerance or degenerate)
     stalled = not converged and deficit < 10 * _ENERGY and errors(floor[:rank])[1] > 0.5 * est
     return _Solution(vectors, certificate, converged, stalled)
@@ -270,11 +261,11 @@ def _dense(problem: _Problem) -> _Solution:
 
 
 def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _Solution | None:
-    """Run block Lanczos on A^T A from the rows of ``start``, in its dtype. None where memory is too little."""
+    """Run block Lanczos on A^T A in the dtype of ``start``. None where memory is too little."""
     tall, rank, scale, dtype = _tall(problem.matrix), problem.rank, problem.scale, start.dtype
     (length, side), width = tall.shape, len(start)
     keep, most_passes = rank + 32, max(32, side // 16)
-    # Less what a thick restart copies and two blocks in work.
+    # Half of float32, less what a thick restart copies and two blocks in work.
     memory = max(2 * length * side, 2**24) // ((length + side) * dtype.itemsize) - keep - 2 * width
     room = min(max(_VECTORS, 2 * keep), side // 2, memory)
     if room < keep + max(64, width):
@@ -336,10 +327,7 @@ def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
 
 
 def _orthonormal(block: Tensor, basis: Tensor, floor: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal block that is orthogonal to ``basis``, and the block's coordinates in it.
-
-    Rows that ``basis`` exhausts, to ``floor``, are replaced by random ones.
-    """
+    """Return the block made orthonormal, also to ``basis``, and its coordinates; rows below ``floor`` become random."""
     for _ in range(2):
         block = block - (block @ basis.mT) @ basis
     columns, coupling = torch.linalg.qr(block.mT)
@@ -347,7 +335,7 @@ def _orthonormal(block: Tensor, basis: Tensor, floor: float, generator: torch.Ge
     if exhausted.any():
         fresh = torch.randn(len(columns), int(exhausted.sum()), generator=generator, dtype=torch.float64)
         columns[:, exhausted] = fresh.to(columns) / math.sqrt(len(columns))
-    # The QR amplifies what rounding left along the basis in rows that are nearly exhausted.
+    # The QR amplifies what rounding left along the basis in nearly exhausted rows.
     rows = columns.mT
     for _ in range(2):
         rows = rows - (rows @ basis.mT) @ basis

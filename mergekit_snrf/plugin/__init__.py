@@ -40,3 +40,8 @@ def install() -> None:
         merge = sys.modules.get("mergekit.merge")
         if merge is not None and getattr(merge, "get_architecture_info", None) is original:
             merge.get_architecture_info = get_architecture_info  # type: ignore[attr-defined]
+
+
+# Whoever imports a module of this package before mergekit starts the autoload in the middle of that module's own
+# imports, where it would find the module half done. Loaded from here, mergekit's registry finds `install` above.
+import mergekit.merge_methods.registry  # noqa: E402, F401

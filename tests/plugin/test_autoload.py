@@ -241,7 +241,7 @@ def test_mergekit_imports_torch(first: str, installed: Environment) -> None:
     assert state == LOADED
 
 
-def test_any_module_of_mergekit_first(installed: Environment) -> None:
+def test_any_module_first(installed: Environment) -> None:
     modules = (
         "mergekit.merge",
         "mergekit.architecture",
@@ -252,6 +252,11 @@ def test_any_module_of_mergekit_first(installed: Environment) -> None:
         "mergekit.merge_methods.generalized_task_arithmetic",
         "mergekit.scripts.run_yaml",
         "mergekit.scripts.multimerge",
+        "mergekit_snrf.plugin",
+        "mergekit_snrf.plugin.method",
+        "mergekit_snrf.plugin.plan",
+        "mergekit_snrf.plugin.patch",
+        "mergekit_snrf.lora",
     )
     twice = "import mergekit_snrf_autoload; mergekit_snrf_autoload.autoload(); mergekit_snrf_autoload.autoload()\n"
     again = "import mergekit_snrf.plugin; mergekit_snrf.plugin.install(); mergekit_snrf.plugin.install()\n"
