@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,15 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     text = readme.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     readme.write_text(f"{text[:start]}\n{markdown(results)}\n{text[end:]}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show the table of the brute-force oracle, also when the tests ran in several processes."""
+    reports = terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", [])
+    rows = [text for report in reports for name, text in report.user_properties if name == "impact error"]
+    if rows:
+        columns = "".join(f"{name:>10}" for name in ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"))
+        terminalreporter.section("impact against zeroing each neuron of the real module, largest relative error")
+        terminalreporter.write_line(f"{'family':36}{'site':8}{'dtype':9}{columns}")
+        for row in sorted(rows):
+            terminalreporter.write_line(row)

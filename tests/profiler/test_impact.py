@@ -77,17 +77,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    rows: list[str] = []
-    yield rows
-    print("\nmaximum error relative to the largest impact of the layer and projection")
-    print(f"{'family':36}{'site':8}{'dtype':9}" + "".join(f"{p:>10}" for p in (*ATTENTION, "up_proj", "down_proj")))
-    print("\n".join(rows))
-
-
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_neuron_equals_zeroing_it_in_the_real_module(name: str, table: list[str]) -> None:
+def test_every_neuron_equals_zeroing_it_in_the_real_module(
+    name: str, record_property: Callable[[str, object], None]
+) -> None:
     layer = family(name)
     huge = 10 if "400" in name else 1
     metric = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -107,7 +100,9 @@ def test_every_neuron_equals_zeroing_it_in_the_real_module(name: str, table: lis
             actual = [*attention_impact(to_dtype(layer.inputs, dtype), readout=readout), ffn, ffn]
             assert all(scores.dtype == dtype and scores.isfinite().all() for scores in actual)
             errors = [error(one, other) for one, other in zip(actual, expected, strict=True)]
-            table.append(f"{name:36}{site:8}{str(dtype)[6:]:9}" + "".join(f"{e:10.1e}" for e in errors))
+            record_property(
+                "impact error", f"{name:36}{site:8}{str(dtype)[6:]:9}" + "".join(f"{e:10.1e}" for e in errors)
+            )
             assert max(errors) <= bar * huge
 
 
