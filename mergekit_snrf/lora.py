@@ -19,7 +19,7 @@ import torch
 import tqdm
 from jaxtyping import Float
 from mergekit.options import MergeOptions
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_snrf.checkpoint import Checkpoint, TensorHeader
@@ -140,7 +140,8 @@ def export_adapter(
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.to(dtype).contiguous()
     with _folder_at_once(Path(out_path).absolute()) as building:
         _config(plan, ranks).save_pretrained(building)
-        save_file(tensors, building / "adapter_model.safetensors", metadata={"format": "pt"})
+        # safetensors' save_file would make the file readable for its owner alone.
+        (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         (building / "README.md").write_text(_card(plan, ranks, recipe), encoding="utf-8")
         size = (building / "adapter_model.safetensors").stat().st_size
     return Adapter(ranks, size)

@@ -37,7 +37,7 @@ class Certificate:
         captured: ||Delta_r||_F^2 / ||Delta||_F^2.
         est: estimated relative error of the update and of its wanted rows; usually 5 to 100 times the true one.
         deficit: by how much ``captured`` misses the optimum, relatively, at most; None if unknown.
-        gap: 1 - sigma_{r+1} / sigma_r; None if unknown.
+        gap: 1 - sigma_{r+1} / sigma_r, estimated; None if unknown.
         degenerate: sigma_r = sigma_{r+1} within rounding: the update is not unique, only its energy means something.
     """
 
@@ -225,7 +225,7 @@ def _judge(
     elif shares is not None:
         wanted, change = shares[:rank].sum(), shares[:rank] + shares[rank]
     # Rows that hold rounding only have no error of their own.
-    seen = bool(wanted > eps**2 * whole)
+    seen = bool(wanted > (16 * eps) ** 2 * whole)
 
     def errors(rho: Tensor) -> tuple[float, float]:
         # Large angles count twice: the value, too, is then too low.
@@ -307,7 +307,7 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
             images[:keep] = leading @ images[:count]
             projected[:keep, :keep] = values[:keep].diag()
             count = check = keep
-    # A block finds at most its width of copies of one singular value: if it found as many, there may be more.
+    # A block finds at most its width of copies of one singular value: there may be more.
     first, last = values[: max(0, rank - width + 1)], values[width - 1 : rank]
     sure = not bool(((first - last < 1e-5 * first) & (first - values[rank] > 1e-5 * first)).any())
     found = leading[: rank + 16] @ vectors[:count]

@@ -100,7 +100,7 @@ def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Pro
     """
     safefile.write(
         path,
-        {site.key: member for site, member in neurons.nonempty().items()},
+        {site.key: member for site, member in neurons.items()},
         file_format=MASK_FORMAT,
         version=MASK_VERSION,
         content=(provenance or Provenance()).model_dump(mode="json", exclude_none=True),

@@ -191,6 +191,6 @@ def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, ver
 
 
 _MAKERS = {
-    "snrf-mask": "make one with snrf-profile, 'snrf mask import' or 'snrf mask random'",
+    "snrf-mask": "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
     "snrf-profile": "make one with snrf-profile",
 }

@@ -282,7 +282,7 @@ def test_other_formats_and_versions(tmp_path: Path, metadata: Any, message: str)
 
 def test_weights_of_a_model_are_not_a_mask(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(SnrfError, match=r"model\.safetensors: a snrf-mask file is needed, .*'snrf mask random'"):
+    with pytest.raises(SnrfError, match=r"model\.safetensors: a snrf-mask file is needed, .*'snrf mask select'"):
         safefile.read(tmp_path / "model.safetensors", file_format="snrf-mask", version=1)
 
 

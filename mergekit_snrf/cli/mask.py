@@ -76,13 +76,17 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
 
 
 def _counts(neurons: NeuronSet) -> dict[str, tuple[int, int, int]]:
-    """Count (layers with neurons, neurons, neurons that the layers in the file have) by projection."""
+    """Count (layers with neurons, neurons, neurons that the layers in the file have) by projection.
+
+    A file may leave out layers without neurons, whose size is then not known.
+    """
     from mergekit_snrf.neurons import PROJECTIONS
 
     result = {}
     for name in PROJECTIONS:
-        members = [member for site, member in neurons.nonempty().items() if site.projection == name]
-        result[name] = (len(members), sum(int(m.sum()) for m in members), sum(len(m) for m in members))
+        members = [member for site, member in neurons.items() if site.projection == name]
+        counts = [int(member.sum()) for member in members]
+        result[name] = (sum(map(bool, counts)), sum(counts), sum(len(m) for m in members))
     return result
 
 

@@ -301,6 +301,8 @@ def temporary_shards(out_path: str) -> list[str]:
 def _check_sha256(path: Path, expected: str) -> None:
     if not expected:
         return
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", expected):
+        raise SnrfError(f"masks_sha256 must be 64 hexadecimal digits, got {expected!r}; 'snrf mask show' prints them")
     found = safefile.sha256(path)
     if found != expected.lower():
         raise SnrfError(
@@ -454,8 +456,7 @@ def _plan_edits(plan: MergePlan, recipe: Recipe, mask: Mask, target: Checkpoint,
     for text in unused:
         plan.warnings.append(f"filter {text!r} matches no tensor with masked neurons, so its value is never used")
     if not plan.edits and not failures and not recipe.value("allow_noop"):
-        reason = "has no neurons" if mask.neurons.count() == 0 else "is used with beta 0 everywhere"
-        plan.problems.append(
-            f"{mask.path}: the mask {reason}, so the merge would change nothing; "
-            f"give a mask with neurons and a beta above 0, or set allow_noop: true"
-        )
+        empty = mask.neurons.count() == 0
+        reason = f"{mask.path}: the mask has no neurons" if empty else "parameter 'beta' is 0 for every masked tensor"
+        remedy = "give a mask with neurons" if empty else "give a beta above 0"
+        plan.problems.append(f"{reason}, so the merge would change nothing; {remedy}, or set allow_noop: true")

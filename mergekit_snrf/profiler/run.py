@@ -343,7 +343,12 @@ class _Job:
         if not self.resume or not path.is_file():
             return None
         profile = read_profile(path)
-        return profile if profile.provenance.fingerprint == wanted else None
+        if profile.provenance.fingerprint != wanted:
+            raise SnrfError(
+                f"{path}: this finished profile was made with other settings, models or probes (such as limit, dtype, "
+                f"seed or a package's version); repeat those, or leave out --resume to replace it"
+            )
+        return profile
 
     def _probes_provenance(self, name: SideName, probes: Probes, tally: Tally) -> dict[str, Any]:
         if tally.cut:

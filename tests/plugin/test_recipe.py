@@ -246,7 +246,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "beta 0 everywhere": (
         {"source": {"beta": 0}},
-        "the mask is used with beta 0 everywhere, so the merge would change nothing",
+        "parameter 'beta' is 0 for every masked tensor, so the merge would change nothing; give a beta above 0",
     ),
     "base_model of nowhere": (
         {"base_model": "/no/such/folder"},

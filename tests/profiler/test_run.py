@@ -130,7 +130,7 @@ def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_model
                     top = set(probe.topk(int(ratio * len(probe))).indices.tolist())
                     expected[site] = expected.get(site, top) & top
     found = read_mask(tmp_path / "m.safetensors").neurons
-    chosen = {site: set(member.nonzero().flatten().tolist()) for site, member in found.items()}
+    chosen = {site: set(member.nonzero().flatten().tolist()) for site, member in found.nonempty().items()}
     ups = {Site(site.layer, "fwd.down"): neurons for site, neurons in expected.items() if site.projection == "fwd.up"}
     assert chosen == {site: neurons for site, neurons in (expected | ups).items() if neurons}
     assert found.count() > 20
@@ -253,11 +253,15 @@ def test_resume_skips_a_finished_side_and_does_not_load_its_model(pair, tmp_path
     assert profiled(path, tmp_path, resume=True) == whole
 
 
-def test_resume_measures_anew_what_was_asked_for_differently(pair, tmp_path):
-    folder = pair("llama")
-    profiled(write_config(folder, seed=1, limit=4), tmp_path)
-    path = write_config(folder, name="other.yml", seed=2, limit=4)
-    assert profiled(path, tmp_path, resume=True) == profiled(path, tmp_path / "anew")
+def test_resume_does_not_replace_a_finished_profile_of_other_settings(pair, tmp_path):
+    folder = pair("llava")
+    path = write_config(folder, "llava")
+    whole = profiled(path, tmp_path)
+    changed = write_config(folder, "llava", name="changed.yml", limit=3)
+    with pytest.raises(SnrfError, match=r"m\.target\.profile\.safetensors: this finished profile .* other settings"):
+        profiled(changed, tmp_path, resume=True)
+    assert profiled(path, tmp_path, resume=True) == whole
+    assert profiled(changed, tmp_path) != whole
 
 
 def interrupted(path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
