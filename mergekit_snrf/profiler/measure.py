@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from mergekit_snrf.decoder import DecoderShape
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.live import find_live_decoder, weight_of
 from mergekit_snrf.neurons import Site
-from mergekit_snrf.profiler.capture import CapturedLayer, find_live_decoder, run_layers, weight_of
+from mergekit_snrf.profiler.capture import CapturedLayer, run_layers
 from mergekit_snrf.profiler.impact import (
     AttentionScores,
     Readout,

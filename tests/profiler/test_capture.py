@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mergekit_snrf.checkpoint import open_checkpoint
 from mergekit_snrf.decoder import find_decoder
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.live import find_live_decoder
 from mergekit_snrf.neurons import PROJECTIONS, Site
-from mergekit_snrf.profiler.capture import CapturedLayer, find_live_decoder, mixed_sections, run_layers
+from mergekit_snrf.profiler.capture import CapturedLayer, mixed_sections, run_layers
 from mergekit_snrf.profiler.impact import attention_output
 from mergekit_snrf.profiler.measure import Measure, Meter
 
