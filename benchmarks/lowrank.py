@@ -13,7 +13,6 @@ Memory is the rise of the peak resident size of a fresh process that holds nothi
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import statistics
@@ -27,7 +26,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import describe
+from machine import bar, bars_text, describe, write_json
 from torch import Tensor
 
 from mergekit_snrf.lowrank import certified_rows, certified_subspace, gram
@@ -183,6 +182,7 @@ def measure(name: str, spectrum: str, rounds: int, memory: bool) -> dict[str, An
         "svd_extra_mb": peaks.get("svd"),
         "gram_extra_mb": peaks.get("gram"),
         "ranks": rows,
+        "rounds": {str(method): spent for method, spent in times.items()},
     }
 
 
@@ -261,18 +261,16 @@ def bars(results: list[dict[str, Any]], worst: dict[str, dict[str, dict[str, Any
         for result in results:
             if result["shape"] == list(SHAPES[name]) and result["spectrum"] == "power":
                 ratio = result["ranks"]["16"]["svd_ratio"]
-                found.append({"bar": f"{name}, r = 16: svd / ours >= {least:g}", "value": ratio, "met": ratio >= least})
-    error = max(row["error"] for row in [*rows, *figures] if row["error"] is not None)
-    found.append({"bar": f"error of the masked update <= {ERROR:g}", "value": error, "met": error <= ERROR})
-    deficit = max(row["energy_deficit"] for row in [*rows, *figures])
-    found.append({"bar": f"energy deficit <= {DEFICIT:g}", "value": deficit, "met": deficit <= DEFICIT})
+                found.append(bar(f"{name}, power law, r = 16: svd / ours", ratio, least, least=True))
+    found.append(bar("error of the masked update", max(r["error"] for r in [*rows, *figures] if r["error"]), ERROR))
+    found.append(bar("energy deficit", max(row["energy_deficit"] for row in [*rows, *figures]), DEFICIT))
     for result in results:
         peaks = [row["extra_mb"] for row in result["ranks"].values() if row["extra_mb"] is not None]
         if peaks:
-            share = max(peaks) / result["delta_mb"]
             shape = "x".join(map(str, result["shape"]))
-            name = f"{shape} {result['spectrum']}: extra memory / Delta <= 0.5"
-            found.append({"bar": name, "value": share, "met": share <= 0.5})
+            found.append(
+                bar(f"{shape} {result['spectrum']}: extra memory / Delta", max(peaks) / result["delta_mb"], 0.5)
+            )
     return found
 
 
@@ -304,13 +302,15 @@ def main(quick: bool, rounds: int, shapes: tuple[str, ...], memory: bool, json_f
                 f"degenerate {figure['degenerate']}  {', '.join(figure['methods'])}"
             )
     verdicts = bars(results, worst)
-    click.echo()
-    for verdict in verdicts:
-        click.echo(f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['bar']}: {verdict['value']:.3g}")
+    click.echo(f"\n{bars_text(verdicts)}")
     if json_file:
-        json_file.write_text(
-            json.dumps({"machine": machine, "results": results, "accuracy": worst, "bars": verdicts}, indent=1)
-        )
+        figures = {}
+        for result in results:
+            shape = "x".join(map(str, result["shape"]))
+            for method, spent in result["rounds"].items():
+                name = f"rank {method}" if method.isdigit() else method
+                figures[f"{shape} {result['spectrum']}, {name}, CPU s"] = spent
+        write_json(json_file, "lowrank", 1, figures, verdicts, results=results, accuracy=worst)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What a benchmark says of the machine it ran on, and how it runs a command and measures it."""
+"""What the benchmarks share: the machine they ran on, running and measuring commands, and their JSON files."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+import shutil
+import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,10 +42,6 @@ class Measured:
     cpu_s: float
     peak_mb: float
 
-    def as_dict(self) -> dict[str, float]:
-        """Return the figures by name."""
-        return asdict(self)
-
 
 # A process inherits the peak memory of the one that started it, so a small one starts the command.
 _LAUNCHER = """
@@ -74,6 +72,32 @@ def run(command: Sequence[str], *, threads: int, drop_caches: bool = False) -> M
     return Measured(**json.loads(process.stdout))
 
 
+def run_rounds(
+    commands: Mapping[str, tuple[Sequence[str], Path | None]], repeats: int, *, threads: int, drop_caches: bool
+) -> dict[str, list[Measured]]:
+    """Run every command ``repeats`` times, its output folder removed before each.
+
+    The rounds are of all commands rather than all rounds of one: a slow phase of the machine then hits every command.
+
+    Args:
+        commands: by name, the words and the output folder.
+    """
+    runs: dict[str, list[Measured]] = {name: [] for name in commands}
+    for _ in range(repeats):
+        for name, (command, out) in commands.items():
+            if out is not None:
+                shutil.rmtree(out, ignore_errors=True)
+            runs[name].append(run(command, threads=threads, drop_caches=drop_caches))
+    return runs
+
+
+def median(measured: Sequence[Measured]) -> Measured:
+    """Return the medians of each figure."""
+    return Measured(
+        *(statistics.median(getattr(m, field) for m in measured) for field in Measured.__dataclass_fields__)
+    )
+
+
 def drop_file_caches() -> bool:
     """Empty the page cache where the user may; return whether that worked."""
     os.sync()
@@ -82,3 +106,49 @@ def drop_file_caches() -> bool:
     except OSError:
         return False
     return True
+
+
+def figures_of(runs: Mapping[str, Sequence[Measured]]) -> dict[str, list[float]]:
+    """Return the figures of measured commands under names that say their unit, for ``write_json``."""
+    return {
+        f"{name}, {label}": [getattr(m, field) for m in measured]
+        for name, measured in runs.items()
+        for field, label in (("wall_s", "wall s"), ("cpu_s", "CPU s"), ("peak_mb", "peak MB"))
+    }
+
+
+def bar(name: str, value: float, limit: float, *, least: bool = False) -> dict[str, Any]:
+    """Return one promise, what was measured, and whether it is kept."""
+    met = value >= limit if least else value <= limit
+    return {"bar": f"{name} {'>=' if least else '<='} {limit:g}", "value": value, "met": met}
+
+
+def bars_text(bars: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line a promise."""
+    return "\n".join(f"{'met   ' if b['met'] else 'MISSED'} {b['bar']}: {b['value']:.3g}" for b in bars)
+
+
+def write_json(
+    path: Path,
+    benchmark: str,
+    threads: int,
+    figures: Mapping[str, Sequence[float]],
+    bars: Sequence[Mapping[str, Any]] = (),
+    **details: Any,
+) -> None:
+    """Write a benchmark's file, which ``compare.py`` reads.
+
+    Args:
+        benchmark: its name.
+        figures: by name, what every round measured; less is better.
+        bars: of ``bar``.
+        details: whatever else is worth keeping.
+    """
+    content = {
+        "benchmark": benchmark,
+        "machine": describe(threads),
+        "figures": {name: list(runs) for name, runs in figures.items()},
+        "bars": list(bars),
+        **details,
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Time and peak memory of ``snrf patch``, beside ``cp`` of the base and the same merge through ``mergekit-yaml``.
+"""Time, peak memory and size of ``snrf patch`` and ``snrf lora``, beside ``cp`` and merges through ``mergekit-yaml``.
 
     python benchmarks/patch.py --size 0.5B --json patch.json
 
@@ -8,7 +8,6 @@ projection. The tensors of ``snrf patch`` and ``mergekit-yaml`` are compared bit
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -16,13 +15,13 @@ from pathlib import Path
 
 import click
 import torch
-from machine import Measured, describe, drop_file_caches, run
-from merge import SHAPES, _median, make_checkpoint, write_recipes
+from machine import bar, bars_text, describe, drop_file_caches, figures_of, median, run_rounds, write_json
+from pairs import SHAPES, make_pair, write_recipes
 from safetensors import safe_open
 
 from mergekit_snrf.checkpoint import open_checkpoint
 
-CP, LINEAR, MERGEKIT, PATCH = "cp", "linear", "snrf", "snrf patch"
+CP, LINEAR, MERGEKIT, PATCH, LORA = "cp", "linear", "snrf", "snrf patch", "snrf lora"
 SNRF = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
 
 
@@ -38,6 +37,11 @@ def different_tensors(a: Path, b: Path) -> list[str]:
     return different
 
 
+def folder_mb(folder: Path) -> float:
+    """Return the size of a folder's files in MB."""
+    return sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+
+
 @click.command()
 @click.option("--size", type=click.Choice(list(SHAPES)), default="0.5B", show_default=True)
 @click.option("--rank", default=16, show_default=True)
@@ -49,74 +53,54 @@ def different_tensors(a: Path, b: Path) -> list[str]:
 def main(
     size: str, rank: int, repeats: int, threads: int, out_shard_size: str, work: Path | None, json_path: Path | None
 ) -> None:
-    """Print wall time, CPU time and peak memory, and the ratios that the project promises."""
+    """Print wall time, CPU time, peak memory and size, and the ratios that the project promises."""
     folder = Path(tempfile.mkdtemp(prefix="snrf-patch-")) if work is None else work
-    folder.mkdir(parents=True, exist_ok=True)
-    outputs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGEKIT, PATCH)}
+    outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGEKIT, PATCH, LORA)}
     try:
-        if not (folder / "source" / "model.safetensors").exists():
-            make_checkpoint(folder / "base", SHAPES[size], 0)
-            make_checkpoint(folder / "source", SHAPES[size], 1, drift=folder / "base")
+        make_pair(folder, size)
         recipes = write_recipes(folder, rank)
+        snrf = str(recipes["snrf"])
         mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
         options = ["--quiet", "--no-copy-tokenizer", "--out-shard-size", out_shard_size]
-        commands = {
-            CP: ["cp", "-r", str(folder / "base"), str(outputs[CP])],
-            LINEAR: [*mergekit, str(recipes["linear"]), str(outputs[LINEAR]), *options],
-            MERGEKIT: [*mergekit, str(recipes["snrf"]), str(outputs[MERGEKIT]), *options],
-            PATCH: [*SNRF, "patch", str(recipes["snrf"]), str(outputs[PATCH]), "--quiet", "--workers", str(threads)],
+        words = {
+            CP: ["cp", "-r", str(folder / "base"), str(outs[CP])],
+            LINEAR: [*mergekit, str(recipes["linear"]), str(outs[LINEAR]), *options],
+            MERGEKIT: [*mergekit, snrf, str(outs[MERGEKIT]), *options],
+            PATCH: [*SNRF, "patch", snrf, str(outs[PATCH]), "--quiet", "--workers", str(threads)],
+            LORA: [*SNRF, "lora", snrf, str(outs[LORA]), "--dtype", "bfloat16", "--quiet"],
         }
         cold = drop_file_caches()
-        # Rounds of all methods rather than all rounds of one: a slow phase of the machine then hits every method.
-        runs: dict[str, list[Measured]] = {name: [] for name in commands}
-        for _ in range(repeats):
-            for name, command in commands.items():
-                shutil.rmtree(outputs[name], ignore_errors=True)
-                runs[name].append(run(command, threads=threads, drop_caches=cold))
-        results = {name: _median(measured) for name, measured in runs.items()}
-        different = different_tensors(outputs[PATCH], outputs[MERGEKIT])
-        size_mb = open_checkpoint(str(folder / "base")).bytes / 1e6
+        commands = {name: (command, outs[name]) for name, command in words.items()}
+        runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
+        different = different_tensors(outs[PATCH], outs[MERGEKIT])
+        sizes = {name: folder_mb(out) for name, out in outs.items()}
     finally:
-        for path in outputs.values():
+        for path in outs.values():
             shutil.rmtree(path, ignore_errors=True)
         if work is None:
             shutil.rmtree(folder)
-    patch = results[PATCH]
-    ratios = {
-        "snrf patch / linear, wall (bar: <= 0.65)": patch.wall_s / results[LINEAR].wall_s,
-        "snrf patch / snrf through mergekit-yaml, wall": patch.wall_s / results[MERGEKIT].wall_s,
-        "snrf patch / cp, wall": patch.wall_s / results[CP].wall_s,
-        "snrf patch / linear, CPU": patch.cpu_s / results[LINEAR].cpu_s,
-        "snrf patch, peak memory in GB (bar: <= 2 at 7B shapes)": patch.peak_mb / 1000,
-    }
+    results = {name: median(measured) for name, measured in runs.items()}
+    linear, patch, lora = results[LINEAR], results[PATCH], results[LORA]
+    bars = [
+        bar("snrf patch / linear, wall", patch.wall_s / linear.wall_s, 0.65),
+        bar("snrf lora / linear, wall", lora.wall_s / linear.wall_s, 0.5),
+        bar("snrf patch, peak GB", patch.peak_mb / 1000, 2),
+        bar("tensors in which snrf patch differs from mergekit-yaml", len(different), 0),
+    ]
     machine = describe(threads)
     click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; {'cold' if cold else 'warm'} cache")
-    click.echo(f"two bf16 checkpoints of {size_mb:.0f} MB ({size}), rank {rank}, medians of {repeats}")
+    click.echo(f"two bf16 checkpoints of {sizes[CP]:.0f} MB ({size}), rank {rank}, medians of {repeats}")
     for name, measured in results.items():
         click.echo(
-            f"{name:<18} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak"
+            f"{name:<12} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak "
+            f"{sizes[name]:8.1f} MB output"
         )
-    for name, ratio in ratios.items():
-        click.echo(f"{name:<56} {ratio:.2f}")
-    click.echo(
-        f"{len(different)} tensors differ from mergekit-yaml's, such as {different[0]}"
-        if different
-        else "all tensors are bit-identical to mergekit-yaml's"
-    )
+    click.echo(bars_text(bars))
     if json_path:
-        content = {
-            "benchmark": "patch",
-            "machine": machine,
-            "size": size,
-            "rank": rank,
-            "checkpoint_mb": size_mb,
-            "cold_cache": cold,
-            "results": {name: measured.as_dict() for name, measured in results.items()},
-            "ratios": ratios,
-            "different_tensors": different,
-        }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+        details = {"size": size, "rank": rank, "cold_cache": cold, "output_mb": sizes, "different_tensors": different}
+        write_json(json_path, "patch", threads, figures_of(runs), bars, **details)
     if different:
+        click.echo(f"tensors that differ: {', '.join(different[:5])}", err=True)
         sys.exit(1)
 
 

@@ -1,0 +1,100 @@
+"""Pairs of random checkpoints with the shapes of real ones, masks and recipes, for the benchmarks of merging."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import Qwen2Config
+
+from mergekit_snrf.checkpoint import open_checkpoint
+from mergekit_snrf.decoder import find_decoder
+from mergekit_snrf.maskfile import write_mask
+from mergekit_snrf.neurons import NeuronSet
+
+SHAPES = {
+    "0.1B": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7B-4layers": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28,
+                   "num_key_value_heads": 4, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def make_checkpoint(folder: Path, shape: dict[str, Any], seed: int, drift: Path | None = None) -> None:
+    """Write a random bf16 Qwen2 checkpoint in one file, ``drift`` plus a difference if given."""
+    config = Qwen2Config(vocab_size=151936, architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **shape)
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    hidden, wide = config.hidden_size, config.intermediate_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, hidden), "model.norm.weight": (hidden,)}
+    if not config.tie_word_embeddings:
+        sizes["lm_head.weight"] = (151936, hidden)
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
+            sizes[f"{prefix}self_attn.{name}.weight"] = (rows, hidden)
+            sizes[f"{prefix}self_attn.{name}.bias"] = (rows,)
+        sizes[f"{prefix}self_attn.o_proj.weight"] = (hidden, hidden)
+        sizes[f"{prefix}mlp.gate_proj.weight"] = (wide, hidden)
+        sizes[f"{prefix}mlp.up_proj.weight"] = (wide, hidden)
+        sizes[f"{prefix}mlp.down_proj.weight"] = (hidden, wide)
+        sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        sizes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    tensors = {name: _random(size, generator, drifting=drift is not None) for name, size in sizes.items()}
+    if drift is not None:
+        with safe_open(drift / "model.safetensors", "pt") as base:
+            tensors = {name: base.get_tensor(name) + tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _random(size: tuple[int, ...], generator: torch.Generator, *, drifting: bool) -> torch.Tensor:
+    """Draw a weight, or a difference a tenth as large whose singular values fall off about as i^-0.5."""
+    weight = torch.randn(size, generator=generator) * 0.02
+    if drifting and len(size) == 2:
+        axis = 0 if size[0] <= size[1] else 1
+        decay = torch.arange(1, size[axis] + 1).pow(-0.5)
+        decay *= 0.1 / decay.square().mean().sqrt()
+        weight *= decay[:, None] if axis == 0 else decay[None, :]
+    return weight.bfloat16()
+
+
+def make_pair(work: Path, size: str) -> None:
+    """Make the checkpoints ``base`` and ``source`` in a folder, unless they are there."""
+    if not (work / "source" / "model.safetensors").exists():
+        make_checkpoint(work / "base", SHAPES[size], 0)
+        make_checkpoint(work / "source", SHAPES[size], 1, drift=work / "base")
+
+
+def write_recipes(work: Path, rank: int) -> dict[str, Path]:
+    """Write masks and recipes; return the recipes by name."""
+    shape = find_decoder(open_checkpoint(str(work / "base"))).shape
+    generator = torch.Generator().manual_seed(0)
+    everywhere = NeuronSet(
+        {site: torch.rand(shape.neurons(site.projection), generator=generator) < 0.1 for site in shape.sites()}
+    )
+    write_mask(work / "all.safetensors", everywhere)
+    write_mask(work / "one.safetensors", NeuronSet({s: m for s, m in everywhere.items() if s.layer == 0}))
+    snrf = (
+        f"merge_method: snrf\nbase_model: {work}/base\nmodels:\n  - model: {work}/source\n"
+        f"    parameters: {{rank: {rank}}}\nparameters:\n  masks: {work}/"
+    )
+    recipes = {
+        "passthrough": f"merge_method: passthrough\nmodels:\n  - model: {work}/base\n",
+        "linear": f"merge_method: linear\nmodels:\n  - model: {work}/base\n    parameters: {{weight: 0.5}}\n"
+        f"  - model: {work}/source\n    parameters: {{weight: 0.5}}\n",
+        "snrf": snrf + "all.safetensors\n",
+        "snrf in one layer": snrf + "one.safetensors\n",
+    }
+    paths = {}
+    for name, text in recipes.items():
+        paths[name] = work / f"{name.replace(' ', '-')}-{rank}.yml"
+        paths[name].write_text(text)
+    return paths
