@@ -65,7 +65,7 @@ def main(before: Path, after: Path, tolerance: float) -> None:
     old, new = read(before), read(after)
     if old["benchmark"] != new["benchmark"]:
         raise click.ClickException(
-            f"{before} is of {old['benchmark']}, {after} of {new['benchmark']}; compare like files"
+            f"{before} is of the benchmark {old['benchmark']}, {after} of {new['benchmark']}; compare files of one"
         )
     for key in old["machine"].keys() | new["machine"].keys():
         mine, theirs = old["machine"].get(key), new["machine"].get(key)
