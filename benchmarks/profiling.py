@@ -237,9 +237,8 @@ def peak_mb(function: Callable[[], object]) -> float:
     return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM"))
 
 
-def extra_memory(folder: str | None, tokens: int, probes: int) -> dict[str, float]:
+def extra_memory(model: nn.Module, tokens: int, probes: int) -> dict[str, float]:
     """Return the peak of a warm forward pass and of profiling some probes after it, in MB of this process."""
-    model = load(folder)
     vocabulary = model.config.vocab_size
     forward(model, probe(0, tokens, vocabulary))
     plain = peak_mb(lambda: forward(model, probe(0, tokens, vocabulary)))
@@ -357,7 +356,7 @@ def main(
     torch.set_num_threads(threads)
     if probes is not None:
         try:
-            click.echo(json.dumps(extra_memory(folder, lengths[0], probes)))
+            click.echo(json.dumps(extra_memory(load(folder), lengths[0], probes)))
         except OSError:
             click.echo("null")
         return

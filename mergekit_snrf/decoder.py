@@ -126,7 +126,7 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
             f"{name}: is a mixture of experts ({example}); SNRF needs dense decoder layers, experts are not supported"
         )
     stacks = _stacks(tensors)
-    complete = {prefix: stack for prefix, stack in stacks.items() if _is_complete(stack)}
+    complete = complete_stacks(tensors)
     matching = [
         prefix
         for prefix, stack in complete.items()
@@ -143,6 +143,11 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
     decoder = Decoder(matching[0], _family(checkpoint, text, matching[0]), shape)
     _check_weights(checkpoint, decoder)
     return decoder
+
+
+def complete_stacks(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
+    """Return the layers that have all five projections, by prefix; vision towers have no ``mlp.up_proj``."""
+    return {prefix: stack for prefix, stack in _stacks(names).items() if _is_complete(stack)}
 
 
 def _stacks(tensors: Iterable[str]) -> dict[str, dict[int, set[str]]]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,13 @@ from torch import Tensor
 from mergekit_snrf.checkpoint import Checkpoint, TensorHeader
 from mergekit_snrf.decoder import find_decoder
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import Update, masked_update
-from mergekit_snrf.plugin.patch import local_folder
+from mergekit_snrf.fusion import masked_update
+from mergekit_snrf.plugin.folders import built_aside, folder_problem
 from mergekit_snrf.plugin.plan import Edit, MergePlan
-from mergekit_snrf.shards import byte_ranges, read_tensor
+from mergekit_snrf.plugin.tensors import Tensors
+from mergekit_snrf.threads import one_thread
+from mergekit_snrf.update import Update
 
-_PARTIAL = ".partial"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -55,8 +54,10 @@ def factors(
     left, right = update.left, update.right
     if left is None or left.shape[0] < left.shape[1]:
         # Fewer neurons than ranks: their rows themselves are the smaller factor.
-        right = update.rows()
-        left = torch.eye(len(right), dtype=right.dtype)
+        rows = update.rows()
+        count, length = rows.shape
+        identity = torch.eye(min(count, length), dtype=rows.dtype)
+        left, right = (identity, rows) if count <= length else (rows, identity)
     spread = torch.zeros(neurons, left.shape[1], dtype=left.dtype)
     spread[update.selected] = left * beta
     return (right, spread) if axis == 0 else (spread.mT.contiguous(), right.mT.contiguous())
@@ -105,7 +106,9 @@ def export_adapter(
     *,
     dtype: torch.dtype = torch.float32,
     recipe: str | None = None,
+    recipe_folder: str | None = None,
     quiet: bool = False,
+    overwrite: bool = False,
 ) -> Adapter:
     """Write the adapter of a planned merge; the folder appears at once or not at all.
 
@@ -114,53 +117,66 @@ def export_adapter(
         out_path: must not exist, or be empty.
         dtype: of A and B; float32 is exact.
         recipe: the recipe's text, kept in the model card.
+        recipe_folder: where relative paths of the recipe are looked for after the working folder.
+        overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
 
     Raises:
-        SnrfError: the merge cannot run, the folder is not empty, or a weight is not finite.
+        SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
     """
     plan.raise_problems()
-    if os.path.isdir(out_path) and os.listdir(out_path):
-        raise SnrfError(f"{out_path}: the output folder is not empty; choose a new folder")
+    problem = folder_problem(plan, out_path, recipe_folder, "adapter" if overwrite else None)
+    if problem is not None:
+        raise SnrfError(problem)
+    if any(edit.is_bias for edit in plan.edits):
+        raise SnrfError(
+            "parameter 'biases' is true, but a LoRA adapter is a product of two matrices added to a weight and cannot "
+            "move the target's biases; remove it, or merge with mergekit-yaml or 'snrf patch'"
+        )
     assert plan.target is not None
     assert plan.target_decoder is not None
     assert plan.source is not None
     if not plan.edits:
         raise SnrfError(f"{plan.mask_path}: the merge changes nothing, so there is no adapter to write")
     prefix = live_prefix(plan.target)
-    target_folder, source_folder = local_folder(plan.target, options), local_folder(plan.source, options)
+    read = Tensors(plan, options)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for edit in tqdm.tqdm(plan.edits, desc="Exporting", unit="tensor", disable=quiet):
-        update = _update_of(plan, edit, target_folder, source_folder)
+        with one_thread():
+            update = _update_of(plan, edit, read)
         neurons = plan.target_decoder.shape.neurons(edit.site.projection)
         a, b = factors(update, neurons, edit.site.axis, edit.fusion.beta)
         module = f"{prefix}{edit.site.layer}.{edit.site.module}"
         ranks[module] = a.shape[0]
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.to(dtype).contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.to(dtype).contiguous()
-    with _folder_at_once(Path(out_path).absolute()) as building:
-        _config(plan, ranks).save_pretrained(building)
-        # safetensors' save_file would make the file readable for its owner alone.
-        (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-        (building / "README.md").write_text(_card(plan, ranks, recipe), encoding="utf-8")
-        size = (building / "adapter_model.safetensors").stat().st_size
+    try:
+        with built_aside(out_path) as building:
+            _config(plan, ranks).save_pretrained(building)
+            # safetensors' save_file would make the file readable for its owner alone.
+            (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+            (building / "README.md").write_text(_card(plan, ranks, recipe), encoding="utf-8")
+            size = (building / "adapter_model.safetensors").stat().st_size
+    except OSError as error:
+        raise SnrfError(
+            f"{out_path}: the adapter could not be written ({error.strerror or error}); make room, or choose another "
+            f"folder"
+        ) from None
     return Adapter(ranks, size)
 
 
-def _update_of(plan: MergePlan, edit: Edit, target_folder: Path, source_folder: Path) -> Update:
-    assert plan.target is not None
-    assert plan.source is not None
+def _update_of(plan: MergePlan, edit: Edit, tensors: Tensors) -> Update:
     assert plan.mask is not None
-    target = byte_ranges(target_folder / plan.target.tensors[edit.target_name].file)[edit.target_name]
-    source = byte_ranges(source_folder / plan.source.tensors[edit.source_name].file)[edit.source_name]
+    target, source, source_base = tensors.read(edit)
     return masked_update(
-        read_tensor(target),
-        read_tensor(source),
+        target,
+        source,
         plan.mask.neurons[edit.site],
         edit.site.axis,
-        edit.fusion.rank,
-        edit.fusion.order,
+        edit.fusion,
         name=edit.target_name,
+        source_base=source_base,
+        site=edit.site,
     )
 
 
@@ -202,18 +218,3 @@ def _card(plan: MergePlan, ranks: Mapping[str, int], recipe: str | None) -> str:
         f"{min(ranks.values())} to {max(ranks.values())}.\n"
     )
     return card if recipe is None else f"{card}\n```yaml\n{recipe.rstrip()}\n```\n"
-
-
-@contextmanager
-def _folder_at_once(out: Path) -> Iterator[Path]:
-    building = out.parent / f".{out.name}{_PARTIAL}"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        if out.exists():
-            out.rmdir()
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise

@@ -39,6 +39,7 @@ class Certificate:
         deficit: by how much ``captured`` misses the optimum, relatively, at most; None if unknown.
         gap: 1 - sigma_{r+1} / sigma_r, estimated; None if unknown.
         degenerate: sigma_r = sigma_{r+1} within rounding: the update is not unique, only its energy means something.
+        rank: r.
     """
 
     method: str
@@ -49,6 +50,7 @@ class Certificate:
     deficit: float | None
     gap: float | None
     degenerate: bool
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def certified_subspace(
         raise ValueError(f"a matrix of shape {shape} must be finite, but its Frobenius norm is {norm}")
     if norm == 0 or rank == side:
         basis = torch.eye(side, rank, dtype=matrix.dtype, device=matrix.device)
-        return Subspace(basis, axis, Certificate("full" if norm else "zero", 0, norm, 1.0, 0.0, 0.0, None, False))
+        return Subspace(basis, axis, Certificate("full" if norm else "zero", 0, norm, 1.0, 0.0, 0.0, None, False, rank))
 
     problem = _Problem(matrix, axis, rank, norm, _scale(norm, matrix.dtype), tolerance, rows)
     solution, method, passes = None, "", 0
@@ -152,7 +154,7 @@ def certified_subspace(
     if solution is None or not solution.converged:
         method, solution = "lanczos+gram" if passes else "gram", _dense(problem)
         passes += 1
-    certificate = replace(solution.certificate, method=method, passes=passes)
+    certificate = replace(solution.certificate, method=method, passes=passes, rank=rank)
     logger.debug("%s, rank %d: %s", shape, rank, certificate)
     return Subspace(solution.vectors[:rank].mT.to(matrix.dtype), axis, certificate)
 

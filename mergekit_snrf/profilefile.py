@@ -12,6 +12,9 @@ Format ``snrf-profile``, version 1: safetensors with four tensors for every laye
 Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]; the edges are stored in the file as
 decimal strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient
 statistic for Eq. 5 with any threshold or top ratio, and for Eq. 6.
+
+Where the provenance's ``measure`` has a ``screen``, that share of attn.q and of attn.k was measured on each probe. The
+impacts of the others are estimates, clipped below the least that was measured; ranks up to the share are exact.
 """
 
 from __future__ import annotations
@@ -48,6 +51,9 @@ EDGES: tuple[str, ...] = (
 
 MAX_NEURONS = 2**23
 """Up to this many neurons a float32 rank share gives its rank back exactly."""
+
+SCREENED = frozenset({"attn.q", "attn.k"})
+"""Projections in which a profile with ``screen: 0.3`` knows the impacts of the top 0.3 of each probe only."""
 
 _STATISTICS = {
     "min_impact": torch.float32,
@@ -258,7 +264,8 @@ def select(
         at_least: only with ``top_ratio``.
 
     Raises:
-        SnrfError: a value is out of range, a projection has no value, or the profiles are of different shapes.
+        SnrfError: a value is out of range, a projection has no value, the profiles are of different shapes, or one
+            was screened and does not hold the impacts or ranks that the selection needs.
     """
     if not profiles:
         raise SnrfError("a selection needs at least one profile")
@@ -273,6 +280,7 @@ def select(
     values = _by_projection(rule, top_ratio if top_ratio is not None else sigma, profiles[0].sites)
     found = []
     for profile in profiles:
+        _check_screen(profile, rule, values)
         members = {}
         cut: dict[float, str] = {}
         needed = _needed(profile, at_least)
@@ -292,6 +300,24 @@ def select(
             )  # fmt: skip
         found.append(NeuronSet(members))
     return reduce(and_, found)
+
+
+def _check_screen(profile: Profile, rule: str, values: Mapping[str, float]) -> None:
+    """Refuse a selection that would rest on the estimates of a screened profile."""
+    screen = (profile.provenance.measure or {}).get("screen")
+    if screen is None:
+        return
+    for projection in sorted(SCREENED & values.keys()):
+        if rule == "sigma":
+            raise SnrfError(
+                f"{profile.path}: was made with screen: {screen}, so that most impacts of attn.q and attn.k are "
+                f"estimates that sigma cannot be compared with; select by top_ratio, or profile without screen"
+            )
+        if Fraction(str(values[projection])) > Fraction(str(screen)):
+            raise SnrfError(
+                f"{profile.path}: was made with screen: {screen}, so top_ratio {values[projection]:g} of {projection} "
+                f"asks for ranks that were only estimated; lower it to {screen}, or profile with a larger screen"
+            )
 
 
 def _covered_bins(edges: tuple[str, ...], neurons: int, ratio: float, cut: dict[float, str]) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -293,16 +293,21 @@ def make_target(
     dtype: torch.dtype = torch.bfloat16,
     tied: bool | None = None,
     max_shard_size: int | str | None = None,
+    decoder: Mapping[str, int] | None = None,
 ) -> Path:
     """Write a target checkpoint with tokenizer and processor files; `tied=None` leaves embeddings as the family's are.
+
+    `decoder` replaces settings of the text decoder, such as `num_attention_heads`.
 
     Raises KeyError if `(family, layout)` is not in TARGETS.
     """
     spec = FAMILIES[family]
     where = spec.layouts[layout]
     tokenizer = make_tokenizer(TARGET_CHATS[family], TARGET_CORPUS, size=320)
-    text = {**_text_config(spec.source, TARGET_VOCAB, tokenizer)}
+    text = {**_text_config(spec.source, TARGET_VOCAB, tokenizer), **(decoder or {})}
     own = {"model_type": family, **spec.config(tokenizer.convert_tokens_to_ids)}
+    if "out_hidden_size" in own.get("vision_config", {}):
+        own["vision_config"] = {**own["vision_config"], "out_hidden_size": text["hidden_size"]}
     tie = spec.tied if tied is None else tied
     if family not in VLMS or family == "minicpmv":
         config = {**text, **own}
@@ -337,15 +342,19 @@ def make_source(
     tied: bool | None = None,
     safe: bool = True,
     max_shard_size: int | str | None = None,
+    decoder: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write a text-only source checkpoint with its tokenizer; `safe=False` writes pytorch_model.bin."""
+    """Write a text-only source checkpoint with its tokenizer; `safe=False` writes pytorch_model.bin.
+
+    `decoder` replaces settings of the decoder, such as `num_attention_heads`.
+    """
     tokenizer = make_tokenizer(SOURCE_CHATS[family], SOURCE_CORPUS, size=300, template=family not in WITHOUT_TEMPLATE)
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size must be at least the tokenizer's {len(tokenizer)}, got {vocab_size}")
     tie = family in _TIED_SOURCES if tied is None else tied
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**_text_config(family, vocab_size, tokenizer), "tie_word_embeddings": tie}
+    config = {**_text_config(family, vocab_size, tokenizer), **(decoder or {}), "tie_word_embeddings": tie}
     _save(folder, config, tokenizer, seed, dtype)
     write(folder, read(folder), safe=safe, max_shard_size=max_shard_size)
     return folder

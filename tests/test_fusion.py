@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mergekit_snrf import fusion
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import ORDERS, Fusion, fuse, masked_update, working_dtype
+from mergekit_snrf.fusion import ORDERS, Fusion, fuse, masked_update
+from mergekit_snrf.update import working_dtype
 
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -22,8 +23,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 SHAPES = [(24, 40), (40, 24), (20, 20)]
 
 
-def rows_of(*args: object) -> Tensor:
-    return masked_update(*args).rows()  # type: ignore[arg-type]
+def rows_of(
+    target: Tensor, source: Tensor, neurons: Tensor, axis: int, rank: int, order: str = "svd-then-mask"
+) -> Tensor:
+    return masked_update(target, source, neurons, axis, Fusion(1.0, rank, order)).rows()
 
 
 def float64(tensor: Tensor) -> Array:

@@ -11,10 +11,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf import safefile
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
 
@@ -85,6 +86,7 @@ class Study(_Part):
         items: number of items of each metric.
         level: of all intervals, 0.95.
         seed: of the bootstrap and the first draw.
+        roles: of the metrics: what a merge shall gain, and what it shall keep.
         verdict: sentences that say what the intervals support.
         settings: whatever else is needed to repeat the study.
     """
@@ -97,6 +99,7 @@ class Study(_Part):
     mask_sha256: str | None = None
     evaluation: str
     items: dict[str, int]
+    roles: dict[str, Literal["gain", "keep"]] = {}
     level: float = 0.95
     seed: int = 0
     conditions: list[Condition]
@@ -105,31 +108,77 @@ class Study(_Part):
     settings: dict[str, Any] = {}
 
 
-class SiteOverlap(_Part):
-    """Two sets of neurons at one layer and projection.
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Counts(_Part):
+    """Two sets of neurons and what they share.
 
     Attributes:
-        neurons: how many the site has.
+        neurons: how many both sets were chosen from.
+        shared: in both sets.
         only: those in the first set alone, and in the second alone.
         chance: shared neurons to expect of two random sets of these sizes.
+        deviation: standard deviation of that number; 0 where the sizes leave no choice.
     """
 
-    layer: int
+    neurons: Count
+    shared: Count
+    only: tuple[Count, Count]
+    chance: float = Field(ge=0)
+    deviation: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Counts:
+        first, second = (self.shared + only for only in self.only)
+        if self.union > self.neurons or self.chance > min(first, second) * (1 + 1e-9):
+            raise ValueError(f"{self.union} of {self.neurons} neurons, {self.chance:g} shared by chance: impossible")
+        return self
+
+    @property
+    def union(self) -> int:
+        """Neurons in either set."""
+        return self.shared + sum(self.only)
+
+    @property
+    def share(self) -> float | None:
+        """Shared neurons as share of the union; None if both sets are empty."""
+        return self.shared / self.union if self.union else None
+
+    @property
+    def chance_share(self) -> float | None:
+        """Shared neurons to expect as share of the union to expect; None if both sets are empty."""
+        expected_union = self.union + self.shared - self.chance
+        return self.chance / expected_union if expected_union > 0 else None
+
+    @property
+    def z(self) -> float | None:
+        """Standard deviations between the shared neurons and chance; None where the sizes leave no choice."""
+        return (self.shared - self.chance) / self.deviation if self.deviation else None
+
+
+class SiteOverlap(Counts):
+    """Two sets of neurons at one layer and projection."""
+
+    layer: int = Field(ge=0, lt=MAX_LAYERS)
     projection: str
-    neurons: int
-    shared: int
-    only: tuple[int, int]
-    chance: float
+
+    @field_validator("projection")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PROJECTIONS:
+            raise ValueError(f"{name!r} is none of {', '.join(PROJECTIONS)}")
+        return name
 
 
-class OverlapPoint(_Part):
-    """The overlap over all sites, and by projection, at one selection rule."""
+class OverlapPoint(Counts):
+    """The overlap over all sites, and by projection, at one selection rule.
+
+    Attributes:
+        projections: (shared, only first, only second) of each.
+    """
 
     rule: dict[str, Any]
-    shared: int
-    only: tuple[int, int]
-    chance: float
-    neurons: int
     projections: dict[str, tuple[int, int, int]]
 
 
@@ -139,7 +188,6 @@ class Overlap(_Part):
     Attributes:
         names: of the two models.
         rule: the selection that ``sites`` is for.
-        projections: in ``OverlapPoint``: (shared, only first, only second).
         curve: over top ratios.
     """
 
@@ -149,6 +197,21 @@ class Overlap(_Part):
     rule: dict[str, Any]
     sites: list[SiteOverlap]
     curve: list[OverlapPoint] = []
+
+    @field_validator("curve")
+    @classmethod
+    def _over_ratios(cls, points: list[OverlapPoint]) -> list[OverlapPoint]:
+        if not all(isinstance(point.rule.get("top_ratio"), int | float) for point in points):
+            raise ValueError("every point of a curve needs a number top_ratio in its rule")
+        return points
+
+
+class OverlapPairs(_Part):
+    """The overlaps of every two of several profiles."""
+
+    format: Literal["snrf-overlap-pairs"] = "snrf-overlap-pairs"
+    version: Literal[1] = 1
+    pairs: list[Overlap]
 
 
 class TokenOdds(_Part):
@@ -202,11 +265,11 @@ class Amplification(_Part):
     settings: dict[str, Any] = {}
 
 
-Result = Annotated[Study | Overlap | Amplification, Field(discriminator="format")]
-_RESULT: TypeAdapter[Study | Overlap | Amplification] = TypeAdapter(Result)
+Result = Study | Overlap | OverlapPairs | Amplification
+_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
-def write_result(path: str | os.PathLike[str], result: Study | Overlap | Amplification) -> None:
+def write_result(path: str | os.PathLike[str], result: Result) -> None:
     """Write a result as JSON; equal results give equal bytes, and an existing file is replaced at once or not at all.
 
     Raises:
@@ -217,7 +280,7 @@ def write_result(path: str | os.PathLike[str], result: Study | Overlap | Amplifi
         file.write(text.encode())
 
 
-def read_result(path: str | os.PathLike[str]) -> Study | Overlap | Amplification:
+def read_result(path: str | os.PathLike[str]) -> Result:
     """Read a result file.
 
     Raises:

@@ -19,6 +19,7 @@ from mergekit_snrf.cli.common import command_options, load_recipe, size
     show_default=True,
     help="Of the adapter's matrices; float32 is exact.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace an earlier adapter in OUT when the new one is complete.")
 @click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
 @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
 @click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
@@ -27,6 +28,7 @@ def lora(
     recipe: str,
     out_path: str,
     dtype: str,
+    overwrite: bool,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
     trust_remote_code: bool,
@@ -43,13 +45,16 @@ def lora(
         trust_remote_code=trust_remote_code,
     )
     config = load_recipe(recipe)
-    plan = plan_merge(config, options, recipe_folder=str(Path(recipe).resolve().parent), merge_adapter=True)
+    recipe_folder = str(Path(recipe).resolve().parent)
+    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
     done = export_adapter(
         plan,
         options,
         out_path,
         dtype=DTYPES[dtype],
         recipe=Path(recipe).read_text(encoding="utf-8"),
+        recipe_folder=recipe_folder,
+        overwrite=overwrite,
         quiet=bool(click.get_current_context().params.get("quiet")),
     )
     click.echo(f"{out_path}: {len(done.ranks)} modules, {size(done.bytes)}")

@@ -13,6 +13,7 @@ from mergekit_snrf.cli.common import command_options, load_recipe, size
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--hard-links", is_flag=True, help="Link shards without edits; changing one later changes both.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier merge in OUT when the new one is complete.")
 @click.option(
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
 )
@@ -25,6 +26,7 @@ def patch(
     recipe: str,
     out_path: str,
     hard_links: bool,
+    overwrite: bool,
     workers: int,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
@@ -55,6 +57,7 @@ def patch(
         recipe_folder=str(Path(recipe).resolve().parent),
         hard_links=hard_links,
         workers=workers,
+        overwrite=overwrite,
     )
     click.echo(
         f"{out_path}: {size(done.bytes_written)} rewritten; shards: {done.reflinked} reflinked, {done.copied} copied, "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +13,16 @@ import click
 from mergekit_snrf.cli.common import command_options, load_recipe, share, size, table
 
 if TYPE_CHECKING:
-    from mergekit_snrf.plugin.plan import MergePlan
+    from mergekit_snrf.fusion import Rounding
+    from mergekit_snrf.lowrank import Certificate
+    from mergekit_snrf.plugin.plan import Edit, MergePlan
+
+    _Certified = Sequence[tuple[Edit, Certificate | None, Rounding]]
 
 
 @click.command()
 @click.argument("recipe", type=click.Path(dir_okay=False))
+@click.option("--certify", is_flag=True, help="Read the edited tensors and say how well each is fused; write nothing.")
 @click.option("--out", "out_path", type=click.Path(), help="Also check this output folder.")
 @click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
 @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 @command_options
 def plan(
     recipe: str,
+    certify: bool,
     out_path: str | None,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
@@ -32,42 +40,56 @@ def plan(
 ) -> None:
     """Show what merging RECIPE will change and read, and every problem at once.
 
-    Only configurations and headers are read, no weights. Exit code 1 if the merge cannot run.
+    Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
+    run.
     """
     from mergekit.options import MergeOptions
 
     from mergekit_snrf.plugin.plan import plan_merge
+    from mergekit_snrf.plugin.tensors import certify as certified_edits
 
     options = MergeOptions(
+        quiet=bool(click.get_current_context().params.get("quiet")),
         transformers_cache=transformers_cache,
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
     )
+    config = load_recipe(recipe)
     result = plan_merge(
-        load_recipe(recipe), options, out_path=out_path, recipe_folder=str(Path(recipe).resolve().parent)
+        config,
+        options,
+        out_path=out_path,
+        recipe_folder=str(Path(recipe).resolve().parent),
+        merge_adapter=certify,
     )
-    click.echo(json.dumps(_as_json(result), indent=2) if as_json else _as_text(result))
+    certified = list(certified_edits(result, config, options)) if certify and not result.problems else []
+    click.echo(json.dumps(_as_json(result, certified), indent=2) if as_json else _as_text(result, certified))
     if result.problems:
         raise click.exceptions.Exit(1)
 
 
-def _as_json(plan: MergePlan) -> dict[str, Any]:
+def _as_json(plan: MergePlan, certified: _Certified) -> dict[str, Any]:
+    known = {
+        edit.target_name: {"certificate": certificate and asdict(certificate), "rounding": asdict(rounding)}
+        for edit, certificate, rounding in certified
+    }
     return {
         "target": _model_as_json(plan.target, plan.target_decoder),
         "source": _model_as_json(plan.source, plan.source_decoder),
+        "source_base": _model_as_json(plan.source_base, plan.source_base_decoder),
         "mask": str(plan.mask_path) if plan.mask_path else None,
         "tensors": {
             "edited": [
                 {
                     "target": edit.target_name,
                     "source": edit.source_name,
+                    "source_base": edit.source_base_name,
                     "shape": list(edit.shape),
                     "dtype": edit.dtype,
                     "axis": "columns" if edit.site.axis else "rows",
                     "neurons": edit.neurons,
-                    "beta": edit.fusion.beta,
-                    "rank": edit.fusion.rank,
-                    "order": edit.fusion.order,
+                    **asdict(edit.fusion),
+                    **known.get(edit.target_name, {}),
                 }
                 for edit in plan.edits
             ],
@@ -94,11 +116,12 @@ def _model_as_json(checkpoint: Any, decoder: Any) -> dict[str, Any] | None:
     }
 
 
-def _as_text(plan: MergePlan) -> str:
+def _as_text(plan: MergePlan, certified: _Certified) -> str:
     lines = []
     for role, checkpoint, decoder in (
         ("target", plan.target, plan.target_decoder),
         ("source", plan.source, plan.source_decoder),
+        ("source_base", plan.source_base, plan.source_base_decoder),
     ):
         if checkpoint is not None and decoder is not None:
             lines.append(
@@ -109,6 +132,8 @@ def _as_text(plan: MergePlan) -> str:
         lines.append(f"mask    {plan.mask_path} ({plan.mask.neurons.count()} neurons)")
     if plan.edits:
         lines += ["", _edits_as_text(plan)]
+    if certified:
+        lines += ["", _certified_as_text(certified)]
     lines += [f"warning: {warning}" for warning in plan.warnings]
     if plan.problems:
         lines += ["", "This merge cannot run:"]
@@ -118,30 +143,84 @@ def _as_text(plan: MergePlan) -> str:
 
 def _edits_as_text(plan: MergePlan) -> str:
     assert plan.target is not None
-    assert plan.source is not None
     rows: list[tuple[object, ...]] = [
         (name, tensors, neurons, total, share(neurons, total))
         for name, (tensors, neurons, total) in plan.counts().items()
     ]
     sums = [sum(int(str(row[column])) for row in rows) for column in (1, 2, 3)]
     rows.append(("all", *sums, share(sums[1], sums[2])))
-    betas = sorted({edit.fusion.beta for edit in plan.edits})
-    ranks = sorted({edit.fusion.rank for edit in plan.edits})
-    order = plan.edits[0].fusion.order
+    donors = [("source", plan.source), ("source_base", plan.source_base)]
+    held = " and ".join(f"the {role}'s {size(c.bytes)}" for role, c in donors if c is not None)
     parameters = sum(tensor.parameters for tensor in plan.target.tensors.values())
     return "\n".join(
         [
             table(("projection", "tensors", "neurons", "of", "share"), rows),
             "",
-            f"update    beta {_span(betas)}, rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}, {order}",
+            f"update    {_update_as_text(plan)}",
             f"tensors   {len(plan.edits)} edited, {len(plan.copied)} copied; of the decoder's projections "
             f"{len(plan.unmatched)} have nothing to change",
             f"touched   {plan.parameters_touched} parameters ({share(plan.parameters_touched, parameters)}), "
             f"{size(plan.bytes_touched)}",
-            f"read      {size(plan.source_bytes)} of the source's {size(plan.source.bytes)}",
+            f"read      {size(plan.source_bytes)} of {held}",
         ]
     )
 
 
-def _span(values: list[Any]) -> str:
+def _update_as_text(plan: MergePlan) -> str:
+    """Describe the variant: only what has a part in it."""
+    how = plan.edits[0].fusion
+    said = [f"beta {_span([edit.fusion.beta for edit in plan.edits])}"]
+    weights = [edit.fusion for edit in plan.edits if not edit.is_bias] or [how]
+    ranks = [fusion.rank for fusion in weights]
+    if how.update == "dare":
+        said.append(
+            f"dare: drop_rate {_span([fusion.drop_rate for fusion in weights])}, seed {how.seed}"
+            f"{'' if how.rescale or how.norm == 'match' else ', not rescaled'}"
+        )
+    elif any(fusion.energy for fusion in weights):
+        said.append(f"energy {_span([fusion.energy for fusion in weights])}")
+        said.append(f"rank at most {_span(ranks)}{' (0: no limit)' if 0 in ranks else ''}")
+    else:
+        said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}")
+    if how.update != "dare":
+        said.append(how.order)
+    if how.norm == "match":
+        said.append("norm match")
+    if plan.source_base is not None:
+        said.append("Delta = source - source_base")
+    if any(edit.is_bias for edit in plan.edits):
+        said.append("biases")
+    return ", ".join(said)
+
+
+def _certified_as_text(certified: _Certified) -> str:
+    from mergekit_snrf.plugin.tally import Tally, kept
+
+    header = ("tensor", "method", "rank", "passes", "captured", "error", "deficit", "gap", "rounding keeps")
+    rows: list[tuple[object, ...]] = []
+    tally = Tally(-1)
+    for edit, certificate, rounding in certified:
+        tally.add(edit.target_name, certificate, rounding)
+        left = f"{100 * kept(rounding):.1f} %"
+        if certificate is None:
+            rows.append((edit.target_name, "not truncated", *["-"] * (len(header) - 3), left))
+            continue
+        rows.append(
+            (
+                edit.target_name,
+                certificate.method,
+                certificate.rank,
+                certificate.passes,
+                f"{100 * certificate.captured:.2f} %",
+                "not unique" if certificate.degenerate else f"{certificate.est:.1e}",
+                "-" if certificate.deficit is None else f"{certificate.deficit:.1e}",
+                "-" if certificate.gap is None else f"{certificate.gap:.2g}",
+                left,
+            )
+        )
+    return "\n".join([table(header, rows), "", tally.summary(), tally.sentence()])
+
+
+def _span(values: Sequence[float]) -> str:
+    values = sorted(set(values))
     return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"

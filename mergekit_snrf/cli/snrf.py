@@ -5,10 +5,13 @@ from __future__ import annotations
 import click
 
 from mergekit_snrf import __version__
+from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
+from mergekit_snrf.cli.overlap import overlap
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
+from mergekit_snrf.cli.report import report
 from mergekit_snrf.cli.select import select
 
 
@@ -22,4 +25,7 @@ main.add_command(plan)
 main.add_command(patch)
 main.add_command(lora)
 main.add_command(mask)
+main.add_command(overlap)
+main.add_command(report)
+main.add_command(ablate)
 mask.add_command(select)

@@ -3,7 +3,8 @@
 mergekit's own tables of architectures know few vision-language models, and mixing two architectures shuffles or
 drops tensors. So the output is described by the names that lie on disk, in two modules: ``copied``, every tensor
 that stays as it is, from the base alone; and ``edited``, the decoder weights with masked neurons, whose names in the
-source are aliases of the base's. Tensors of the source without masked neurons are never planned, so never read.
+source, and in the model that it was trained from, are aliases of the base's. Their tensors without masked neurons are
+never planned, so never read.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from collections.abc import Sequence
 
 import click
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
-from mergekit.common import dtype_from_name
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_snrf.checkpoint import FLOAT_DTYPES, Checkpoint
+from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.plugin.checks import temporary_shards
 from mergekit_snrf.plugin.method import as_click_error, remember_command, start_tally
-from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge, temporary_shards
+from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge
+from mergekit_snrf.plugin.tensors import wider_dtype
 
 LOG = logging.getLogger(__name__)
 
@@ -142,12 +144,14 @@ def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | No
     config.models = None
     config.modules = {"copied": OutputModuleDefinition(models=[InputModelDefinition(model=base)])}
     if plan.edits:
-        config.modules["edited"] = OutputModuleDefinition(
-            models=[
-                InputModelDefinition(model=base),
-                InputModelDefinition(model=source, parameters=dict(plan.recipe.source_parameters) or None),
-            ]
-        )
+        models = [
+            InputModelDefinition(model=base),
+            InputModelDefinition(model=source, parameters=dict(plan.recipe.source_parameters) or None),
+        ]
+        if plan.recipe.source_base is not None:
+            # The method tells the two apart by their order.
+            models.append(InputModelDefinition(model=absolute(plan.recipe.source_base, recipe_folder)))
+        config.modules["edited"] = OutputModuleDefinition(models=models)
     config.parameters = {**(config.parameters or {}), "masks": str(plan.mask_path)}
 
 
@@ -158,9 +162,10 @@ def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions)
     assert decoder is not None
     layers: list[list[WeightInfo]] = [[] for _ in range(decoder.shape.layers)]
     for edit in plan.edits:
-        aliases = (edit.source_name,) if edit.source_name != edit.target_name else None
+        names = dict.fromkeys(name for name in (edit.source_name, edit.source_base_name) if name is not None)
+        aliases = tuple(name for name in names if name != edit.target_name) or None
         layers[edit.site.layer].append(
-            WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=_wider_dtype(config, edit.dtype))
+            WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=wider_dtype(config, edit.dtype))
         )
     # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
     copied = [
@@ -176,13 +181,6 @@ def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions)
         model_type=target.model_type,
         tagalong_files=_tagalong_files(target, config, options),
     )
-
-
-def _wider_dtype(config: MergeConfiguration, dtype: str) -> str | None:
-    """Return ``out_dtype`` where it is wider than what the maths would be rounded to before it is applied."""
-    working = dtype_from_name(config.dtype or FLOAT_DTYPES[dtype])
-    out = dtype_from_name(config.out_dtype)
-    return config.out_dtype if out is not None and out.itemsize > working.itemsize else None
 
 
 def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: MergeOptions) -> list[str]:

@@ -33,7 +33,7 @@ SPEC = MergeMethodSpec(
     name="snrf",
     pretty_name="Shared Neuron Low-Rank Fusion",
     reference_url="https://arxiv.org/abs/2602.19058",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=1, max_non_base=1),
+    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=1, max_non_base=2),
     parameters=(
         ParameterSpec("masks", str, ParameterScope.SHARED, description="mask file, or hf://owner/repo@revision/path"),
         ParameterSpec(
@@ -41,6 +41,27 @@ SPEC = MergeMethodSpec(
         ),
         ParameterSpec(
             "order", str, ParameterScope.SHARED, "svd-then-mask", description="or mask-then-svd (Appendix B)"
+        ),
+        ParameterSpec(
+            "update", str, ParameterScope.SHARED, "low-rank", description="or dare, elements dropped at random"
+        ),
+        ParameterSpec(
+            "drop_rate", float, ParameterScope.NON_BASE, 0.5, description="share of the elements that dare drops"
+        ),
+        ParameterSpec("seed", int, ParameterScope.SHARED, 0, description="of the draw of dare"),
+        ParameterSpec(
+            "rescale", bool, ParameterScope.SHARED, True, description="dare multiplies the rest by 1 / (1 - drop_rate)"
+        ),
+        ParameterSpec(
+            "norm", str, ParameterScope.SHARED, "none", description="or match: rescale to the norm of M_S(Delta)"
+        ),
+        ParameterSpec("biases", bool, ParameterScope.SHARED, False, description="the neurons' biases move, too"),
+        ParameterSpec(
+            "source_base",
+            str,
+            ParameterScope.SHARED,
+            "",
+            description="a model: Delta = W_source - W_source_base in place of W_source - W_target",
         ),
         ParameterSpec(
             "allow_noop", bool, ParameterScope.SHARED, False, description="accept a merge that changes nothing"
@@ -54,6 +75,13 @@ SPEC = MergeMethodSpec(
         ),
         ParameterSpec("beta", float, ParameterScope.NON_BASE, 0.5, description="strength of the update (Eq. 11)"),
         ParameterSpec("rank", _Rank, ParameterScope.NON_BASE, 4, description="rank of the update, 0 for full rank"),
+        ParameterSpec(
+            "energy",
+            float,
+            ParameterScope.NON_BASE,
+            0.0,
+            description="the smallest rank with this share of ||Delta||_F^2, rank being the largest, 0 for no limit",
+        ),
     ),
 )
 
@@ -110,22 +138,20 @@ def as_click_error(error: SnrfError) -> Exception:
     return click.ClickException(str(error))
 
 
-def merge_group(
-    group: TensorGroup, *, masks: str, order: str, beta: Any, rank: Any, **_checked_by_the_plan: Any
-) -> torch.Tensor:
-    """Return the fused tensor of one group: base alone, or base and source.
+def merge_group(group: TensorGroup, *, masks: str, **parameters: Any) -> torch.Tensor:
+    """Return the fused tensor of one group: base alone, or base, source and, where the recipe has it, source_base.
 
     Args:
-        group: ``metadata.name`` is the base's name of the tensor.
+        group: ``metadata.name`` is the base's name of the weight or bias.
         masks: local path of the mask file.
-        beta: by source, in [0, 1].
-        rank: by source.
+        parameters: those of ``SPEC``; the ones by model are the source's.
 
     Raises:
         SnrfError: the tensor is no decoder weight, the mask does not fit it, or a weight is not finite.
     """
     from mergekit_snrf.decoder import site_of
-    from mergekit_snrf.fusion import Fusion, fuse_and_report
+    from mergekit_snrf.plugin.recipe import fusion_of
+    from mergekit_snrf.plugin.tensors import fuse_tensor
     from mergekit_snrf.threads import one_thread
 
     base = group.base
@@ -133,15 +159,17 @@ def merge_group(
         raise SnrfError(f"{group.metadata.name}: the merge method snrf needs the base's tensor")
     if not group.non_base:
         return base.tensor
-    (source,) = group.non_base
+    source, *others = group.non_base
     name = group.metadata.name or ""
-    site = site_of(name)
+    site = site_of(f"{name.removesuffix('.bias')}.weight" if name.endswith(".bias") else name)
     member = _MASKS.get(masks).neurons.get(site)
     if member is None or not bool(member.any()):
         return base.tensor
-    fusion = Fusion(beta=beta[source.id], rank=rank[source.id], order=order)
+    of_source = {p.name: parameters[p.name][source.id] for p in SPEC.input_parameters if p.name in parameters}
+    fusion = fusion_of(parameters, of_source)
+    source_base = others[0].tensor if others else None
     with one_thread():
-        fused, certificate, rounding = fuse_and_report(base.tensor, source.tensor, member, site.axis, fusion, name=name)
+        fused, certificate, rounding = fuse_tensor(base.tensor, source.tensor, source_base, member, site, fusion, name)
     if _tally is not None:
         _tally.add(name, certificate, rounding)
     return fused

@@ -13,9 +13,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,19 +22,18 @@ from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import fuse_and_report
 from mergekit_snrf.plugin import install
 from mergekit_snrf.plugin.adapter import rewrite
+from mergekit_snrf.plugin.folders import PARTIAL, built_aside, folder_problem
 from mergekit_snrf.plugin.plan import Edit, MergePlan, plan_merge
 from mergekit_snrf.plugin.tally import Tally
-from mergekit_snrf.shards import ByteRange, byte_ranges, overwrite_neurons, read_tensor
+from mergekit_snrf.plugin.tensors import Tensors, fuse_tensor
+from mergekit_snrf.shards import overwrite_neurons
 from mergekit_snrf.threads import one_thread
 
 LOG = logging.getLogger(__name__)
 _FICLONE = 0x40049409
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,14 @@ def patch_merge(
     recipe_folder: str | None = None,
     hard_links: bool = False,
     workers: int = 2,
+    overwrite: bool = False,
 ) -> Patched:
     """Merge by copying the target's shards and rewriting the masked neurons.
 
     Args:
         config_source: the recipe's text, written beside the model as mergekit does.
         out_path: must not exist, or be empty; missing parents are made.
+        overwrite: it may also hold an earlier merge, which is replaced when the new one is complete.
         hard_links: link shards without edits instead of copying them; changing one later changes both.
         workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
 
@@ -73,19 +72,18 @@ def patch_merge(
     # The model card asks mergekit for the method's name.
     install()
     plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    _check_patchable(plan, config, out_path)
+    _check_patchable(plan, config)
+    problem = folder_problem(plan, out_path, recipe_folder, "merge" if overwrite else None)
+    plan.problems += [problem] if problem else []
     plan.raise_problems()
     assert plan.target is not None
-    assert plan.source is not None
     for warning in plan.warnings:
         LOG.warning(warning)
-    target_folder, source_folder = local_folder(plan.target, options), local_folder(plan.source, options)
-    # A link to an empty folder stays a link.
-    out = Path(os.path.realpath(out_path))
-    building = out.with_name(f".{out.name}{_PARTIAL}")
+    tensors = Tensors(plan, options)
+    target_folder = tensors.target_folder
     try:
-        with _claimed(building):
-            patched = _write_shards(plan, target_folder, source_folder, building, hard_links, workers, options.quiet)
+        with built_aside(out_path) as building:
+            patched = _write_shards(plan, tensors, building, hard_links, workers, options.quiet)
             for name in plan.target.side_files():
                 shutil.copy(target_folder / name, building / name)
             if options.write_model_card:
@@ -93,12 +91,11 @@ def patch_merge(
                 card = generate_card(config=config, config_yaml=config_source, name=Path(out_path).absolute().name)
                 (building / "README.md").write_text(card, encoding="utf-8")
                 (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
-            for shard in building.glob(f"*{_PARTIAL}"):
+            for shard in building.glob(f"*{PARTIAL}"):
                 shard.rename(shard.with_suffix(""))
             index = target_folder / "model.safetensors.index.json"
             if index.is_file():
                 shutil.copy(index, building / index.name)
-            building.rename(out)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
         raise SnrfError(
@@ -107,34 +104,7 @@ def patch_merge(
     return patched
 
 
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Make ``folder``, or empty it of what a killed run left; remove it if the block fails.
-
-    Raises:
-        SnrfError: another run is at work in it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SnrfError(f"{folder}: another run writes there; wait for it, or choose another folder") from None
-        except OSError as error:
-            LOG.debug("%s: cannot be locked (%s)", folder, error)
-        try:
-            for entry in folder.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            yield
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _check_patchable(plan: MergePlan, config: MergeConfiguration, out_path: str) -> None:
+def _check_patchable(plan: MergePlan, config: MergeConfiguration) -> None:
     for key in ("dtype", "out_dtype"):
         if getattr(config, key) is not None:
             plan.problems.append(
@@ -142,80 +112,33 @@ def _check_patchable(plan: MergePlan, config: MergeConfiguration, out_path: str)
             )
     if config.chat_template:
         plan.problems.append("chat_template is set, but a patch copies the tokenizer; merge with mergekit-yaml")
-    for checkpoint in (plan.target, plan.source):
-        if checkpoint is not None and any(t.file.endswith(".bin") for t in checkpoint.tensors.values()):
+    for checkpoint in plan.checkpoints:
+        if any(t.file.endswith(".bin") for t in checkpoint.tensors.values()):
             plan.problems.append(
                 f"{checkpoint.name}: is stored as .bin; a patch reads byte ranges of safetensors, "
                 f"convert it or merge with mergekit-yaml"
             )
-    if not os.path.exists(out_path):
-        return
-    if not os.path.isdir(out_path):
-        plan.problems.append(f"{out_path}: the output path is a file; give a folder")
-    elif os.listdir(out_path):
-        plan.problems.append(f"{out_path}: the output folder is not empty; choose a new folder")
-    elif os.path.ismount(out_path) or os.path.samefile(out_path, os.curdir):
-        plan.problems.append(
-            f"{out_path}: a patch moves its output into place as a whole, which a mount point or the working folder "
-            f"does not allow; choose a new folder below it"
-        )
-
-
-def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
-    """Return the folder of a checkpoint's shards and side files, downloaded if they are only on the hub."""
-    if checkpoint.folder is not None:
-        return checkpoint.folder
-    import huggingface_hub
-
-    shards = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                checkpoint.name,
-                revision=checkpoint.revision,
-                cache_dir=options.transformers_cache,
-                allow_patterns=[*shards, *checkpoint.side_files(), "*.index.json"],
-            )
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SnrfError(f"{checkpoint.name}: cannot be downloaded ({reason}); check network and disk") from None
 
 
 def _write_shards(
-    plan: MergePlan,
-    target_folder: Path,
-    source_folder: Path,
-    building: Path,
-    hard_links: bool,
-    workers: int,
-    quiet: bool,
+    plan: MergePlan, tensors: Tensors, building: Path, hard_links: bool, workers: int, quiet: bool
 ) -> Patched:
     assert plan.target is not None
-    assert plan.source is not None
     by_shard: dict[str, list[Edit]] = defaultdict(list)
     for edit in plan.edits:
         by_shard[plan.target.tensors[edit.target_name].file].append(edit)
-    source_ranges: dict[str, dict[str, ByteRange]] = {}
-    for edit in plan.edits:
-        file = plan.source.tensors[edit.source_name].file
-        if file not in source_ranges:
-            source_ranges[file] = byte_ranges(source_folder / file)
     ways = dict.fromkeys(("reflinked", "copied", "linked"), 0)
     written = 0
     tally = Tally(len(plan.edits))
     progress = tqdm.tqdm(total=len(plan.edits), desc="Patching", unit="tensor", disable=quiet)
     with one_thread(), progress, ThreadPoolExecutor(max(1, workers)) as pool:
         for shard in sorted({tensor.file for tensor in plan.target.tensors.values()}):
-            original, copy = target_folder / shard, building / f"{shard}{_PARTIAL}"
+            original, copy = tensors.target_folder / shard, building / f"{shard}{PARTIAL}"
             edits = by_shard.get(shard, [])
             ways[_take_over(original, copy, link=hard_links and not edits)] += 1
-            ranges = byte_ranges(original) if edits else {}
 
-            def apply(edit: Edit, ranges: Mapping[str, ByteRange] = ranges, copy: Path = copy) -> int:
-                source_file = plan.source.tensors[edit.source_name].file  # type: ignore[union-attr]
-                source = source_ranges[source_file][edit.source_name]
-                return _apply(plan, edit, ranges[edit.target_name], source, copy, tally)
+            def apply(edit: Edit, copy: Path = copy) -> int:
+                return _apply(plan, edit, tensors, copy, tally)
 
             for count in pool.map(apply, edits):
                 written += count
@@ -223,14 +146,12 @@ def _write_shards(
     return Patched(written, **ways)
 
 
-def _apply(plan: MergePlan, edit: Edit, target: ByteRange, source: ByteRange, copy: Path, tally: Tally) -> int:
+def _apply(plan: MergePlan, edit: Edit, tensors: Tensors, copy: Path, tally: Tally) -> int:
     assert plan.mask is not None
     member = plan.mask.neurons[edit.site]
-    fused, certificate, rounding = fuse_and_report(
-        read_tensor(target), read_tensor(source), member, edit.site.axis, edit.fusion, name=edit.target_name
-    )
+    fused, certificate, rounding = fuse_tensor(*tensors.read(edit), member, edit.site, edit.fusion, edit.target_name)
     tally.add(edit.target_name, certificate, rounding)
-    return overwrite_neurons(target, copy, fused, member, edit.site.axis)
+    return overwrite_neurons(tensors.place(edit), copy, fused, member, edit.site.axis)
 
 
 def _take_over(original: Path, copy: Path, *, link: bool) -> str:

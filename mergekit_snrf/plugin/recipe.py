@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -19,7 +19,10 @@ from mergekit_snrf.plugin.method import SPEC
 
 _SPECS: Mapping[str, ParameterSpec] = {parameter.name: parameter for parameter in SPEC.parameters}
 # These hold for the whole merge: one value, no gradient and no filter.
-_PLAIN = ("masks", "masks_sha256", "allow_noop", "allow_family_mismatch", "order")
+_PLAIN = tuple(parameter.name for parameter in SPEC.shared_parameters)
+_FUSION = tuple(entry.name for entry in fields(Fusion))
+_OF_DARE = ("drop_rate", "seed", "rescale")
+_OF_LOW_RANK = ("rank", "energy", "order")
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Recipe:
         source: the one other model.
         source_parameters: as written under ``models``.
         parameters: as written at the top level.
+        source_base: the model that Delta is taken from; None: the target.
     """
 
     target: ModelReference
     source: ModelReference
     source_parameters: Mapping[str, ParameterSetting] = field(default_factory=dict)
     parameters: Mapping[str, ParameterSetting] = field(default_factory=dict)
+    source_base: ModelReference | None = None
 
     def value(self, name: str) -> Any:
         """Return a parameter that holds for the whole merge."""
@@ -44,7 +49,7 @@ class Recipe:
         return spec.validate(self.parameters.get(name, spec.default))
 
     def fusion(self, tensor_name: str, t: float) -> Fusion:
-        """Resolve beta, rank and order for one tensor exactly as mergekit will.
+        """Resolve what ``Fusion`` holds for one tensor exactly as mergekit will.
 
         Args:
             tensor_name: on the target; ``filter`` entries match parts of it.
@@ -64,8 +69,7 @@ class Recipe:
             )
         except (ValidationError, ValueError, RuntimeError) as error:
             raise SnrfError(f"{tensor_name}: {_first_line(error)}") from None
-        values = by_source[self.source]
-        return Fusion(beta=values["beta"], rank=values["rank"], order=shared["order"])
+        return fusion_of(shared, by_source[self.source])
 
     def _sources(self, model: ModelReference | None = None) -> Iterable[Mapping[str, ParameterSetting]]:
         if model == self.source:
@@ -76,6 +80,18 @@ class Recipe:
         """Return every ``filter`` text of the recipe."""
         settings = [*self.parameters.values(), *self.source_parameters.values()]
         return [entry.filter for setting in settings for entry in _conditionals(setting) if entry.filter]
+
+
+def fusion_of(shared: Mapping[str, Any], of_source: Mapping[str, Any]) -> Fusion:
+    """Return what the parameters of one tensor say, those of the whole merge and those of the source.
+
+    A parameter that is left out has its default.
+
+    Raises:
+        SnrfError: a value is out of range, or values exclude each other.
+    """
+    values = {**shared, **of_source}
+    return Fusion(**{name: values[name] for name in _FUSION if name in values})
 
 
 def default(name: str) -> Any:
@@ -120,10 +136,64 @@ def read_recipe(config: MergeConfiguration, problems: list[str]) -> Recipe | Non
                 f"parameters under the base_model {entry.model} ({', '.join(entry.parameters)}) have no effect; "
                 f"move them to the source"
             )
+    count = len(problems)
     _check_parameters(config.parameters or {}, sources, problems)
+    if len(problems) == count:
+        _check_combinations([config.parameters or {}, *(entry.parameters or {} for entry in sources)], problems)
+    source_base = _source_base((config.parameters or {}).get("source_base"), problems)
     if config.base_model is None or len(sources) != 1:
         return None
-    return Recipe(config.base_model, sources[0].model, sources[0].parameters or {}, config.parameters or {})
+    return Recipe(
+        config.base_model, sources[0].model, sources[0].parameters or {}, config.parameters or {}, source_base
+    )
+
+
+def _source_base(setting: object, problems: list[str]) -> ModelReference | None:
+    if setting is None or not isinstance(setting, str):
+        return None
+    try:
+        if not setting.strip():
+            raise ValueError("it names no model")
+        return ModelReference.parse(setting)
+    except (ValueError, RuntimeError) as error:
+        problems.append(
+            f"parameter 'source_base' in parameters: {setting!r} is not valid ({_first_line(error)}); give the folder "
+            f"or hub id of the model that the source was trained from, or remove it"
+        )
+        return None
+
+
+def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: list[str]) -> None:
+    """Refuse parameters that would be without effect beside the others; each is valid by itself."""
+
+    def written(name: str) -> list[Any]:
+        return [value for place in places if name in place for value in _scalars(place[name])]
+
+    def value(name: str) -> Any:
+        return _SPECS[name].validate((written(name) or [_SPECS[name].default])[0])
+
+    by_filter = any(_conditionals(place["rank"]) for place in places if "rank" in place)
+    full_rank = bool(written("rank")) and not any(map(float, written("rank"))) and not by_filter
+    if value("update") == "dare":
+        for name in filter(written, _OF_LOW_RANK):
+            problems.append(f"parameter {name!r} has no effect with update: dare, which truncates nothing; remove it")
+        if written("rescale") and value("norm") == "match":
+            problems.append("parameter 'rescale' has no effect with norm: match, which sets the norm; remove one")
+        return
+    for name in filter(written, _OF_DARE):
+        problems.append(f"parameter {name!r} has no effect without update: dare; remove it, or write update: dare")
+    if written("energy"):
+        if not written("rank"):
+            problems.append(
+                "parameter 'energy' needs 'rank', the largest rank that it may choose; write rank: 64, or rank: 0 for "
+                "no limit"
+            )
+        return
+    for name, without_effect in (("order", "mask-then-svd"), ("norm", "match")):
+        if full_rank and value(name) == without_effect:
+            problems.append(
+                f"parameter {name!r} has no effect with rank: 0, which truncates nothing; remove it, or give a rank"
+            )
 
 
 def _check_parameters(
@@ -177,14 +247,13 @@ def _check_value(spec: ParameterSpec, value: Any) -> None:
     if spec.name == "rank" and isinstance(value, float) and not value.is_integer():
         raise SnrfError(f"rank must be a whole number, got {value}")
     checked = spec.validate(value)
-    if spec.name in ("beta", "rank", "order"):
+    if spec.name in _FUSION:
         Fusion(**{spec.name: checked})
 
 
-def _conditionals(setting: ParameterSetting) -> Iterator[ConditionalParameter]:
-    for entry in setting if isinstance(setting, list) else [setting]:
-        if isinstance(entry, ConditionalParameter):
-            yield entry
+def _conditionals(setting: ParameterSetting) -> list[ConditionalParameter]:
+    entries = setting if isinstance(setting, list) else [setting]
+    return [entry for entry in entries if isinstance(entry, ConditionalParameter)]
 
 
 def _scalars(setting: ParameterSetting) -> Iterator[Any]:

@@ -177,7 +177,10 @@ class ProfileConfig(_Section):
         scoring: the exact impact (Eq. 14), or the score of the paper's released code.
         weight: weight of the positions: all one, by the residual stream, or by a gradient.
         site: compare the attention output before or after o_proj.
-        screen: share of the q and k neurons that a first-order screen keeps for the exact computation.
+        screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; it must
+            hold every top_ratio that is ever taken from the profile. None: the exact impact of all.
+        backend: what computes the impacts of attn.q and attn.k: ``blocked``, ``sdpa``, or ``auto`` for the one that
+            suits the device. They agree up to rounding.
         batch_size: probes in a batch.
         token_limit: a probe of more tokens is left out and counted, never cut.
         dtype: of the model's weights; ``auto`` is that of the checkpoint.
@@ -198,6 +201,7 @@ class ProfileConfig(_Section):
     weight: Literal["paper", "residual", "gradient"] = "paper"
     site: Literal["pre_o", "post_o"] = "pre_o"
     screen: _Ratio | None = None
+    backend: Literal["auto", "blocked", "sdpa"] = "auto"
     batch_size: _Count = 8
     token_limit: _Count | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -227,10 +231,15 @@ class ProfileConfig(_Section):
                         f"answer is {{by: column}}, but no column is named for the {name}; add column to answer, or "
                         f"answer to {name}.probes"
                     )
-        for key, default in (("weight", "paper"), ("site", "pre_o"), ("screen", None)):
+        for key, default in (("weight", "paper"), ("site", "pre_o"), ("screen", None), ("backend", "auto")):
             if self.scoring == "released" and getattr(self, key) != default:
                 raise ValueError(f"{key} has no meaning with scoring: released; remove it")
         if self.screen is not None:
+            if self.select.sigma is not None:
+                raise ValueError(
+                    "screen goes with top_ratio, not with sigma: most impacts of attn.q and attn.k would be estimates; "
+                    "remove one of them"
+                )
             ratios = [self.select.ratio(name) for name in ("attn.q", "attn.k")]
             if any(ratio is not None and ratio > self.screen for ratio in ratios):
                 raise ValueError(

@@ -24,10 +24,13 @@ from mergekit_snrf.profiler.impact_inputs import (
     position_weights,
     working_dtype,
 )
+from mergekit_snrf.profiler.impact_sdpa import Backend, sdpa_squares, uses_sdpa
+from mergekit_snrf.profiler.screen import Screened
 
 __all__ = [
     "AttentionInputs",
     "AttentionScores",
+    "Backend",
     "Readout",
     "attention_impact",
     "attention_output",
@@ -54,11 +57,17 @@ def attention_impact(
     weights: Float[Tensor, "batch tokens"] | None = None,
     readout: Readout | None = None,
     block_bytes: int | None = None,
+    *,
+    screen: float | None = None,
+    backend: Backend = "auto",
 ) -> AttentionScores:
     """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14).
 
     Exact up to rounding: the score of every attended pair is changed by every neuron and goes through the
     softmax again, in blocks that stay in the cache. Key positions that no counted row attends to are not visited.
+
+    With ``screen`` that is done for the top share of attn.q and of attn.k that a first-order estimate finds. The
+    others get their estimate, clipped below the least exact impact of the probe and projection.
 
     Args:
         inputs: the captured layer; bfloat16 and float16 are computed in float32.
@@ -66,13 +75,20 @@ def attention_impact(
             nothing. None counts the positions of ``inputs.key_mask``, or all.
         readout: measure after o_proj (site post_o); None measures before it (site pre_o).
         block_bytes: size of a block of changed scores. Results agree for all sizes up to rounding.
+        screen: share in (0, 1] of the attn.q and attn.k neurons to measure exactly; None is all, without estimates.
+        backend: ``blocked`` for the kernel of ``impact_heads``, ``sdpa`` for that of ``impact_sdpa``, ``auto`` for
+            the one that suits the device. They agree up to rounding.
 
     Returns:
         Impacts, not squared. attn.k and attn.v count real rows: their effect on all query heads that read them.
 
     Raises:
-        ValueError: weights or readout do not fit the inputs, or a weight is negative.
+        ValueError: weights or readout do not fit the inputs, a weight is negative, the screen is no share, or the
+            inputs are nothing for the backend.
     """
+    if screen is not None and not 0 < screen <= 1:
+        raise ValueError(f"screen must be in (0, 1], got {screen}")
+    sdpa = uses_sdpa(inputs, backend)
     if readout is not None and readout.heads.shape[::2] != (inputs.heads, inputs.value_dim):
         raise ValueError(
             f"readout is for {readout.heads.shape[0]} heads of size {readout.heads.shape[2]}, the inputs have "
@@ -84,11 +100,15 @@ def attention_impact(
     value = query.new_zeros(inputs.value.shape[::2])
     with full_precision(inputs.query.device.type):
         for item, counted in enumerate(weights):
+            screened = None if screen is None else Screened.of(inputs, item, counted, readout, screen)
             for group in head_groups(inputs, item, counted, block_bytes):
-                q, k, v = group.impact_squares(readout)
+                kept = None if screened is None else screened.kept(group.index)
+                q, k, v = sdpa_squares(group, readout, kept) if sdpa else group.impact_squares(readout, kept)
                 query[item].view(inputs.kv_heads, -1)[group.index] = q.flatten()
                 key[item].view(inputs.kv_heads, -1)[group.index] = k
                 value[item].view(inputs.kv_heads, -1)[group.index] = v
+            if screened is not None:
+                query[item], key[item] = screened.filled(query[item], key[item])
     dtype = working_dtype(inputs.query)
     return AttentionScores(query.sqrt().to(dtype), key.sqrt().to(dtype), value.sqrt().to(dtype))
 

@@ -34,14 +34,18 @@ from mergekit_snrf.profiler.impact_inputs import AttentionInputs, Readout, worki
 QUERY_ROWS = 32
 """Query positions of a block: fewer make small products, more visit too many keys beyond the diagonal."""
 
-ONEDNN_ROWS = (8, 16, 32)
-"""Numbers of rows of a block that oneDNN multiplies; QUERY_ROWS is one of them."""
+ONEDNN_ROWS = (8, 16, 32, 64)
+"""Numbers of rows of a block that oneDNN multiplies; QUERY_ROWS and those of the screen are among them."""
 
 CPU_BLOCK_BYTES = 2**20
 """Default size of a block of changed scores on a CPU: about what the cache of one core holds."""
 
 ACCELERATOR_BLOCK_BYTES = 2**26
 """Default size of a block of changed scores on other devices, which want fewer and larger kernels."""
+
+
+_SCREENED_DIMS = 32
+# The most neurons at a time where a screen has left some of a head.
 
 
 class Rotary(NamedTuple):
@@ -125,6 +129,13 @@ class Removal(NamedTuple):
     key: Float[Tensor, "terms head_dim tokens"]
     growth: Float[Tensor, "head_dim _ _"] | None = None
 
+    def only(self, dims: Int[Tensor, " kept"] | None) -> Removal:
+        """Return the removals of some neurons; None is all."""
+        if dims is None:
+            return self
+        growth = None if self.growth is None else self.growth[dims]
+        return Removal(self.query[:, dims], self.key[:, dims], growth)
+
     def growth_at(self, dims: slice, block: Block) -> Float[Tensor, "dims _ _"] | None:
         """Return the growth within a block."""
         if self.growth is None:
@@ -132,6 +143,13 @@ class Removal(NamedTuple):
         rows = slice(block.start, block.stop) if self.growth.shape[1] > 1 else slice(None)
         keys = slice(block.first, block.last) if self.growth.shape[2] > 1 else slice(None)
         return self.growth[dims, rows, keys]
+
+
+class Kept(NamedTuple):
+    """Which neurons of a group of heads are measured."""
+
+    query: list[Int[Tensor, " kept"]]
+    key: Int[Tensor, " kept"]
 
 
 @dataclass(frozen=True)
@@ -164,33 +182,47 @@ class HeadGroup:
     buffer: Float[Tensor, " elements"]
 
     def impact_squares(
-        self, readout: Readout | None
+        self, readout: Readout | None, kept: Kept | None = None
     ) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " head_dim"], Float[Tensor, " value_dim"]]:
-        """Return the squared impacts of the group's attn.q, attn.k and attn.v neurons, float64."""
+        """Return the squared impacts of the group's attn.q, attn.k and attn.v neurons, float64.
+
+        attn.q and attn.k neurons that are not ``kept`` are not measured and get 0; None measures all.
+        """
         heads, head_dim = self.query.rotated.shape[1:]
-        query = self.values.new_zeros(heads, head_dim, dtype=torch.float64)
-        key = query.new_zeros(head_dim)
-        value = query.new_zeros(self.values.shape[0])
-        without_q, without_k = self._without_query(), self._without_key()
+        value = self.values.new_zeros(self.values.shape[0], dtype=torch.float64)
+        dims_q = [None] * heads if kept is None else kept.query
+        dims_k = None if kept is None else kept.key
+        without_q = [removal.only(dims) for removal, dims in zip(self._without_query(), dims_q, strict=True)]
+        without_k = [removal.only(dims_k) for removal in self._without_key()]
+        squares_q = [value.new_zeros(removal.query.shape[1]) for removal in without_q]
+        squares_k = value.new_zeros(without_k[0].query.shape[1])
         for block in self.blocks:
             weights = self.weights[block.start : block.stop]
             values = self.values[:, block.first : block.last].contiguous()
             scores = self.base_scores(block)
             outputs = [self.attend(block, base) for base in scores]
-            value += self._value_squares(outputs, weights, readout)
-            for dims in self._dim_slices(block):
-                changes = []
-                for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
-                    change = product(self._changed(block, base, without_q[head], dims), values).sub_(output)
+            value += self.value_squares(outputs, weights, readout)
+            for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
+                for span in self._dim_slices(block, len(squares_q[head])):
+                    change = product(self._changed(block, base, without_q[head], span), values).sub_(output)
                     if readout is not None:
                         change = product(change, readout.heads[self.index * heads + head].to(change))
-                    query[head, dims] += _energy(change, weights)
-                    changes.append(product(self._changed(block, base, without_k[head], dims), values).sub_(output))
+                    squares_q[head][span] += energy(change, weights)
+            for span in self._dim_slices(block, len(squares_k)):
+                changes = [
+                    product(self._changed(block, base, removal, span), values).sub_(output)
+                    for base, output, removal in zip(scores, outputs, without_k, strict=True)
+                ]
                 if readout is not None:
                     changes = [product(torch.cat(changes, dim=-1), readout.groups[self.index].to(self.values))]
                 for change in changes:
-                    key[dims] += _energy(change, weights)
-        return query, key, value
+                    squares_k[span] += energy(change, weights)
+        if kept is None:
+            return torch.stack(squares_q), squares_k, value
+        query = value.new_zeros(heads, head_dim)
+        for row, dims, squares in zip(query, kept.query, squares_q, strict=True):
+            row[dims] = squares
+        return query, value.new_zeros(head_dim).index_copy(0, kept.key, squares_k), value
 
     def released_sums(self) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " value_dim"]]:
         """Return the released code's sums for the columns of the rotated queries and for the values, float64."""
@@ -202,18 +234,18 @@ class HeadGroup:
         for block in self.blocks:
             weights = self.weights[block.start : block.stop]
             for head, base in enumerate(self.base_scores(block)):
-                attention = self._softmax(base.clone(), block)
+                attention = self.softmax(base.clone(), block)
                 output = product(attention, self.values[:, block.first : block.last]) + self.value_mean
                 value += (weights @ output.abs()).double()
-                for dims in self._dim_slices(block):
+                for dims in self._dim_slices(block, head_dim):
                     changed = self._changed(block, base, columns[head], dims)
-                    query[head, dims] += _energy(changed.sub_(attention), weights)
+                    query[head, dims] += energy(changed.sub_(attention), weights)
         return query, value
 
     def base_scores(self, block: Block) -> list[Float[Tensor, "rows keys"]]:
         """Return S of every head, masked already where nothing stands between Delta and the mask."""
         rows, keys = slice(block.start, block.stop), slice(block.first, block.last)
-        bias = None if self._masks_late(block) else block.bias(self.values)
+        bias = None if self.masks_late(block) else block.bias(self.values)
         scores = []
         for head in range(self.query.rotated.shape[1]):
             base = (self.query.rotated[rows, head] * self.scaling) @ self.key.rotated[keys, 0].mT
@@ -222,7 +254,7 @@ class HeadGroup:
 
     def attend(self, block: Block, base: Float[Tensor, "rows keys"]) -> Float[Tensor, "rows value_dim"]:
         """Return the attention output of one head, less the mean value."""
-        return product(self._softmax(base.clone(), block), self.values[:, block.first : block.last])
+        return product(self.softmax(base.clone(), block), self.values[:, block.first : block.last])
 
     def _without_query(self) -> list[Removal]:
         keys = torch.cat([self.key.rotated, self.key.rotated[..., self.partner]], dim=1).permute(1, 2, 0).contiguous()
@@ -243,22 +275,30 @@ class HeadGroup:
             removals.append(Removal(torch.stack([rotated.mT, rotated[:, self.partner].mT]), keys, growth))
         return removals
 
-    def _dim_slices(self, block: Block) -> list[slice]:
-        head_dim = self.query.rotated.shape[2]
+    def _dim_slices(self, block: Block, count: int) -> list[slice]:
+        """Split neurons into slices whose changed scores fit into the buffer."""
         fitting = max(1, self.buffer.numel() // block.hidden.numel())
-        step = -(-head_dim // -(-head_dim // fitting))
-        return [slice(start, min(start + step, head_dim)) for start in range(0, head_dim, step)]
+        if count == self.query.rotated.shape[2]:
+            step = -(-count // -(-count // fitting))
+            return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+        # Numbers of neurons that a screen keeps are irregular; these sizes give products of few shapes.
+        limit = min(fitting, _SCREENED_DIMS)
+        step = -(-count // max(1, -(-count // limit)))
+        step = max(1, min(-(-step // 4) * 4, fitting))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
-    def _masks_late(self, block: Block) -> bool:
+    def masks_late(self, block: Block) -> bool:
+        """Return whether a cap or a growth stands between the changed scores and the mask."""
         grows = self.query.growth is not None or self.key.growth is not None
         return self.softcap is not None or (grows and block.extra is not None)
 
-    def _softmax(self, scores: Tensor, block: Block) -> Tensor:
+    def softmax(self, scores: Float[Tensor, "*dims rows keys"], block: Block) -> Float[Tensor, "*dims rows keys"]:
+        """Return the attention weights that follow from scores, in their place."""
         if self.softcap is not None:
             # tanh(x) = e / (e + 2) with e = exp(2x) - 1: within 3 ulp, and twice as fast as torch.tanh on a CPU.
             excess = scores.mul_(2 / self.softcap).clamp_(max=40.0).expm1_()
             excess.div_(excess + 2).mul_(self.softcap)
-        if self._masks_late(block):
+        if self.masks_late(block):
             scores.add_(block.bias(scores))
         return torch.softmax(scores, dim=-1, out=scores)
 
@@ -275,9 +315,9 @@ class HeadGroup:
         growth = removal.growth_at(dims, block)
         if growth is not None:
             scores.mul_(growth)
-        return self._softmax(scores, block)
+        return self.softmax(scores, block)
 
-    def _value_squares(
+    def value_squares(
         self, outputs: list[Float[Tensor, "rows value_dim"]], weights: Float[Tensor, " rows"], readout: Readout | None
     ) -> Float[Tensor, " value_dim"]:
         """Return the squared norm of what each value row feeds into the outputs of its heads."""
@@ -288,7 +328,11 @@ class HeadGroup:
 
 
 def head_groups(
-    inputs: AttentionInputs, item: int, weights: Float[Tensor, " tokens"], block_bytes: int | None = None
+    inputs: AttentionInputs,
+    item: int,
+    weights: Float[Tensor, " tokens"],
+    block_bytes: int | None = None,
+    block_rows: int = QUERY_ROWS,
 ) -> Iterator[HeadGroup]:
     """Yield the groups of heads of one probe.
 
@@ -297,12 +341,13 @@ def head_groups(
         item: index of the probe in the batch.
         weights: w_i of the probe; rows of weight 0, and rows that attend to nothing, are left out.
         block_bytes: size of a block of changed scores.
+        block_rows: the most query positions of a block.
     """
     dtype = working_dtype(inputs.query)
     tokens, head_dim, kv_heads = len(weights), inputs.head_dim, inputs.kv_heads
     elements = max(tokens, block_size(inputs.query.device, block_bytes) // dtype.itemsize)
     rows, blocks, seen = _row_blocks(
-        inputs, item, weights, min(QUERY_ROWS, 1 << ((elements // tokens).bit_length() - 1))
+        inputs, item, weights, min(block_rows, 1 << ((elements // tokens).bit_length() - 1))
     )
     if not blocks:
         return
@@ -373,7 +418,8 @@ def _onednn_linear() -> bool:
         return False
 
 
-def _energy(change: Float[Tensor, "dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, " dims"]:
+def energy(change: Float[Tensor, "dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, " dims"]:
+    """Return ``sum_i w_i ||change_i||^2``, float64."""
     return (change.square().sum(-1) @ weights).double()
 
 

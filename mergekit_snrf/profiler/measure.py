@@ -16,8 +16,10 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.live import find_live_decoder, weight_of
 from mergekit_snrf.neurons import Site
 from mergekit_snrf.profiler.capture import CapturedLayer, run_layers
+from mergekit_snrf.profiler.gradient import LayerGradient, layer_gradients
 from mergekit_snrf.profiler.impact import (
     AttentionScores,
+    Backend,
     Readout,
     attention_impact,
     attention_output,
@@ -62,23 +64,27 @@ class Measure:
     Attributes:
         scoring: ``exact`` is Eq. 14; ``released`` are the scores of the paper's released code.
         weight: ``paper`` counts the squared change alike at every position; ``residual`` divides it by the mean square
-            of the residual stream there, at the output of the layer.
+            of the residual stream there, at the output of the layer; ``gradient`` multiplies it by how much the final
+            states feel a change there.
         site: compare the attention output before or after o_proj.
         tokens: count every position, or those of the answer.
+        screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; None is
+            all of them.
     """
 
     scoring: Literal["exact", "released"] = "exact"
-    weight: Literal["paper", "residual"] = "paper"
+    weight: Literal["paper", "residual", "gradient"] = "paper"
     site: Literal["pre_o", "post_o"] = "pre_o"
     tokens: Literal["all", "answer"] = "all"
+    screen: float | None = None
 
-    def provenance(self) -> dict[str, str]:
+    def provenance(self) -> dict[str, Any]:
         """Return the settings for a profile file."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class Meter:
-    """Measures impacts on the probes of batches, with one forward pass a batch.
+    """Measures impacts on the probes of batches, with one forward pass a batch, ``weight: gradient`` with a second one.
 
     The first batch checks every layer: the attention output that the captured tensors imply must be the one that the
     model computed. So an attention that works in a way unknown to the profiler is an error, never a wrong number.
@@ -89,6 +95,7 @@ class Meter:
         shape: of the decoder, where it is known from the checkpoint.
         name: of the model, for messages.
         block_bytes: size of a block of changed scores; None is the default of the device.
+        backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
 
     Raises:
         SnrfError: the model has no text decoder that the profiler knows.
@@ -102,11 +109,13 @@ class Meter:
         shape: DecoderShape | None = None,
         name: str | None = None,
         block_bytes: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         self.model = model
         self.measure = measure
         self.decoder = find_live_decoder(model, shape, name=name)
         self._block_bytes = block_bytes
+        self._backend = backend
         self._column_norms: dict[int, Tensor] = {}
         self._checked = False
 
@@ -132,15 +141,19 @@ class Meter:
                     f"{self.measure.tokens}; leave out the row or set tokens: all"
                 )
         found: dict[Site, Tensor] = {}
+        gradients: list[LayerGradient] = []
+        if self.measure.weight == "gradient":
+            gradients = layer_gradients(self.model, self.decoder, lambda: self._forward(batch.inputs), counted)
 
         def visit(layer: CapturedLayer) -> None:
             self._check_finite(layer, batch)
-            weights = self._position_weights(layer, counted)
+            gradient = gradients[layer.index] if gradients else None
+            weights, ffn_weights = self._position_weights(layer, counted, gradient)
             if not self._checked:
                 self._check(layer, batch)
             attention = self._attention(layer, weights)
             values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
-            values["fwd.up"] = self._ffn(layer, weights)
+            values["fwd.up"] = self._ffn(layer, ffn_weights)
             for projection, value in values.items():
                 value = value.cpu()
                 self._refuse(layer, projection, batch, ~value.isfinite().all(-1))
@@ -153,6 +166,7 @@ class Meter:
             visit,
             up=self.measure.scoring == "released",
         )
+        self._check_gradients(gradients, counted, batch)
         self._checked = True
         return found
 
@@ -168,17 +182,26 @@ class Meter:
             self.model.train(training)
 
     def _position_weights(
-        self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"]
-    ) -> Float[Tensor, "batch tokens"]:
+        self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
+        """Return the weights of the attention's positions and of the FFN's."""
         stream = layer.stream
         dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
         counted = counted.to(stream.device)
+        if gradient is not None:
+            # Weights that are not finite are reported when no projection of any layer is to blame for them.
+            attention, ffn = (
+                torch.where(counted, weight.to(stream.device).nan_to_num(posinf=0.0), 0.0)
+                for weight in (gradient.attention, gradient.ffn)
+            )
+            return attention, ffn
         if self.measure.weight == "paper":
-            return counted.to(dtype)
+            return counted.to(dtype), counted.to(dtype)
         square = stream.to(dtype).square().mean(-1)
         # Where the stream is not finite the impacts are not either, and that is reported with its projection.
         weight = torch.nan_to_num(square.clamp(min=torch.finfo(dtype).tiny).reciprocal())
-        return torch.where(counted, weight, 0.0)
+        weight = torch.where(counted, weight, 0.0)
+        return weight, weight
 
     def _attention(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> AttentionScores:
         if self.measure.scoring == "released":
@@ -189,7 +212,13 @@ class Meter:
             readout = Readout.of(
                 output.to(layer.attention.query.device), layer.attention.heads, layer.attention.kv_heads
             )
-        return attention_impact(layer.attention, weights, readout, self._block_bytes)
+        if self._backend == "sdpa" and layer.attention.softcap is not None:
+            raise SnrfError(
+                f"{self.decoder.model}: caps its attention scores, which backend: sdpa cannot; use backend: auto"
+            )
+        return attention_impact(
+            layer.attention, weights, readout, self._block_bytes, screen=self.measure.screen, backend=self._backend
+        )
 
     def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
         if self.measure.scoring == "released":
@@ -210,6 +239,19 @@ class Meter:
         for projection, tensor in captured.items():
             wrong = ~tensor.isfinite().all(-1) & (batch.attention_mask != 0).to(tensor.device)
             self._refuse(layer, projection, batch, wrong.any(-1))
+
+    def _check_gradients(
+        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: Batch
+    ) -> None:
+        for index, gradient in enumerate(gradients):
+            finite = gradient.attention.isfinite() & gradient.ffn.isfinite()
+            wrong = (~finite & counted.to(finite.device)).any(-1)
+            if bool(wrong.any()):
+                raise SnrfError(
+                    f"{self.decoder.model}: the gradient at layer {index} is NaN or infinite on probe "
+                    f"{batch.numbers[int(wrong.nonzero()[0])]}; load the model in a dtype of more range "
+                    f"(--dtype float32), or use weight: residual"
+                )
 
     def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
         if bool(wrong.any()):

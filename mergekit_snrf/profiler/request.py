@@ -55,16 +55,8 @@ def side_of(config: ProfileConfig, name: SideName) -> SideConfig:
 
 
 def measure_of(config: ProfileConfig) -> Measure:
-    """Return what the configuration asks to measure.
-
-    Raises:
-        SnrfError: it asks for something that is not supported.
-    """
-    if config.weight == "gradient":
-        raise SnrfError("weight: gradient is not supported yet; use weight: paper or weight: residual")
-    if config.screen is not None:
-        raise SnrfError("screen is not supported yet; remove it, every neuron is then measured exactly")
-    return Measure(config.scoring, config.weight, config.site, config.tokens)
+    """Return what the configuration asks to measure."""
+    return Measure(config.scoring, config.weight, config.site, config.tokens, config.screen)
 
 
 def stem_of(mask: str | os.PathLike[str], side: SideName) -> Path:
@@ -182,7 +174,9 @@ def request_of(
     for row in rows.rows:
         content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
         digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    backend = {} if config.backend == "auto" else {"backend": config.backend}
     return {
+        **backend,
         "model": {
             "path": _written(side.model, folder),
             "revision": side.revision,

@@ -29,6 +29,7 @@ from mergekit_snrf.profilefile import Profile, ProfileProvenance, read_profile, 
 from mergekit_snrf.profiler import memory
 from mergekit_snrf.profiler.config import ProfileConfig
 from mergekit_snrf.profiler.distributed import Ranks, joined_ranks
+from mergekit_snrf.profiler.gradient import gradient_bytes
 from mergekit_snrf.profiler.journal import Journals, Progress, Tally
 from mergekit_snrf.profiler.measure import Batch, Measure, Meter
 from mergekit_snrf.profiler.probes import (
@@ -152,7 +153,6 @@ def run(
         SnrfError: whatever the user can mend: the configuration, the models, the probes, the memory.
     """
     folder = None if folder is None else Path(folder)
-    measure_of(config)
     with joined_ranks() as ranks:
         # Later ranks must not take the first one's journals for those of an earlier run.
         if ranks.first:
@@ -191,7 +191,6 @@ def dry_run(config: ProfileConfig, *, folder: str | os.PathLike[str] | None = No
     Raises:
         SnrfError: as ``run``, as far as it can be told without the models.
     """
-    measure_of(config)
     check_models(config)
     lines = []
     for name in SIDES:
@@ -250,7 +249,14 @@ class _Job:
         )
         with _memory_explained(name, self.config):
             probes = prepare(rows, processor, side, self.config, model)
-            meter = Meter(model, measure_of(self.config), shape=info.shape, name=side.model, block_bytes=block)
+            meter = Meter(
+                model,
+                measure_of(self.config),
+                shape=info.shape,
+                name=side.model,
+                block_bytes=block,
+                backend=self.config.backend,
+            )
             done = self._measure(name, model, processor, probes, meter, journals, block)
         dtype = str(model.dtype).removeprefix("torch.")
         commit = getattr(model.config, "_commit_hash", None)
@@ -382,6 +388,8 @@ class _Job:
         needed = memory.working_bytes(
             meter.decoder.shape, probes, tokens, dtype=dtype, block=block, up=meter.measure.scoring == "released"
         )
+        if meter.measure.weight == "gradient":
+            needed += gradient_bytes(meter.decoder.shape, probes, tokens, dtype=dtype)
         logger.debug(
             "%s: %d probes of up to %d tokens use at most %d MB beside the model%s",
             name, probes, tokens, needed / 1e6, "" if budget is None else f", {budget / 1e6:.0f} MB are allowed",

@@ -84,6 +84,7 @@ def test_json_against_the_headers(pair: Pair, tmp_path: Path) -> None:
         target_name(site): {
             "target": target_name(site),
             "source": source_name(site),
+            "source_base": None,
             "shape": target[target_name(site)]["shape"],
             "dtype": "BF16",
             "axis": ("rows", "columns")[MODULES[site.projection][1]],
@@ -91,6 +92,12 @@ def test_json_against_the_headers(pair: Pair, tmp_path: Path) -> None:
             "beta": 0.5,
             "rank": 4,
             "order": "svd-then-mask",
+            "update": "low-rank",
+            "drop_rate": 0.5,
+            "seed": 0,
+            "rescale": True,
+            "norm": "none",
+            "energy": 0.0,
         }
         for site, count in counts.items()
     }

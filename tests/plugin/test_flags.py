@@ -137,18 +137,28 @@ def test_accelerator_refuses_mixed_devices(accelerator: Accelerator) -> None:
         torch.ones(2).to("meta") + torch.ones(2)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("rank", [0, 4])
-def test_device_of_the_maths(rank: int, order: str, accelerator: Accelerator, pair: Pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "parameters"),
+    [
+        ({"rank": 0}, {}),
+        ({"rank": 4}, {"order": ORDERS[0]}),
+        ({"rank": 4}, {"order": ORDERS[1], "norm": "match"}),
+        ({"rank": 0, "energy": 0.5}, {}),
+        ({"rank": None, "drop_rate": 0.7}, {"update": "dare", "seed": 3}),
+    ],
+)
+def test_device_of_the_maths(
+    source: dict[str, Any], parameters: dict[str, Any], accelerator: Accelerator, pair: Pair, tmp_path: Path
+) -> None:
     """What --cuda does: tensors move to the device, and everything that the kernel makes is there too."""
-    recipe = pair.recipe(source={"rank": rank}, parameters={"order": order})
+    recipe = pair.recipe(source=source, parameters=parameters)
     expected = merge(recipe, tmp_path / "cpu")
     with accelerator:
         result = run(recipe, tmp_path / "device", "--device", "meta")
     assert result.exit_code == 0, result.output
     assert_same(read(tmp_path / "device"), expected)
     assert accelerator.operations >= {"aten::sub", "aten::index_put_", "aten::nonzero"}
-    assert ("aten::_linalg_eigh" in accelerator.operations) is (rank > 0)
+    assert ("aten::_linalg_eigh" in accelerator.operations) is (source["rank"] == 4 or "energy" in source)
 
 
 def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:

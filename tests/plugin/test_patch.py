@@ -36,6 +36,7 @@ from mergekit_snrf.maskfile import write_mask
 from mergekit_snrf.neurons import NeuronSet
 from mergekit_snrf.plugin import patch as patch_module
 from mergekit_snrf.plugin.patch import Patched, patch_merge
+from mergekit_snrf.plugin.tensors import local_folder
 
 SHARD = 80_000
 METHOD = "[Shared Neuron Low-Rank Fusion](https://arxiv.org/abs/2602.19058)"
@@ -375,7 +376,9 @@ def test_refused_output(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert_refused(patch(write_recipe(tmp_path / "r.yml", pair.recipe()), pair.target), "is not empty")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert_refused(patch(write_recipe(tmp_path / "r.yml", pair.recipe()), Path(".")), ".: a patch moves its output")
+    assert_refused(
+        patch(write_recipe(tmp_path / "r.yml", pair.recipe()), Path(".")), ".: the output is moved into place"
+    )
     assert tree(tmp_path) == ["here", "out", "out/notes.txt", "r.yml"]
 
 
@@ -631,7 +634,7 @@ def hub_checkpoint() -> Checkpoint:
 def test_model_on_the_hub_is_fetched_without_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or tmp_path)
-    assert patch_module.local_folder(hub_checkpoint(), MergeOptions(transformers_cache="cache")) == tmp_path
+    assert local_folder(hub_checkpoint(), MergeOptions(transformers_cache="cache")) == tmp_path
     assert asked.pop("allow_patterns") == [
         "model-00001-of-00001.safetensors",
         "config.json",
@@ -647,4 +650,4 @@ def test_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(SnrfError, match=r"owner/model: cannot be downloaded \(no route\)"):
-        patch_module.local_folder(hub_checkpoint(), MergeOptions())
+        local_folder(hub_checkpoint(), MergeOptions())

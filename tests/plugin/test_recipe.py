@@ -92,7 +92,7 @@ def test_every_problem_is_listed_in_the_order_of_the_recipe() -> None:
         "'models' must list exactly one source besides the base_model, got a, b",
         "parameter 'rank' in parameters: rank must be 0",
         "parameter 'beta' in parameters: beta must be in [0, 1]",
-        "unknown parameter 'normalize' in parameters; snrf knows masks, ",
+        "unknown parameter 'normalize' in parameters; did you mean 'norm'?",
         "parameter 'masks' is written under the model a, where mergekit ignores it",
         "unknown parameter 'bata' in the parameters of a; did you mean 'beta'?",
         "parameter 'rank' in the parameters of b: rank must be a whole number, got 0.5",
@@ -212,7 +212,7 @@ RECIPES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown parameter of the source": (
         {"source": {"weight": 1.0}},
-        "/source; snrf knows masks, masks_sha256, order, allow_noop, allow_family_mismatch, beta, rank",
+        "/source; snrf knows masks, masks_sha256, order, update, drop_rate, seed, rescale, norm, biases, source_base, ",
     ),
     "order under models": (
         {"source": {"order": "mask-then-svd"}},

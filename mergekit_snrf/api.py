@@ -1,0 +1,113 @@
+"""The Python interface for notebooks; ``import mergekit_snrf as snrf`` offers these names. See docs/python.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_snrf import safefile
+from mergekit_snrf.edits import Edit, deactivate, fuse_model, fuse_state_dict
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion import Fusion
+from mergekit_snrf.maskfile import Mask, local_path, read_mask, write_mask
+from mergekit_snrf.neurons import Neuron, NeuronSet, Site
+from mergekit_snrf.profilefile import Profile, read_profile, select, write_profile
+from mergekit_snrf.profiler.measure import Batch, Measure
+
+__all__ = [
+    "Edit",
+    "Fusion",
+    "Mask",
+    "Measure",
+    "Neuron",
+    "NeuronSet",
+    "Profile",
+    "Site",
+    "SnrfError",
+    "deactivate",
+    "fuse_model",
+    "fuse_state_dict",
+    "load_mask",
+    "profile",
+    "read_profile",
+    "select",
+    "write_mask",
+    "write_profile",
+]
+
+
+def load_mask(reference: str | os.PathLike[str], *, sha256: str | None = None) -> Mask:
+    """Load a mask from a path, or from ``hf://owner/repo@revision/path``.
+
+    Args:
+        sha256: refuse another file.
+
+    Raises:
+        SnrfError: the file is missing, damaged, no mask, or another one.
+    """
+    path = local_path(os.fspath(reference))
+    if sha256 is not None and (found := safefile.sha256(path)) != sha256.lower():
+        raise SnrfError(f"{path}: sha256 is {found}, not {sha256}; get the mask that was meant")
+    return read_mask(path)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What a processor or tokenizer returned, as a batch of probes."""
+
+    numbers: tuple[int, ...]
+    inputs: Mapping[str, Any]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        mask = self.inputs.get("attention_mask")
+        return torch.ones_like(self.inputs["input_ids"]) if mask is None else mask
+
+    @property
+    def answer_mask(self) -> Tensor:
+        return self.attention_mask != 0
+
+
+def profile(
+    model: nn.Module,
+    batches: Iterable[Batch | Mapping[str, Any]],
+    *,
+    measure: Measure | None = None,
+    progress: bool = False,
+) -> Profile:
+    """Measure the impact of every neuron of a loaded model on batches of probes (Eq. 14).
+
+    Args:
+        model: any transformers model with a text decoder; it is left as it was.
+        batches: what the model's processor or tokenizer returns, with ``input_ids`` [probes, tokens], or objects with
+            ``numbers``, ``inputs``, ``attention_mask`` and ``answer_mask``.
+        measure: what counts as the impact; None is Eq. 14 over all tokens.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SnrfError: the model or a batch is not supported, or the model computes NaN or infinite values.
+    """
+    from mergekit_snrf.profiler.run import profile_model
+
+    return profile_model(model, _as_batches(batches), measure=measure, progress=progress).profile()
+
+
+def _as_batches(batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[Batch]:
+    count = 0
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            yield batch
+            continue
+        if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
+            raise SnrfError(
+                "a batch has no tensor input_ids of shape [probes, tokens]; call the processor with "
+                "return_tensors='pt' and padding=True"
+            )
+        probes = len(batch["input_ids"])
+        yield _Plain(tuple(range(count, count + probes)), batch)
+        count += probes

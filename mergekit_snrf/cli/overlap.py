@@ -1,0 +1,140 @@
+"""``snrf overlap``: what profiles share, next to what chance would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_snrf.cli.common import command_options, table
+from mergekit_snrf.cli.select import PerProjection, ShareOrCount
+
+if TYPE_CHECKING:
+    from mergekit_snrf.analysis.results import Counts, Overlap
+
+_NOTE = (
+    "Shares are of the union of both sets. chance is what random sets of the same sizes share on average, z how many\n"
+    "standard deviations lie between. fwd.up and fwd.down have the same ranks in a profile, which z allows for."
+)
+_SHOWN_RATIOS = ("0.01", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45", "0.5")
+
+
+@click.command()
+@click.argument("profiles", nargs=-1, required=True, metavar="A.PROFILE B.PROFILE [MORE...]")
+@click.option("--top-ratio", type=PerProjection(), help="The strongest share, 0.1 (the default) or attn=0.3,fwd=0.1.")
+@click.option("--sigma", type=PerProjection(), help="Impacts of at least this instead, as --top-ratio.")
+@click.option("--at-least", type=ShareOrCount(), help="Active on this share or number of probes, not on all of them.")
+@click.option("--layers", is_flag=True, help="Also print every layer.")
+@click.option("--curve", is_flag=True, help="Also compute top ratios from 0.01 to 0.5.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON.")
+@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG.")
+@command_options
+def overlap(
+    profiles: tuple[str, ...],
+    top_ratio: Any,
+    sigma: Any,
+    at_least: float | None,
+    layers: bool,
+    curve: bool,
+    json_file: str | None,
+    figures: str | None,
+) -> None:
+    """Print which neurons the models of two profiles share, and what chance would give (Fig. 3, 4, 8).
+
+    More than two profiles are compared two by two. No model is loaded.
+    """
+    from mergekit_snrf.analysis.overlap import overlaps
+    from mergekit_snrf.analysis.results import OverlapPairs, write_result
+    from mergekit_snrf.maskfile import local_path
+    from mergekit_snrf.profilefile import read_profile
+
+    if len(profiles) < 2:
+        raise click.UsageError("give at least two profiles")
+    if top_ratio is not None and sigma is not None:
+        raise click.UsageError("give either --top-ratio or --sigma")
+    if top_ratio is None and sigma is None:
+        top_ratio = 0.1
+    contents = [read_profile(local_path(reference)) for reference in profiles]
+    pairs = overlaps(contents, top_ratio=top_ratio, sigma=sigma, at_least=at_least, curve=curve)
+    if len(pairs) == 1:
+        click.echo(_pair_text(pairs[0]))
+    else:
+        click.echo(_pairs_text(pairs))
+    if layers or curve:
+        for pair in pairs:
+            click.echo(_details(pair, layers, named=len(pairs) > 1))
+    click.echo(f"\n{_NOTE}")
+    if json_file is not None:
+        write_result(json_file, pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs))
+    if figures is not None:
+        for path in _draw(pairs, Path(figures)):
+            click.echo(path)
+
+
+def _table(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
+    from mergekit_snrf.analysis.wording import COUNT_COLUMNS, count_cells
+
+    header = (label, "shared", "A only", "B only", *COUNT_COLUMNS)
+    return table(header, [(name, *count_cells(counts)) for name, counts in rows])
+
+
+def _pair_text(pair: Overlap) -> str:
+    from mergekit_snrf.analysis.overlap import by_projection
+    from mergekit_snrf.analysis.wording import chance_sentence, printable, rule
+
+    sums = by_projection(pair)
+    heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\nselected by {rule(pair.rule)}"
+    return f"{heading}\n\n{_table('projection', sums.items())}\n\n{chance_sentence(sums['all'])}"
+
+
+def _pairs_text(pairs: list[Overlap]) -> str:
+    from mergekit_snrf.analysis.overlap import total
+    from mergekit_snrf.analysis.wording import rule
+
+    rows = [(_name(pair), total(pair.sites)) for pair in pairs]
+    return f"selected by {rule(pairs[0].rule)}\n\n{_table('A, B', rows)}"
+
+
+def _name(pair: Overlap) -> str:
+    from mergekit_snrf.analysis.wording import printable
+
+    return printable(f"{pair.names[0]}, {pair.names[1]}")
+
+
+def _details(pair: Overlap, layers: bool, named: bool) -> str:
+    from mergekit_snrf.neurons import PROJECTIONS
+
+    parts = [f"\n{_name(pair)}"] if named else []
+    if layers:
+        sites = sorted(pair.sites, key=lambda site: (site.layer, list(PROJECTIONS).index(site.projection)))
+        parts.append("\n" + _table("layer", [(f"{site.layer} {site.projection}", site) for site in sites]))
+    if pair.curve:
+        points = {f"{point.rule['top_ratio']:g}": point for point in pair.curve}
+        # Hits know the edges of their bins only; those are few enough to show all of them.
+        shown = set(points if "at_least" in pair.curve[0].rule else _SHOWN_RATIOS)
+        parts.append("\n" + _table("top ratio", [(ratio, point) for ratio, point in points.items() if ratio in shown]))
+    return "\n".join(parts)
+
+
+def _draw(pairs: list[Overlap], folder: Path) -> list[Path]:
+    from mergekit_snrf.analysis import figures, wording
+    from mergekit_snrf.errors import SnrfError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SnrfError(f"{folder}: cannot be made ({error.strerror or error}); choose another folder") from None
+    paths = []
+    for number, pair in enumerate(pairs, 1):
+        drawings = {
+            "overlap": (figures.overlap_diagram(pair), wording.overlap_text(pair)),
+            "layers": (figures.overlap_map(pair), wording.overlap_map_text(pair)),
+        }
+        if pair.curve:
+            drawings["curve"] = (figures.overlap_curve(pair), wording.curve_text(pair))
+        for kind, (figure, text) in drawings.items():
+            name = kind if len(pairs) == 1 else f"{kind}-{number}"
+            paths += figures.save(figure, folder, name, f"Overlap of {_name(pair)}", text)
+    return paths
