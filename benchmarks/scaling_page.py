@@ -137,9 +137,9 @@ def estimates(content: dict[str, Any]) -> list[str]:
         f"({content['gemm_flops'] / 1e9:.0f} GFLOP/s).",
         "The estimate takes the same share on the laptop, and "
         f"{ACCELERATOR_SHARE:.0%} of the stated float32 peak on a GPU, where it was not tried.",
-        f"It is for {PROBES} probes of {TOKENS} tokens, each with {ANSWER} generated tokens in batches of {BATCH}, which",
-        f"are bound by reading the weights; forward passes reach {FORWARD_SHARE:.0%} of the stated peak. A merge is bound",
-        "by reading the target and the source's edited projections, and by writing the result.",
+        f"It is for {PROBES} probes of {TOKENS} tokens, {ANSWER} of them generated in batches of {BATCH}, bound",
+        f"by reading the weights; forward passes reach {FORWARD_SHARE:.0%} of the stated peak. A merge is bound by",
+        "reading the target and the source's edited projections, and by writing the result.",
         "",
         "| model | machine | answers | forward passes | impacts | merge | adapter | memory for profiling |",
         "|---|---|---|---|---|---|---|---|",

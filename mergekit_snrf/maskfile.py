@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -107,7 +108,11 @@ def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Pro
     )
 
 
-_HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^/@]+))?/(?P<file>[^@]+\.[\w]+)", re.ASCII)
+# As in huggingface_hub's file system: a slash in a revision is %2F, but for its own refs/pr/N and refs/convert/NAME.
+_HUB = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?/(?P<file>[^@]+\.[\w]+)",
+    re.ASCII,
+)
 
 
 def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
@@ -136,7 +141,8 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
     from huggingface_hub import hf_hub_download
 
     try:
-        downloaded = hf_hub_download(match["repo"], match["file"], revision=match["revision"])
+        revision = match["revision"] and unquote(match["revision"])
+        downloaded = hf_hub_download(match["repo"], match["file"], revision=revision)
     except Exception as error:
         # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
         reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

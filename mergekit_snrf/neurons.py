@@ -229,7 +229,7 @@ class NeuronSet(Mapping[Site, Tensor]):
         """Difference: the neurons of ``self`` that are not in ``other``."""
         return self._combined(other, "-")
 
-    def random(self, seed: int) -> NeuronSet:
+    def random(self, seed: int, *, disjoint: bool = False) -> NeuronSet:
         """Draw as many random neurons at every site as ``self`` has there (the control of Table 3).
 
         The draw depends on ``seed``, layer and projection only. It uses numpy's legacy MT19937 generator,
@@ -237,9 +237,10 @@ class NeuronSet(Mapping[Site, Tensor]):
 
         Args:
             seed: in [0, 2**32).
+            disjoint: draw among the neurons that are not in ``self``.
 
         Raises:
-            SnrfError: ``seed`` is out of range.
+            SnrfError: ``seed`` is out of range, or ``self`` has more than half of a site that it shall not share.
         """
         if not 0 <= seed < 2**32:
             raise SnrfError(f"seed must be in [0, 2**32), got {seed}")
@@ -248,7 +249,15 @@ class NeuronSet(Mapping[Site, Tensor]):
         for site, member in self._members.items():
             generator = np.random.RandomState([seed, site.layer, order.index(site.projection)])
             chosen = torch.zeros_like(member)
-            picks = generator.permutation(len(member))[: int(member.sum())]
-            chosen[torch.from_numpy(picks.astype(np.int64))] = True
+            picks = torch.from_numpy(generator.permutation(len(member)).astype(np.int64))
+            count = int(member.sum())
+            if disjoint:
+                picks = picks[~member[picks]]
+                if len(picks) < count:
+                    raise SnrfError(
+                        f"{site}: {count} of {len(member)} neurons are in the set, so there are too few others for a "
+                        f"disjoint draw; leave out disjoint"
+                    )
+            chosen[picks[:count]] = True
             members[site] = chosen
         return NeuronSet(members)

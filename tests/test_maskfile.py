@@ -94,9 +94,10 @@ class HubRequest(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        url = unquote(self.path.partition("?")[0])
+        url = self.path.partition("?")[0]
+        # A slash of the revision is quoted.
         match = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(?:resolve|tree)/([^/]+)(?:/(.+))?", url)
-        repository, revision, file = match.groups() if match else ("", "", None)
+        repository, revision, file = [part and unquote(part) for part in match.groups()] if match else ("", "", None)
         revisions = self.server.repositories.get(repository)
         files = revisions.get(revision) if revisions else None
         if revisions is None:
@@ -444,11 +445,18 @@ def test_masks_on_a_hub(tmp_path: Path) -> None:
     write_mask(tmp_path / "old.safetensors", MASK)
     write_mask(tmp_path / "new.safetensors", MASK.random(1), Provenance(seed=1))
     old, new = (tmp_path / "old.safetensors").read_bytes(), (tmp_path / "new.safetensors").read_bytes()
-    revisions = {"main": {"masks/m.safetensors": new}, "v1.0": {"masks/m.safetensors": old}}
+    revisions = {
+        "main": {"masks/m.safetensors": new},
+        "v1.0": {"masks/m.safetensors": old},
+        "refs/pr/7": {"m.safetensors": old},
+        "a/branch": {"m.safetensors": new},
+    }
     found = {
         "hf://owner/repo/masks/m.safetensors": new,
         "hf://owner/repo@main/masks/m.safetensors": new,
         "hf://owner/repo@v1.0/masks/m.safetensors": old,
+        "hf://owner/repo@refs/pr/7/m.safetensors": old,
+        "hf://owner/repo@a%2Fbranch/m.safetensors": new,
     }
     failing = {
         "hf://owner/repo/masks/n.safetensors": "RemoteEntryNotFoundError: 404",

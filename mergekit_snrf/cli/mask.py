@@ -51,6 +51,7 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 def show(mask_file: str, layers: bool, as_json: bool) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
     from mergekit_snrf import safefile
+    from mergekit_snrf.cards import provenance_rows
     from mergekit_snrf.maskfile import local_path, read_mask
 
     path = local_path(mask_file)
@@ -70,9 +71,9 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     click.echo(table(("projection", "layers", "neurons", "of", "share"), rows))
     if layers:
         click.echo("\n" + _layer_table(content.neurons))
-    click.echo(f"\nsha256      {digest}")
-    for key, value in provenance.items():
-        click.echo(f"{key:<10}  {value if isinstance(value, str | int) else json.dumps(value, ensure_ascii=False)}")
+    facts = [("sha256", digest), *provenance_rows(content)]
+    width = max(len(name) for name, _ in facts)
+    click.echo("\n" + "\n".join(f"{name:<{width}}  {' '.join(text.split())}" for name, text in facts))
 
 
 def _counts(neurons: NeuronSet) -> dict[str, tuple[int, int, int]]:
@@ -127,11 +128,13 @@ _combination("subtract", operator.sub, "Write to OUT the neurons of the first MA
 @click.option(
     "--ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of each layer's projection, with --model."
 )
+@click.option("--disjoint", is_flag=True, help="Draw among the neurons that are not in MASK.")
 @command_options
-def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | None) -> None:
+def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | None, disjoint: bool) -> None:
     """Write to OUT as many random neurons as MASK has in each layer and projection, the control of the paper's Table 3.
 
-    With --model and --ratio, draw the same share of every layer and projection of a model.
+    The draw may contain neurons of MASK, unless --disjoint is given. With --model and --ratio, draw the same share of
+    every layer and projection of a model.
     """
     import torch
 
@@ -140,11 +143,13 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
         raise click.UsageError("give either MASK and OUT, or OUT with --model and --ratio")
+    if disjoint and model is not None:
+        raise click.UsageError("--disjoint needs a MASK to keep away from")
     out = files[-1]
     if model is None:
         content = read_mask(local_path(files[0]))
-        neurons = content.neurons.random(seed)
-        provenance = provenance_of_operation("random", [content], seed=seed)
+        neurons = content.neurons.random(seed, disjoint=disjoint)
+        provenance = provenance_of_operation("random disjoint" if disjoint else "random", [content], seed=seed)
     else:
         assert ratio is not None
         shape, target = _shape(model)

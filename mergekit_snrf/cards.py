@@ -1,0 +1,242 @@
+"""Model cards of merges, adapters and masks; everything in them is read from the files and the plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mergekit_snrf import __version__, safefile
+from mergekit_snrf.checkpoint import Checkpoint
+from mergekit_snrf.maskfile import Mask, ModelProvenance
+from mergekit_snrf.neurons import PROJECTIONS
+
+if TYPE_CHECKING:
+    from mergekit_snrf.plugin.plan import MergePlan
+
+PAPER = "https://arxiv.org/abs/2602.19058"
+_VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
+_MAX_CELL = 300
+
+
+def merge_card(plan: MergePlan, name: str, recipe: str) -> str:
+    """Return the README of a merged folder.
+
+    Args:
+        plan: of the merge.
+        name: of the merged model.
+        recipe: its text, as written.
+    """
+    assert plan.target is not None
+    assert plan.source is not None
+    front = {
+        "base_model": _hub_ids(plan),
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        "pipeline_tag": pipeline_tag(plan.target),
+        "tags": ["mergekit", "merge", "snrf"],
+    }
+    return _document(
+        front,
+        f"# {name}",
+        f"{_model(plan.target)} with the reasoning of {_model(plan.source)}, merged by "
+        f"[Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
+        f"mergekit-snrf. {plan.parameters_touched} weights of the text decoder were changed; every other tensor is the "
+        f"target's.",
+        *_changes(plan),
+        *_mask_of(plan),
+        *_reproduction(plan, recipe, "mergekit-yaml snrf.yml merged/", ("mergekit", "torch", "transformers")),
+    )
+
+
+def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, int]) -> str:
+    """Return the README of an adapter's folder.
+
+    Args:
+        plan: of the merge.
+        name: of the adapter.
+        recipe: its text, as written.
+        ranks: rank of every adapted module.
+    """
+    assert plan.target is not None
+    assert plan.source is not None
+    front = {
+        "base_model": _hub_ids(plan),
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": pipeline_tag(plan.target),
+        "tags": ["mergekit", "snrf", "lora"],
+    }
+    low, high = min(ranks.values()), max(ranks.values())
+    return _document(
+        front,
+        f"# {name}",
+        f"A LoRA adapter for {_model(plan.target)}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
+        f"Fusion]({PAPER}) adds to it from {_model(plan.source)}, in {len(ranks)} modules of the text decoder, rank "
+        f"{low if low == high else f'{low} to {high}'}. Made with mergekit-snrf.",
+        '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")\n```',
+        *_changes(plan),
+        *_mask_of(plan),
+        *_reproduction(plan, recipe, "snrf lora snrf.yml adapter/", ("torch", "peft")),
+    )
+
+
+def mask_card(mask: Mask, *, sha256: str) -> str:
+    """Return a README for a mask file."""
+    sides = [side for side in (mask.provenance.target, mask.provenance.source) if side is not None]
+    name = Path(mask.path).name
+    front = {
+        "base_model": [side.path for side in sides if side.path and not os.path.isabs(side.path) and "/" in side.path],
+        "library_name": "mergekit-snrf",
+        "tags": ["mergekit", "snrf", "neuron-mask"],
+    }
+    recipe = {
+        "merge_method": "snrf",
+        "base_model": (mask.provenance.target and mask.provenance.target.path) or "TARGET",
+        "models": [{"model": (mask.provenance.source and mask.provenance.source.path) or "SOURCE"}],
+        "parameters": {"masks": name, "masks_sha256": sha256},
+    }
+    return _document(
+        front,
+        f"# {name}",
+        f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
+        f"booleans for mergekit-snrf.",
+        _table(("projection", "layers", "neurons", "of", "share"), _counts(mask)),
+        _table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
+        "## Use",
+        f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
+        f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
+    )
+
+
+def pipeline_tag(checkpoint: Checkpoint) -> str:
+    """Return the hub's name of what the model does: ``image-text-to-text``, or ``text-generation``."""
+    return "image-text-to-text" if any(key in checkpoint.config for key in _VISION) else "text-generation"
+
+
+def provenance_rows(mask: Mask) -> list[tuple[str, str]]:
+    """Return what the file says of where a mask comes from, as (what, text)."""
+    found = mask.provenance
+    rows = [*_side_rows("target", found.target), *_side_rows("source", found.source)]
+    if found.selection:
+        rows.append(("selection", _plain(found.selection)))
+    if found.operation:
+        inputs = ", ".join(str(entry.get("file") or entry.get("path") or "a mask") for entry in found.inputs or [])
+        rows.append(("made by", f"{found.operation}{f' of {inputs}' if inputs else ''}"))
+    for name in ("seed", "dtype"):
+        if getattr(found, name) is not None:
+            rows.append((name, str(getattr(found, name))))
+    if found.versions:
+        rows.append(("versions", _plain(found.versions)))
+    return rows
+
+
+def _side_rows(role: str, side: ModelProvenance | None) -> list[tuple[str, str]]:
+    if side is None:
+        return []
+    facts = [side.path or "unknown", side.revision and f"revision {side.revision}", side.model_type]
+    if side.config_sha256:
+        facts.append(f"config.json {side.config_sha256[:12]}…")
+    rows = [(role, ", ".join(fact for fact in facts if fact))]
+    if side.probes:
+        kept = ("dataset", "config", "split", "count", "question", "images", "template", "answer", "sha256")
+        rows.append((f"{role}'s probes", _plain({key: side.probes[key] for key in kept if key in side.probes})))
+    return rows
+
+
+def _changes(plan: MergePlan) -> list[str]:
+    rows = [(name, tensors, changed, of, _share(changed, of)) for name, (tensors, changed, of) in plan.counts().items()]
+    weights = [edit.fusion for edit in plan.edits if not edit.is_bias]
+    settings = sorted({fusion.in_words() for fusion in weights})
+    betas = sorted({fusion.beta for fusion in weights})
+    said = "beta " + (f"{betas[0]:g}" if len(betas) == 1 else f"{betas[0]:g} to {betas[-1]:g}") if betas else "none"
+    if plan.source_base is not None:
+        said += f"; the difference is taken from {_model(plan.source_base)}"
+    if any(edit.is_bias for edit in plan.edits):
+        said += "; the neurons' biases moved, too"
+    return [
+        "## What was changed",
+        _table(("projection", "tensors", "neurons", "of", "share"), rows),
+        f"Update: {'; '.join(settings[:4])}{' and others' if len(settings) > 4 else ''}; {said}.",
+    ]
+
+
+def _mask_of(plan: MergePlan) -> list[str]:
+    if plan.mask is None or plan.mask_path is None:
+        return []
+    digest = safefile.sha256(plan.mask_path)
+    rows = [("file", f"`{plan.mask_path.name}`"), ("sha256", f"`{digest}`"), ("neurons", plan.mask.neurons.count())]
+    return ["## Neurons", _table(("", ""), [*rows, *provenance_rows(plan.mask)])]
+
+
+def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[str, ...]) -> list[str]:
+    pins = " ".join(f"{name}=={version(name)}" for name in packages)
+    models = [(c.name, c.revision, c.config_sha256) for c in plan.checkpoints]
+    return [
+        "## To make it again",
+        f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}",
+        "with this as `snrf.yml`, and the mask of the sha256 above where it says:",
+        f"```yaml\n{recipe.rstrip()}\n```",
+        _table(
+            ("model", "revision", "sha256 of config.json"),
+            [(_name(name), revision or "as of the merge", f"`{digest}`") for name, revision, digest in models],
+        ),
+    ]
+
+
+def _hub_ids(plan: MergePlan) -> list[str]:
+    return [c.name for c in plan.checkpoints if not os.path.isdir(c.name)]
+
+
+def _model(checkpoint: Checkpoint) -> str:
+    if os.path.isdir(checkpoint.name):
+        return f"`{_name(checkpoint.name)}`"
+    return f"[{checkpoint.name}](https://huggingface.co/{checkpoint.name})"
+
+
+def _name(model: str) -> str:
+    """Return a hub id, or the last part of a folder: the rest of its path is nobody's business."""
+    return Path(model).name if os.path.isdir(model) else model
+
+
+def _counts(mask: Mask) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for name in PROJECTIONS:
+        members = [member for site, member in mask.neurons.items() if site.projection == name]
+        counts = [int(member.sum()) for member in members]
+        of = sum(len(member) for member in members)
+        rows.append((name, sum(map(bool, counts)), sum(counts), of, _share(sum(counts), of)))
+    return rows
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def _plain(values: Mapping[str, Any]) -> str:
+    """Return a mapping of provenance in one line."""
+    parts = [f"{key} {_plain(v) if isinstance(v, Mapping) else v}" for key, v in values.items()]
+    return ", ".join(parts)
+
+
+def _table(header: tuple[object, ...], rows: list[Any]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Return text for a cell; what comes from a file cannot leave it, nor put HTML or links on the page."""
+    text = " ".join(str(value).split())
+    text = text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
+    for mark, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("[", "\\["), ("!", "\\!")):
+        text = text.replace(mark, escaped)
+    return text
+
+
+def _document(front: Mapping[str, Any], *parts: str) -> str:
+    kept = {key: value for key, value in front.items() if value}
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" + "\n\n".join(parts) + "\n"

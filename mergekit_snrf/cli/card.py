@@ -1,0 +1,30 @@
+"""``snrf mask card``: a README for a mask file."""
+
+from __future__ import annotations
+
+import click
+
+from mergekit_snrf.cli.common import command_options
+
+
+@click.command()
+@click.argument("mask_file", metavar="MASK")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write it to this file instead of printing it.")
+@command_options
+def card(mask_file: str, out: str | None) -> None:
+    """Print a model card for MASK: what it holds, where it comes from, its sha256, and a recipe that uses it.
+
+    Everything is read from the file.
+    """
+    from mergekit_snrf import safefile
+    from mergekit_snrf.cards import mask_card
+    from mergekit_snrf.maskfile import local_path, read_mask
+
+    path = local_path(mask_file)
+    text = mask_card(read_mask(path), sha256=safefile.sha256(path))
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    with safefile.replacing(out) as file:
+        file.write(text.encode(errors="replace"))
+    click.echo(out)
