@@ -2,7 +2,8 @@
 
 Its ``attn_k`` and ``attn_v`` count the heads after they were repeated for grouped-query attention, so that an index
 runs up to ``heads * head_dim``. The weight has ``kv_heads * head_dim`` rows; the row that index i means is
-``(i // head_dim // n_rep) * head_dim + i % head_dim``.
+``(i // head_dim // n_rep) * head_dim + i % head_dim``. Its detection also writes ``attn_o``, which no merge edits: it is
+passed over.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 
 _KEYS = {name.replace(".", "_"): name for name in PROJECTIONS}
+_NEVER_EDITED = {"attn_o"}
 _GROUPED = ("attn.k", "attn.v")
 _LAYER = re.compile("0|[1-9][0-9]{0,4}")
 KvIndices = Literal["repeated", "rows"]
@@ -41,6 +43,8 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
     """
     members: dict[Site, torch.Tensor] = {}
     for key, by_layer in _load(path).items():
+        if key in _NEVER_EDITED:
+            continue
         name = _KEYS.get(key)
         if name is None:
             raise SnrfError(f"{path}: unknown projection {key!r}; the released code writes {', '.join(_KEYS)}")

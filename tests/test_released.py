@@ -149,8 +149,8 @@ def test_indices_that_are_no_whole_numbers(tmp_path: Path, indices: Any) -> None
     ("content", "message"),
     [
         (
-            {"attn_o": {"0": [1]}},
-            "unknown projection 'attn_o'; the released code writes attn_q, attn_k, attn_v,",
+            {"attn_x": {"0": [1]}},
+            "unknown projection 'attn_x'; the released code writes attn_q, attn_k, attn_v,",
         ),
         ({"attn.k": {"0": [1]}}, "unknown projection 'attn.k'"),
         ({"attn_k": [[1, 2]]}, "'attn_k' must map layer numbers to lists of indices"),
