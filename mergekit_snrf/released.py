@@ -2,8 +2,8 @@
 
 Its ``attn_k`` and ``attn_v`` count the heads after they were repeated for grouped-query attention, so that an index
 runs up to ``heads * head_dim``. The weight has ``kv_heads * head_dim`` rows; the row that index i means is
-``(i // head_dim // n_rep) * head_dim + i % head_dim``. Its detection also writes ``attn_o``, which no merge edits: it is
-passed over.
+``(i // head_dim // n_rep) * head_dim + i % head_dim``. Its detection also writes ``attn_o``, which no merge edits: it
+is passed over.
 """
 
 from __future__ import annotations

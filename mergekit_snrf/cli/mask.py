@@ -72,8 +72,7 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     if layers:
         click.echo("\n" + _layer_table(content.neurons))
     facts = [("sha256", digest), *provenance_rows(content)]
-    width = max(len(name) for name, _ in facts)
-    click.echo("\n" + "\n".join(f"{name:<{width}}  {' '.join(text.split())}" for name, text in facts))
+    click.echo("\n" + "\n".join(f"{name:<16}  {' '.join(text.split())}" for name, text in facts))
 
 
 def _counts(neurons: NeuronSet) -> dict[str, tuple[int, int, int]]:

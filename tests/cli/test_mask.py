@@ -97,10 +97,10 @@ def test_show_prints_counts_shares_and_provenance(folder: Path) -> None:
         "fwd.down         0        0   0        -",
         "all              2        5  20  25.00 %",
         "",
-        f"sha256      {digest('a')}",
-        'target      {"path": "owner/target", "model_type": "qwen2_5_vl"}',
-        'source      {"path": "owner/source"}',
-        'selection   {"top_ratio": 0.1}',
+        f"sha256            {digest('a')}",
+        "target            owner/target, qwen2_5_vl",
+        "source            owner/source",
+        "selection         top_ratio 0.1",
     ]
 
 
