@@ -1,10 +1,10 @@
 """Amplify neurons while a model generates, and see which tokens become more frequent (Eq. 7, 8; Fig. 6, 11, 12).
 
-Eq. 7 multiplies a neuron by lambda "during the forward pass". Here that is the neuron's activation, at every position of
-prompt and answer: the output of the row of attn.q, attn.k, attn.v (before norm and RoPE) or fwd.up, its bias included,
-and the input that the column of fwd.down reads. Multiplying the weights of the row and its bias, or of the column, by
-lambda is the same. In a gated FFN fwd.up and fwd.down of one index are the two ends of one hidden unit, and amplifying
-either gives the same generations.
+Eq. 7 multiplies a neuron by lambda; the paper calls that its activation, and calls a neuron a row or column of weights.
+Here it is the activation, at every position of prompt and answer: the output of the row of attn.q, attn.k, attn.v
+(before norm and RoPE) or fwd.up, and the input that the column of fwd.down reads. Multiplying the weights is the same,
+but for a row's bias, which the activation includes. In a gated FFN, fwd.up and fwd.down of one index are the two ends
+of one hidden unit, and amplifying either gives the same generations.
 
 Each row of a batch may have another neuron amplified, so many neurons share one run.
 """
@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mergekit_snrf.analysis.results import AmplifiedNeuron, Amplification
+from mergekit_snrf.analysis.results import Amplification, AmplifiedNeuron
 from mergekit_snrf.analysis.tokens import Classifier, math_share, rank_tokens, token_text
 from mergekit_snrf.decoder import DecoderShape
 from mergekit_snrf.errors import SnrfError
@@ -40,7 +40,7 @@ from mergekit_snrf.profiler.config import (
     SideConfig,
     load_profile_config,
 )
-from mergekit_snrf.profiler.probes import Probe, Probes, _encode, prepare, probes_sha256
+from mergekit_snrf.profiler.probes import Probes, _encode, prepare, probes_sha256
 from mergekit_snrf.profiler.render import tokenizer_of
 from mergekit_snrf.profiler.rows import Rows
 
@@ -70,7 +70,9 @@ class Sampling:
         if self.samples < 0:
             raise SnrfError(f"samples must be 0 (greedy) or positive, got {self.samples}")
         if not 0 < self.temperature < float("inf"):
-            raise SnrfError(f"temperature must be positive, got {self.temperature}; for greedy answers set samples to 0")
+            raise SnrfError(
+                f"temperature must be positive, got {self.temperature}; for greedy answers set samples to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,8 @@ def _scaling(
     def scale(activation: Float[Tensor, "batch tokens neurons"]) -> Float[Tensor, "batch tokens neurons"]:
         if activation.ndim != 3 or len(activation) != batch:
             raise SnrfError(
-                f"{site}: activations of shape {list(activation.shape)} are not those of {batch} generations; the model "
-                f"is not supported"
+                f"{site}: activations of shape {list(activation.shape)} are not those of {batch} generations; the "
+                f"model is not supported"
             )
         ran.add(site)
         rows, indices = members.to(activation.device).unbind(1)
@@ -158,7 +160,7 @@ def check_neurons(neurons: Sequence[Neuron], shape: DecoderShape, name: str) -> 
         size = shape.neurons(neuron.site.projection)
         if neuron.index >= size:
             raise SnrfError(
-                f"{neuron}: lies outside {name}, which has neurons 0 to {size - 1} of {neuron.site.projection} in a layer"
+                f"{neuron}: lies outside {name}, which has {neuron.site.projection} neurons 0 to {size - 1} in a layer"
             )
 
 
@@ -173,7 +175,7 @@ def pick_neurons(neurons: NeuronSet, count: int | None, seed: int = 0) -> list[N
     """
     every = list(neurons.neurons())
     if not every or (count or 0) > len(every):
-        raise SnrfError(f"the mask has {len(every)} neurons; {count or 'at least one'} cannot be taken of them")
+        raise SnrfError(f"has {len(every)} neurons; {count or 'at least one'} cannot be taken of them")
     if count is None:
         return every
     return [every[place] for place in sorted(np.random.RandomState([seed]).permutation(len(every))[:count])]
@@ -210,6 +212,7 @@ def load_probes_config(
 
     path = Path(path)
     known: dict[str, Any] = {}
+    values: dict[str, Any]
     if path.suffix in (".yml", ".yaml"):
         if question is not None or images is not None:
             raise SnrfError(f"{path}: names its columns itself; leave out question and images")
@@ -218,7 +221,8 @@ def load_probes_config(
         known = {key: getattr(config, key) for key in ("limit", "batch_size", "seed", "token_limit")}
         tokens = config.answer.max_new_tokens if "max_new_tokens" in config.answer.model_fields_set else NEW_TOKENS
         # A revision and a GGUF file are those of the profile's own model.
-        own = {"revision": chosen.revision, "gguf_file": chosen.gguf_file} if chosen.model == model else {}
+        same = Path(chosen.model).absolute() == Path(model).absolute()
+        own = {"revision": chosen.revision, "gguf_file": chosen.gguf_file} if same else {}
         values = {**own, "template": template or chosen.template, "probes": chosen.probes}
     else:
         if side is not None:
@@ -312,7 +316,9 @@ def _logits(
         if bad:
             neuron, (number, _) = rows[bad[0]], keys[bad[0]]
             cause = f"with {neuron} amplified by {factor:g}" if neuron is not None else "without amplification"
-            raise SnrfError(f"row {number}: the model's logits are not a number {cause}; use a smaller factor or float32")
+            raise SnrfError(
+                f"row {number}: the model's logits are not a number {cause}; use a smaller factor or float32"
+            )
         if temperature is not None:
             drawn = {key: stream.gumbel(size=logits.shape[1]) for key, stream in streams.items()}
             noise = np.stack([drawn[key] for key in keys]).astype(np.float32)
@@ -355,8 +361,9 @@ def amplify(
 ) -> Amplification:
     """Compare the tokens that a model generates with each neuron amplified with those of plain generations.
 
-    Special tokens, the end of an answer among them, are not counted: they are no text. The paper leaves open how many
-    of a neuron's leading tokens must be math tokens for it to count in Fig. 12; here it is more than half.
+    Special tokens, the end of an answer among them, are not counted: they are no text. The paper says which tokens of a
+    neuron are classified for Fig. 12, but not how many of them must be math tokens for the neuron to count; here it is
+    more than half.
 
     Args:
         rows: of ``load_rows``.
@@ -426,6 +433,7 @@ def amplify(
         classifier=None if classifier is None else classifier.name,
         neurons=found,
         math_neuron_ratio=None if classifier is None else len(mathematical) / len(found),
+        plain_math_share=None if classifier is None else _share(without.tokens, classifier),
         settings={
             "probes_sha256": probes_sha256(probes),
             "max_new_tokens": config.answer.max_new_tokens,
@@ -439,3 +447,9 @@ def amplify(
             **(settings or {}),
         },
     )
+
+
+def _share(tokens: Counter[str], classifier: Classifier) -> float | None:
+    """Return the share of math tokens among all that were generated."""
+    total = tokens.total()
+    return sum(count for token, count in tokens.items() if classifier(token)) / total if total else None

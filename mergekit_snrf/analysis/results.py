@@ -235,13 +235,17 @@ class AmplifiedNeuron(_Part):
     Attributes:
         tokens: ranked by log-odds, the strongest first.
         totals: generated tokens with the neuron amplified, and plain.
-        math_share: share of math tokens among the leading ones; None where no classifier was given.
+        math_share: share of math tokens among the leading ones; None where no classifier was given, or no token leads.
+        ended: answers that came to their end before max_new_tokens, with the neuron amplified, and plain.
+        changed: answers that differ from the plain ones.
     """
 
     neuron: str
     tokens: list[TokenOdds]
     totals: tuple[int, int]
     math_share: float | None = None
+    ended: tuple[int, int] | None = None
+    changed: int | None = None
 
 
 class Amplification(_Part):
@@ -250,6 +254,7 @@ class Amplification(_Part):
     Attributes:
         classifier: what counts as a math token.
         math_neuron_ratio: share of the neurons most of whose leading tokens are math tokens (Fig. 12).
+        plain_math_share: share of math tokens in the plain answers, which a neuron's has to be seen against.
     """
 
     format: Literal["snrf-amplification"] = "snrf-amplification"
@@ -262,6 +267,7 @@ class Amplification(_Part):
     classifier: str | None = None
     neurons: list[AmplifiedNeuron]
     math_neuron_ratio: float | None = None
+    plain_math_share: float | None = None
     settings: dict[str, Any] = {}
 
 

@@ -6,6 +6,9 @@ import click
 
 from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
+from mergekit_snrf.cli.amplify import amplify
+from mergekit_snrf.cli.card import card
+from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.overlap import overlap
@@ -28,4 +31,7 @@ main.add_command(mask)
 main.add_command(overlap)
 main.add_command(report)
 main.add_command(ablate)
+main.add_command(compare)
+main.add_command(amplify)
+mask.add_command(card)
 mask.add_command(select)

@@ -1,0 +1,173 @@
+"""``snrf amplify`` as a user types it, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import INTERMEDIATE, LAYERS, make_source, make_target
+from click.testing import CliRunner, Result
+
+from mergekit_snrf.analysis.results import Amplification, read_result
+from mergekit_snrf.cli.snrf import main
+from mergekit_snrf.maskfile import write_mask
+from mergekit_snrf.neurons import NeuronSet, Site
+
+pytest.importorskip("datasets")
+
+UP, KEY = "fwd.up.L1.N7", "attn.k.L0.N3"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    import datasets
+
+    threads, cache = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("amplify")
+    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
+    make_source(folder / "model", "qwen2", dtype=torch.float32)
+    rows = [{"question": text, "image": "picture.png"} for text in ("What is 2 + 2?", "Hi!", "How many clips?")]
+    (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "profile.yml").write_text(
+        "target: {model: absent/target, probes: {dataset: probes.jsonl, question: question, images: image}}\n"
+        "source: {model: model, probes: {dataset: probes.jsonl, question: question}}\n"
+        "answer: {max_new_tokens: 5}\nlimit: 2\nseed: 4\nbatch_size: 3\n"
+    )
+    members = torch.zeros(INTERMEDIATE, dtype=torch.bool)
+    members[::10] = True
+    write_mask(folder / "mask.safetensors", NeuronSet({Site(1, "fwd.up"): members}))
+    write_mask(folder / "other.safetensors", NeuronSet({Site(1, "fwd.up"): members[:50]}))
+    yield folder
+    torch.set_num_threads(threads)
+    datasets.config.HF_DATASETS_CACHE = cache
+
+
+def run(folder: Path, *arguments: str | Path, probes: str = "probes.jsonl") -> Result:
+    options = ["--device", "cpu", "--quiet", "--probes", folder / probes]
+    return CliRunner().invoke(main, [str(part) for part in ("amplify", folder / "model", *options, *arguments)])
+
+
+def result_of(folder: Path, tmp_path: Path, *arguments: str | Path, probes: str = "probes.jsonl") -> Amplification:
+    out = run(folder, *arguments, "--json", tmp_path / "out.json", probes=probes)
+    assert out.exit_code == 0, out.output
+    result = read_result(tmp_path / "out.json")
+    assert isinstance(result, Amplification)
+    return result
+
+
+def test_table_json_and_figures_say_the_same(folder: Path, tmp_path: Path) -> None:
+    arguments = ["--neuron", UP, "--neuron", KEY, "--factor", "50", "--max-new-tokens", "6", "--min-count", "1"]
+    out = run(folder, *arguments, "--json", tmp_path / "a.json", "--figures", tmp_path / "clouds")
+    assert out.exit_code == 0, out.output
+    result = read_result(tmp_path / "a.json")
+    assert isinstance(result, Amplification)
+    assert [neuron.neuron for neuron in result.neurons] == [UP, KEY]
+    assert (result.factor, result.count, result.classifier) == (50, 3, "words")
+    lines = [line.split()[-3:] for line in out.output.splitlines()]
+    for neuron in result.neurons:
+        assert f"{neuron.changed} of 3 answers changed." in out.output
+        for token in neuron.tokens[:10]:
+            row = [f"{token.log_odds:+.2f}", str(token.amplified), str(token.plain)]
+            assert token.log_odds <= 0 or row in lines
+        assert (tmp_path / "clouds" / f"{neuron.neuron}.svg").read_text().startswith("<svg")
+        assert (tmp_path / "clouds" / f"{neuron.neuron}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"{neuron.neuron}.svg" in out.output
+    assert max(neuron.changed or 0 for neuron in result.neurons) > 0
+    words = f"of 2 neurons ({100 * (result.math_neuron_ratio or 0):.1f} %) are math neurons"
+    assert words in out.output
+    assert set(result.settings) >= {"config_sha256", "probes_sha256", "classifier_sha256", "dtype", "max_new_tokens"}
+
+
+def test_neurons_of_a_file_and_of_a_mask(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "neurons.txt").write_text(f"{KEY}\n\n{UP}\n")
+    options = ["--limit", "1", "--max-new-tokens", "2"]
+    result = result_of(folder, tmp_path, "--neurons", tmp_path / "neurons.txt", *options)
+    assert [neuron.neuron for neuron in result.neurons] == [KEY, UP]
+    result = result_of(folder, tmp_path, "--mask", folder / "mask.safetensors", *options)
+    every = [f"fwd.up.L1.N{index}" for index in range(0, INTERMEDIATE, 10)]
+    assert [neuron.neuron for neuron in result.neurons] == every
+    picked = result_of(folder, tmp_path, "--mask", folder / "mask.safetensors", "--pick", "6", "--seed", "3", *options)
+    assert len({neuron.neuron for neuron in picked.neurons} & set(every)) == 6
+    out = run(folder, "--mask", folder / "mask.safetensors", "--pick", "6", "--seed", "3", *options)
+    assert all(neuron.neuron in out.output for neuron in picked.neurons)
+    assert "leading tokens" in out.output
+
+
+def test_profile_says_how_unless_options_do(folder: Path, tmp_path: Path) -> None:
+    result = result_of(folder, tmp_path, "--neuron", UP, "--side", "source", probes="profile.yml")
+    assert (result.count, result.seed, result.settings["max_new_tokens"]) == (2, 4, 5)
+    options = ["--limit", "3", "--seed", "0", "--max-new-tokens", "2", "--samples", "2", "--temperature", "0.7"]
+    result = result_of(folder, tmp_path, "--neuron", UP, "--side", "source", *options, probes="profile.yml")
+    assert (result.count, result.seed, result.settings["max_new_tokens"]) == (3, 0, 2)
+    assert (result.settings["samples"], result.settings["temperature"], result.settings["generations"]) == (2, 0.7, 6)
+
+
+def test_a_vision_language_model_and_its_pictures(folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    make_target(tmp_path / "model", "llava", "hub", dtype=torch.float32)
+    Image.linear_gradient("L").resize((20, 30)).convert("RGB").save(tmp_path / "picture.png")
+    (tmp_path / "probes.jsonl").write_text((folder / "probes.jsonl").read_text())
+    options = ["--images", "image", "--max-new-tokens", "4", "--min-count", "1", "--factor", "100"]
+    result = result_of(tmp_path, tmp_path, "--neuron", UP, "--neuron", KEY, *options)
+    assert result.count == 3
+    assert result.neurons[0].totals[1] > 0
+
+
+def test_own_classifier(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("def everything(token):\n    return True\n\ndef nothing(token):\n    return ''\n")
+    options = ["--neuron", UP, "--factor", "50", "--max-new-tokens", "6", "--min-count", "1"]
+    result = result_of(folder, tmp_path, *options, "--classifier", f"{tmp_path}/own.py:everything")
+    assert (result.math_neuron_ratio, result.plain_math_share) == (1.0, 1.0)
+    result = result_of(folder, tmp_path, *options, "--classifier", f"{tmp_path}/own.py:nothing")
+    assert (result.math_neuron_ratio, result.plain_math_share) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--neuron", "fwd.up.14"], "'fwd.up.14' is not a neuron; expected e.g. 'fwd.up.L14.N12953'"),
+        (["--neuron", f"fwd.up.L{LAYERS}.N0"], f"fwd.up.L{LAYERS}.N0: lies outside"),
+        (["--neurons", "{tmp}/absent.txt"], "absent.txt: cannot be read (No such file or directory)"),
+        (["--neurons", "{tmp}/empty.txt"], "empty.txt: names no neuron"),
+        (["--neurons", "{tmp}/bad.txt"], "bad.txt: 'layer' is not a neuron"),
+        (["--mask", "{folder}/other.safetensors"], "other.safetensors: tensor layers.1.fwd.up has shape [50]"),
+        (
+            ["--mask", "{folder}/mask.safetensors", "--pick", "11"],
+            "mask.safetensors: has 10 neurons; 11 cannot be taken",
+        ),
+        (["--neuron", UP, "--classifier", "no"], "no: is not a classifier"),
+        (["--neuron", UP, "--json", "{tmp}/absent/a.json"], "a.json: there is no such folder"),
+        (["--neuron", UP, "--figures", "{tmp}/bad.txt/clouds"], "clouds: cannot be made"),
+        (["--neuron", UP, "--question", "problem"], "has no column 'problem'"),
+        (["--neuron", UP, "--side", "source"], "is no profile.yml, so it has no sides"),
+        (["--neuron", UP, "--samples", "2", "--temperature", "0"], "temperature must be positive"),
+        (["--neuron", UP, "--factor", "inf"], "factor must be a finite number"),
+    ],
+)
+def test_errors_are_one_sentence(folder: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.txt").write_text("layer\n")
+    out = run(folder, *(part.format(tmp=tmp_path, folder=folder) for part in arguments))
+    assert out.exit_code == 1
+    assert out.output.startswith("Error: ")
+    assert message in out.output
+    assert out.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["--neuron", UP, "--pick", "2"]])
+def test_misuse_is_told_before_anything_is_read(folder: Path, arguments: list[str]) -> None:
+    out = run(folder, *arguments)
+    assert out.exit_code == 2
+    assert "--mask" in out.output
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from mergekit_snrf.cli.amplify import amplify; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
