@@ -6,6 +6,7 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from jaxtyping import Float, Int
@@ -62,6 +63,17 @@ class Edit:
             view[selected] = before
             self._saved.pop()
 
+    @classmethod
+    @contextmanager
+    def whole(cls) -> Iterator[Edit]:
+        """Give an edit to fill; whatever interrupts the block, the model is then as before."""
+        edit = cls()
+        try:
+            yield edit
+        except BaseException:
+            edit.undo()
+            raise
+
     def __enter__(self) -> Edit:
         """Return the edit; it is undone at the end of the block."""
         return self
@@ -80,12 +92,12 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
         SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
     """
     weights, chosen = _prepared(model, neurons)
-    edit = Edit()
-    for site, member in chosen.items():
-        module, selected = weights.module(site), member.nonzero().flatten()
-        edit.write(module.weight, site.axis, selected, 0.0)
-        if site.axis == 0 and module.bias is not None:
-            edit.write(module.bias, 0, selected, 0.0)
+    with Edit.whole() as edit:
+        for site, member in chosen.items():
+            module, selected = weights.module(site), member.nonzero().flatten()
+            edit.write(module.weight, site.axis, selected, 0.0)
+            if site.axis == 0 and module.bias is not None:
+                edit.write(module.bias, 0, selected, 0.0)
     return edit
 
 
@@ -114,16 +126,12 @@ def fuse_model(
         SnrfError: target, source and neurons do not fit together, or a weight is not finite; the model is as before.
     """
     weights, chosen = _prepared(model, neurons)
-    edit = Edit()
-    try:
+    with Edit.whole() as edit:
         for site, fused, fused_bias in _fused(weights, source, chosen, fusion, source_base, biases):
             module, selected = weights.module(site), chosen[site].nonzero().flatten()
             edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
             if fused_bias is not None:
                 edit.write(module.bias, 0, selected, fused_bias[selected])
-    except BaseException:
-        edit.undo()
-        raise
     return edit
 
 

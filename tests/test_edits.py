@@ -159,6 +159,22 @@ def test_restored_after_an_exception(pairs: Any) -> None:
     assert_same(copy_of(model), before)
 
 
+def test_restored_after_an_interrupt_in_the_middle(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, neurons = pairs("llava")
+    model = load(folder / "target")
+    before, write, calls = copy_of(model), Edit.write, iter([None] * 5)
+
+    def interrupted(edit: Edit, *arguments: Any) -> None:
+        write(edit, *arguments)
+        if next(calls, "late") == "late":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Edit, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deactivate(model, neurons)
+    assert_same(copy_of(model), before)
+
+
 def test_edits_nest(pairs: Any) -> None:
     folder, neurons = pairs("llava")
     model, source = load(folder / "target"), read(folder / "source")

@@ -180,6 +180,7 @@ def verdict(study: Study) -> list[str]:
     """
     by_name = {condition.name: condition for condition in study.conditions}
     count = by_name[CLAIM].neurons
+    neurons = f"the {count} masked neurons" if count > 1 else "the masked neuron"
     measured = {name: condition.metrics for name, condition in by_name.items()}
     sentences = []
     for metric in study.items:
@@ -189,12 +190,10 @@ def verdict(study: Study) -> list[str]:
         direction = _direction(change)
         if direction:
             verb = "lowers" if direction < 0 else "raises"
-            sentences.append(
-                f"Deactivating the {count} masked neurons {verb} {metric} by {_size(change, scale)}{unit}."
-            )
+            sentences.append(f"Deactivating {neurons} {verb} {metric} by {_size(change, scale)}{unit}.")
         else:
             sentences.append(
-                f"No change of {metric} by deactivating the {count} masked neurons can be told from chance: "
+                f"No change of {metric} by deactivating {neurons} can be told from chance: "
                 f"{spoken(change, scale, '+')}{unit}."
             )
         for contrast in study.contrasts:
@@ -221,8 +220,8 @@ def format_losses(before: Scores, after: Scores) -> list[str]:
         broken = sum(malformed[index] and not earlier[index] for index in lower)
         if broken:
             sentences.append(
-                f"Of the {len(lower)} items of {metric} that score lower with the masked neurons deactivated, {broken} "
-                f"have a malformed answer now: a broken output format is not lost reasoning."
+                f"{len(lower)} items of {metric} score lower with the masked neurons deactivated, {broken} of them "
+                f"with an answer that is malformed only now: a broken output format is not lost reasoning."
             )
     return sentences
 
