@@ -208,13 +208,13 @@ def _card(plan: MergePlan, ranks: Mapping[str, int], recipe: str | None) -> str:
 
     assert plan.target is not None
     assert plan.source is not None
-    models = [c.name for c in (plan.target, plan.source) if not os.path.isabs(c.name)]
+    models = [c.name for c in plan.checkpoints if not os.path.isabs(c.name)]
     front = {"base_model": models, "library_name": "peft", "tags": ["mergekit", "snrf", "lora"]}
     card = (
         f"---\n{yaml.safe_dump(front)}---\n# Shared neurons of {Path(plan.source.name).name} for "
         f"{Path(plan.target.name).name}\n\nThe update beta * M_S(Delta_r) of Shared Neuron Low-Rank Fusion "
-        f"(https://arxiv.org/abs/2602.19058) as a LoRA adapter, made with mergekit-snrf: {len(ranks)} modules of the "
-        f"text decoder, {sum(edit.neurons for edit in plan.edits)} neurons, rank "
+        f"(https://arxiv.org/abs/2602.19058) as a LoRA adapter, made with mergekit-snrf: {plan.update}; {len(ranks)} "
+        f"modules of the text decoder, {sum(edit.neurons for edit in plan.edits)} neurons, matrices of rank "
         f"{min(ranks.values())} to {max(ranks.values())}.\n"
     )
     return card if recipe is None else f"{card}\n```yaml\n{recipe.rstrip()}\n```\n"

@@ -16,9 +16,11 @@ from mergekit_snrf.checkpoint import open_checkpoint
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.decoder import find_decoder
 from mergekit_snrf.fusion import ORDERS
+from mergekit_snrf.lora import factors
 from mergekit_snrf.maskfile import write_mask
 from mergekit_snrf.neurons import NeuronSet
 from mergekit_snrf.plugin import install
+from mergekit_snrf.update import Update
 
 CASES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub"), ("llama", "hub")]
 
@@ -76,6 +78,22 @@ def test_ranks_and_orders(rank: int, order: str, tmp_path: Path) -> None:
     merged = load(tmp_path / "merged").state_dict()
     for name, tensor in unloaded.state_dict().items():
         torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("neurons", [3, 5, 6, 9])
+@pytest.mark.parametrize("rank", [None, 2, 4])
+def test_factors_are_as_narrow_as_the_update(rank: int | None, neurons: int, axis: int) -> None:
+    """Nine neurons of length five, some of them selected, as rows or as a product."""
+    generator = torch.Generator().manual_seed(0)
+    selected = torch.randperm(9, generator=generator)[:neurons].sort().values
+    left = None if rank is None else torch.randn(neurons, rank, generator=generator)
+    right = torch.randn(neurons if rank is None else rank, 5, generator=generator)
+    a, b = factors(Update(selected, left, right), 9, axis, 0.25)
+    whole = torch.zeros(9, 5)
+    whole[selected] = 0.25 * (right if left is None else left @ right)
+    torch.testing.assert_close(b @ a, whole if axis == 0 else whole.mT)
+    assert len(a) == b.shape[1] == min(neurons, 5, rank or 5)
 
 
 def test_adapter_touches_masked_neurons_of_the_text_decoder_only(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def _edits_as_text(plan: MergePlan) -> str:
         [
             table(("projection", "tensors", "neurons", "of", "share"), rows),
             "",
-            f"update    {_update_as_text(plan)}",
+            f"update    {plan.update}",
             f"tensors   {len(plan.edits)} edited, {len(plan.copied)} copied; of the decoder's projections "
             f"{len(plan.unmatched)} have nothing to change",
             f"touched   {plan.parameters_touched} parameters ({share(plan.parameters_touched, parameters)}), "
@@ -164,33 +164,6 @@ def _edits_as_text(plan: MergePlan) -> str:
             f"read      {size(plan.source_bytes)} of {held}",
         ]
     )
-
-
-def _update_as_text(plan: MergePlan) -> str:
-    """Describe the variant: only what has a part in it."""
-    how = plan.edits[0].fusion
-    said = [f"beta {_span([edit.fusion.beta for edit in plan.edits])}"]
-    weights = [edit.fusion for edit in plan.edits if not edit.is_bias] or [how]
-    ranks = [fusion.rank for fusion in weights]
-    if how.update == "dare":
-        said.append(
-            f"dare: drop_rate {_span([fusion.drop_rate for fusion in weights])}, seed {how.seed}"
-            f"{'' if how.rescale or how.norm == 'match' else ', not rescaled'}"
-        )
-    elif any(fusion.energy for fusion in weights):
-        said.append(f"energy {_span([fusion.energy for fusion in weights])}")
-        said.append(f"rank at most {_span(ranks)}{' (0: no limit)' if 0 in ranks else ''}")
-    else:
-        said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}")
-    if how.update != "dare":
-        said.append(how.order)
-    if how.norm == "match":
-        said.append("norm match")
-    if plan.source_base is not None:
-        said.append("Delta = source - source_base")
-    if any(edit.is_bias for edit in plan.edits):
-        said.append("biases")
-    return ", ".join(said)
 
 
 def _certified_as_text(certified: _Certified) -> str:
@@ -219,8 +192,3 @@ def _certified_as_text(certified: _Certified) -> str:
             )
         )
     return "\n".join([table(header, rows), "", tally.summary(), tally.sentence()])
-
-
-def _span(values: Sequence[float]) -> str:
-    values = sorted(set(values))
-    return f"{values[0]:g}" if len(values) == 1 else f"{values[0]:g} to {values[-1]:g}"

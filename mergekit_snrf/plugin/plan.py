@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,6 +133,34 @@ class MergePlan:
         """Bytes of the masked rows and columns in the target's dtype."""
         return sum(edit.parameters * ITEM_BYTES[edit.dtype] for edit in self.edits)
 
+    @property
+    def update(self) -> str:
+        """The update in words: beta and what has a part in the variant."""
+        if not self.edits:
+            return "nothing"
+        how = self.edits[0].fusion
+        said = [f"beta {_span([edit.fusion.beta for edit in self.edits])}"]
+        fusions = [edit.fusion for edit in self.edits if not edit.is_bias] or [how]
+        ranks = [fusion.rank for fusion in fusions]
+        if how.update == "dare":
+            rescaled = "" if how.rescale or how.norm == "match" else ", not rescaled"
+            rates = _span([fusion.drop_rate for fusion in fusions])
+            said.append(f"dare: drop_rate {rates}, seed {how.seed}{rescaled}")
+        elif any(fusion.energy for fusion in fusions):
+            said.append(f"energy {_span([fusion.energy for fusion in fusions])}")
+            said.append(f"rank at most {_span(ranks)}{' (0: no limit)' if 0 in ranks else ''}")
+        else:
+            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}")
+        if how.update != "dare":
+            said.append(how.order)
+        if how.norm == "match":
+            said.append("norm match")
+        if self.source_base is not None:
+            said.append("Delta = source - source_base")
+        if any(edit.is_bias for edit in self.edits):
+            said.append("biases")
+        return ", ".join(said)
+
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """Return (weights, neurons changed, neurons in all) by projection."""
         if self.target_decoder is None:
@@ -144,6 +172,11 @@ class MergePlan:
         for edit in weights:
             changed[edit.site.projection] += edit.neurons
         return {name: (tensors[name], changed[name], shape.layers * shape.neurons(name)) for name in PROJECTIONS}
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def plan_merge(

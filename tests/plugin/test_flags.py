@@ -261,6 +261,18 @@ def test_adapter_on_the_source(pair: Pair, tmp_path: Path) -> None:
         path = write_recipe(folder / "lora.yml", recipe)
         out = merge(path, tmp_path / f"out{number}", "--lora-merge-cache", str(cache))
         assert_same(out, expected)
+    with_adapter = f"{source}+{tmp_path / 'models' / 'adapter'}"
+    for number, (model, base) in enumerate(((with_adapter, str(source)), (str(source), with_adapter))):
+        plain = [str(tmp_path / "by_hand") if name == with_adapter else name for name in (model, base)]
+        wanted, out = (
+            merge(
+                pair.recipe(models=[{"model": one}], parameters={"source_base": other}),
+                tmp_path / f"{name}{number}",
+                *("--lora-merge-cache", str(cache)),
+            )
+            for name, (one, other) in (("plain", plain), ("adapted", (model, base)))
+        )
+        assert_same(out, wanted)
     assert len([*cache.iterdir()]) == 1
 
 

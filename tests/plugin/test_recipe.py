@@ -133,7 +133,7 @@ def test_plan_resolves_parameters_as_mergekit_does(
     names = ["attn", "k_proj", "layers.1.", "mlp", "up_proj", "*"]
 
     def number(kind: str) -> Any:
-        return int(generator.integers(0, 9)) if kind == "rank" else round(float(generator.random()), 3)
+        return int(generator.integers(0, 9)) if kind == "rank" else round(0.999 * float(generator.random()), 3)
 
     def setting(kind: str) -> Any:
         shape = generator.integers(3)
@@ -144,7 +144,11 @@ def test_plan_resolves_parameters_as_mergekit_does(
         chosen = generator.choice(names, size=2, replace=False)
         return [{"filter": str(name), "value": number(kind)} for name in chosen] + [{"value": number(kind)}]
 
-    placed = {place: {k: setting(k) if generator.random() < 0.7 else None for k in ("beta", "rank")} for place in "st"}
+    kinds = ("beta", "rank", "energy")
+    placed = {place: {k: setting(k) if generator.random() < 0.7 else None for k in kinds} for place in "st"}
+    if placed["t"]["rank"] is None:
+        # Without a limit the energy is refused.
+        placed["t"]["rank"] = number("rank")
     recipe = pair.recipe(source=placed["s"], parameters=placed["t"])
     handed: dict[str, Fusion] = {}
     inner = method.merge_group
@@ -152,7 +156,7 @@ def test_plan_resolves_parameters_as_mergekit_does(
     def recorded(group: TensorGroup, **parameters: Any) -> Tensor:
         if group.non_base:
             (source,) = group.non_base
-            handed[group.metadata.name or ""] = Fusion(parameters["beta"][source.id], parameters["rank"][source.id])
+            handed[group.metadata.name or ""] = Fusion(**{kind: parameters[kind][source.id] for kind in kinds})
         return inner(group, **parameters)
 
     monkeypatch.setattr(method, "merge_group", recorded)
