@@ -150,18 +150,10 @@ def _side_rows(role: str, side: ModelProvenance | None) -> list[tuple[str, str]]
 
 def _changes(plan: MergePlan) -> list[str]:
     rows = [(name, tensors, changed, of, _share(changed, of)) for name, (tensors, changed, of) in plan.counts().items()]
-    weights = [edit.fusion for edit in plan.edits if not edit.is_bias]
-    settings = sorted({fusion.in_words() for fusion in weights})
-    betas = sorted({fusion.beta for fusion in weights})
-    said = "beta " + (f"{betas[0]:g}" if len(betas) == 1 else f"{betas[0]:g} to {betas[-1]:g}") if betas else "none"
-    if plan.source_base is not None:
-        said += f"; the difference is taken from {_model(plan.source_base)}"
-    if any(edit.is_bias for edit in plan.edits):
-        said += "; the neurons' biases moved, too"
     return [
         "## What was changed",
         _table(("projection", "tensors", "neurons", "of", "share"), rows),
-        f"Update: {'; '.join(settings[:4])}{' and others' if len(settings) > 4 else ''}; {said}.",
+        f"Update: {plan.update}.",
     ]
 
 

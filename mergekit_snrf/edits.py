@@ -172,11 +172,8 @@ def _fused(
     """Fuse tensor by tensor; a bias is None where it stays."""
     theirs, base = weights_of(source), None if source_base is None else weights_of(source_base)
     for site, member in chosen.items():
-        how, weight, name = (
-            fusion if isinstance(fusion, Fusion) else fusion(site),
-            target.weight(site),
-            target.name(site),
-        )
+        how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
+        weight, name = target.weight(site), target.name(site)
         other = None if base is None else base.weight(site).to(weight.device)
         with one_thread():
             fused = fuse(

@@ -79,24 +79,6 @@ class Fusion:
                 "energy chooses the rank of a low-rank update, which update: dare is not; remove one of them"
             )
 
-    def in_words(self) -> str:
-        """Describe the variant, all but beta: ``rank 4, svd-then-mask``.
-
-        >>> Fusion(rank=0).in_words()
-        'full rank'
-        >>> Fusion(rank=64, energy=0.9, order="mask-then-svd", norm="match").in_words()
-        'rank by energy 0.9, at most 64, mask-then-svd, norm match'
-        """
-        if self.update == "dare":
-            said = [f"dare of drop rate {self.drop_rate:g} and seed {self.seed}"]
-            said += [] if self.rescale or self.norm == "match" else ["not rescaled"]
-        elif self.energy:
-            limit = [f"at most {self.rank}"] if self.rank else []
-            said = [f"rank by energy {self.energy:g}", *limit, self.order]
-        else:
-            said = [f"rank {self.rank}", self.order] if self.rank else ["full rank"]
-        return ", ".join(said + (["norm match"] if self.norm == "match" else []))
-
     def check_rank(self, name: str, shape: tuple[int, ...]) -> None:
         """Check the rank against a weight's shape.
 

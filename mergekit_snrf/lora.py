@@ -6,7 +6,6 @@ for fwd.down the masked columns are zero columns of A. So the adapter is the upd
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import save
 from torch import Tensor
 
+from mergekit_snrf.cards import adapter_card
 from mergekit_snrf.checkpoint import Checkpoint, TensorHeader
 from mergekit_snrf.decoder import find_decoder
 from mergekit_snrf.errors import SnrfError
@@ -105,7 +105,7 @@ def export_adapter(
     out_path: str,
     *,
     dtype: torch.dtype = torch.float32,
-    recipe: str | None = None,
+    recipe: str,
     recipe_folder: str | None = None,
     quiet: bool = False,
     overwrite: bool = False,
@@ -155,7 +155,8 @@ def export_adapter(
             _config(plan, ranks).save_pretrained(building)
             # safetensors' save_file would make the file readable for its owner alone.
             (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-            (building / "README.md").write_text(_card(plan, ranks, recipe), encoding="utf-8")
+            card = adapter_card(plan, Path(out_path).absolute().name, recipe, ranks)
+            (building / "README.md").write_text(card, encoding="utf-8")
             size = (building / "adapter_model.safetensors").stat().st_size
     except OSError as error:
         raise SnrfError(
@@ -201,20 +202,3 @@ def _config(plan: MergePlan, ranks: Mapping[str, int]) -> Any:
         rank_pattern=others,
         alpha_pattern=dict(others),
     )
-
-
-def _card(plan: MergePlan, ranks: Mapping[str, int], recipe: str | None) -> str:
-    import yaml
-
-    assert plan.target is not None
-    assert plan.source is not None
-    models = [c.name for c in plan.checkpoints if not os.path.isabs(c.name)]
-    front = {"base_model": models, "library_name": "peft", "tags": ["mergekit", "snrf", "lora"]}
-    card = (
-        f"---\n{yaml.safe_dump(front)}---\n# Shared neurons of {Path(plan.source.name).name} for "
-        f"{Path(plan.target.name).name}\n\nThe update beta * M_S(Delta_r) of Shared Neuron Low-Rank Fusion "
-        f"(https://arxiv.org/abs/2602.19058) as a LoRA adapter, made with mergekit-snrf: {plan.update}; {len(ranks)} "
-        f"modules of the text decoder, {sum(edit.neurons for edit in plan.edits)} neurons, matrices of rank "
-        f"{min(ranks.values())} to {max(ranks.values())}.\n"
-    )
-    return card if recipe is None else f"{card}\n```yaml\n{recipe.rstrip()}\n```\n"

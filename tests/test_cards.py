@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from checkpoints import make_source, make_target
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from mergekit.options import MergeOptions
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf import safefile
-from mergekit_snrf.cards import mask_card, provenance_rows
+from mergekit_snrf.cards import mask_card, merge_card, provenance_rows
+from mergekit_snrf.cli.common import load_recipe
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons import NeuronSet, Site
+from mergekit_snrf.plugin import install
+from mergekit_snrf.plugin.plan import plan_merge
 
 ROOT = Path(__file__).resolve().parents[1]
 NEURONS = NeuronSet({Site(0, "attn.k"): torch.tensor([True, False, True, False])})
@@ -55,6 +63,73 @@ def test_card_says_what_is_in_the_file(tmp_path: Path) -> None:
     assert recipe["base_model"] == "owner/vlm"
     assert recipe["models"] == [{"model": "owner/llm"}]
     assert recipe["parameters"] == {"masks": "m.safetensors", "masks_sha256": safefile.sha256(path)}
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a pair, its mask, the recipe, and what three commands make of it."""
+    folder = tmp_path_factory.mktemp("merge")
+    make_target(folder / "target", "llava", "hub")
+    make_source(folder / "source", "llama")
+    neurons = NeuronSet({Site(1, "attn.q"): torch.arange(64) < 7, Site(2, "fwd.down"): torch.arange(96) < 5})
+    source = ModelProvenance(path="owner/llm", probes={"count": 7})
+    write_mask(folder / "mask.safetensors", neurons, Provenance(source=source, selection={"top_ratio": 0.25}))
+    (folder / "snrf.yml").write_text(
+        "# A recipe.\nmerge_method: snrf\nbase_model: target\nmodels:\n  - model: source\n"
+        "    parameters: {beta: 0.5, rank: 3}\nparameters: {masks: mask.safetensors}\n"
+    )
+    install()
+    for command, name in (
+        ((mergekit_yaml, ()), "merged"),
+        ((snrf, ("patch",)), "patched"),
+        ((snrf, ("lora",)), "lora"),
+    ):
+        words = [*command[1], str(folder / "snrf.yml"), str(folder / name), "--quiet"]
+        result = CliRunner().invoke(command[0], words)
+        assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize("name", ["merged", "patched", "lora"])
+def test_card_of_a_merge_says_what_was_done(name: str, merged: Path) -> None:
+    card = (merged / name / "README.md").read_text()
+    front = front_of(card)
+    assert front["pipeline_tag"] == "image-text-to-text"
+    assert front["library_name"] == ("peft" if name == "lora" else "transformers")
+    assert "base_model" not in front
+    rows = rows_of(card)
+    assert ["attn.q", "1", "7", "192", "3.65 %"] in rows
+    assert ["fwd.down", "1", "5", "288", "1.74 %"] in rows
+    assert ["sha256", f"`{safefile.sha256(merged / 'mask.safetensors')}`"] in rows
+    assert ["source's probes", "count 7"] in rows
+    assert ["selection", "top_ratio 0.25"] in rows
+    assert "Update: beta 0.5, rank 3, svd-then-mask." in card
+    assert (merged / "snrf.yml").read_text().strip() in card
+    digest = hashlib.sha256((merged / "target" / "config.json").read_bytes()).hexdigest()
+    assert ["target", "as of the merge", f"`{digest}`"] in rows
+    assert str(merged) not in card
+    if name == "merged":
+        assert f"{7 * 64 + 5 * 64} weights" in card
+
+
+def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) -> None:
+    (tmp_path / "linear.yml").write_text(
+        f"merge_method: passthrough\nmodels:\n  - model: {merged / 'source'}\ndtype: bfloat16\n"
+    )
+    result = CliRunner().invoke(mergekit_yaml, [str(tmp_path / "linear.yml"), str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert "This is a merge of pre-trained language models" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
+    config = load_recipe(str(merged / "snrf.yml"))
+    plan = plan_merge(config, MergeOptions(), recipe_folder=str(merged))
+    plan.target = replace(plan.target, name="owner/vlm", revision="abc")
+    plan.source = replace(plan.source, name="owner/llm")
+    card = merge_card(plan, "merged", "recipe: 1")
+    assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm"]
+    assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card
+    assert ["owner/vlm", "abc", f"`{plan.target.config_sha256}`"] in rows_of(card)
 
 
 def test_card_to_a_file_and_missing_mask(tmp_path: Path) -> None:

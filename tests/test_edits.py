@@ -106,6 +106,7 @@ def test_fused_state_dict_is_the_merged_folder(family: str, layout: str, pairs: 
     assert_same(result, read(folder / "merged"))
     changed = {name for name in target if result[name] is not target[name]}
     assert len(changed) == len(neurons.nonempty())
+    assert_same(fuse_state_dict(target, source, neurons), fuse_state_dict(target, source, neurons, Fusion()))
 
 
 def test_biases_and_source_base_move_as_float64_says(pairs: Any) -> None:

@@ -10,6 +10,7 @@ never planned, so never read.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModu
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_snrf.cards import merge_card
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.plugin.checks import temporary_shards
@@ -99,6 +101,7 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
         _leave_no_shards_of_a_failed_run(context, out_path, options)
     _fetch_side_files(plan, options)
     rewrite(config, plan, recipe_folder)
+    _write_our_card(config, plan)
     start_tally(len(plan.edits))
     return describe(plan, config, options)
 
@@ -116,6 +119,29 @@ def _leave_no_shards_of_a_failed_run(context: click.Context, out_path: str, opti
     if options.async_write:
         # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
         atexit.register(remove)
+
+
+_planned: tuple[MergeConfiguration, MergePlan] | None = None
+
+
+def _write_our_card(config: MergeConfiguration, plan: MergePlan) -> None:
+    """Let mergekit write this merge's card in place of its own, which knows neither mask nor neurons."""
+    global _planned
+    import mergekit.merge
+
+    _planned = config, plan
+    original = mergekit.merge.generate_card
+    if getattr(original, "__snrf__", False):
+        return
+
+    @functools.wraps(original)
+    def generate_card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
+        if _planned is None or _planned[0] is not config:
+            return original(config, config_yaml, name)
+        return merge_card(_planned[1], name or "merged", config_yaml)
+
+    generate_card.__snrf__ = True  # type: ignore[attr-defined]
+    mergekit.merge.generate_card = generate_card
 
 
 def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:

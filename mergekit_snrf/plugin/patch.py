@@ -18,13 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tqdm
-from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_snrf.cards import merge_card
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.plugin import install
-from mergekit_snrf.plugin.adapter import rewrite
 from mergekit_snrf.plugin.folders import PARTIAL, built_aside, folder_problem
 from mergekit_snrf.plugin.plan import Edit, MergePlan, plan_merge
 from mergekit_snrf.plugin.tally import Tally
@@ -69,8 +67,6 @@ def patch_merge(
     Raises:
         SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
     """
-    # The model card asks mergekit for the method's name.
-    install()
     plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
     _check_patchable(plan, config)
     problem = folder_problem(plan, out_path, recipe_folder, "merge" if overwrite else None)
@@ -87,8 +83,7 @@ def patch_merge(
             for name in plan.target.side_files():
                 shutil.copy(target_folder / name, building / name)
             if options.write_model_card:
-                rewrite(config, plan, recipe_folder)
-                card = generate_card(config=config, config_yaml=config_source, name=Path(out_path).absolute().name)
+                card = merge_card(plan, Path(out_path).absolute().name, config_source)
                 (building / "README.md").write_text(card, encoding="utf-8")
                 (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
             for shard in building.glob(f"*{PARTIAL}"):

@@ -185,7 +185,7 @@ def test_interrupt_leaves_the_earlier_output(pair: Pair, tmp_path: Path, monkeyp
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patch_module, "generate_card", interrupt)
+    monkeypatch.setattr(patch_module, "merge_card", interrupt)
     assert run("patch", pair.recipe(), out, "--overwrite").output.strip() == "Aborted!"
     assert hashes(out) == before
     assert not list(tmp_path.glob(".*"))

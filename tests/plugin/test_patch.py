@@ -432,7 +432,7 @@ def test_interrupt_leaves_nothing(pair: Pair, tmp_path: Path, monkeypatch: pytes
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patch_module, "generate_card", interrupt)
+    monkeypatch.setattr(patch_module, "merge_card", interrupt)
     assert patch(pair.recipe(), tmp_path / "out").output.strip() == "Aborted!"
     assert tree(tmp_path) == []
 
@@ -532,7 +532,7 @@ def attempt(out, limit, report=None):
     if child:
         return os.waitpid(child, 0)[1]
     for module, name in ((fcntl, "ioctl"), (shutil, "copyfile"), (os, "pwrite"), (shutil, "copy"),
-                         (patch, "generate_card"), (Path, "write_text"), (Path, "rename")):
+                         (patch, "merge_card"), (Path, "write_text"), (Path, "rename")):
         watch(module, name, limit)
     try:
         main(["patch", recipe, str(out), "--quiet", "--workers", "1"], standalone_mode=False)
@@ -545,7 +545,7 @@ def attempt(out, limit, report=None):
 assert attempt(runs / "whole" / "out", -1, runs / "log.json") == 0
 events = json.loads((runs / "log.json").read_text())
 writes = [i for i, name in enumerate(events) if name == "pwrite"]
-points = [i for i, name in enumerate(events) if name in ("ioctl", "rename", "generate_card")]
+points = [i for i, name in enumerate(events) if name in ("ioctl", "rename", "merge_card")]
 points += writes[:: len(writes) // 4] + [events.index("copyfile"), events.index("copy"), events.index("write_text"),
                                          len(events) - 2]
 statuses = {point: attempt(runs / f"at-{point}" / "out", point) for point in sorted(set(points))}

@@ -213,7 +213,9 @@ def test_the_command_itself_and_its_log(models: Models, tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(read(tmp_path / "out"), merge(models.recipe(**VARIANTS["all"]), tmp_path / "here"))
-    assert f"{models.folder}/base" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| base | as of the merge |" in card
+    assert str(models.folder) not in card
     edited = len(expected(models, VARIANTS["all"]))
     assert f"{edited} tensors fused, " in done.stderr
     assert "model.layers.0.self_attn.q_proj.bias: not truncated, rounding keeps 100 %" in done.stderr

@@ -1,0 +1,292 @@
+"""``snrf compare``: a merge against its controls, or several models' results of lmms-eval."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_snrf.cli.common import command_options, load_recipe, table
+from mergekit_snrf.errors import SnrfError
+
+if TYPE_CHECKING:
+    from mergekit_snrf.analysis.results import Study
+
+logger = logging.getLogger(__name__)
+
+_ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
+_OF_RECIPE = (
+    "reference",
+    "rows",
+    "draws",
+    "profiles",
+    "base",
+    "linear_betas",
+    "drop_rate",
+    "device",
+    "dtype",
+    "trust_remote_code",
+    "transformers_cache",
+    "lora_merge_cache",
+)
+_OF_LMMS_EVAL = ("tasks", "metrics", "keep")
+
+
+@click.command()
+@click.argument("places", metavar="RECIPE.yml | DIR...", nargs=-1, required=True, type=click.Path())
+@click.option(
+    "--eval",
+    "reference",
+    metavar="EVAL",
+    help="file.yml (exact match), path/file.py:name, package.module:name, or an entry point.",
+)
+@click.option(
+    "--rows",
+    metavar="ROWS",
+    default=",".join(_ROWS),
+    show_default=True,
+    help="The controls, separated by commas. least needs --profile, base needs --base.",
+)
+@click.option(
+    "--draws", type=click.IntRange(1), default=3, show_default=True, help="Sets of random neurons, and DARE's draws."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Of the first draw, and of the intervals.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="PROFILE",
+    help="Of the target, to find its least important neurons; repeat for several.",
+)
+@click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
+@click.option(
+    "--linear-betas",
+    default="0.1,0.25,0.5,0.75,1.0",
+    show_default=True,
+    metavar="BETAS",
+    help="Strengths of the linear merge of all neurons.",
+)
+@click.option(
+    "--drop-rate",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.5,
+    show_default=True,
+    help="Share of the elements that DARE drops.",
+)
+@click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
+@click.option(
+    "--dtype", default="auto", show_default=True, help="Of the weights: auto is that of the recipe or the checkpoint."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
+@click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
+@click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
+@click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
+@click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
+@click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")
+@click.option("--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric to keep, not to gain.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the study to FILE.")
+@command_options
+def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, **options: Any) -> None:
+    """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
+
+    The target is edited in memory and put back for every row; no model is written. An evaluation named in Python runs
+    with your rights; read it first.
+
+    With --from-lmms-eval, compare the samples in two or more DIRs: the first is the reference (the target), the second
+    the claim (its merge), any others are controls.
+    """
+    from mergekit_snrf.analysis.results import write_result
+
+    quiet = bool(click.get_current_context().params.get("quiet"))
+    _check_options(from_lmms_eval)
+    if json_file is not None and not os.path.isdir(os.path.dirname(json_file) or "."):
+        raise SnrfError(f"{json_file}: there is no such folder; make it first")
+    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, quiet=quiet, **options)
+    click.echo("\n".join([report(study), *notes]))
+    if json_file is not None:
+        write_result(json_file, study)
+
+
+def _check_options(from_lmms_eval: bool) -> None:
+    context = click.get_current_context()
+    for name in _OF_RECIPE if from_lmms_eval else _OF_LMMS_EVAL:
+        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
+            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            where = "with a recipe only" if from_lmms_eval else "with --from-lmms-eval only"
+            raise SnrfError(f"{option} has an effect {where}; leave it out")
+
+
+def _from_lmms_eval(
+    places: tuple[str, ...],
+    *,
+    seed: int,
+    tasks: tuple[str, ...],
+    metrics: tuple[str, ...],
+    keep: tuple[str, ...],
+    **_: Any,
+) -> tuple[Study, list[str]]:
+    from mergekit_snrf.analysis.lmms_eval import compare_runs
+
+    study, skipped = compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
+    return study, [f"Left out: {reason}" for reason in skipped]
+
+
+def _from_recipe(
+    places: tuple[str, ...],
+    *,
+    quiet: bool,
+    reference: str | None,
+    rows: str,
+    draws: int,
+    seed: int,
+    profiles: tuple[str, ...],
+    base: str | None,
+    linear_betas: str,
+    drop_rate: float,
+    device: str | None,
+    dtype: str,
+    trust_remote_code: bool,
+    transformers_cache: str | None,
+    lora_merge_cache: str | None,
+    **_: Any,
+) -> tuple[Study, list[str]]:
+    if len(places) != 1:
+        raise SnrfError(f"expected one recipe, got {len(places)}; several folders are compared with --from-lmms-eval")
+    if reference is None:
+        raise SnrfError("--eval is missing; name what the models shall be asked, see --help")
+    keys = _keys(rows)
+    betas = _betas(linear_betas)
+    from mergekit.options import MergeOptions
+
+    from mergekit_snrf import safefile
+    from mergekit_snrf.analysis.ablation import least_important
+    from mergekit_snrf.analysis.comparison import compare as run
+    from mergekit_snrf.analysis.controls import averaged, build_rows
+    from mergekit_snrf.analysis.evaluation import load_evaluation, load_model
+    from mergekit_snrf.analysis.recipes import open_base, open_recipe
+    from mergekit_snrf.maskfile import local_path
+    from mergekit_snrf.profilefile import read_profile
+
+    options = MergeOptions(
+        transformers_cache=transformers_cache,
+        lora_merge_cache=lora_merge_cache,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+    config = load_recipe(places[0])
+    opened = open_recipe(config, options, str(Path(places[0]).resolve().parent))
+    for warning in opened.warnings:
+        logger.warning(warning)
+    settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
+    notes, least = [], None
+    if "least" in keys and profiles:
+        paths = [local_path(profile) for profile in profiles]
+        read = [read_profile(path) for path in paths]
+        for profile in read:
+            profiled = profile.provenance.model
+            if profiled is not None and profiled.config_sha256 not in (None, opened.target.config_sha256):
+                logger.warning("%s: is the profile of another model (%s)", profile.path, profiled.path)
+        least = least_important(averaged(read), opened.merge.neurons)
+        settings["profiles"] = {str(path): safefile.sha256(path) for path in paths}
+    elif "least" in keys:
+        notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
+    common = None
+    if "base" in keys and base is not None:
+        common = open_base(base, opened, options)
+        settings["base"] = base
+    elif "base" in keys:
+        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
+    evaluation = load_evaluation(reference)
+    if quiet:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+    model, processor = load_model(
+        str(opened.target_folder),
+        device=device,
+        dtype=opened.dtype if dtype == "auto" else dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    chosen = build_rows(
+        opened.merge,
+        model,
+        keys=keys,
+        draws=draws,
+        seed=seed,
+        least=least,
+        base=common,
+        linear_betas=betas,
+        drop_rate=drop_rate,
+    )
+    study = run(
+        model,
+        processor,
+        evaluation,
+        chosen,
+        seed=seed,
+        progress=not quiet,
+        name=opened.target.name,
+        mask=opened.mask,
+        mask_sha256=opened.mask_sha256,
+        settings=settings,
+    )
+    if "linear" in keys and "keep" not in study.roles.values():
+        notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
+    return study, notes
+
+
+def _keys(rows: str) -> list[str]:
+    keys = [key.strip() for key in rows.split(",") if key.strip()]
+    unknown = [key for key in keys if key not in _ROWS]
+    if unknown:
+        raise SnrfError(f"--rows: {unknown[0]!r} is none of {', '.join(_ROWS)}")
+    return keys
+
+
+def _betas(text: str) -> list[float]:
+    try:
+        betas = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise SnrfError(f"--linear-betas: {text!r} is not a list of numbers such as 0.25,0.5,1.0") from None
+    if not all(0 < beta <= 1 for beta in betas):
+        raise SnrfError(f"--linear-betas: must lie above 0 and not above 1, got {text!r}")
+    return betas
+
+
+def report(study: Study) -> str:
+    """Return a study as text: a table a metric, and the verdict."""
+    from mergekit_snrf.analysis.intervals import scale_of, spoken
+
+    measured = {condition.name: condition.metrics for condition in study.conditions}
+    parts = []
+    for metric, items in study.items.items():
+        scale, _ = scale_of(metric, measured)
+        against = {c.right: c.difference for c in study.contrasts if c.metric == metric}
+        claim = next(condition.name for condition in study.conditions if condition.role == "claim")
+        rows = []
+        for condition in study.conditions:
+            value = condition.metrics[metric]
+            name = f"{condition.name}, {condition.draws} draws" if condition.draws > 1 else condition.name
+            change = "-" if value.change is None else spoken(value.change, scale, "+")
+            difference = spoken(against[condition.name], scale, "+") if condition.name in against else "-"
+            malformed = "-" if value.malformed is None else f"{100 * value.malformed:.1f} %"
+            neurons = condition.neurons or "-"
+            rows.append((name, neurons, spoken(value.mean, scale), change, difference, malformed))
+        unit = " in %" if scale == 100 else ""
+        header = (f"{metric}{unit}, {items} items", "neurons", "mean", "change", f"{claim} minus it", "malformed")
+        parts.append(table(header, rows))
+    parts.append(
+        f"[{100 * study.level:g} % intervals]: paired bootstrap over items and draws, seed {study.seed}.\n"
+        + "\n".join(study.verdict)
+    )
+    return "\n\n".join(parts)
