@@ -3,9 +3,9 @@
     python examples/smollm2/prepare.py smollm2
     python benchmarks/impact_correlation.py --model smollm2 --json correlation.json
 
-Eq. 4 removes a neuron from the model and compares the outputs: ||Model(x) - Model_without_N(x)||_2. That takes a forward
-pass for every neuron and probe, so it is done for some neurons of every layer and projection, drawn at random: the row
-of the projection and its bias are really zeroed. The output is the final states, or the logits that follow from them.
+Eq. 4 removes a neuron from the model and compares the outputs: ||Model(x) - Model_without_N(x)||_2. That takes a
+forward pass for every neuron and probe, so it is done for some neurons of every layer and projection, drawn at random:
+the row of the projection and its bias are really zeroed. The output is the final states, or the logits that follow.
 A figure is the mean over the probes of Spearman's correlation over neurons of all layers: what a threshold that is the
 same everywhere, such as sigma, asks of an impact.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 TEXTS = (
     "Natalia has 48 apples and sells half of them in April. In May she sells 12 more apples and buys 5 pears. How many "
     "apples does she have left? She sells 48 / 2 = 24 apples in April, so 24 remain. After May she has 24 - 12 = 12.",
-    "The interior angles of a triangle add up to 180 degrees. If one angle is 90 degrees and another one is 35 degrees, "
+    "The interior angles of a triangle add up to 180 degrees. If one angle is 90 degrees and another is 35 degrees, "
     "what is the third angle? The third angle is 180 - 90 - 35 = 55 degrees, so the triangle is right-angled.",
 )
 PROJECTED = ("attn.q", "attn.k", "attn.v", "fwd.up")
@@ -208,7 +208,7 @@ def main(folder: str, neurons: int, tokens: int, threads: int, json_path: Path |
             "model": folder,
             "neurons": len(chosen),
             "tokens": [probe.attention_mask.shape[1] for probe in probes],
-            "seconds": seconds,
+            "figures": {f"{name} s": [value] for name, value in seconds.items()},
             "correlations": table,
             "bars": verdicts,
         }

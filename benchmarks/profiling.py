@@ -10,6 +10,9 @@ forward pass, so every ratio to them is stated to their advantage:
   weights without it, as [heads, dim, tokens, tokens]; timed on a few layers and scaled to all;
 - brute force: zero one row of q_proj or k_proj and run the attention module again; timed on a few neurons of one layer
   and scaled to all of them.
+
+Beside them stand the impacts with ``screen: 0.3``, in time and in which attn.q and attn.k neurons are the top tenth of
+each layer. Random weights are the hard case for that: their impacts differ by little more than chance.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ import torch
 import transformers
 from machine import describe
 
+from mergekit_snrf.profilefile import SCREENED, top_rank
 from mergekit_snrf.profiler.impact import attention_impact, column_norms, ffn_impact
-from mergekit_snrf.profiler.measure import Meter
+from mergekit_snrf.profiler.measure import Measure, Meter
 from mergekit_snrf.profiler.run import profile_model
+from mergekit_snrf.profiler.statistics import ranks
 
 
 def load_file(name: str, path: Path) -> ModuleType:
@@ -57,6 +62,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen3": {"head_dim": 8},
     "Mistral": {"sliding_window": 4},
 }
+SCREEN, TOP_RATIO = 0.3, 0.1
 FLOAT32_BAR, FLOAT64_BAR = 1e-5, 1e-12
 GROWTH_PROBES = (8, 32)
 # Peaks of one process differ by a few MB from run to run; probes that were kept would add far more.
@@ -181,8 +187,8 @@ def brute_force(attention: nn.Module, call: tuple[Any, dict[str, Any]], neurons:
 
 def measure_time(
     model: nn.Module, tokens: int, rounds: int, layers: int, neurons: int, limit_bytes: int
-) -> dict[str, float]:
-    """Return the median CPU seconds of one probe by method; the rivals scaled to all layers and neurons."""
+) -> dict[str, list[float]]:
+    """Return the CPU seconds of one probe in every round by method; the rivals scaled to all layers and neurons."""
     batch = probe(0, tokens, model.config.vocab_size)
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -193,7 +199,7 @@ def measure_time(
     with hooked(model, layers) as seen:
         forward(model, batch)
     attention = model.model.layers[0].self_attn
-    meter = Meter(model)
+    meter, screened = Meter(model), Meter(model, Measure(screen=SCREEN))
 
     def released() -> None:
         for found in seen:
@@ -208,9 +214,13 @@ def measure_time(
     def impacts() -> None:
         meter.impacts(batch)
 
+    def screen() -> None:
+        screened.impacts(batch)
+
     # The first batch of a meter also checks every layer, and the first call of each method fills buffers.
     impacts()
-    seconds: dict[str, list[float]] = {"forward": [], "impacts": [], "released": [], "brute_force": []}
+    screen()
+    seconds: dict[str, list[float]] = {"forward": [], "impacts": [], "screened": [], "released": [], "brute_force": []}
     with torch.no_grad():
         released()
         brute()
@@ -218,10 +228,30 @@ def measure_time(
         for _ in range(rounds):
             seconds["forward"].append(cpu_seconds(plain, 3))
             seconds["impacts"].append(cpu_seconds(impacts))
+            seconds["screened"].append(cpu_seconds(screen))
             seconds["released"].append(cpu_seconds(released) * depth / layers)
             # The one run of the whole module counts as one more neuron.
             seconds["brute_force"].append(cpu_seconds(brute) * total / (neurons + 1))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
+
+
+def screen_recall(model: nn.Module, tokens: int, probes: int) -> dict[str, int]:
+    """Return how many attn.q and attn.k neurons are the top tenth of their layer, and how many of them a screen loses.
+
+    Both have equally many, so that none lost means equal sets.
+    """
+    meter, screened = Meter(model), Meter(model, Measure(screen=SCREEN))
+    found = {"probes": probes, "top": 0, "lost": 0}
+    for number in range(probes):
+        batch = probe(number, tokens, model.config.vocab_size)
+        exact, estimated = meter.impacts(batch), screened.impacts(batch)
+        for site in exact:
+            if site.projection in SCREENED:
+                last = top_rank(TOP_RATIO, exact[site].shape[1])
+                top = ranks(exact[site]) <= last
+                found["top"] += int(top.sum())
+                found["lost"] += int((top & (ranks(estimated[site]) > last)).sum())
+    return found
 
 
 def peak_mb(function: Callable[[], object]) -> float:
@@ -307,6 +337,7 @@ def bars(
     single: dict[int, dict[str, float] | None],
     growth_mb: float | None,
     errors: dict[str, dict[str, float]],
+    recall: dict[int, dict[str, int]],
 ) -> list[dict[str, Any]]:
     """Return the promises that this run can judge; those of time and memory are made for 512 tokens."""
     found = []
@@ -315,7 +346,10 @@ def bars(
             bar("impacts / forward pass at 512 tokens", ratios[512]["impacts_per_forward"], 12),
             bar("released / impacts at 512 tokens", ratios[512]["released_per_impacts"], 3, least=True),
             bar("brute force / impacts at 512 tokens", ratios[512]["brute_force_per_impacts"], 20, least=True),
+            bar(f"impacts with screen: {SCREEN} / impacts at 512 tokens", ratios[512]["screened_per_impacts"], 0.6),
         ]
+        lost = recall[512]["lost"]
+        found.append(bar(f"neurons of the top {TOP_RATIO} that screen: {SCREEN} loses at 512 tokens", lost, 0))
     memory = single.get(512)
     if memory is not None:
         found.append(bar("extra MB at 512 tokens", memory["extra_mb"], 100))
@@ -377,14 +411,18 @@ def main(
     )
     click.echo("impacts include their forward pass; net are the same without it")
     click.echo("tokens  forward  impacts   released  brute force  impacts/fwd (net)  released/imp  brute/imp  extra MB")
-    seconds, ratios = {}, {}
+    seconds, ratios, recall = {}, {}, {}
+    figures: dict[str, list[float]] = {}
     for tokens in lengths:
-        found = seconds[tokens] = measure_time(model, tokens, rounds, layers, neurons, released_mb * 10**6)
+        timed = measure_time(model, tokens, rounds, layers, neurons, released_mb * 10**6)
+        figures |= {f"{name}, {tokens} tokens, s": values for name, values in timed.items()}
+        found = seconds[tokens] = {name: statistics.median(values) for name, values in timed.items()}
         row = ratios[tokens] = {
             "impacts_per_forward": found["impacts"] / found["forward"],
             "net_impacts_per_forward": found["impacts"] / found["forward"] - 1,
             "released_per_impacts": found["released"] / found["impacts"],
             "brute_force_per_impacts": found["brute_force"] / found["impacts"],
+            "screened_per_impacts": found["screened"] / found["impacts"],
         }
         need = single.get(tokens)
         click.echo(
@@ -392,6 +430,11 @@ def main(
             f"{found['brute_force']:11.1f}  {row['impacts_per_forward']:10.2f} ({row['net_impacts_per_forward']:.2f})"
             f"  {row['released_per_impacts']:11.2f}x  {row['brute_force_per_impacts']:8.1f}x  "
             f"{'-' if need is None else format(need['extra_mb'], '.1f'):>8}"
+        )
+        lost = recall[tokens] = screen_recall(model, tokens, rounds)
+        click.echo(
+            f"        screen: {SCREEN}: {found['screened']:.2f} s, {row['screened_per_impacts']:.2f}x impacts; "
+            f"{lost['lost']} of the {lost['top']} top neurons of attn.q and attn.k in {lost['probes']} probes lost"
         )
     few, many = growth or (None, None)
     growth_mb = None if few is None or many is None else many["extra_mb"] - few["extra_mb"]
@@ -405,7 +448,7 @@ def main(
     errors = exactness()
     for name, error in errors.items():
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
-    verdicts = bars(ratios, single, growth_mb, errors)
+    verdicts = bars(ratios, single, growth_mb, errors, recall)
     click.echo()
     for verdict in verdicts:
         click.echo(f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['bar']}: {verdict['value']:.3g}")
@@ -415,8 +458,10 @@ def main(
             "machine": machine,
             "model": folder or "random SmolLM2-135M shape",
             "scaled_from": {"released_layers": layers, "brute_force_neurons": neurons},
+            "figures": figures,
             "seconds": seconds,
             "ratios": ratios,
+            "screen": recall,
             "memory": [found for found in [*single.values(), *growth] if found is not None],
             "errors": errors,
             "bars": verdicts,

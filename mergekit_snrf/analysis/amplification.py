@@ -40,7 +40,7 @@ from mergekit_snrf.profiler.config import (
     SideConfig,
     load_profile_config,
 )
-from mergekit_snrf.profiler.probes import Probes, _encode, prepare, probes_sha256
+from mergekit_snrf.profiler.probes import Probes, encode, prepare, probes_sha256
 from mergekit_snrf.profiler.render import tokenizer_of
 from mergekit_snrf.profiler.rows import Rows
 
@@ -283,7 +283,7 @@ def generate_amplified(
     with tqdm(total=len(jobs), unit="answer", disable=not progress) as bar:
         for start in range(0, len(jobs), config.batch_size):
             batch = jobs[start : start + config.batch_size]
-            inputs = _encode(probes, [probe for probe, _, _ in batch], model, model.device)
+            inputs = encode(probes, [probe for probe, _, _ in batch], model, model.device)
             chosen = [neuron for _, _, neuron in batch]
             keys = [(probe.row.number, sample) for probe, sample, _ in batch]
             temperature = sampling.temperature if sampling.samples else None

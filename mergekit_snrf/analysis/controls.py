@@ -1,7 +1,7 @@
 """A planned merge applied to its loaded target in memory, and the merges that it is compared with.
 
 A control differs from the recipe in one thing: its neurons, its update, or its source. Everything else, the strength of
-every tensor included, stays as the recipe says.
+every tensor included, stays as the recipe says. Only the linear merge, a rival, is of all neurons at one strength.
 """
 
 from __future__ import annotations
@@ -157,8 +157,10 @@ class Merge:
             rows = update.rows()
             parameter = weights.module(site).weight
             before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
-            exact = before.to(rows.dtype) + betas[site] * rows
-            edit.write(parameter, site.axis, update.selected, exact.to(parameter.dtype))
+            fused = (before.to(rows.dtype) + betas[site] * rows).to(parameter.dtype)
+            if not torch.isfinite(fused).all():
+                raise SnrfError(f"{weights.name(site)}: the fused weights overflow {fused.dtype}; use --dtype float32")
+            edit.write(parameter, site.axis, update.selected, fused)
 
     def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
         weights = LiveWeights(find_live_decoder(model))
@@ -291,8 +293,8 @@ def build_rows(
                 "random neurons, equal norm",
                 "control",
                 scaled,
-                "Random neurons with an update of equal norm",
-                "the choice of neurons, at equal norm of the update,",
+                "The same update on random neurons, rescaled to equal norm",
+                "at equal norm the choice of neurons",
                 settings={**of_seeds, **_strengths(scaled)},
             )
         )
@@ -303,7 +305,7 @@ def build_rows(
                 "control",
                 (replace(merge, neurons=least),),
                 "The same update on as many of the least important neurons",
-                "the importance of the neurons",
+                "the choice of important neurons",
             )
         )
     if "linear" in keys:
@@ -316,8 +318,8 @@ def build_rows(
                 f"DARE, drop rate {drop_rate:g}",
                 "control",
                 tuple(_dare(merge, drop_rate, one) for one in seeds),
-                f"DARE (drop rate {drop_rate:g}) on the masked neurons",
-                "the update, against DARE's,",
+                f"DARE with drop rate {drop_rate:g} on the masked neurons",
+                "the recipe's update in place of DARE's",
                 settings={**of_seeds, "drop_rate": drop_rate, "rescale": True},
             )
         )
@@ -327,7 +329,7 @@ def build_rows(
                 "base as source",
                 "control",
                 (replace(merge, source=base, source_base=None),),
-                "The common base as source, on the same neurons,",
+                "The common base as source on the same neurons",
                 "what the source learnt beyond the base",
             )
         )

@@ -11,22 +11,19 @@ models, equal scores.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import parse_qsl
 
 import torch
 import yaml
 
+from mergekit_snrf.analysis.references import find_attribute, imported
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -133,13 +130,7 @@ def load_evaluation(reference: str) -> Evaluation:
         exact_match = load_exact_match(reference)
         return Evaluation(reference, exact_match, exact_match.roles)
     place, _, query = reference.partition("?")
-    where, colon, attribute = place.rpartition(":")
-    if not colon:
-        found = _from_entry_point(reference, place)
-    elif where.endswith(".py"):
-        found = _attribute(reference, _module_at(reference, Path(where).expanduser()), attribute)
-    else:
-        found = _attribute(reference, _imported(reference, lambda: importlib.import_module(where)), attribute)
+    found = find_attribute(place) if ":" in place else _from_entry_point(reference, place)
     if not callable(found):
         raise SnrfError(
             f"{reference}: is {type(found).__name__}, not callable; name a function of a model and its processor"
@@ -225,47 +216,12 @@ def _from_entry_point(reference: str, name: str) -> Any:
     points = entry_points(group=ENTRY_POINTS)
     for point in points:
         if point.name == name:
-            return _imported(reference, point.load)
+            return imported(reference, point.load)
     known = ", ".join(sorted({point.name for point in points})) or "none is installed"
     raise SnrfError(
         f"{reference}: is neither a .yml file, nor path/file.py:name or package.module:name, nor an entry point of the "
         f"group {ENTRY_POINTS} ({known}); correct --eval"
     )
-
-
-def _module_at(reference: str, path: Path) -> Any:
-    if not path.is_file():
-        raise SnrfError(f"{reference}: there is no file {path}; correct the path")
-    name = f"_mergekit_snrf_evaluation_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by its name while it is being executed.
-    sys.modules[name] = module
-    _imported(reference, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
-    return module
-
-
-def _imported(reference: str, load: Callable[[], Any]) -> Any:
-    try:
-        return load()
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise SnrfError(
-            f"{reference}: cannot be imported ({type(error).__name__}: {reason}); -vv shows where"
-        ) from error
-
-
-def _attribute(reference: str, module: Any, path: str) -> Any:
-    found = module
-    for name in path.split("."):
-        if not hasattr(found, name):
-            public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-            shown = ", ".join(sorted(public)) or "nothing that can be called"
-            raise SnrfError(f"{reference}: has no attribute {path!r}; there is {shown}")
-        found = getattr(found, name)
-    return found
 
 
 def _arguments(reference: str, query: str) -> dict[str, Any]:

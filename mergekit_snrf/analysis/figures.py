@@ -1,7 +1,8 @@
 """Figures of the results (matplotlib), each readable on light and dark pages and by the colour-blind.
 
 The functions draw on figures of their own and leave pyplot's state and the user's settings alone. ``svg`` turns a
-figure into text with an alternative text for screen readers; equal figures give equal bytes.
+figure into text with an alternative text for screen readers; equal figures give equal bytes. What is drawn needs the
+extra ``analysis``; a function that misses a package of it raises ``SnrfError``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from xml.etree import ElementTree
 from mergekit_snrf import safefile
 from mergekit_snrf.analysis.overlap import total
 from mergekit_snrf.analysis.results import AmplifiedNeuron, Overlap, Study
-from mergekit_snrf.analysis.wording import percent, printable, quoted
+from mergekit_snrf.analysis.wording import percent, printable, quoted, scale
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -85,8 +87,14 @@ def _style() -> Iterator[None]:
 def _styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     @wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with _style():
-            return function(*args, **kwargs)
+        try:
+            with _style():
+                return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise SnrfError(
+                f"figures need the package {error.name}; install what the analyses need with "
+                f"pip install 'mergekit-snrf[analysis]'"
+            ) from None
 
     return wrapper
 
@@ -106,11 +114,11 @@ def overlap_diagram(overlap: Overlap) -> Figure:
     from matplotlib.patches import Patch
 
     counts = total(overlap.sites)
-    figure, panels = _figure(2.5, columns=2)
+    figure, panels = _figure(2.2, columns=2)
     sizes = counts.shared + counts.only[0], counts.shared + counts.only[1]
     drawings = {"measured": float(counts.shared), "by chance": counts.chance}
     for panel, (title, shared) in zip(panels, drawings.items(), strict=True):
-        _circles(panel, sizes, shared, scale=max(1, counts.union))
+        _circles(panel, sizes, shared, whole=max(1, counts.union))
         panel.set_title(title)
     width = max(abs(bound) for panel in panels for bound in panel.get_xlim())
     height = max(abs(bound) for panel in panels for bound in panel.get_ylim())
@@ -121,8 +129,8 @@ def overlap_diagram(overlap: Overlap) -> Figure:
     return figure
 
 
-def _circles(panel: Axes, sizes: tuple[int, int], shared: float, scale: float) -> None:
-    """Draw two circles of ``sizes`` / ``scale`` square units that overlap by ``shared`` / ``scale``."""
+def _circles(panel: Axes, sizes: tuple[int, int], shared: float, whole: float) -> None:
+    """Draw two circles of ``sizes`` / ``whole`` square units that overlap by ``shared`` / ``whole``."""
     from matplotlib_venn import venn2, venn2_circles
     from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
 
@@ -131,7 +139,7 @@ def _circles(panel: Axes, sizes: tuple[int, int], shared: float, scale: float) -
     if not sum(subsets):
         panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
         return
-    layout = DefaultLayoutAlgorithm(normalize_to=sum(subsets) / scale)
+    layout = DefaultLayoutAlgorithm(normalize_to=sum(subsets) / whole)
     diagram = venn2(
         subsets,
         set_labels=None,
@@ -208,6 +216,9 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
     bar.set_label(title)
     bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
     bar.outline.set_visible(False)
+    assert bar.solids is not None
+    # Without edges of their own, viewers leave gaps between the steps.
+    bar.solids.set_edgecolor("face")
     return figure
 
 
@@ -251,18 +262,20 @@ def study_intervals(study: Study, metric: str) -> Figure:
     labels = [fill(printable(condition.name), 26) for condition in rows]
     height = min(_MAX_HEIGHT, 0.9 + sum(0.12 + 0.17 * max(1, len(label.splitlines())) for label in labels))
     figure, (panel,) = _figure(height)
+    factor, unit = scale(study, metric)
     for row, condition in enumerate(rows):
         mean = condition.metrics[metric].mean
+        low, estimate, high = (factor * value for value in (mean.low, mean.estimate, mean.high))
         color, marker = _ROLES[condition.role]
-        panel.plot([mean.low, mean.high], [row, row], color=color, linewidth=1.8, solid_capstyle="butt")
-        panel.plot([mean.estimate], [row], color=color, marker=marker, markersize=6)
+        panel.plot([low, high], [row, row], color=color, linewidth=1.8, solid_capstyle="butt")
+        panel.plot([estimate], [row], color=color, marker=marker, markersize=6)
         if condition.role == "reference":
-            panel.axvline(mean.estimate, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+            panel.axvline(estimate, color=INK, linewidth=0.8, linestyle=":", zorder=0)
     panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(len(rows) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
-    panel.set_xlabel(f"{printable(metric)}, {100 * study.level:g} % intervals")
+    panel.set_xlabel(f"{printable(metric)}{unit}, {100 * study.level:g} % intervals")
     return figure
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf import __version__, safefile
 from mergekit_snrf.analysis import wording
+from mergekit_snrf.analysis.intervals import spoken
 from mergekit_snrf.analysis.overlap import by_projection, overlaps, total
 from mergekit_snrf.analysis.results import (
     Amplification,
@@ -121,7 +122,6 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
         title=_title(mask),
         file=Path(mask.path).name,
         digest=digest,
-        summary=_summary(sections),
         sections=[*sections, _provenance_section(mask, digest)],
         missing=[words for name, words in _COMMANDS.items() if name not in shown],
         version=__version__,
@@ -155,10 +155,6 @@ def _title(mask: Mask) -> str:
     if target and source:
         return f"Shared neurons of {target} and {source}"
     return f"Neurons of {target or source or Path(mask.path).name}"
-
-
-def _summary(sections: Sequence[Section]) -> list[str]:
-    return [sentence for section in sections if not section.warnings for sentence in section.sentences]
 
 
 def _mask_section(mask: Mask, draw: _Drawer) -> Section:
@@ -200,6 +196,11 @@ def _from_profiles(mask: Mask, profiles: Sequence[Profile]) -> list[Overlap]:
     return overlaps(profiles, curve=True, **rule)
 
 
+def _short(model: str) -> str:
+    """Name a folder of this machine by its last part, a hub id or a relative path in full."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
 def _overlaps_in(result: Result) -> list[Overlap]:
     if isinstance(result, OverlapPairs):
         return result.pairs
@@ -211,9 +212,7 @@ def _overlap_section(overlap: Overlap, draw: _Drawer) -> Section:
 
     first, second = overlap.names
     section = Section("overlap", f"Overlap of {first} and {second}")
-    section.sentences.append(
-        f"{wording.chance_sentence(total(overlap.sites))} Selected by {wording.rule(overlap.rule)}."
-    )
+    section.sentences.append(f"By {wording.rule(overlap.rule)}: {wording.chance_sentence(total(overlap.sites))}")
     section.drawings.append(
         draw(overlap_diagram(overlap), "Shared and model-only neurons, in true area", wording.overlap_text(overlap))
     )
@@ -240,48 +239,47 @@ def _study_section(study: Study, digest: str, draw: _Drawer) -> Section:
     from mergekit_snrf.analysis.figures import study_intervals
 
     titles = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat what is easier?"}
-    section = Section(study.kind, titles[study.kind], sentences=list(study.verdict))
+    section = Section(study.kind, f"{titles[study.kind]} ({_short(study.model)})", sentences=list(study.verdict))
     if study.mask_sha256 not in (None, digest):
         section.warnings.append(
             f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
         )
     level = f"{100 * study.level:g} %"
-    metrics = dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics)
-    for metric in metrics:
-        section.drawings.append(
-            draw(study_intervals(study, metric), f"{metric} with {level} intervals", wording.study_text(study, metric))
-        )
-        items = study.items.get(metric)
-        caption = f"{metric}, {items} items, {level} intervals" if items is not None else f"{metric}, {level} intervals"
-        header = ("condition", "role", "neurons", "draws", "mean", "change", "malformed")
-        rows = [_condition_row(one, metric) for one in study.conditions if metric in one.metrics]
-        section.tables.append(Table(caption, header, rows, frozenset({1})))
+    for metric in dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics):
+        factor, unit = wording.scale(study, metric)
+        items = f", {study.items[metric]} items" if metric in study.items else ""
+        caption = f"{metric}{unit}{items}, {level} intervals"
+        text = wording.study_text(study, metric)
+        section.drawings.append(draw(study_intervals(study, metric), f"{metric}{unit}", text))
+        header = ("condition", "mean", "change", "malformed", "neurons", "draws", "role")
+        rows = [_condition_row(one, metric, factor) for one in study.conditions if metric in one.metrics]
+        section.tables.append(Table(caption, header, rows, frozenset({6})))
     if study.contrasts:
-        contrasts = [
-            (f"{one.left} minus {one.right}", one.metric, wording.interval(one.difference, change=True))
-            for one in study.contrasts
-        ]
-        section.tables.append(
-            Table("Paired differences", ("difference", "metric", f"{level} interval"), contrasts, frozenset({1}))
-        )
+        contrasts = []
+        for one in study.contrasts:
+            factor, unit = wording.scale(study, one.metric)
+            difference = spoken(one.difference, factor, "+")
+            contrasts.append((f"{one.left} minus {one.right}", f"{one.metric}{unit}", difference))
+        caption = f"Paired differences, {level} intervals"
+        section.tables.append(Table(caption, ("conditions", "metric", "difference"), contrasts, frozenset({1})))
     repeat = {
         "model": study.model,
-        "mask": study.mask,
+        "mask": None if study.mask is None else Path(study.mask).name,
         "evaluation": study.evaluation,
         "seed": study.seed,
         **study.settings,
-        **{condition.name: condition.settings for condition in study.conditions if condition.settings},
+        **{one.name: wording.rule(one.settings) for one in study.conditions if one.settings},
     }
     section.tables.append(_settings("To repeat it", repeat))
     return section
 
 
-def _condition_row(condition: Condition, metric: str) -> tuple[object, ...]:
+def _condition_row(condition: Condition, metric: str, factor: float) -> tuple[object, ...]:
     measured = condition.metrics[metric]
-    change = "-" if measured.change is None else wording.interval(measured.change, change=True)
+    change = "-" if measured.change is None else spoken(measured.change, factor, "+")
     malformed = wording.percent(measured.malformed)
-    mean = wording.interval(measured.mean)
-    return condition.name, condition.role, condition.neurons, condition.draws, mean, change, malformed
+    mean = spoken(measured.mean, factor)
+    return condition.name, mean, change, malformed, condition.neurons, condition.draws, condition.role
 
 
 def _amplification_section(amplification: Amplification, draw: _Drawer) -> Section:
@@ -294,24 +292,33 @@ def _amplification_section(amplification: Amplification, draw: _Drawer) -> Secti
         f"{amplification.factor:g} on {amplification.count} probes."
     )
     if ratio is not None:
+        plain = amplification.plain_math_share
         section.sentences.append(
-            f"For {wording.percent(ratio)} of them most of the leading tokens are math tokens "
-            f"({amplification.classifier or 'classifier not stated'})."
+            f"{round(ratio * count)} of {count} ({wording.percent(ratio)}) are math neurons, with more than half of "
+            f"the leading tokens math tokens ({amplification.classifier or 'classifier not stated'})"
+            + ("." if plain is None else f"; of the tokens of the plain answers, {wording.percent(plain)} are.")
         )
-    for neuron in amplification.neurons[:_CLOUDS]:
+    clouds = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
+    for neuron in clouds[:_CLOUDS]:
         section.drawings.append(draw(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)))
     rows = [
         (
             neuron.neuron,
-            "  ".join(
-                f"{one.token!r} {one.log_odds:.2f} ({one.amplified}:{one.plain})" for one in neuron.tokens[:_TOKENS]
-            ),
+            ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-",
             *neuron.totals,
+            "-" if neuron.changed is None else neuron.changed,
             wording.percent(neuron.math_share),
         )
         for neuron in amplification.neurons
     ]
-    header = ("neuron", "leading tokens: log-odds (amplified:plain)", "tokens amplified", "tokens plain", "math tokens")
+    header = (
+        "neuron",
+        "leading tokens: log-odds (amplified:plain)",
+        "tokens amplified",
+        "tokens plain",
+        "answers changed",
+        "math tokens",
+    )
     section.tables.append(Table("Leading tokens", header, rows, frozenset({1})))
     repeat = {
         "model": amplification.model,
@@ -324,8 +331,8 @@ def _amplification_section(amplification: Amplification, draw: _Drawer) -> Secti
     return section
 
 
-def _settings(caption: str, content: Mapping[str, Any], *, folded: bool = True) -> Table:
-    return Table(caption, ("setting", "value"), _flat(content), frozenset({1}), folded)
+def _settings(caption: str, content: Mapping[str, Any]) -> Table:
+    return Table(caption, ("setting", "value"), _flat(content), frozenset({1}))
 
 
 def _flat(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -343,4 +350,4 @@ def _provenance_section(mask: Mask, digest: str) -> Section:
     known = mask.provenance.model_dump(mode="json", exclude_none=True)
     inputs = {f"input {number}": entry for number, entry in enumerate(known.pop("inputs", []), 1)}
     content = {"file": Path(mask.path).name, "sha256": digest, **known, **inputs}
-    return Section("provenance", "Where the mask comes from", tables=[_settings("Provenance", content, folded=False)])
+    return Section("provenance", "Where the mask comes from", tables=[_settings("Provenance", content)])

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 import math
 import re
-import sys
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mergekit_snrf.analysis.references import find_attribute
 from mergekit_snrf.analysis.results import TokenOdds
 from mergekit_snrf.errors import SnrfError
 
@@ -115,31 +113,12 @@ def load_classifier(reference: str = WORDS) -> Classifier:
         raise SnrfError(
             f"{reference}: is not a classifier; give {WORDS}, package.module:function or path/file.py:function"
         )
-    path = Path(where).expanduser() if where.endswith(".py") else None
-    if path is not None and not path.is_file():
-        raise SnrfError(f"{reference}: there is no file {path}; correct the path")
-    try:
-        module = importlib.import_module(where) if path is None else _module_at(path)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise SnrfError(f"{reference}: cannot be imported ({type(error).__name__}: {reason})") from error
-    function = getattr(module, name, None)
+    function = find_attribute(reference)
     if not callable(function):
-        what = "has no function" if function is None else "is no function, but has a value"
-        raise SnrfError(f"{reference}: {what} {name!r}; name a function of a token's text")
-    return Classifier(reference, function, hashlib.sha256(path.read_bytes()).hexdigest() if path else None)
-
-
-def _module_at(path: Path) -> Any:
-    name = f"_mergekit_snrf_classifier_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by its name while it is being executed.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+        raise SnrfError(f"{reference}: is {type(function).__name__}, not callable; name a function of a token's text")
+    path = Path(where).expanduser()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if where.endswith(".py") else None
+    return Classifier(reference, function, digest)
 
 
 def is_math(token: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit_snrf.analysis.intervals import scale_of, spoken
 from mergekit_snrf.analysis.overlap import by_projection, total
-from mergekit_snrf.analysis.results import AmplifiedNeuron, Counts, Interval, Overlap, Study, TokenOdds
+from mergekit_snrf.analysis.results import AmplifiedNeuron, Counts, Overlap, Study, TokenOdds
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet
 
 _LONGEST_TOKEN = 30
@@ -17,20 +18,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def number(value: float) -> str:
-    """Format a metric: three digits after the point for shares, one for scores of ten and more."""
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-def signed(value: float) -> str:
-    """Format a change, as ``number``, with its sign."""
-    return ("+" if value >= 0 else "") + number(value)
-
-
-def interval(value: Interval, *, change: bool = False) -> str:
-    """Format an estimate with its bounds: ``0.493 [0.447, 0.539]``."""
-    text = signed if change else number
-    return f"{text(value.estimate)} [{text(value.low)}, {text(value.high)}]"
+def scale(study: Study, metric: str) -> tuple[float, str]:
+    """Return by what the numbers of a metric are multiplied to be shown, and their unit: shares become per cent."""
+    rows = {condition.name: condition.metrics for condition in study.conditions if metric in condition.metrics}
+    factor, _ = scale_of(metric, rows)
+    return factor, " in %" if factor == 100 else ""
 
 
 def percent(part: float | None) -> str:
@@ -38,14 +30,17 @@ def percent(part: float | None) -> str:
     return "-" if part is None else f"{100 * part:.1f} %"
 
 
-def rule(selection: Mapping[str, Any]) -> str:
-    """Describe a selection rule: ``top_ratio 0.1, at_least 0.9``."""
-    texts = []
-    for name, value in selection.items():
-        if isinstance(value, Mapping):
-            value = " ".join(f"{key} {number}" for key, number in value.items())
-        texts.append(f"{name} {value}")
-    return printable(", ".join(texts))
+def rule(settings: Mapping[str, Any]) -> str:
+    """Describe a selection rule or other settings: ``top_ratio 0.1, at_least 0.9``."""
+    return printable(", ".join(f"{name} {_value(value)}" for name, value in settings.items()))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_value(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 COUNT_COLUMNS = ("union", "share", "chance", "chance share", "z")
@@ -138,22 +133,28 @@ def curve_text(overlap: Overlap) -> str:
 
 def study_text(study: Study, metric: str) -> str:
     """Describe the interval plot of one metric."""
+    factor, unit = scale(study, metric)
     values = [
-        f"{condition.name} {interval(condition.metrics[metric].mean)}"
+        f"{condition.name} {spoken(condition.metrics[metric].mean, factor)}"
         for condition in study.conditions
         if metric in condition.metrics
     ]
-    text = f"Interval plot of {metric} with {100 * study.level:g} % intervals: {'; '.join(values)}."
+    text = f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}."
     return printable(text)
 
 
 def word_cloud_text(neuron: AmplifiedNeuron, words: int = 10) -> str:
     """Describe the word cloud of one neuron by its leading tokens."""
-    leading = [token_text(token) for token in neuron.tokens[:words]]
+    tokens = [token_text(token) for token in leading(neuron, words)]
     return printable(
         f"Word cloud of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
-        f"(amplified count:plain count): {', '.join(leading) or 'none'}."
+        f"(amplified count:plain count): {', '.join(tokens) or 'none'}."
     )
+
+
+def leading(neuron: AmplifiedNeuron, count: int) -> list[TokenOdds]:
+    """Return the first ``count`` tokens that amplifying the neuron makes more frequent."""
+    return [token for token in neuron.tokens if token.log_odds > 0][:count]
 
 
 def token_text(token: TokenOdds) -> str:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_snrf.cli.common import command_options, table
+from mergekit_snrf.cli.common import command_options
+from mergekit_snrf.cli.study import report
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
-    from mergekit_snrf.analysis.results import Study
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -103,31 +104,8 @@ def ablate(
         settings=settings,
         progress=not quiet,
     )
-    click.echo(_report(study))
+    click.echo(report(study))
     if profile is None:
         click.echo("The least important neurons were left out: they need --profile, the profile of MODEL.")
     if json_file is not None:
         write_result(json_file, study)
-
-
-def _report(study: Study) -> str:
-    from mergekit_snrf.analysis.intervals import scale_of, spoken
-
-    measured = {condition.name: condition.metrics for condition in study.conditions}
-    parts = []
-    for metric, items in study.items.items():
-        scale, _ = scale_of(metric, measured)
-        rows = []
-        for condition in study.conditions:
-            value = condition.metrics[metric]
-            name = f"{condition.name}, {condition.draws} draws" if condition.draws > 1 else condition.name
-            change = "-" if value.change is None else spoken(value.change, scale, "+")
-            malformed = "-" if value.malformed is None else f"{100 * value.malformed:.1f} %"
-            rows.append((name, condition.neurons, spoken(value.mean, scale), change, malformed))
-        unit = " in %" if scale == 100 else ""
-        parts.append(table((f"{metric}{unit}, {items} items", "neurons", "mean", "change", "malformed"), rows))
-    parts.append(
-        f"[{100 * study.level:g} % intervals]: paired bootstrap over items and draws, seed {study.seed}.\n"
-        + "\n".join(study.verdict)
-    )
-    return "\n\n".join(parts)

@@ -200,7 +200,7 @@ class HeadGroup:
             weights = self.weights[block.start : block.stop]
             values = self.values[:, block.first : block.last].contiguous()
             scores = self.base_scores(block)
-            outputs = [self.attend(block, base) for base in scores]
+            outputs = [product(self.softmax(base.clone(), block), values) for base in scores]
             value += self.value_squares(outputs, weights, readout)
             for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
                 for span in self._dim_slices(block, len(squares_q[head])):

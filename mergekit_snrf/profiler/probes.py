@@ -203,12 +203,12 @@ def probe_batches(
         answers = [member.answer for member in members if member.answer is not None]
         inputs: dict[str, Tensor] = {}
         if len(answers) < len(members):
-            inputs = _encode(probes, members, model, device)
+            inputs = encode(probes, members, model, device)
             answers = generate_answers(model, processor, inputs, config.answer.max_new_tokens)
         for part in _even_parts([m.tokens + len(a.ids) for m, a in zip(members, answers, strict=True)]):
             chosen = [members[index] for index in part]
             whole = bool(inputs) and part == list(range(len(members)))
-            encoded = inputs if whole else _encode(probes, chosen, model, device)
+            encoded = inputs if whole else encode(probes, chosen, model, device)
             yield _batch(group, chosen, [answers[index] for index in part], encoded, model, processor)
 
 
@@ -281,9 +281,10 @@ def _tokenize(renderer: Renderer, prompts: Sequence[str], images: Sequence[list[
     return {**renderer.processor(text=list(prompts), **options)}
 
 
-def _encode(
+def encode(
     probes: Probes, members: Sequence[Probe], model: PreTrainedModel, device: str | torch.device
 ) -> dict[str, Tensor]:
+    """Return what the model takes for the prompts and images of some probes, padded on the left."""
     images = [probes.rows.images(member.row) for member in members]
     encoded = _tokenize(probes.renderer, [member.prompt for member in members], images)
     moved = {}

@@ -1,4 +1,4 @@
-"""A first-order estimate of the impact of attn.q and attn.k neurons, to tell which ones are worth the exact kernel.
+"""An estimate of the impact of attn.q and attn.k neurons, to tell which ones are worth the exact kernel.
 
 Notation as in ``impact_heads``. Where the change D_ij of the scores is small, the attention output changes by
 ``dY_i = sum_j A_ij D_ij (V_j - Y_i)``. The changes of all neurons of a head are products of a factor of the row and one
@@ -10,6 +10,9 @@ of the key, so the sums over j are a few large products, with no softmax of chan
 
 A few fixed random directions stand for the columns of V, or of what o_proj makes of them: in every block of rows the
 squared length of a change is estimated from its squared products with some of them.
+
+Where attention rests on one key, only a change of the scores that is not small moves it away, and no derivative tells.
+So a tenth of the places is for the neurons that change the scores of a row most, whatever their estimate is.
 """
 
 from __future__ import annotations
@@ -29,11 +32,14 @@ from mergekit_snrf.profiler.impact_inputs import AttentionInputs, Readout
 SCREEN_ROWS = 64
 """Query positions of a block: the products have no factor for the neuron, so larger blocks stay in the cache."""
 
-COLUMNS, DIRECTIONS = 4, 32
+COLUMNS, DIRECTIONS = 2, 16
 """Random directions of a block at least, and of a whole probe about."""
 
-_STEP = 4
-"""Kept neurons of a head are a multiple of it, so that products have few shapes."""
+SPAN_SHARE = 0.1
+"""Share of the kept neurons that is kept for the span of their changes of the scores."""
+
+RUN = 4
+"""The number of kept neurons of a head is a multiple of it, so that products have few shapes."""
 
 # Squares that differ by this factor have roots that differ in float32.
 _BELOW = 1 - 2.0**-20
@@ -66,13 +72,13 @@ class Screened:
             readout: as for ``attention_impact``.
             share: in (0, 1]; a neuron that it cuts in two is kept.
         """
-        query = weights.new_zeros(inputs.heads, inputs.head_dim, dtype=torch.float64)
-        key = query.new_zeros(inputs.kv_heads, inputs.head_dim)
+        query = weights.new_zeros(2, inputs.heads, inputs.head_dim, dtype=torch.float64)
+        key = query.new_zeros(2, inputs.kv_heads, inputs.head_dim)
         for group in head_groups(inputs, item, weights, block_rows=SCREEN_ROWS):
-            squares = _estimates(group, readout)
-            query.view(inputs.kv_heads, -1)[group.index] = squares[0].flatten()
-            key[group.index] = squares[1]
-        return cls(query, key, _top_share(query, share), _top_share(key, share))
+            q, k = _estimates(group, readout)
+            query.unflatten(1, (inputs.kv_heads, -1))[:, group.index] = q
+            key[:, group.index] = k
+        return cls(query[0], key[0], _kept(query[0], query[1], share), _kept(key[0], key[1], share))
 
     def kept(self, index: int) -> Kept:
         """Return which neurons of the group of key head ``index`` are to be measured."""
@@ -94,15 +100,25 @@ class Screened:
         )
 
 
-def _top_share(squares: Float[Tensor, "heads head_dim"], share: float) -> Bool[Tensor, "heads head_dim"]:
-    """Return which neurons to keep: the top share of the projection, and a few more to make heads regular."""
+def _kept(
+    squares: Float[Tensor, "heads head_dim"], spans: Float[Tensor, "heads head_dim"], share: float
+) -> Bool[Tensor, "heads head_dim"]:
+    """Return which neurons to keep: a tenth by span, the others by estimate, in runs of the order in their head."""
     count = math.ceil(Fraction(str(share)) * squares.numel())
-    top = torch.zeros(squares.numel(), dtype=torch.bool, device=squares.device)
-    top[squares.flatten().argsort(descending=True, stable=True)[:count]] = True
-    counts = top.view(squares.shape).sum(1)
-    kept = -(-counts // _STEP) * _STEP
-    places = squares.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return places < kept[:, None]
+    far = torch.zeros(squares.numel(), dtype=torch.bool, device=squares.device)
+    far[_order(spans.flatten())[: math.ceil(count * SPAN_SHARE)]] = True
+    wanted = torch.where(far.view(squares.shape), torch.inf, squares)
+    order = _order(wanted)
+    run = math.gcd(RUN, squares.shape[1])
+    best = wanted.gather(1, order)[:, ::run]
+    chosen = torch.zeros(best.numel(), dtype=torch.bool, device=squares.device)
+    chosen[_order(best.flatten())[: -(-count // run)]] = True
+    chosen = chosen.view(best.shape).repeat_interleave(run, dim=1)
+    return torch.zeros_like(chosen).scatter_(1, order, chosen)
+
+
+def _order(numbers: Tensor) -> Tensor:
+    return numbers.argsort(dim=-1, descending=True, stable=True)
 
 
 def _filled(
@@ -113,33 +129,59 @@ def _filled(
 
 def _estimates(
     group: HeadGroup, readout: Readout | None
-) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " head_dim"]]:
-    """Return the estimated squared impacts of a group's attn.q and attn.k neurons, never NaN."""
+) -> tuple[Float[Tensor, "two n head_dim"], Float[Tensor, "two head_dim"]]:
+    """Return the estimated squared impacts of a group's attn.q and attn.k neurons, and the squared spans of Delta.
+
+    A span is the greatest difference of the changes of a row's scores; its square is summed like that of an impact.
+    """
     heads, head_dim = group.query.rotated.shape[1:]
-    query = group.values.new_zeros(heads, head_dim, dtype=torch.float64)
-    key = query.new_zeros(head_dim)
+    query = group.values.new_zeros(2, heads, head_dim, dtype=torch.float64)
+    key = query.new_zeros(2, head_dim)
     factors = _factors(group)
     for number, block in enumerate(group.blocks):
         weights = group.weights[block.start : block.stop]
         keys = slice(block.first, block.last)
         directions = _directions(group, readout, number)
         block_factors = factors[:, keys].contiguous()
+        query_spans, key_spans = _spans(group, block, block_factors)
+        query[1] += _energy(query_spans, weights)
+        key[1] += _energy(key_spans, weights)
         joint: Tensor | None = None
         for head, base in enumerate(group.base_scores(block)):
             columns = directions[head % len(directions)] @ group.values[:, keys]
             change_q, change_k = _changes(group, block, head, base, columns, block_factors)
-            query[head] += _energy(change_q, weights)
+            query[0, head] += _energy(change_q, weights)
             if readout is None:
-                key += _energy(change_k, weights)
+                key[0] += _energy(change_k, weights)
             else:
                 joint = change_k if joint is None else joint.add_(change_k)
         if joint is not None:
-            key += _energy(joint, weights)
+            key[0] += _energy(joint, weights)
+    # What is too large to be told apart is kept.
     return query.nan_to_num_(nan=torch.inf), key.nan_to_num_(nan=torch.inf)
 
 
-def _energy(change: Float[Tensor, "columns rows head_dim"], weights: Float[Tensor, " rows"]) -> Tensor:
-    return (weights @ change.square_().sum(0)).double()
+def _energy(
+    change: Float[Tensor, "columns rows *head_dim"], weights: Float[Tensor, " rows"]
+) -> Float[Tensor, "*head_dim"]:
+    return torch.tensordot(weights, change.square_().sum(0), dims=1).double()
+
+
+def _spans(
+    group: HeadGroup, block: Block, factors: Float[Tensor, "factors keys"]
+) -> tuple[Float[Tensor, "1 rows n head_dim"], Float[Tensor, "n rows head_dim"]]:
+    """Return how much the changes of a row's scores by each attn.q and attn.k neuron can differ, without a norm."""
+    head_dim, partner = group.query.rotated.shape[2], group.partner
+    rows = slice(block.start, block.stop)
+    rotated = group.key.rotated[block.first : block.last, 0]
+    width = rotated.amax(0) - rotated.amin(0)
+    widths = factors.amax(1) - factors.amin(1)
+    direct, crossed, query = (
+        side[rows].abs() * group.scaling for side in (group.query.direct, group.query.crossed, group.query.rotated)
+    )
+    spans_q = direct * width + crossed * width[partner]
+    spans_k = query * widths[:head_dim] + query[..., partner] * widths[head_dim : 2 * head_dim]
+    return spans_q[None], spans_k.transpose(0, 1)
 
 
 def _directions(group: HeadGroup, readout: Readout | None, block: int) -> Float[Tensor, "heads columns value_dim"]:

@@ -16,10 +16,17 @@ from typing import Any
 
 PROGRAM = shutil.which("chromium")
 
-_FLAGS = (
-    "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --remote-debugging-pipe --hide-scrollbars"
-).split()
+_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+    "--hide-scrollbars",
+]
 
 
 class Page:
@@ -57,7 +64,9 @@ class Page:
 
     def open(self, address: str, width: int, dark: bool = False) -> None:
         """Load a page in a window of ``width`` pixels and wait until it is loaded."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         loaded = sum(event.get("method") == "Page.loadEventFired" for event in self.events)

@@ -1,6 +1,11 @@
-"""Results made by hand for the tests of figures and report."""
+"""Results and profiles made by hand for the tests of overlap, figures and report."""
 
 from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
 
 from mergekit_snrf.analysis.results import (
     Amplification,
@@ -12,6 +17,9 @@ from mergekit_snrf.analysis.results import (
     Study,
     TokenOdds,
 )
+from mergekit_snrf.maskfile import ModelProvenance
+from mergekit_snrf.neurons import Site
+from mergekit_snrf.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, edge_ranks
 
 
 def around(estimate: float, half: float = 0.03) -> Interval:
@@ -96,6 +104,7 @@ def amplification() -> Amplification:
         TokenOdds(token=token, log_odds=round(3.1 - 0.25 * rank, 3), amplified=amplified, plain=plain)
         for rank, (token, amplified, plain) in enumerate(tokens)
     ]
+    falling = TokenOdds(token="therefore", log_odds=-0.8, amplified=3, plain=9)
     return Amplification(
         model="target",
         factor=10,
@@ -104,9 +113,45 @@ def amplification() -> Amplification:
         seed=0,
         classifier="the package's word list",
         neurons=[
-            AmplifiedNeuron(neuron="fwd.up.L2.N17", tokens=odds, totals=(1011, 987), math_share=0.7),
+            AmplifiedNeuron(
+                neuron="fwd.up.L2.N17", tokens=odds, totals=(1011, 987), math_share=0.7, ended=(60, 64), changed=41
+            ),
             AmplifiedNeuron(neuron="attn.k.L0.N5", tokens=odds[:3], totals=(998, 987), math_share=0.3),
-            AmplifiedNeuron(neuron="fwd.up.L3.N200", tokens=[], totals=(0, 987)),
+            AmplifiedNeuron(neuron="fwd.up.L3.N200", tokens=[falling], totals=(990, 987)),
         ],
-        math_neuron_ratio=0.5,
+        math_neuron_ratio=2 / 3,
+        plain_math_share=0.31,
     )
+
+
+SIZES = {"attn.q": 48, "attn.k": 16, "attn.v": 16, "fwd.up": 96}
+
+
+def measured_ranks(seed: int, common: int = 7, layers: int = 3, probes: int = 6) -> dict[Site, np.ndarray]:
+    """Ranks [probes, neurons] of a model part of whose impacts is common to all that are made with ``common``."""
+    result = {}
+    for layer in range(layers):
+        for place, (projection, neurons) in enumerate(SIZES.items()):
+            shared = np.random.default_rng([common, layer, place]).normal(size=neurons)
+            own = np.random.default_rng([seed, layer, place]).normal(size=(probes, neurons))
+            impacts = 2 * shared + own
+            result[Site(layer, projection)] = (-impacts).argsort(1).argsort(1) + 1
+        result[Site(layer, "fwd.down")] = result[Site(layer, "fwd.up")]
+    return result
+
+
+def profile_of(ranks: dict[Site, np.ndarray], model: str = "target", **provenance: Any) -> Profile:
+    """Return the profile that has these ranks, with 1 / rank as the impacts."""
+    sites = {}
+    for site, table in ranks.items():
+        impacts = torch.from_numpy(1 / table).float()
+        bounds = torch.tensor(edge_ranks(EDGES, table.shape[1]))
+        bins = torch.nn.functional.one_hot(torch.searchsorted(bounds, torch.from_numpy(table)), len(EDGES))
+        sites[site] = SiteProfile(
+            impacts.amin(0),
+            (torch.from_numpy(table.max(0)) / table.shape[1]).float(),
+            impacts.mean(0),
+            bins.sum(0).to(torch.int32),
+        )
+    known = ProfileProvenance(model=ModelProvenance(path=model), **provenance)
+    return Profile(sites, len(next(iter(ranks.values()))), known, path=model)

@@ -64,6 +64,7 @@ scoring: exact
 weight: residual
 site: post_o
 screen: 0.5
+backend: sdpa
 batch_size: 4
 token_limit: 2048
 dtype: float32
@@ -72,7 +73,7 @@ trust_remote_code: true
 """
     config = load(tmp_path, text)
     assert (config.tokens, config.scoring, config.weight, config.site) == ("answer", "exact", "residual", "post_o")
-    assert (config.screen, config.batch_size, config.token_limit) == (0.5, 4, 2048)
+    assert (config.screen, config.backend, config.batch_size, config.token_limit) == (0.5, "sdpa", 4, 2048)
     assert (config.dtype, config.device, config.trust_remote_code) == ("float32", "cuda:1", True)
     assert answer_column(config.target, config) == "solution"
     assert answer_column(config.source, config) == "answer"
@@ -107,6 +108,9 @@ WRONG = {
     "unknown key": ("colour: red", ["'colour'", "target, source, answer"]),
     "value of tokens": ("tokens: some", ["'tokens'", "'all' or 'answer'", "'some'"]),
     "value of scoring": ("scoring: fast", ["'scoring'", "'exact' or 'released'"]),
+    "value of backend": ("backend: fast", ["'backend'", "'auto', 'blocked' or 'sdpa'"]),
+    "screen and sigma": ("screen: 0.3\nselect: {sigma: 0.1}", ["screen goes with top_ratio, not with sigma"]),
+    "backend of released scores": ("scoring: released\nbackend: sdpa", ["backend has no meaning with scoring"]),
     "value of weight": ("weight: big", ["'weight'", "'paper', 'residual' or 'gradient'"]),
     "value of site": ("site: middle", ["'site'", "'pre_o' or 'post_o'"]),
     "value of dtype": ("dtype: int8", ["'dtype'", "'auto', 'float32'"]),

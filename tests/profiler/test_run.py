@@ -346,7 +346,9 @@ def test_profile_model_measures_batches_of_your_own(pair, tmp_path):
         {"scoring": "released"},
         {"tokens": "answer"},
         {"weight": "residual"},
+        {"weight": "gradient"},
         {"site": "post_o"},
+        {"screen": 0.5},
         {"answer": {"by": "column", "column": "answer"}},
         {"dtype": "bfloat16"},
     ],
@@ -365,6 +367,34 @@ def test_every_measure_runs_and_is_written_down(keys, pair, tmp_path):
         assert (provenance.dtype if name == "dtype" else provenance.measure[name]) == value
 
 
+def test_a_screen_gives_the_same_mask_and_a_profile_that_knows_its_limits(pair, tmp_path):
+    select_top = {"top_ratio": {"attn": 0.2, "fwd": 0.5}}
+    plain = write_config(pair("qwen2_5_vl"), "qwen2_5_vl", select=select_top)
+    screened = write_config(pair("qwen2_5_vl"), "qwen2_5_vl", name="screened.yml", select=select_top, screen=0.6)
+    profiled(plain, tmp_path / "plain")
+    profiled(screened, tmp_path / "screened")
+    masks = [read_mask(tmp_path / name / FILES[0]) for name in ("plain", "screened")]
+    assert masks[0].neurons == masks[1].neurons
+    assert masks[0].neurons.count() > 0
+    assert masks[1].provenance.selection["measure"]["screen"] == 0.6
+    profiles = [read_profile(tmp_path / "screened" / name) for name in FILES[1:]]
+    with pytest.raises(
+        SnrfError, match=r"m\.target\.profile\.safetensors: was made with screen: 0\.6, so top_ratio 0\.7"
+    ):
+        select(profiles, top_ratio=0.7)
+
+
+def test_a_backend_changes_no_more_than_rounding_and_the_fingerprint(pair, tmp_path):
+    profiled(write_config(pair("llama"), limit=3), tmp_path / "plain")
+    profiled(write_config(pair("llama"), name="sdpa.yml", limit=3, backend="sdpa"), tmp_path / "sdpa")
+    plain, sdpa = (read_profile(tmp_path / name / FILES[1]) for name in ("plain", "sdpa"))
+    for site, statistics in plain.sites.items():
+        other = sdpa.sites[site].mean_impact
+        torch.testing.assert_close(other, statistics.mean_impact, rtol=1e-4, atol=1e-5 * float(other.max()))
+    assert plain.provenance.measure == sdpa.provenance.measure
+    assert plain.provenance.fingerprint != sdpa.provenance.fingerprint
+
+
 def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         profiled(write_config(pair("llama"), answer={"by": "model", "max_new_tokens": 1}), tmp_path)
@@ -374,8 +404,8 @@ def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"weight": "gradient"}, "weight: gradient is not supported yet; use weight: paper or weight: residual"),
-        ({"screen": 0.6}, "screen is not supported yet; remove it"),
+        ({"screen": 0.4}, "screen: 0.4 keeps fewer neurons than select takes"),
+        ({"screen": 0.4, "select": {"sigma": 0.1}}, "screen goes with top_ratio, not with sigma"),
         pytest.param(
             {"device": "cuda"},
             "device 'cuda' was asked for, but torch",

@@ -1,0 +1,62 @@
+"""Functions of the user's that an option names: ``package.module:name`` or ``path/file.py:name``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mergekit_snrf.errors import SnrfError
+
+
+def find_attribute(reference: str) -> Any:
+    """Return what ``package.module:name`` or ``path/file.py:name`` means. It is imported, with the user's rights.
+
+    Raises:
+        SnrfError: there is no such file, module or attribute, or it cannot be imported.
+    """
+    where, _, attribute = reference.rpartition(":")
+    if where.endswith(".py"):
+        module = _module_at(reference, Path(where).expanduser())
+    else:
+        module = imported(reference, lambda: importlib.import_module(where))
+    found = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            shown = ", ".join(sorted(public)) or "nothing that can be called"
+            raise SnrfError(f"{reference}: has no attribute {attribute!r}; there is {shown}")
+        found = getattr(found, name)
+    return found
+
+
+def imported(reference: str, load: Callable[[], Any]) -> Any:
+    """Return what ``load`` imports.
+
+    Raises:
+        SnrfError: importing it fails, in whatever way.
+    """
+    try:
+        return load()
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise SnrfError(
+            f"{reference}: cannot be imported ({type(error).__name__}: {reason}); -vv shows where"
+        ) from error
+
+
+def _module_at(reference: str, path: Path) -> Any:
+    if not path.is_file():
+        raise SnrfError(f"{reference}: there is no file {path}; correct the path")
+    name = f"_mergekit_snrf_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name while it is being executed.
+    sys.modules[name] = module
+    imported(reference, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    return module

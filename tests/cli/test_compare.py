@@ -1,0 +1,200 @@
+"""`snrf compare` as users run it: the board pair against its merged folder, and refusals before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_source
+from click.testing import CliRunner, Result
+
+from mergekit_snrf.analysis import controls
+from mergekit_snrf.analysis.evaluation import evaluate, load_evaluation, load_model
+from mergekit_snrf.analysis.results import Study, read_result
+from mergekit_snrf.cli import compare as command
+from mergekit_snrf.cli.snrf import main as snrf
+from mergekit_snrf.maskfile import read_mask
+from mergekit_snrf.neurons import NeuronSet, Site
+from mergekit_snrf.profilefile import EDGES, Profile, SiteProfile, write_profile
+
+ROOT = Path(__file__).resolve().parents[2]
+BOARD = ROOT / "examples" / "board"
+EVAL = f"{BOARD / 'evaluation.py'}:board?n=6&batch_size=6"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    program = Path(sys.executable).with_name("snrf")
+    return subprocess.run(
+        [program, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def profile_of(neurons: NeuronSet, path: Path, missing: int = 0) -> Path:
+    """A profile in which a neuron's impact is its index."""
+    sites = {}
+    for site, member in neurons.items():
+        count = len(member) - missing
+        hits = torch.zeros(count, len(EDGES), dtype=torch.int32)
+        hits[:, -1] = 1
+        sites[site] = SiteProfile(torch.zeros(count), torch.ones(count), torch.arange(count).float(), hits)
+    write_profile(path, Profile(sites, 1))
+    return path
+
+
+def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
+    mask = read_mask(ROOT / "neuron_masks" / "board.safetensors")
+    profile = profile_of(mask.neurons, tmp_path / "board.profile.safetensors")
+    out = tmp_path / "study.json"
+    result = run(
+        "compare", BOARD / "snrf.yml", "--eval", EVAL, "--base", BOARD / "base", "--profile", profile,
+        "--draws", "2", "--seed", "4", "--linear-betas", "0.5,1.0", "--json", out,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    study = read_result(out)
+    assert isinstance(study, Study)
+    rows = {condition.name: condition for condition in study.conditions}
+    assert list(rows) == [
+        "target", "SNRF", "random neurons", "random neurons, equal norm", "least important neurons",
+        "linear, beta 0.5", "linear, beta 1", "linear at equal P", "DARE, drop rate 0.5", "base as source",
+    ]  # fmt: skip
+    assert [
+        (rows[name].role, rows[name].neurons, rows[name].draws) for name in ("target", "SNRF", "random neurons")
+    ] == [
+        ("reference", 0, 1),
+        ("claim", mask.neurons.count(), 1),
+        ("control", mask.neurons.count(), 2),
+    ]
+    assert rows["random neurons"].settings["seeds"] == [4, 5]
+    assert study.items == {"R": 12, "P": 18}
+    assert study.roles == {"R": "gain", "P": "keep"}
+    for name in rows:
+        assert f"\n{name}" in result.stdout
+        assert name in result.stderr or name in ("target", "linear at equal P")
+    assert all(sentence in result.stdout for sentence in study.verdict)
+    assert "too narrow" in result.stdout
+
+    merged = subprocess.run(
+        [Path(sys.executable).with_name("mergekit-yaml"), BOARD / "snrf.yml", tmp_path / "merged", "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert merged.returncode == 0, merged.stderr
+    for name, folder in (("SNRF", tmp_path / "merged"), ("target", BOARD / "target")):
+        scores = evaluate(load_evaluation(EVAL), *load_model(str(folder), device="cpu"))
+        for metric, items in scores.items():
+            assert rows[name].metrics[metric].mean.estimate == pytest.approx(items.mean)
+            assert rows[name].metrics[metric].malformed == items.malformed_rate
+
+
+def test_samples_of_lmms_eval(tmp_path: Path) -> None:
+    for name, right in (("before", 10), ("after", 30)):
+        (tmp_path / name).mkdir()
+        lines = [{"doc_id": n, "exact_match": float(n < right), "other": "x"} for n in range(40)]
+        path = tmp_path / name / "20260101_000000_samples_scienceqa_img.jsonl"
+        path.write_text("\n".join(map(json.dumps, lines)))
+    out = tmp_path / "study.json"
+    result = run("compare", "--from-lmms-eval", tmp_path / "before", tmp_path / "after", "--json", out)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^before +- +25\.0 \[", result.stdout, re.MULTILINE)
+    assert re.search(r"^after +- +75\.0 \[.*\+50\.0 \[", result.stdout, re.MULTILINE)
+    assert "after raises scienceqa_img/exact_match by 50.0 [" in result.stdout
+    assert "Left out: scienceqa_img/other, whose value in " in result.stdout
+    study = read_result(out)
+    assert isinstance(study, Study)
+    assert study.kind == "comparison"
+    refused = run("compare", "--from-lmms-eval", tmp_path / "before", tmp_path)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(f"Error: {tmp_path}: holds samples of scienceqa_img in several folders")
+
+
+def refused(*words: str | Path) -> str:
+    result: Result = CliRunner().invoke(snrf, ["compare", *map(str, words)])
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("Error: ").strip()
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mergekit_snrf.analysis.evaluation.load_model", load)
+
+
+@pytest.mark.usefixtures("no_model")
+def test_everything_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
+    recipe = BOARD / "snrf.yml"
+    mask = read_mask(ROOT / "neuron_masks" / "board.safetensors")
+    short = profile_of(mask.neurons, tmp_path / "short.safetensors", missing=1)
+    partial = profile_of(
+        NeuronSet({Site(0, "attn.k"): mask.neurons[Site(0, "attn.k")]}), tmp_path / "partial.safetensors"
+    )
+    other = make_source(tmp_path / "other", "llama")
+    wrong = tmp_path / "wrong.yml"
+    wrong.write_text(recipe.read_text().replace("beta: 1.0", "betta: 1.0").replace("rank: 16", "rank: -1"))
+    for words, text in (
+        ((recipe,), "--eval is missing"),
+        ((recipe, recipe, "--eval", EVAL), "expected one recipe, got 2"),
+        ((tmp_path / "none.yml", "--eval", EVAL), f"{tmp_path}/none.yml: cannot be read"),
+        ((wrong, "--eval", EVAL), "the merge cannot run, there are "),
+        ((recipe, "--eval", "none.py:f"), "none.py:f: there is no file none.py"),
+        ((recipe, "--eval", EVAL, "--rows", "linear,other"), "--rows: 'other' is none of random, equal-norm, least"),
+        ((recipe, "--eval", EVAL, "--linear-betas", "0.5,x"), "--linear-betas: '0.5,x' is not a list of numbers"),
+        ((recipe, "--eval", EVAL, "--linear-betas", "0,1"), "--linear-betas: must lie above 0"),
+        ((recipe, "--eval", EVAL, "--profile", short), f"{short}: has "),
+        ((recipe, "--eval", EVAL, "--profile", partial), f"{partial}: has 0 neurons at"),
+        ((recipe, "--eval", EVAL, "--base", tmp_path / "none"), f"{tmp_path}/none"),
+        ((recipe, "--eval", EVAL, "--base", other), f"--base {other} in place of the source: "),
+        ((recipe, "--eval", EVAL, "--json", tmp_path / "none" / "x"), f"{tmp_path}/none/x: there is no such folder"),
+        ((recipe, "--eval", EVAL, "--keep", "P"), "--keep has an effect with --from-lmms-eval only"),
+        ((tmp_path, tmp_path, "--from-lmms-eval", "--draws", "2"), "--draws has an effect with a recipe only"),
+    ):
+        message = refused(*words)
+        assert message.startswith(text), message
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        CliRunner().invoke(snrf, ["compare", str(recipe), "--eval", EVAL], catch_exceptions=False)
+
+
+def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gains = f"{BOARD / 'evaluation.py'}:board?n=2"
+    load = load_evaluation
+
+    def without_roles(reference: str) -> Any:
+        return type(load(reference))(reference, load(reference).function)
+
+    monkeypatch.setattr("mergekit_snrf.analysis.evaluation.load_evaluation", without_roles)
+    words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0"]
+    result = CliRunner().invoke(snrf, [*words, "--rows", "least,linear,base"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("Left out: ") == 3
+    assert "Left out: the least important neurons, which need --profile" in result.stdout
+    assert "Left out: the common base as source, which needs --base" in result.stdout
+    assert "Left out: linear at equal perception, which needs a metric of the role keep" in result.stdout
+    assert "linear, beta 1" in result.stdout
+
+
+def test_the_defaults_are_those_of_the_module() -> None:
+    options = {option.name: option.default for option in command.compare.params}
+    assert options["rows"] == ",".join(controls.ROWS) == ",".join(command._ROWS)
+    assert tuple(float(beta) for beta in options["linear_betas"].split(",")) == controls.LINEAR_BETAS
+    assert options["drop_rate"] == controls.DROP_RATE
