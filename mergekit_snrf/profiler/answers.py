@@ -115,7 +115,7 @@ def _generation_config(model: PreTrainedModel, replacement: Any) -> Iterator[Non
 def append_answers(
     inputs: Mapping[str, Tensor], answers: Sequence[Answer], pad: int
 ) -> tuple[dict[str, Tensor], Bool[Tensor, "batch tokens"]]:
-    """Append answers to left-padded prompts; shorter answers are padded on the right.
+    """Append answers to left-padded prompts, and move all padding to the right: no row is wider than the longest whole.
 
     Args:
         inputs: ``input_ids`` and ``attention_mask`` [batch, prompt], other integer inputs of one value a token, and
@@ -124,7 +124,7 @@ def append_answers(
         pad: the token to pad with.
 
     Returns:
-        The inputs with [batch, prompt + answer] tokens, and where the answers' tokens are.
+        The inputs with as many tokens as the longest prompt with its answer, and where the answers' tokens are.
     """
     ids = inputs["input_ids"]
     width = max(len(answer.ids) for answer in answers)
@@ -134,13 +134,21 @@ def append_answers(
         tail[index, : len(answer.ids)] = torch.tensor(answer.ids, dtype=ids.dtype)
         counted[index, : len(answer.ids)] = True
     tail, counted = tail.to(ids.device), counted.to(ids.device)
+    real = torch.cat([inputs["attention_mask"] != 0, counted], dim=1)
+    first = real.long().argmax(dim=1, keepdim=True)
+    places = (torch.arange(real.shape[1], device=ids.device) + first) % real.shape[1]
+    longest = int((real.sum(dim=1)).max())
+
+    def packed(tensor: Tensor, addition: Tensor) -> Tensor:
+        whole = torch.cat([tensor, addition.to(tensor.dtype)], dim=1)
+        return whole.take_along_dim(places, dim=1)[:, :longest]
+
     extended = dict(inputs)
     for name, tensor in inputs.items():
-        if not is_per_token(name, tensor, ids):
-            continue
-        addition = {"input_ids": tail, "attention_mask": counted}.get(name, torch.zeros_like(tail))
-        extended[name] = torch.cat([tensor, addition.to(tensor.dtype)], dim=1)
-    return extended, torch.cat([torch.zeros_like(ids, dtype=torch.bool), counted], dim=1)
+        if is_per_token(name, tensor, ids):
+            addition = {"input_ids": tail, "attention_mask": counted}.get(name, torch.zeros_like(tail))
+            extended[name] = packed(tensor, addition)
+    return extended, packed(torch.zeros_like(ids, dtype=torch.bool), counted)
 
 
 def is_per_token(name: str, tensor: Tensor, ids: Tensor) -> bool:
@@ -156,10 +164,10 @@ def accepted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, 
 
 
 def with_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Add ``position_ids`` [batch, tokens] that start at 0 behind the padding.
+    """Add ``position_ids`` [batch, tokens] that start at 0 with the first real token.
 
     Not for models that derive positions of several axes from images (Qwen-VL's M-RoPE): with an image in the batch
-    they count behind the padding by themselves, by ``attention_mask``.
+    they count the real tokens by themselves, by ``attention_mask``.
     """
     named = inspect.signature(model.forward).parameters
     own = any(hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None)))

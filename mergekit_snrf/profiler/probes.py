@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 # Within a generated batch, probes of less than this share of the longest one's tokens go into a batch of their own.
-_EVEN = 0.7
+_EVEN = 0.85
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ProbeBatch:
     Attributes:
         group: index in ``Probes.groups``; a group can come in several batches.
         numbers: row numbers.
-        inputs: arguments of the model's forward: prompts padded on the left, then answers, padded on the right.
+        inputs: arguments of the model's forward: prompts, then answers, padded on the right.
         attention_mask: 1 on the tokens of prompt and answer.
         answer_mask: True on the answer's tokens; a generated end token is one of them.
         answers: as text, without special tokens.
@@ -317,7 +317,7 @@ def _batch(
 
 
 def _even_parts(lengths: Sequence[int]) -> list[list[int]]:
-    """Split positions into parts whose shortest is at least 70 % of the longest, the longest part first."""
+    """Split positions into parts whose shortest is at least 85 % of the longest, the longest part first."""
     parts: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if parts and lengths[index] >= _EVEN * lengths[parts[-1][0]]:

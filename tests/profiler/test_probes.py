@@ -517,8 +517,9 @@ class TestBatches:
             config = config.override(answer={"by": "column", "column": "a"})
         alone = {batch.numbers: batch for batch in batches(config.override(batch_size=1), model, processor)}
         together = batches(config, model, processor)
-        assert max(len(batch.numbers) for batch in together) > 2
-        assert any(not bool(batch.attention_mask[:, 0].all()) for batch in together)
+        assert max(len(batch.numbers) for batch in together) > 1
+        assert any(not bool(batch.attention_mask[:, -1].all()) for batch in together)
+        assert all(bool(batch.attention_mask[:, 0].all()) for batch in together)
         assert sorted(number for batch in together for number in batch.numbers) == list(range(len(QUESTIONS)))
         for batch in together:
             with torch.no_grad():
@@ -534,6 +535,23 @@ class TestBatches:
                 with torch.no_grad():
                     expected = model(**own, use_cache=False).logits[0]
                 torch.testing.assert_close(logits[index][real], expected, rtol=1e-10, atol=1e-10)
+
+    def test_lengths_as_of_real_problems_waste_little_on_padding(
+        self, tmp_path: Path, folders: dict[str, Path], llama: tuple[Any, Any]
+    ) -> None:
+        generator = np.random.default_rng(0)
+        # Log-normal, as problems and their solutions are: the longest tenth is over twice as long as the median.
+        lengths = generator.lognormal([[3.4, 4.2]], [[0.5, 0.6]], size=(96, 2)).astype(int) + 1
+        lines(tmp_path / "long.jsonl", [{"q": " ".join("x" * q), "a": " ".join("y" * a)} for q, a in lengths.tolist()])
+        config = options(
+            folders["llama"], tmp_path / "long.jsonl", answer={"by": "column", "column": "a"}, batch_size=8
+        )
+        made = batches(config, *llama)
+        tokens = sum(batch.attention_mask.numel() for batch in made)
+        wasted = 1 - sum(int(batch.attention_mask.sum()) for batch in made) / tokens
+        assert sorted(number for batch in made for number in batch.numbers) == list(range(96))
+        assert len(made) <= 16
+        assert 0 < wasted <= 0.1
 
     @pytest.mark.parametrize("case", CASES, indirect=True)
     def test_the_answer_is_the_models_own_greedy_one(self, case: tuple[ProfileConfig, Any, Any]) -> None:
