@@ -136,6 +136,16 @@ def render(row: Row, processor: Any, side: SideConfig) -> str:
         raise SnrfError(f"{side.probes.dataset}: row {row.number}: {error}") from None
 
 
+def check_rendering(side: SideConfig, *, trust_remote_code: bool = False) -> None:
+    """Check, without loading weights, that a side's model can be given prompts.
+
+    Raises:
+        SnrfError: its tokenizer or processor cannot be loaded, there is neither a chat template nor a template, or
+            nothing is known to stand for an image.
+    """
+    Renderer(load_processor(side, trust_remote_code=trust_remote_code), side)
+
+
 def prepare(
     rows: Rows, processor: Any, side: SideConfig, config: ProfileConfig, model: PreTrainedModel | None = None
 ) -> Probes:

@@ -34,6 +34,7 @@ from mergekit_snrf.profiler.journal import Journals, Progress, Tally
 from mergekit_snrf.profiler.measure import Batch, Measure, Meter
 from mergekit_snrf.profiler.probes import (
     Probes,
+    check_rendering,
     find_device,
     load_model,
     load_processor,
@@ -159,6 +160,9 @@ def run(
             check_output(mask, resume=resume)
         device = _check_device(config, ranks)
         models = ranks.from_first(check_models(config) if ranks.first else {})
+        for name in SIDES:
+            # Loading the weights of the first side can take long before the second has its say.
+            check_rendering(side_of(config, name), trust_remote_code=config.trust_remote_code)
         job = _Job(config, Path(mask), folder, resume, memory_budget, journal_seconds, progress, device, ranks)
         profiles: dict[SideName, Profile] = {}
         seconds: dict[SideName, float] = {}

@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -419,6 +420,25 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(keys, message, pai
     assert result.exit_code == 1
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_missing_chat_template_of_the_source_is_told_before_the_target_is_profiled(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_snrf.profiler.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    shutil.copytree(pair("llama"), tmp_path / "pair")
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        path = tmp_path / "pair" / "source" / file
+        if file.endswith(".json"):
+            content = json.loads(path.read_text())
+            content.pop("chat_template", None)
+            path.write_text(json.dumps(content))
+        else:
+            path.unlink(missing_ok=True)
+    config = config_of("llama")
+    config["source"].pop("template", None)
+    (tmp_path / "pair" / "profile.yml").write_text(yaml.safe_dump(config))
+    result = invoke(tmp_path / "pair" / "profile.yml", tmp_path / "m.safetensors")
+    assert result.exit_code == 1
+    assert "source: has no chat template; set template for this side of profile.yml" in result.output
 
 
 @pytest.mark.parametrize(
