@@ -6,10 +6,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo test lint families clean
+.PHONY: demo story test lint families clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
+
+# About ten minutes on two cores: three pairs with all controls.
+story: $(VENV)/.installed
+	$(BIN)/python examples/board/story.py
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
