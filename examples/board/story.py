@@ -93,13 +93,27 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
 
 
-def tally(name: str, intervals: Sequence[dict[str, float] | None]) -> str:
-    """Say in how many pairs an interval lies above zero, below it, or includes it."""
-    known = [interval for interval in intervals if interval is not None]
-    above = sum(interval["low"] > 0 for interval in known)
-    below = sum(interval["high"] < 0 for interval in known)
-    span = ", ".join(f"{100 * interval['estimate']:+.1f}" for interval in known)
-    return f"| {name} | {span} | {above} | {len(known) - above - below} | {below} |"
+def tallied(contrasts: dict[str, Sequence[dict[str, float] | None]]) -> list[str]:
+    """Say in how many pairs an interval lies above zero, below it, or includes it, and what that comes to."""
+    rows, holds, mixed, unshown = [], [], [], []
+    for name, intervals in contrasts.items():
+        known = [interval for interval in intervals if interval is not None]
+        above = sum(interval["low"] > 0 for interval in known)
+        below = sum(interval["high"] < 0 for interval in known)
+        span = ", ".join(f"{100 * interval['estimate']:+.1f}" for interval in known)
+        rows.append([name, span, str(above), str(len(known) - above - below), str(below)])
+        if known and max(above, below) == len(known):
+            holds.append(f"{name} ({'higher' if above else 'lower'})")
+        else:
+            (mixed if above or below else unshown).append(name)
+    header = ["contrast", "points, by seed", "above zero", "includes zero", "below zero"]
+    said = {
+        "The same sign, zero excluded, on every pair": holds,
+        "Zero excluded on some pairs only": mixed,
+        "Not shown on any pair": unshown,
+    }
+    sentences = [f"- {title}: {'; '.join(names)}." for title, names in said.items() if names]
+    return [*table(header, rows), "", *sentences]
 
 
 def page(results: dict[int, dict[str, Any]], items: int, draws: int) -> list[str]:
@@ -141,20 +155,14 @@ def page(results: dict[int, dict[str, Any]], items: int, draws: int) -> list[str
         overlap.append(
             [f"seed {seed}", str(shared), str(union), f"{shared / union:.0%}", f"{chance / (sizes - chance):.0%}"]
         )
-    header = ["contrast", "points, by seed", "above zero", "includes zero", "below zero"]
-    counted = [
-        *table(header, []),
-        tally("R of SNRF minus the target", [metric(s, "SNRF", "R")["change"] for s in studies]),
-        tally("P of SNRF minus the target", [metric(s, "SNRF", "P")["change"] for s in studies]),
-        *(tally(f"R of SNRF minus {name}", [contrast(s, name, "R") for s in studies]) for name in CONTROLS),
-        *(
-            tally(
-                f"{what} with masked neurons off minus random ones off",
-                [contrast(s, "random neurons", what) for s in ablations],
-            )
-            for what in ("R", "P")
-        ),
-    ]
+    contrasts: dict[str, Sequence[dict[str, float] | None]] = {
+        "R of SNRF minus the target": [metric(s, "SNRF", "R")["change"] for s in studies],
+        "P of SNRF minus the target": [metric(s, "SNRF", "P")["change"] for s in studies],
+    }
+    contrasts |= {f"R of SNRF minus {name}": [contrast(s, name, "R") for s in studies] for name in CONTROLS}
+    for what in ("R", "P"):
+        name = f"{what} with masked neurons off minus {what} with random ones off"
+        contrasts[name] = [contrast(s, "random neurons", what) for s in ablations]
     return [
         START,
         f"Pairs of {len(seeds)} base seeds, {items} held-out problems a task, {draws} draws of random neurons, 95 % "
@@ -177,7 +185,7 @@ def page(results: dict[int, dict[str, Any]], items: int, draws: int) -> list[str
         "",
         "### What holds, and what does not",
         "",
-        *counted,
+        *tallied(contrasts),
         "",
         "The intervals are not corrected for their number.",
         END,
@@ -187,7 +195,7 @@ def page(results: dict[int, dict[str, Any]], items: int, draws: int) -> list[str
 @click.command()
 @click.option("--seeds", default="1,4,8", show_default=True, help="Base seeds; 1 is the pair in the project.")
 @click.option("-n", "items", default=200, show_default=True, help="Held-out problems a task.")
-@click.option("--draws", default=3, show_default=True)
+@click.option("--draws", default=10, show_default=True, help="Sets of random neurons, and of DARE's draws.")
 @click.option("--workers", default=2, show_default=True, help="Seeds at a time, each on one thread.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/story"), show_default=True)
 @click.option("--page/--no-page", "write", default=True, help="Write examples/board/README.md.")
