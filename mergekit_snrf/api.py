@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_snrf import safefile
 from mergekit_snrf.edits import Edit, deactivate, fuse_model, fuse_state_dict
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion
-from mergekit_snrf.maskfile import Mask, local_path, read_mask, write_mask
+from mergekit_snrf.maskfile import Mask, check_sha256, local_path, read_mask, write_mask
 from mergekit_snrf.neurons import Neuron, NeuronSet, Site
-from mergekit_snrf.profilefile import Profile, read_profile, select, write_profile
+from mergekit_snrf.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile
 from mergekit_snrf.profiler.measure import Batch, Measure
 
 __all__ = [
@@ -51,8 +50,8 @@ def load_mask(reference: str | os.PathLike[str], *, sha256: str | None = None) -
         SnrfError: the file is missing, damaged, no mask, or another one.
     """
     path = local_path(os.fspath(reference))
-    if sha256 is not None and (found := safefile.sha256(path)) != sha256.lower():
-        raise SnrfError(f"{path}: sha256 is {found}, not {sha256}; get the mask that was meant")
+    if sha256 is not None:
+        check_sha256(path, sha256)
     return read_mask(path)
 
 
@@ -92,17 +91,26 @@ def profile(
     Raises:
         SnrfError: the model or a batch is not supported, or the model computes NaN or infinite values.
     """
+    from mergekit_snrf.profiler.request import versions
     from mergekit_snrf.profiler.run import profile_model
 
-    return profile_model(model, _as_batches(batches), measure=measure, progress=progress).profile()
+    measure = measure or Measure()
+    statistics = profile_model(model, _as_batches(batches, measure), measure=measure, progress=progress)
+    dtype = str(getattr(model, "dtype", "")).removeprefix("torch.") or None
+    provenance = ProfileProvenance(measure=measure.provenance(), dtype=dtype, versions=versions())
+    return statistics.profile(provenance)
 
 
-def _as_batches(batches: Iterable[Batch | Mapping[str, Any]]) -> Iterator[Batch]:
+def _as_batches(batches: Iterable[Batch | Mapping[str, Any]], measure: Measure) -> Iterator[Batch]:
     count = 0
     for batch in batches:
         if not isinstance(batch, Mapping):
             yield batch
             continue
+        if measure.tokens == "answer":
+            raise SnrfError(
+                "tokens='answer' needs to know which tokens are the answer's; give batches with an answer_mask"
+            )
         if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
             raise SnrfError(
                 "a batch has no tensor input_ids of shape [probes, tokens]; call the processor with "

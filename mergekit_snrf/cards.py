@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,23 +17,28 @@ from mergekit_snrf.maskfile import Mask, ModelProvenance
 from mergekit_snrf.neurons import PROJECTIONS
 
 if TYPE_CHECKING:
+    from mergekit.common import ModelReference
+
     from mergekit_snrf.plugin.plan import MergePlan
 
 PAPER = "https://arxiv.org/abs/2602.19058"
 _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
 _MAX_CELL = 300
+# Backslash first: the others are written with it. Hubs make links of bare addresses.
+_ESCAPED = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "[": "\\[", "!": "\\!", "://": "&#58;//", "www.": "www&#46;"}
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def merge_card(plan: MergePlan, name: str, recipe: str) -> str:
+def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None) -> str:
     """Return the README of a merged folder.
 
     Args:
         plan: of the merge.
         name: of the merged model.
         recipe: its text, as written.
+        cast: the dtype that every tensor was cast to, if the recipe sets one.
     """
     assert plan.target is not None
-    assert plan.source is not None
     front = {
         "base_model": _hub_ids(plan),
         "base_model_relation": "merge",
@@ -43,10 +49,10 @@ def merge_card(plan: MergePlan, name: str, recipe: str) -> str:
     return _document(
         front,
         f"# {name}",
-        f"{_model(plan.target)} with the reasoning of {_model(plan.source)}, merged by "
+        f"{_model(plan.references[0])} with the reasoning of {_model(plan.references[1])}, merged by "
         f"[Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
-        f"mergekit-snrf. {plan.parameters_touched} weights of the text decoder were changed; every other tensor is the "
-        f"target's.",
+        f"mergekit-snrf. {plan.parameters_touched} weights of the text decoder were changed; all others are the "
+        f"target's{f', cast to {cast}' if cast else ''}.",
         *_changes(plan),
         *_mask_of(plan),
         *_reproduction(plan, recipe, "mergekit-yaml snrf.yml merged/", ("mergekit", "torch", "transformers")),
@@ -63,7 +69,6 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
         ranks: rank of every adapted module.
     """
     assert plan.target is not None
-    assert plan.source is not None
     front = {
         "base_model": _hub_ids(plan),
         "base_model_relation": "adapter",
@@ -75,9 +80,9 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
     return _document(
         front,
         f"# {name}",
-        f"A LoRA adapter for {_model(plan.target)}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
-        f"Fusion]({PAPER}) adds to it from {_model(plan.source)}, in {len(ranks)} modules of the text decoder, rank "
-        f"{low if low == high else f'{low} to {high}'}. Made with mergekit-snrf.",
+        f"A LoRA adapter for {_model(plan.references[0])}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
+        f"Fusion]({PAPER}) adds to it from {_model(plan.references[1])}, in {len(ranks)} modules of the text decoder, "
+        f"rank {low if low == high else f'{low} to {high}'}. Made with mergekit-snrf.",
         '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")\n```',
         *_changes(plan),
         *_mask_of(plan),
@@ -87,17 +92,17 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
 
 def mask_card(mask: Mask, *, sha256: str) -> str:
     """Return a README for a mask file."""
-    sides = [side for side in (mask.provenance.target, mask.provenance.source) if side is not None]
+    target, source = (_line((side and side.path) or "") for side in (mask.provenance.target, mask.provenance.source))
     name = Path(mask.path).name
     front = {
-        "base_model": [side.path for side in sides if side.path and not os.path.isabs(side.path) and "/" in side.path],
+        "base_model": [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)],
         "library_name": "mergekit-snrf",
         "tags": ["mergekit", "snrf", "neuron-mask"],
     }
     recipe = {
         "merge_method": "snrf",
-        "base_model": (mask.provenance.target and mask.provenance.target.path) or "TARGET",
-        "models": [{"model": (mask.provenance.source and mask.provenance.source.path) or "SOURCE"}],
+        "base_model": target or "TARGET",
+        "models": [{"model": source or "SOURCE"}],
         "parameters": {"masks": name, "masks_sha256": sha256},
     }
     return _document(
@@ -167,7 +172,10 @@ def _mask_of(plan: MergePlan) -> list[str]:
 
 def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[str, ...]) -> list[str]:
     pins = " ".join(f"{name}=={version(name)}" for name in packages)
-    models = [(c.name, c.revision, c.config_sha256) for c in plan.checkpoints]
+    models = [
+        (_spoken(reference), reference.model.revision or "as of the merge", f"`{checkpoint.config_sha256}`")
+        for reference, checkpoint in zip(plan.references, plan.checkpoints, strict=True)
+    ]
     return [
         "## To make it again",
         f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}",
@@ -175,24 +183,26 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[st
         f"```yaml\n{recipe.rstrip()}\n```",
         _table(
             ("model", "revision", "sha256 of config.json"),
-            [(_name(name), revision or "as of the merge", f"`{digest}`") for name, revision, digest in models],
+            models,
         ),
     ]
 
 
 def _hub_ids(plan: MergePlan) -> list[str]:
-    return [c.name for c in plan.checkpoints if not os.path.isdir(c.name)]
+    paths = [path for model in plan.references for path in (model.model, model.lora) if path is not None]
+    return [path.path for path in paths if not os.path.exists(path.path)]
 
 
-def _model(checkpoint: Checkpoint) -> str:
-    if os.path.isdir(checkpoint.name):
-        return f"`{_name(checkpoint.name)}`"
-    return f"[{checkpoint.name}](https://huggingface.co/{checkpoint.name})"
+def _model(reference: ModelReference) -> str:
+    if os.path.exists(reference.model.path) or reference.lora is not None:
+        return f"`{_spoken(reference)}`"
+    return f"[{reference.model.path}](https://huggingface.co/{reference.model.path})"
 
 
-def _name(model: str) -> str:
-    """Return a hub id, or the last part of a folder: the rest of its path is nobody's business."""
-    return Path(model).name if os.path.isdir(model) else model
+def _spoken(reference: ModelReference) -> str:
+    """Return hub ids, or the last parts of folders: the rest of their paths is nobody's business."""
+    paths = [path.path for path in (reference.model, reference.lora) if path is not None]
+    return " + ".join(Path(path).name if os.path.exists(path) else path for path in paths)
 
 
 def _counts(mask: Mask) -> list[tuple[object, ...]]:
@@ -222,11 +232,16 @@ def _table(header: tuple[object, ...], rows: list[Any]) -> str:
 
 def _cell(value: object) -> str:
     """Return text for a cell; what comes from a file cannot leave it, nor put HTML or links on the page."""
-    text = " ".join(str(value).split())
-    text = text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
-    for mark, escaped in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("[", "\\["), ("!", "\\!")):
+    text = _line(str(value))
+    for mark, escaped in _ESCAPED.items():
         text = text.replace(mark, escaped)
     return text
+
+
+def _line(text: str) -> str:
+    """Return printable text on one line, and not too much of it."""
+    text = "".join(mark for mark in " ".join(text.split()) if mark.isprintable())
+    return text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
 
 
 def _document(front: Mapping[str, Any], *parts: str) -> str:

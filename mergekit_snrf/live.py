@@ -71,15 +71,24 @@ def weight_of(module: Any) -> Tensor:
     Raises:
         SnrfError: the weight is quantised.
     """
-    weight: Tensor = module.weight
-    if weight.device.type == "meta":
+    return _parameter_of(module, "weight")
+
+
+def bias_of(module: Any) -> Tensor | None:
+    """Return a module's bias as ``weight_of`` does; None if it has none."""
+    return None if module.bias is None else _parameter_of(module, "bias")
+
+
+def _parameter_of(module: Any, name: str) -> Tensor:
+    parameter: Tensor = getattr(module, name)
+    if parameter.device.type == "meta":
         from accelerate.utils import align_module_device
 
         with align_module_device(module):
-            weight = module.weight.detach().clone()
-    if not weight.is_floating_point():
-        raise SnrfError(f"a weight is stored as {weight.dtype}; profile the model without quantisation")
-    return weight.detach()
+            parameter = getattr(module, name).detach().clone()
+    if not parameter.is_floating_point():
+        raise SnrfError(f"a {name} is stored as {parameter.dtype}; load the model without quantisation")
+    return parameter.detach()
 
 
 def _is_decoder_layer(layer: nn.Module) -> bool:

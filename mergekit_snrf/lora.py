@@ -6,6 +6,7 @@ for fwd.down the masked columns are zero columns of A. So the adapter is the upd
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from mergekit_snrf.plugin.tensors import Tensors
 from mergekit_snrf.threads import one_thread
 from mergekit_snrf.update import Update
 
+LOG = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -134,7 +136,8 @@ def export_adapter(
         )
     assert plan.target is not None
     assert plan.target_decoder is not None
-    assert plan.source is not None
+    for warning in plan.warnings:
+        LOG.warning(warning)
     if not plan.edits:
         raise SnrfError(f"{plan.mask_path}: the merge changes nothing, so there is no adapter to write")
     prefix = live_prefix(plan.target)

@@ -153,6 +153,18 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
     return Path(downloaded)
 
 
+def check_sha256(path: Path, expected: str) -> None:
+    """Raise ``SnrfError`` where a file is not the expected one."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", expected):
+        raise SnrfError(f"masks_sha256 must be 64 hexadecimal digits, got {expected!r}; 'snrf mask show' prints them")
+    found = safefile.sha256(path)
+    if found != expected.lower():
+        raise SnrfError(
+            f"{path}: sha256 is {found}, but masks_sha256 is {expected}; "
+            f"get the mask that was meant, or update masks_sha256"
+        )
+
+
 def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:
     """Describe a mask made from other masks: the operation, and file name and sha256 of every input in order.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.decoder import complete_stacks, find_decoder
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.live import LiveDecoder, find_live_decoder, weight_of
+from mergekit_snrf.live import LiveDecoder, bias_of, find_live_decoder, weight_of
 from mergekit_snrf.neurons import Site
 from mergekit_snrf.shards import ByteRange, byte_ranges, read_tensor
 
@@ -66,8 +66,7 @@ class LiveWeights:
 
     def bias(self, site: Site) -> Float[Tensor, " rows"] | None:
         """Return the bias's data."""
-        bias = self.module(site).bias
-        return None if bias is None else bias.detach()
+        return bias_of(self.module(site))
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,11 @@ class StoredWeights:
     @cached_property
     def _ranges(self) -> dict[str, ByteRange]:
         shards = {header.file for header in self._checkpoint.tensors.values()}
+        for shard in shards:
+            if shard.endswith(".bin"):
+                raise SnrfError(
+                    f"{self._checkpoint.name}: is stored as .bin ({shard}); convert it to safetensors first"
+                )
         return {name: where for shard in sorted(shards) for name, where in byte_ranges(self._folder / shard).items()}
 
     def name(self, site: Site) -> str:

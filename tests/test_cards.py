@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,8 @@ from checkpoints import make_source, make_target
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from mergekit.common import ModelReference
+from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
@@ -124,12 +125,28 @@ def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) ->
 def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     config = load_recipe(str(merged / "snrf.yml"))
     plan = plan_merge(config, MergeOptions(), recipe_folder=str(merged))
-    plan.target = replace(plan.target, name="owner/vlm", revision="abc")
-    plan.source = replace(plan.source, name="owner/llm")
-    card = merge_card(plan, "merged", "recipe: 1")
-    assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm"]
+    assert plan.target is not None
+    plan.references = [ModelReference.parse("owner/vlm@abc"), ModelReference.parse("owner/llm+owner/adapter")]
+    card = merge_card(plan, "merged", "recipe: 1", cast="float16")
+    assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm", "owner/adapter"]
     assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card
+    assert "with the reasoning of `owner/llm + owner/adapter`" in card
+    assert "all others are the target's, cast to float16." in card
     assert ["owner/vlm", "abc", f"`{plan.target.config_sha256}`"] in rows_of(card)
+    assert any(row[:2] == ["owner/llm + owner/adapter", "as of the merge"] for row in rows_of(card))
+
+
+def test_a_merge_through_mergekits_python_api_has_the_recipe_in_its_card(merged: Path, tmp_path: Path) -> None:
+    config = load_recipe(str(merged / "snrf.yml"))
+    config.base_model = ModelReference.parse(str(merged / "target"))
+    config.models[0].model = ModelReference.parse(str(merged / "source"))
+    config.parameters["masks"] = str(merged / "mask.safetensors")
+    run_merge(config, str(tmp_path / "out"), MergeOptions(quiet=True))
+    card = (tmp_path / "out" / "README.md").read_text()
+    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert recipe["merge_method"] == "snrf"
+    assert recipe["models"][0]["model"] == str(merged / "source")
+    assert not recipe.get("modules")
 
 
 def test_card_to_a_file_and_missing_mask(tmp_path: Path) -> None:
@@ -149,10 +166,22 @@ def test_text_of_a_file_stays_in_its_cell(path: str, rule: str) -> None:
     provenance = Provenance(target=ModelProvenance(path=path), selection={rule: f"<script>|\n# {rule}"})
     card = mask_card(Mask(NEURONS, provenance), sha256="0" * 64)
     assert "<script>" not in card
+    assert card.count("```") == 2
     lines = card.splitlines()
     assert sum(line.startswith("# ") for line in lines) == 1
     assert sum(line.startswith("## ") for line in lines) == 1
     front_of(card)
+
+
+def test_a_path_cannot_leave_the_recipe_of_a_card() -> None:
+    path = "x\n```\n\n[click](https://evil.example) <b>hi</b>"
+    provenance = Provenance(target=ModelProvenance(path=path), source=ModelProvenance(path="examples/board/source/x"))
+    card = mask_card(Mask(NEURONS, provenance), sha256="0" * 64)
+    assert [line for line in card.splitlines() if line.startswith("```")] == ["```yaml", "```"]
+    outside = card.split("```yaml")[0] + card.split("```")[-1]
+    assert "<b>" not in outside
+    assert "https://evil" not in outside
+    assert "base_model" not in front_of(card)
 
 
 def test_rows_of_an_empty_provenance() -> None:
@@ -161,7 +190,7 @@ def test_rows_of_an_empty_provenance() -> None:
 
 @pytest.mark.parametrize("disjoint", [False, True])
 def test_disjoint_draws_share_nothing(disjoint: bool) -> None:
-    members = {Site(layer, "fwd.up"): torch.rand(50) < 0.4 for layer in range(5)}
+    members = {Site(layer, "fwd.up"): torch.arange(50) % 5 < 2 for layer in range(5)}
     mask = NeuronSet(members)
     drawn = [mask.random(seed, disjoint=disjoint) for seed in range(5)]
     assert all(draw.count(site) == mask.count(site) for draw in drawn for site in mask)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target, read
 from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -295,6 +296,55 @@ def test_profile_takes_what_a_processor_returns(pairs: Any) -> None:
     assert top.count() > 0
     with pytest.raises(SnrfError, match="no tensor input_ids"):
         api.profile(model, [{"text": "no"}])
+
+
+def test_profile_knows_what_was_measured(pairs: Any, tmp_path: Path) -> None:
+    folder, _ = pairs("llava")
+    model, inputs = load(folder / "target"), example_inputs(folder / "target")
+    screened = api.profile(model, [inputs], measure=api.Measure(screen=0.2))
+    assert screened.provenance.measure is not None
+    assert screened.provenance.measure["screen"] == 0.2
+    with pytest.raises(SnrfError, match="screen"):
+        api.select([screened], sigma=0.01)
+    api.write_profile(tmp_path / "p.safetensors", screened)
+    assert api.read_profile(tmp_path / "p.safetensors").provenance == screened.provenance
+    with pytest.raises(SnrfError, match="answer_mask"):
+        api.profile(model, [inputs], measure=api.Measure(tokens="answer"))
+
+
+def test_profile_leaves_every_module_in_its_mode(pairs: Any) -> None:
+    folder, _ = pairs("llava")
+    model = load(folder / "target").train()
+    frozen = find_live_decoder(model).layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    api.profile(model, [example_inputs(folder / "target")])
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weight": "gradients"}, "weight must be one of paper, residual, gradient, got 'gradients'"),
+        ({"site": "o"}, "site must be one of pre_o, post_o"),
+        ({"screen": 1.5}, r"screen must be in \(0, 1\], got 1.5"),
+        ({"scoring": "released", "site": "post_o"}, "site has no meaning with scoring='released'"),
+    ],
+)
+def test_measures_that_mean_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(SnrfError, match=message):
+        api.Measure(**keys)
+
+
+def test_biases_of_an_offloaded_source(pairs: Any) -> None:
+    folder, neurons = pairs("qwen2_5_vl")
+    target, source = load(folder / "target"), load(folder / "source")
+    whole, offloaded = copy_of(target), cpu_offload(load(folder / "source"), torch.device("cpu"))
+    fuse_model(target, source, neurons, FUSION, biases=True)
+    expected = copy_of(target)
+    target.load_state_dict(whole)
+    fuse_model(target, offloaded, neurons, FUSION, biases=True)
+    assert_same(copy_of(target), expected)
 
 
 def test_python_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:

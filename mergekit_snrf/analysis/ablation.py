@@ -13,8 +13,18 @@ import torch
 from tqdm import tqdm
 
 from mergekit_snrf.analysis.evaluation import Evaluation, Scores, evaluate
-from mergekit_snrf.analysis.intervals import LEVEL, RESAMPLES, measure, resample, scale_of, spoken
-from mergekit_snrf.analysis.results import Condition, Contrast, Interval, Study
+from mergekit_snrf.analysis.intervals import (
+    FEW_ITEMS,
+    LEVEL,
+    RESAMPLES,
+    measure,
+    resample,
+    scale_of,
+    side_of,
+    size_of,
+    spoken,
+)
+from mergekit_snrf.analysis.results import Condition, Contrast, Study
 from mergekit_snrf.edits import deactivate
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons import NeuronSet
@@ -27,8 +37,6 @@ if TYPE_CHECKING:
     from mergekit_snrf.profilefile import Profile
 
 REFERENCE, CLAIM, RANDOM, LEAST = "as it is", "masked neurons", "random neurons", "least important neurons"
-FEW_ITEMS = 30
-"""Below this, the intervals of a bootstrap are too narrow to go by."""
 
 
 def ablate(
@@ -187,10 +195,10 @@ def verdict(study: Study) -> list[str]:
         scale, unit = scale_of(metric, measured)
         change = measured[CLAIM][metric].change
         assert change is not None
-        direction = _direction(change)
+        direction = side_of(change, scale)
         if direction:
             verb = "lowers" if direction < 0 else "raises"
-            sentences.append(f"Deactivating {neurons} {verb} {metric} by {_size(change, scale)}{unit}.")
+            sentences.append(f"Deactivating {neurons} {verb} {metric} by {size_of(change, scale)}{unit}.")
         else:
             sentences.append(
                 f"No change of {metric} by deactivating {neurons} can be told from chance: "
@@ -235,26 +243,12 @@ def _contrast(contrast: Contrast, control: Condition, scale: float, unit: str) -
     if control.draws > 1:
         means = control.settings["means"][contrast.metric]
         others += f" ({control.draws} draws, {scale * min(means):.1f} to {scale * max(means):.1f})"
-    direction = _direction(contrast.difference)
+    direction = side_of(contrast.difference, scale)
     if not direction:
         return (
             f"{contrast.metric} without the masked neurons cannot be told from {contrast.metric} without "
             f"{others}: difference {spoken(contrast.difference, scale, '+')}{unit}."
         )
     comparative = "lower" if direction < 0 else "higher"
-    return (
-        f"{contrast.metric} is {_size(contrast.difference, scale)}{unit} {comparative} without the masked neurons than "
-        f"without {others}."
-    )
-
-
-def _direction(interval: Interval) -> int:
-    """Return -1 or 1 where the interval lies on one side of zero, else 0."""
-    return -1 if interval.high < 0 else 1 if interval.low > 0 else 0
-
-
-def _size(interval: Interval, scale: float) -> str:
-    """Format a difference without its sign, the smaller bound first."""
-    if interval.estimate >= 0:
-        return spoken(interval, scale)
-    return spoken(Interval(estimate=-interval.estimate, low=-interval.high, high=-interval.low), scale)
+    size = size_of(contrast.difference, scale)
+    return f"{contrast.metric} is {size}{unit} {comparative} without the masked neurons than without {others}."

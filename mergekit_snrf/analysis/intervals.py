@@ -27,6 +27,8 @@ from mergekit_snrf.errors import SnrfError
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+FEW_ITEMS = 30
+"""Below this, the intervals of a bootstrap are too narrow to go by."""
 _BLOCK_BYTES = 64_000_000
 _DRAWS_STREAM = 2**32
 
@@ -211,3 +213,16 @@ def _draw_weights(draws: int, name: str, seed: int, resamples: int) -> Float64[n
     drawn = generator.multinomial(draws, np.full(draws, 1 / draws), size=resamples) / draws
     # Resampling n draws gives (n - 1) / n of the variance of their mean, which matters for three.
     return 1 / draws + (drawn - 1 / draws) * np.sqrt(draws / (draws - 1))
+
+
+def side_of(interval: Interval, scale: float) -> int:
+    """Return -1 or 1 where an interval lies on one side of zero, else 0; a bound shown as 0.0 points counts as zero."""
+    low, high = (round(scale * bound, 1) if scale == 100 else bound for bound in (interval.low, interval.high))
+    return -1 if high < 0 else 1 if low > 0 else 0
+
+
+def size_of(interval: Interval, scale: float) -> str:
+    """Format a difference without its sign, the smaller bound first."""
+    if interval.estimate >= 0:
+        return spoken(interval, scale)
+    return spoken(Interval(estimate=-interval.estimate, low=-interval.high, high=-interval.low), scale)

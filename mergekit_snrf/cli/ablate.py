@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_snrf.cli.common import command_options
 from mergekit_snrf.cli.study import report
 from mergekit_snrf.errors import SnrfError
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 

@@ -92,9 +92,12 @@ def load_recipe(path: str) -> MergeConfiguration:
         raise SnrfError(f"{path}: {len(content)} bytes are too many for a recipe")
     try:
         _check_size(path, content)
+        content.decode("utf-8")
         parsed = yaml.safe_load(content)
     except SnrfError:
         raise
+    except UnicodeDecodeError:
+        raise SnrfError(f"{path}: is not text in UTF-8; save the recipe as UTF-8") from None
     except Exception as error:
         # A value that does not fit its tag, such as the date 2020-13-45, raises what Python's constructor raises.
         raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None

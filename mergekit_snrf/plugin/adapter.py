@@ -13,9 +13,11 @@ import atexit
 import functools
 import logging
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import click
+import yaml
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
 from mergekit.options import MergeOptions
@@ -27,13 +29,13 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.plugin.checks import temporary_shards
 from mergekit_snrf.plugin.method import as_click_error, remember_command, start_tally
 from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge
-from mergekit_snrf.plugin.tensors import wider_dtype
+from mergekit_snrf.plugin.tensors import download, wider_dtype
 
 LOG = logging.getLogger(__name__)
 
 # What mergekit writes itself when the recipe sets a chat template.
 _CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}
-_TOKENIZER_FILES = _CHAT_TEMPLATE_FILES | {
+TOKENIZER_FILES = _CHAT_TEMPLATE_FILES | {
     "tokenizer.json",
     "tokenizer.model",
     "special_tokens_map.json",
@@ -92,6 +94,7 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
     try:
         plan = plan_merge(config, options, out_path=out_path, recipe_folder=recipe_folder, merge_adapter=True)
         plan.raise_problems()
+        _fetch_side_files(plan, options)
     except SnrfError as error:
         raise as_click_error(error) from None
     for warning in plan.warnings:
@@ -99,9 +102,16 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
     if context is not None and out_path is not None:
         remember_command(context)
         _leave_no_shards_of_a_failed_run(context, out_path, options)
-    _fetch_side_files(plan, options)
+    written = config.to_yaml()
     rewrite(config, plan, recipe_folder)
-    _write_our_card(config, plan)
+
+    def card(name: str, recipe: str) -> str:
+        # Without the recipe's text mergekit takes the configuration, which by then is the rewritten one; no recipe that
+        # can run has modules of its own.
+        rewritten = "modules" in (yaml.safe_load(recipe) or {})
+        return merge_card(plan, name, written if rewritten else recipe, cast=config.out_dtype or config.dtype)
+
+    _write_our_card(config, card)
     start_tally(len(plan.edits))
     return describe(plan, config, options)
 
@@ -121,24 +131,23 @@ def _leave_no_shards_of_a_failed_run(context: click.Context, out_path: str, opti
         atexit.register(remove)
 
 
-_planned: tuple[MergeConfiguration, MergePlan] | None = None
+_CARDS: dict[int, Callable[[str, str], str]] = {}
 
 
-def _write_our_card(config: MergeConfiguration, plan: MergePlan) -> None:
+def _write_our_card(config: MergeConfiguration, card: Callable[[str, str], str]) -> None:
     """Let mergekit write this merge's card in place of its own, which knows neither mask nor neurons."""
-    global _planned
     import mergekit.merge
 
-    _planned = config, plan
+    _CARDS[id(config)] = card
+    weakref.finalize(config, _CARDS.pop, id(config), None)
     original = mergekit.merge.generate_card
     if getattr(original, "__snrf__", False):
         return
 
     @functools.wraps(original)
     def generate_card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
-        if _planned is None or _planned[0] is not config:
-            return original(config, config_yaml, name)
-        return merge_card(_planned[1], name or "merged", config_yaml)
+        card = _CARDS.get(id(config))
+        return original(config, config_yaml, name) if card is None else card(name or "merged", config_yaml)
 
     generate_card.__snrf__ = True  # type: ignore[attr-defined]
     mergekit.merge.generate_card = generate_card
@@ -150,14 +159,7 @@ def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
     assert target is not None
     if os.path.isdir(target.name):
         return
-    import huggingface_hub
-
-    huggingface_hub.snapshot_download(
-        target.name,
-        revision=target.revision,
-        cache_dir=options.transformers_cache,
-        allow_patterns=list(target.side_files()),
-    )
+    download(target, options, target.side_files())
 
 
 def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
@@ -214,7 +216,7 @@ def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: Mer
     if config.chat_template:
         left_out |= _CHAT_TEMPLATE_FILES
     if not options.copy_tokenizer:
-        left_out |= _TOKENIZER_FILES
+        left_out |= TOKENIZER_FILES
     if config.dtype or config.out_dtype:
         # mergekit writes the configuration with the new dtype; otherwise the base's file is right to the byte.
         left_out.add("config.json")

@@ -13,10 +13,8 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_snrf import safefile
 from mergekit_snrf.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
 from mergekit_snrf.decoder import Decoder
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.maskfile import Mask, ModelProvenance
 
 if TYPE_CHECKING:
@@ -69,20 +67,6 @@ def temporary_shards(out_path: str) -> list[str]:
     if not os.path.isdir(out_path):
         return []
     return [os.path.join(out_path, n) for n in os.listdir(out_path) if _TEMPORARY_SHARD.fullmatch(n)]
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ``SnrfError`` where a file is not the expected one; nothing is expected of an empty text."""
-    if not expected:
-        return
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", expected):
-        raise SnrfError(f"masks_sha256 must be 64 hexadecimal digits, got {expected!r}; 'snrf mask show' prints them")
-    found = safefile.sha256(path)
-    if found != expected.lower():
-        raise SnrfError(
-            f"{path}: sha256 is {found}, but the recipe's masks_sha256 is {expected}; "
-            f"get the mask that the recipe was written for, or update masks_sha256"
-        )
 
 
 def check_dtypes(plan: MergePlan, config: MergeConfiguration) -> None:

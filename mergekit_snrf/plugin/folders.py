@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +15,15 @@ from typing import Literal
 
 import yaml
 
-from mergekit_snrf.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.plugin.adapter import TOKENIZER_FILES
 from mergekit_snrf.plugin.plan import MergePlan, located
 
 LOG = logging.getLogger(__name__)
 PARTIAL = ".partial"
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-_MERGE_FILES = {"mergekit_config.yml", "README.md"}
+_MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
+_MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # renameat2 of the Linux kernel, which Python does not offer: two folders change places in one step.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -44,7 +46,7 @@ def folder_problem(
         needed = next((path for path in _inputs(plan, recipe_folder) if _holds(out_path, path)), None)
         if needed is not None:
             return f"{out_path}: the output folder holds {needed}, which the recipe reads; choose another folder"
-        other = _not_of_a_merge(out_path) if replaceable == "merge" else _not_of_an_adapter(out_path)
+        other = _not_of_a_merge(plan, out_path) if replaceable == "merge" else _not_of_an_adapter(out_path)
         if other is not None:
             return f"{out_path}: {other}, so it is not replaced; choose another folder"
     if os.path.ismount(out_path) or os.path.samefile(out_path, os.curdir):
@@ -69,7 +71,7 @@ def _holds(folder: str, path: str) -> bool:
     return Path(folder).resolve() in (inside, *inside.parents)
 
 
-def _not_of_a_merge(folder: str) -> str | None:
+def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
     """Return what tells a folder from the output of an earlier merge, or None."""
     try:
         recipe = yaml.safe_load(Path(folder, "mergekit_config.yml").read_bytes())
@@ -77,9 +79,9 @@ def _not_of_a_merge(folder: str) -> str | None:
         recipe = None
     if not isinstance(recipe, dict) or recipe.get("merge_method") != "snrf":
         return "holds no mergekit_config.yml of an earlier snrf merge"
-    names = os.listdir(folder)
-    side_files = Checkpoint(folder, None, {}, {}, b"", tuple(names)).side_files()
-    return _foreign(folder, {*weight_files(names), *side_files, *_MERGE_FILES})
+    assert plan.target is not None
+    weights = {name for name in os.listdir(folder) if _MERGED_WEIGHTS.fullmatch(name)}
+    return _foreign(folder, {*weights, *plan.target.side_files(), *TOKENIZER_FILES, *_MERGE_FILES})
 
 
 def _not_of_an_adapter(folder: str) -> str | None:

@@ -170,8 +170,9 @@ def merge_group(group: TensorGroup, *, masks: str, **parameters: Any) -> torch.T
     source_base = others[0].tensor if others else None
     with one_thread():
         fused, certificate, rounding = fuse_tensor(base.tensor, source.tensor, source_base, member, site, fusion, name)
-    if _tally is not None:
-        _tally.add(name, certificate, rounding)
+    tally = _tally
+    if tally is not None and tally.add(name, certificate, rounding):
+        start_tally(0)
     return fused
 
 
@@ -179,11 +180,11 @@ _tally: Tally | None = None
 
 
 def start_tally(tensors: int) -> None:
-    """Begin to count the edited tensors of a merge, which speaks when the last one is done."""
+    """Begin to count the edited tensors of a merge, which speaks when the last one is done; one merge at a time."""
     global _tally
     from mergekit_snrf.plugin.tally import Tally
 
-    _tally = Tally(tensors)
+    _tally = Tally(tensors) if tensors else None
 
 
 class _MaskCache:

@@ -17,7 +17,7 @@ from mergekit_snrf.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, open_
 from mergekit_snrf.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion
-from mergekit_snrf.maskfile import Mask, local_path, read_mask
+from mergekit_snrf.maskfile import Mask, check_sha256, local_path, read_mask
 from mergekit_snrf.neurons import PROJECTIONS, Site
 from mergekit_snrf.plugin.checks import (
     check_chat_template,
@@ -26,7 +26,6 @@ from mergekit_snrf.plugin.checks import (
     check_mask,
     check_output,
     check_remote_code,
-    check_sha256,
     compare_provenance,
 )
 from mergekit_snrf.plugin.recipe import Recipe, default, read_recipe
@@ -74,6 +73,8 @@ class MergePlan:
         problems: one sentence each; a merge runs only if there is none.
         warnings: one sentence each.
         copied: names of the target's tensors that are taken over unchanged.
+        references: the models as the recipe names them, local folders by their absolute path: target, source, and the
+            source's base if there is one.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -89,6 +90,7 @@ class MergePlan:
     mask_path: Path | None = None
     edits: list[Edit] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
+    references: list[ModelReference] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> list[Checkpoint]:
@@ -201,6 +203,8 @@ def plan_merge(
     if plan.recipe is None:
         return plan
     recipe = plan.recipe
+    named = [recipe.target, recipe.source, recipe.source_base]
+    plan.references = [absolute(model, recipe_folder) for model in named if model is not None]
     with plan._collect():
         plan.target = _open(recipe.target, options, recipe_folder)
         plan.target_decoder = find_decoder(plan.target)
@@ -219,7 +223,9 @@ def plan_merge(
     if isinstance(recipe.parameters.get("masks"), str):
         with plan._collect():
             plan.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
-            check_sha256(plan.mask_path, str(_tolerant(recipe, "masks_sha256")))
+            expected = str(_tolerant(recipe, "masks_sha256"))
+            if expected:
+                check_sha256(plan.mask_path, expected)
             plan.mask = read_mask(plan.mask_path)
     check_output(plan, config, options, out_path)
     check_dtypes(plan, config)

@@ -22,20 +22,21 @@ class Tally:
         self._certificates: list[Certificate] = []
         self._roundings: list[Rounding] = []
 
-    def add(self, name: str, certificate: Certificate | None, rounding: Rounding) -> None:
-        """Take note of one tensor; log the sum, or a warning, with the last."""
+    def add(self, name: str, certificate: Certificate | None, rounding: Rounding) -> bool:
+        """Take note of one tensor, and return whether it was the last; log the sum, or a warning, with that."""
         LOG.info("%s: %s", name, in_words(certificate, rounding))
         with self._lock:
             self._roundings.append(rounding)
             if certificate is not None:
                 self._certificates.append(certificate)
             if len(self._roundings) != self._expected:
-                return
+                return False
         LOG.info("%s", self.summary())
         if self.lost > LOST_TOO_MUCH:
             LOG.warning("%s", self.sentence())
         else:
             LOG.info("%s", self.sentence())
+        return True
 
     @property
     def lost(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -51,20 +51,30 @@ def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
     """
     if checkpoint.folder is not None:
         return checkpoint.folder
+    shards = sorted({tensor.file for tensor in checkpoint.tensors.values()})
+    return download(checkpoint, options, [*shards, *checkpoint.side_files(), "*.index.json"])
+
+
+def download(checkpoint: Checkpoint, options: MergeOptions, files: Iterable[str]) -> Path:
+    """Download files of a checkpoint from the hub; return the folder.
+
+    Raises:
+        SnrfError: the download fails.
+    """
     import huggingface_hub
 
-    shards = sorted({tensor.file for tensor in checkpoint.tensors.values()})
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 checkpoint.name,
                 revision=checkpoint.revision,
                 cache_dir=options.transformers_cache,
-                allow_patterns=[*shards, *checkpoint.side_files(), "*.index.json"],
+                allow_patterns=list(files),
             )
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:
+        # What huggingface_hub, httpx and the file system raise has no common base.
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise SnrfError(f"{checkpoint.name}: cannot be downloaded ({reason}); check network and disk") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args, get_type_hints
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -57,6 +57,9 @@ class Batch(Protocol):
         """Where a token belongs to the answer."""
 
 
+_DEFAULTS: dict[str, Any] = {"weight": "paper", "site": "pre_o", "screen": None}
+
+
 @dataclass(frozen=True)
 class Measure:
     """What counts as the impact of a neuron; the names and values are those of profile.yml.
@@ -70,6 +73,9 @@ class Measure:
         tokens: count every position, or those of the answer.
         screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; None is
             all of them.
+
+    Raises:
+        SnrfError: a value is unknown, or has no meaning beside another.
     """
 
     scoring: Literal["exact", "released"] = "exact"
@@ -77,6 +83,16 @@ class Measure:
     site: Literal["pre_o", "post_o"] = "pre_o"
     tokens: Literal["all", "answer"] = "all"
     screen: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Measure).items():
+            value, known = getattr(self, name), get_args(kind)
+            if name != "screen" and value not in known:
+                raise SnrfError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            if self.scoring == "released" and name in ("weight", "site", "screen") and value != _DEFAULTS[name]:
+                raise SnrfError(f"{name} has no meaning with scoring='released'; leave it out")
+        if self.screen is not None and not 0 < self.screen <= 1:
+            raise SnrfError(f"screen must be in (0, 1], got {self.screen}")
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings for a profile file."""
@@ -174,12 +190,13 @@ class Meter:
         accepted = inspect.signature(type(self.model).forward).parameters
         # The logits of long probes over a large vocabulary would need more memory than all else.
         extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
-        training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             self.model(**{**inputs, **extra})
         finally:
-            self.model.train(training)
+            for module, training in modes.items():
+                module.training = training
 
     def _position_weights(
         self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None

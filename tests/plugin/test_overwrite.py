@@ -114,6 +114,13 @@ FOREIGN: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "merge of another method": ("patch", of_another_method, "holds no mergekit_config.yml of an earlier snrf merge"),
     "merge with a damaged recipe": ("patch", add("mergekit_config.yml", "a: ["), "holds no mergekit_config.yml"),
     "merge with a file of the user's": ("patch", add("scores.csv"), "holds scores.csv, which is not of an earlier run"),
+    "merge with the user's results": (
+        "patch",
+        add("results.json"),
+        "holds results.json, which is not of an earlier run",
+    ),
+    "merge with a converted model": ("patch", add("model.Q4_K_M.gguf"), "holds model.Q4_K_M.gguf, which is not"),
+    "merge with other weights": ("patch", add("old.safetensors"), "holds old.safetensors, which is not of an earlier"),
     "merge with a folder of the user's": ("patch", add("logs/one.txt"), "holds logs, which is not of an earlier run"),
     "merge with a folder called like a file": ("patch", add("notes.json/one.txt"), "holds notes.json, which is not"),
     "merge with a hidden file": ("patch", add(".gitattributes"), "holds .gitattributes, which is not of an earlier"),
