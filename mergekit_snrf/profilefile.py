@@ -14,7 +14,7 @@ decimal strings. fwd.up and fwd.down have the same impacts and are stored under 
 statistic for Eq. 5 with any threshold or top ratio, and for Eq. 6.
 
 Where the provenance's ``measure`` has a ``screen``, that share of attn.q and of attn.k was measured on each probe. The
-impacts of the others are estimates, clipped below the least that was measured; ranks up to the share are exact.
+impacts of the others are estimates, clipped below the least that was measured: they rank behind all that were.
 """
 
 from __future__ import annotations

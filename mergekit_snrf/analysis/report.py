@@ -151,7 +151,7 @@ class _Drawer:
 
 def _title(mask: Mask) -> str:
     models = (mask.provenance.target, mask.provenance.source)
-    target, source = (model.path if model is not None else None for model in models)
+    target, source = (_short(model.path) if model is not None and model.path else None for model in models)
     if target and source:
         return f"Shared neurons of {target} and {source}"
     return f"Neurons of {target or source or Path(mask.path).name}"

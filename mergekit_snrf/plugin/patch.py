@@ -1,9 +1,9 @@
 """Patch mode: copy the target's shards and rewrite only the bytes of the masked neurons.
 
 The result holds the same tensors and side files as ``mergekit-yaml`` without ``dtype``, bit for bit, in the
-target's own shards. (Here a tensor is computed on one thread; where mergekit takes several, the order of their sums
-can round a last digit otherwise.) The folder is built beside the output under a temporary name, with temporary shard
-names, and moved into place as a whole: a killed run leaves no output, and nothing that loads before it is complete.
+target's own shards (with ``--cuda``, mergekit's last digits can round otherwise). The folder is built beside the output
+under a temporary name, with temporary shard names, and moved into place as a whole: a killed run leaves no output, and
+nothing that loads before it is complete.
 """
 
 from __future__ import annotations
