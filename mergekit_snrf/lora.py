@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def export_adapter(
     recipe: str,
     recipe_folder: str | None = None,
     quiet: bool = False,
+    workers: int = 2,
     overwrite: bool = False,
 ) -> Adapter:
     """Write the adapter of a planned merge; the folder appears at once or not at all.
@@ -120,6 +122,7 @@ def export_adapter(
         dtype: of A and B; float32 is exact.
         recipe: the recipe's text, kept in the model card.
         recipe_folder: where relative paths of the recipe are looked for after the working folder.
+        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
         overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
 
     Raises:
@@ -144,15 +147,21 @@ def export_adapter(
     read = Tensors(plan, options)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for edit in tqdm.tqdm(plan.edits, desc="Exporting", unit="tensor", disable=quiet):
-        with one_thread():
-            update = _update_of(plan, edit, read)
-        neurons = plan.target_decoder.shape.neurons(edit.site.projection)
+    shape = plan.target_decoder.shape
+
+    def matrices(edit: Edit) -> tuple[Tensor, Tensor]:
+        update, neurons = _update_of(plan, edit, read), shape.neurons(edit.site.projection)
         a, b = factors(update, neurons, edit.site.axis, edit.fusion.beta)
-        module = f"{prefix}{edit.site.layer}.{edit.site.module}"
-        ranks[module] = a.shape[0]
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a.to(dtype).contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b.to(dtype).contiguous()
+        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+
+    progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=quiet)
+    with one_thread(), progress, ThreadPoolExecutor(max(1, workers)) as pool:
+        for edit, (a, b) in zip(plan.edits, pool.map(matrices, plan.edits), strict=True):
+            module = f"{prefix}{edit.site.layer}.{edit.site.module}"
+            ranks[module] = a.shape[0]
+            tensors[f"base_model.model.{module}.lora_A.weight"] = a
+            tensors[f"base_model.model.{module}.lora_B.weight"] = b
+            progress.update()
     try:
         with built_aside(out_path) as building:
             _config(plan, ranks).save_pretrained(building)

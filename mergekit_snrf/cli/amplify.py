@@ -35,7 +35,9 @@ _SHOWN = 5
 @click.option("--template", help="A format string such as '{question} calc :', in place of the chat template.")
 @click.option("--side", type=click.Choice(["target", "source"]), help="Of profile.yml; default: target.")
 @click.option("--limit", type=click.IntRange(1), help="Probes taken, drawn by --seed.")
-@click.option("--max-new-tokens", type=click.IntRange(1), help="At most as many in an answer; default: profile.yml's, or 128.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="At most as many in an answer; default: profile.yml's, or 128."
+)
 @click.option("--samples", type=click.IntRange(1), help="Answers drawn a probe, in place of the greedy one.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="Of the drawn answers.")
 @click.option(

@@ -20,6 +20,9 @@ from mergekit_snrf.cli.common import command_options, load_recipe, size
     help="Of the adapter's matrices; float32 is exact.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier adapter in OUT when the new one is complete.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
+)
 @click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
 @click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
 @click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
@@ -29,6 +32,7 @@ def lora(
     out_path: str,
     dtype: str,
     overwrite: bool,
+    workers: int,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
     trust_remote_code: bool,
@@ -55,6 +59,7 @@ def lora(
         recipe=Path(recipe).read_text(encoding="utf-8"),
         recipe_folder=recipe_folder,
         overwrite=overwrite,
+        workers=workers,
         quiet=bool(click.get_current_context().params.get("quiet")),
     )
     click.echo(f"{out_path}: {len(done.ranks)} modules, {size(done.bytes)}")

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,26 +126,29 @@ def _write_shards(
     written = 0
     tally = Tally(len(plan.edits))
     progress = tqdm.tqdm(total=len(plan.edits), desc="Patching", unit="tensor", disable=quiet)
-    with one_thread(), progress, ThreadPoolExecutor(max(1, workers)) as pool:
+    # Copying and computing go on at once; a tensor waits for its shard only when it is written.
+    with one_thread(), progress, ThreadPoolExecutor(1) as copier, ThreadPoolExecutor(max(1, workers)) as pool:
         for shard in sorted({tensor.file for tensor in plan.target.tensors.values()}):
             original, copy = tensors.target_folder / shard, building / f"{shard}{PARTIAL}"
             edits = by_shard.get(shard, [])
-            ways[_take_over(original, copy, link=hard_links and not edits)] += 1
+            copied = copier.submit(_take_over, original, copy, link=hard_links and not edits)
 
-            def apply(edit: Edit, copy: Path = copy) -> int:
-                return _apply(plan, edit, tensors, copy, tally)
+            def apply(edit: Edit, copy: Path = copy, copied: Future[str] = copied) -> int:
+                return _apply(plan, edit, tensors, copy, copied, tally)
 
             for count in pool.map(apply, edits):
                 written += count
                 progress.update()
+            ways[copied.result()] += 1
     return Patched(written, **ways)
 
 
-def _apply(plan: MergePlan, edit: Edit, tensors: Tensors, copy: Path, tally: Tally) -> int:
+def _apply(plan: MergePlan, edit: Edit, tensors: Tensors, copy: Path, copied: Future[str], tally: Tally) -> int:
     assert plan.mask is not None
     member = plan.mask.neurons[edit.site]
     fused, certificate, rounding = fuse_tensor(*tensors.read(edit), member, edit.site, edit.fusion, edit.target_name)
     tally.add(edit.target_name, certificate, rounding)
+    copied.result()
     return overwrite_neurons(tensors.place(edit), copy, fused, member, edit.site.axis)
 
 

@@ -649,5 +649,5 @@ def test_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(SnrfError, match=r"owner/model: cannot be downloaded \(no route\)"):
+    with pytest.raises(SnrfError, match=r"owner/model: cannot be downloaded \(ConnectionError: no route\)"):
         local_folder(hub_checkpoint(), MergeOptions())
