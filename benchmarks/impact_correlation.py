@@ -12,7 +12,6 @@ same everywhere, such as sigma, asks of an impact.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 import transformers
-from machine import describe
+from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.neurons import PROJECTIONS, Site
@@ -191,28 +190,22 @@ def main(folder: str, neurons: int, tokens: int, threads: int, json_path: Path |
             + f"{table[name]['logits']['all']:9.3f}{seconds[name]:10.2f}"
         )
     verdicts = [
-        {
-            "bar": f"rank correlation with Eq. 4 over all layers, {name} >= {limit:.2f}",
-            "value": table[name]["states"]["all"],
-            "met": table[name]["states"]["all"] >= limit,
-        }
+        bar(f"rank correlation with Eq. 4 over all layers, {name}", table[name]["states"]["all"], limit, least=True)
         for name, limit in BARS.items()
     ]
-    click.echo()
-    for verdict in verdicts:
-        click.echo(f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['bar']}: {verdict['value']:.3f}")
+    click.echo(f"\n{bars_text(verdicts)}")
     if json_path:
-        content = {
-            "benchmark": "impact_correlation",
-            "machine": machine,
-            "model": folder,
-            "neurons": len(chosen),
-            "tokens": [probe.attention_mask.shape[1] for probe in probes],
-            "figures": {f"{name} s": [value] for name, value in seconds.items()},
-            "correlations": table,
-            "bars": verdicts,
-        }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(
+            json_path,
+            "impact_correlation",
+            machine["threads"],
+            {f"{name}, CPU s": [value] for name, value in seconds.items()},
+            verdicts,
+            model=folder,
+            neurons=len(chosen),
+            tokens=[probe.attention_mask.shape[1] for probe in probes],
+            correlations=table,
+        )
 
 
 if __name__ == "__main__":

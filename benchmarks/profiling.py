@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 import transformers
-from machine import describe
+from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.profilefile import SCREENED, top_rank
 from mergekit_snrf.profiler.impact import attention_impact, column_norms, ffn_impact
@@ -326,12 +326,6 @@ def exactness() -> dict[str, dict[str, float]]:
     return table
 
 
-def bar(name: str, value: float, limit: float, *, least: bool = False) -> dict[str, Any]:
-    """Return one promise, what was measured, and whether it is kept."""
-    met = value >= limit if least else value <= limit
-    return {"bar": f"{name} {'>=' if least else '<='} {limit:g}", "value": value, "met": met}
-
-
 def bars(
     ratios: dict[int, dict[str, float]],
     single: dict[int, dict[str, float] | None],
@@ -449,24 +443,22 @@ def main(
     for name, error in errors.items():
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
     verdicts = bars(ratios, single, growth_mb, errors, recall)
-    click.echo()
-    for verdict in verdicts:
-        click.echo(f"{'met   ' if verdict['met'] else 'MISSED'} {verdict['bar']}: {verdict['value']:.3g}")
+    click.echo(f"\n{bars_text(verdicts)}")
     if json_path:
-        content = {
-            "benchmark": "profile",
-            "machine": machine,
-            "model": folder or "random SmolLM2-135M shape",
-            "scaled_from": {"released_layers": layers, "brute_force_neurons": neurons},
-            "figures": figures,
-            "seconds": seconds,
-            "ratios": ratios,
-            "screen": recall,
-            "memory": [found for found in [*single.values(), *growth] if found is not None],
-            "errors": errors,
-            "bars": verdicts,
-        }
-        json_path.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(
+            json_path,
+            "profiling",
+            threads,
+            figures,
+            verdicts,
+            model=folder or "random SmolLM2-135M shape",
+            scaled_from={"released_layers": layers, "brute_force_neurons": neurons},
+            seconds=seconds,
+            ratios=ratios,
+            screen=recall,
+            memory=[found for found in [*single.values(), *growth] if found is not None],
+            errors=errors,
+        )
 
 
 if __name__ == "__main__":

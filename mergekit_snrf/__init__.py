@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _API = {
     *("Edit", "Fusion", "Mask", "Measure", "Neuron", "NeuronSet", "Profile", "Site", "SnrfError"),
     *("deactivate", "fuse_model", "fuse_state_dict"),
-    *("load_mask", "profile", "read_profile", "select", "write_mask", "write_profile"),
+    *("load_mask", "open_checkpoint", "profile", "read_profile", "select", "write_mask", "write_profile"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_snrf.checkpoint import open_checkpoint
 from mergekit_snrf.edits import Edit, deactivate, fuse_model, fuse_state_dict
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion
@@ -32,6 +33,7 @@ __all__ = [
     "fuse_model",
     "fuse_state_dict",
     "load_mask",
+    "open_checkpoint",
     "profile",
     "read_profile",
     "select",

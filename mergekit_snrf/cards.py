@@ -14,7 +14,6 @@ import yaml
 from mergekit_snrf import __version__, safefile
 from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.maskfile import Mask, ModelProvenance
-from mergekit_snrf.neurons import PROJECTIONS
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -110,7 +109,10 @@ def mask_card(mask: Mask, *, sha256: str) -> str:
         f"# {name}",
         f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
         f"booleans for mergekit-snrf.",
-        _table(("projection", "layers", "neurons", "of", "share"), _counts(mask)),
+        _table(
+            ("projection", "layers", "neurons", "of", "share"),
+            [(name, *counts, _share(*counts[1:])) for name, counts in mask.neurons.by_projection().items()],
+        ),
         _table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",
         f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
@@ -203,16 +205,6 @@ def _spoken(reference: ModelReference) -> str:
     """Return hub ids, or the last parts of folders: the rest of their paths is nobody's business."""
     paths = [path.path for path in (reference.model, reference.lora) if path is not None]
     return " + ".join(Path(path).name if os.path.exists(path) else path for path in paths)
-
-
-def _counts(mask: Mask) -> list[tuple[object, ...]]:
-    rows: list[tuple[object, ...]] = []
-    for name in PROJECTIONS:
-        members = [member for site, member in mask.neurons.items() if site.projection == name]
-        counts = [int(member.sum()) for member in members]
-        of = sum(len(member) for member in members)
-        rows.append((name, sum(map(bool, counts)), sum(counts), of, _share(sum(counts), of)))
-    return rows
 
 
 def _share(part: int, whole: int) -> str:

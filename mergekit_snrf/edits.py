@@ -12,6 +12,7 @@ from types import TracebackType
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mergekit_snrf.checkpoint import Checkpoint
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion, fuse, fuse_bias
 from mergekit_snrf.live import find_live_decoder
@@ -20,8 +21,8 @@ from mergekit_snrf.neurons import NeuronSet, Site
 from mergekit_snrf.threads import one_thread
 from mergekit_snrf.weights import LiveWeights, StateWeights, Weights, bias_name, weights_of
 
-Source = nn.Module | Mapping[str, Tensor] | Weights
-"""Where weights come from: a loaded model, a state dict, or ``StoredWeights`` of a checkpoint."""
+Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
+"""Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
 
 
 class Edit:

@@ -191,6 +191,18 @@ class NeuronSet(Mapping[Site, Tensor]):
             return int(self._members[site].sum()) if site in self._members else 0
         return sum(int(member.sum()) for member in self._members.values())
 
+    def by_projection(self) -> dict[str, tuple[int, int, int]]:
+        """Return (layers with neurons, neurons, neurons that the listed layers have) of every projection.
+
+        A set may leave out layers without neurons, whose size is then not known.
+        """
+        found = {}
+        for name in PROJECTIONS:
+            members = [member for site, member in self._members.items() if site.projection == name]
+            counts = [int(member.sum()) for member in members]
+            found[name] = (sum(map(bool, counts)), sum(counts), sum(map(len, members)))
+        return found
+
     def nonempty(self) -> dict[Site, Bool[Tensor, " neurons"]]:
         """Return the sites that have at least one neuron."""
         return {site: member for site, member in self._members.items() if bool(member.any())}

@@ -8,7 +8,7 @@ from typing import Any
 from mergekit_snrf.analysis.intervals import scale_of, spoken
 from mergekit_snrf.analysis.overlap import by_projection, total
 from mergekit_snrf.analysis.results import AmplifiedNeuron, Counts, Overlap, Study, TokenOdds
-from mergekit_snrf.neurons import PROJECTIONS, NeuronSet
+from mergekit_snrf.neurons import NeuronSet
 
 _LONGEST_TOKEN = 30
 
@@ -112,12 +112,8 @@ def mask_map_text(neurons: NeuronSet) -> str:
 
 def counts_of(neurons: NeuronSet) -> dict[str, tuple[int, int]]:
     """Return (neurons in the set, neurons of the sites it lists) by projection, and under ``all`` over everything."""
-    counts: dict[str, tuple[int, int]] = {}
-    for site, member in neurons.items():
-        for name in (site.projection, "all"):
-            count, size = counts.get(name, (0, 0))
-            counts[name] = count + int(member.sum()), size + len(member)
-    return {name: counts[name] for name in (*PROJECTIONS, "all") if name in counts}
+    counts = {name: (count, size) for name, (_, count, size) in neurons.by_projection().items() if size}
+    return {**counts, "all": tuple(map(sum, zip(*counts.values(), strict=True)))} if counts else {}  # type: ignore[dict-item]
 
 
 def curve_text(overlap: Overlap) -> str:

@@ -56,7 +56,7 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
 
     path = local_path(mask_file)
     content, digest = read_mask(path), safefile.sha256(path)
-    counts = _counts(content.neurons)
+    counts = content.neurons.by_projection()
     provenance = content.provenance.model_dump(mode="json", exclude_none=True)
     if as_json:
         by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
@@ -73,21 +73,6 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
         click.echo("\n" + _layer_table(content.neurons))
     facts = [("sha256", digest), *provenance_rows(content)]
     click.echo("\n" + "\n".join(f"{name:<16}  {' '.join(text.split())}" for name, text in facts))
-
-
-def _counts(neurons: NeuronSet) -> dict[str, tuple[int, int, int]]:
-    """Count (layers with neurons, neurons, neurons that the layers in the file have) by projection.
-
-    A file may leave out layers without neurons, whose size is then not known.
-    """
-    from mergekit_snrf.neurons import PROJECTIONS
-
-    result = {}
-    for name in PROJECTIONS:
-        members = [member for site, member in neurons.items() if site.projection == name]
-        counts = [int(member.sum()) for member in members]
-        result[name] = (sum(map(bool, counts)), sum(counts), sum(len(m) for m in members))
-    return result
 
 
 def _layer_table(neurons: NeuronSet) -> str:
