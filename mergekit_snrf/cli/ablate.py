@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import command_options
+from mergekit_snrf.cli.common import command_options, model_options
 from mergekit_snrf.cli.study import report
 from mergekit_snrf.errors import SnrfError
 
@@ -33,9 +33,7 @@ logger = logging.getLogger(__name__)
     show_default=True,
     help="Of the first draw, and of the intervals.",
 )
-@click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights: auto is that of the checkpoint.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
+@model_options
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the study to FILE.")
 @command_options
 def ablate(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_snrf.cli.common import command_options, table
+from mergekit_snrf.cli.common import command_options, model_options, table
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ _SHOWN = 5
     show_default=True,
     help="Tokens of fewer than this in the amplified answers are left out.",
 )
-@click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the weights: auto is that of the checkpoint.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
+@model_options
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON.")
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write word clouds as SVG and PNG.")
 @command_options

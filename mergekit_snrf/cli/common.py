@@ -41,9 +41,37 @@ def command_options(function: _F) -> _F:
         click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity)."),
         click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings."),
     )
+    return _with(options, wrapper)  # type: ignore[return-value]
+
+
+def model_options(function: _F) -> _F:
+    """Give a command that loads a model ``--device``, ``--dtype`` and ``--trust-remote-code``."""
+    options = (
+        click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one."),
+        click.option(
+            "--dtype",
+            default="auto",
+            show_default=True,
+            help="Of the weights: auto is that of the recipe, if it sets one, or of the checkpoint.",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint."),
+    )
+    return _with(options, function)
+
+
+def cache_options(function: _F) -> _F:
+    """Give a command that reads a recipe's models mergekit's options for its caches."""
+    options = (
+        click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
+        click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),
+    )
+    return _with(options, function)
+
+
+def _with(options: Sequence[Callable[[_F], _F]], function: _F) -> _F:
     for option in reversed(options):
-        wrapper = option(wrapper)
-    return wrapper  # type: ignore[return-value]
+        function = option(function)
+    return function
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, load_recipe
+from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, model_options
 from mergekit_snrf.cli.study import report
 from mergekit_snrf.errors import SnrfError
 
@@ -83,13 +83,8 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     show_default=True,
     help="Share of the elements that DARE drops.",
 )
-@click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
-@click.option(
-    "--dtype", default="auto", show_default=True, help="Of the weights: auto is that of the recipe or the checkpoint."
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
-@click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
-@click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
+@model_options
+@cache_options
 @click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
 @click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
 @click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import command_options, load_recipe, size
+from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, size
 
 
 @click.command()
@@ -17,8 +17,7 @@ from mergekit_snrf.cli.common import command_options, load_recipe, size
 @click.option(
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
 )
-@click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
-@click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
+@cache_options
 @click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
 @click.option("--write-model-card/--no-write-model-card", default=True, help="Output README.md with the recipe.")
 @command_options

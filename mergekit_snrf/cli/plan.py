@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, load_recipe, share, size, table
+from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, share, size, table
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion import Rounding
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.option("--certify", is_flag=True, help="Read the edited tensors and say how well each is fused; write nothing.")
 @click.option("--out", "out_path", type=click.Path(), help="Also check this output folder.")
-@click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models.")
-@click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models.")
+@cache_options
 @click.option("--trust-remote-code", is_flag=True, help="Plan for a merge that runs code from the checkpoints.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @command_options
