@@ -48,9 +48,9 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
     return _document(
         front,
         f"# {name}",
-        f"{_model(plan.references[0])} with the reasoning of {_model(plan.references[1])}, merged by "
+        f"{_model(plan.references[0])} with an update from {_model(plan.references[1])} on chosen neurons, merged by "
         f"[Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
-        f"mergekit-snrf. {plan.parameters_touched} weights of the text decoder were changed; all others are the "
+        f"mergekit-snrf. The update covers {plan.parameters_touched} weights of the text decoder; all others are the "
         f"target's{f', cast to {cast}' if cast else ''}.",
         *_changes(plan),
         *_mask_of(plan),
@@ -85,7 +85,7 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
         '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")\n```',
         *_changes(plan),
         *_mask_of(plan),
-        *_reproduction(plan, recipe, "snrf lora snrf.yml adapter/", ("torch", "peft")),
+        *_reproduction(plan, recipe, "snrf lora snrf.yml adapter/", ("mergekit", "torch", "transformers", "peft")),
     )
 
 
@@ -173,7 +173,8 @@ def _mask_of(plan: MergePlan) -> list[str]:
 
 
 def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[str, ...]) -> list[str]:
-    pins = " ".join(f"{name}=={version(name)}" for name in packages)
+    # A local version, such as 2.13.0+cpu, is on no index.
+    pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in packages)
     models = [
         (_spoken(reference), reference.model.revision or "as of the merge", f"`{checkpoint.config_sha256}`")
         for reference, checkpoint in zip(plan.references, plan.checkpoints, strict=True)

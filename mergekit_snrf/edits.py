@@ -44,6 +44,7 @@ class Edit:
         """Overwrite rows (axis 0) or columns (axis 1) of a weight, or elements of a bias, and keep what was there."""
         view = _by_neuron(parameter, axis)
         selected = selected.to(view.device)
+        _history(parameter).append(self)
         self._saved.append((parameter, axis, selected, view[selected]))
         view[selected] = values
 
@@ -51,7 +52,7 @@ class Edit:
         """Put back every value as it was; a second call changes nothing.
 
         Raises:
-            SnrfError: the model was cast or moved since.
+            SnrfError: the model was cast or moved since, or a later edit of the same weights was not undone before.
         """
         while self._saved:
             parameter, axis, selected, before = self._saved[-1]
@@ -61,6 +62,10 @@ class Edit:
                     f"an edited weight of {before.dtype} on {before.device} is now {view.dtype} on {view.device}; undo "
                     f"an edit before the model is cast or moved"
                 )
+            history = _history(parameter)
+            if history and history[-1] is not self:
+                raise SnrfError("a later edit changed the same weights and is still there; undo that one first")
+            history.pop()
             view[selected] = before
             self._saved.pop()
 
@@ -224,6 +229,12 @@ def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveWeights,
                 f"shape {list(parameter.shape)} has {parameter.shape[site.axis]}; use a mask of this model"
             )
     return weights, chosen
+
+
+def _history(parameter: nn.Parameter) -> list[Edit]:
+    """Return the edits of a parameter that were not undone, the latest last."""
+    history: list[Edit] = parameter.__dict__.setdefault("_snrf_edits", [])
+    return history
 
 
 def _by_neuron(parameter: nn.Parameter, axis: int) -> Tensor:

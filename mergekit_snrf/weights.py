@@ -178,4 +178,6 @@ def weights_of(model: nn.Module | Mapping[str, Tensor] | Checkpoint | Weights) -
         return LiveWeights(find_live_decoder(model))
     if isinstance(model, Checkpoint):
         return StoredWeights(model)
+    if isinstance(model, str | Path):
+        raise SnrfError(f"{model}: is a path; give open_checkpoint(path), a loaded model or a state dict")
     return StateWeights.of(model) if isinstance(model, Mapping) else model

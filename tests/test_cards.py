@@ -110,7 +110,7 @@ def test_card_of_a_merge_says_what_was_done(name: str, merged: Path) -> None:
     assert ["target", "as of the merge", f"`{digest}`"] in rows
     assert str(merged) not in card
     if name == "merged":
-        assert f"{7 * 64 + 5 * 64} weights" in card
+        assert f"covers {7 * 64 + 5 * 64} weights" in card
 
 
 def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     card = merge_card(plan, "merged", "recipe: 1", cast="float16")
     assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm", "owner/adapter"]
     assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card
-    assert "with the reasoning of `owner/llm + owner/adapter`" in card
+    assert "with an update from `owner/llm + owner/adapter`" in card
     assert "all others are the target's, cast to float16." in card
     assert ["owner/vlm", "abc", f"`{plan.target.config_sha256}`"] in rows_of(card)
     assert any(row[:2] == ["owner/llm + owner/adapter", "as of the merge"] for row in rows_of(card))

@@ -189,6 +189,25 @@ def test_edits_nest(pairs: Any) -> None:
     assert_same(copy_of(model), before)
 
 
+def test_edits_are_not_undone_out_of_order(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model, source = load(folder / "target"), read(folder / "source")
+    before = copy_of(model)
+    first = fuse_model(model, source, neurons, FUSION)
+    second = deactivate(model, neurons)
+    with pytest.raises(SnrfError, match="a later edit changed the same weights"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert_same(copy_of(model), before)
+
+
+def test_a_path_is_no_source(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    with pytest.raises(SnrfError, match="is a path; give open_checkpoint"):
+        fuse_model(load(folder / "target"), str(folder / "source"), neurons)  # type: ignore[arg-type]
+
+
 def test_a_damaged_source_leaves_the_model_as_it_was(pairs: Any) -> None:
     folder, neurons = pairs("llava")
     model, source = load(folder / "target"), read(folder / "source")

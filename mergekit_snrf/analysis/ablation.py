@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mergekit_snrf.analysis.evaluation import Evaluation, Scores, evaluate
 from mergekit_snrf.analysis.intervals import (
+    FEW_DRAWS,
     FEW_ITEMS,
     LEVEL,
     RESAMPLES,
@@ -210,8 +211,13 @@ def verdict(study: Study) -> list[str]:
     few = [metric for metric, items in study.items.items() if items < FEW_ITEMS]
     if few:
         sentences.append(f"The intervals of {' and '.join(few)} are of fewer than {FEW_ITEMS} items, and too narrow.")
-    if by_name[RANDOM].draws == 1:
+    draws = by_name[RANDOM].draws
+    if draws == 1:
         sentences.append("One draw of random neurons does not show how much draws differ; use more.")
+    elif draws < FEW_DRAWS:
+        sentences.append(f"{draws} draws tell little of how much draws differ: the intervals over them are too narrow.")
+    if len(sentences) > 1:
+        sentences.append("The intervals are not corrected for their number.")
     return sentences
 
 

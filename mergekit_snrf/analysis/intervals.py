@@ -29,6 +29,8 @@ RESAMPLES = 10_000
 LEVEL = 0.95
 FEW_ITEMS = 30
 """Below this, the intervals of a bootstrap are too narrow to go by."""
+FEW_DRAWS = 5
+"""Below this, the draws tell little of all the others."""
 _BLOCK_BYTES = 64_000_000
 _DRAWS_STREAM = 2**32
 

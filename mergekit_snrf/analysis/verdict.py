@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_snrf.analysis.controls import Row
-from mergekit_snrf.analysis.intervals import FEW_ITEMS, scale_of, side_of, size_of, spoken
+from mergekit_snrf.analysis.intervals import FEW_DRAWS, FEW_ITEMS, scale_of, side_of, size_of, spoken
 from mergekit_snrf.analysis.results import Condition, Contrast, Measured, Study
-
-FEW_DRAWS = 5
-"""Below this, the draws tell little of all the others."""
 
 
 def verdict(study: Study, rows: Sequence[Row]) -> list[str]:
@@ -25,11 +22,13 @@ def verdict(study: Study, rows: Sequence[Row]) -> list[str]:
     sentences = []
     for metric in study.items:
         scale, unit = scale_of(metric, measured)
-        sentences.append(_change(claim.name, metric, measured[claim.name][metric], scale, unit))
+        of_claim = measured[claim.name][metric]
+        claimed = of_claim.change is not None and side_of(of_claim.change, scale) > 0
+        sentences.append(_change(claim.name, metric, of_claim, scale, unit))
         for contrast in study.contrasts:
             if contrast.metric == metric and (study.roles.get(metric) != "keep" or side_of(contrast.difference, scale)):
                 row = by_name[contrast.right]
-                sentences.append(_contrast(contrast, row, conditions[row.name], scale, unit))
+                sentences.append(_contrast(contrast, row, conditions[row.name], scale, unit, claimed=claimed))
     compared = len(study.contrasts) + len(study.items)
     if compared > 1:
         sentences.append(
@@ -56,7 +55,7 @@ def _change(claim: str, metric: str, measured: Measured, scale: float, unit: str
     return f"{claim} {'raises' if side > 0 else 'lowers'} {metric} by {size_of(measured.change, scale)}{unit}."
 
 
-def _contrast(contrast: Contrast, row: Row, condition: Condition, scale: float, unit: str) -> str:
+def _contrast(contrast: Contrast, row: Row, condition: Condition, scale: float, unit: str, *, claimed: bool) -> str:
     measured, draws = condition.metrics[contrast.metric], ""
     assert measured.change is not None
     if condition.draws > 1:
@@ -66,7 +65,9 @@ def _contrast(contrast: Contrast, row: Row, condition: Condition, scale: float, 
     start = f"{row.spoken or row.name}{draws} changes {contrast.metric} by {change}{unit}"
     side = side_of(contrast.difference, scale)
     if side:
-        effect = f", so {row.about} {'helps' if side > 0 else 'hurts'}" if row.about else ""
+        # Where the merge itself shows nothing, nothing can be said to help.
+        shown = row.about and (side < 0 or claimed)
+        effect = f", so {row.about} {'helps' if side > 0 else 'hurts'}" if shown else ""
         than = f"{size_of(contrast.difference, scale)}{unit} {'higher' if side > 0 else 'lower'}"
         return f"{start}; with {contrast.left} it is {than}{effect}."
     effect = f", so it is not shown that {row.about} helps" if row.about else ""

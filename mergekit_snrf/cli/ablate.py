@@ -77,7 +77,9 @@ def ablate(
         settings |= {"profile": str(profile_path), "profile_sha256": safefile.sha256(profile_path)}
         profiled = profile.provenance.model
         if profiled is not None and profiled.config_sha256 not in (None, checkpoint.config_sha256):
-            logger.warning("%s: is the profile of another model than %s (%s)", profile_path, model, profiled.path)
+            raise SnrfError(
+                f"{profile_path}: is the profile of another model than {model} ({profiled.path}); give its own"
+            )
     evaluation = load_evaluation(reference)
     if quiet:
         from transformers.utils import logging as transformers_logging

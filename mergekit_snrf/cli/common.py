@@ -111,6 +111,9 @@ def load_recipe(path: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
     from pydantic import ValidationError
 
+    from mergekit_snrf.plugin.method import SPEC
+    from mergekit_snrf.plugin.recipe import stray_keys
+
     try:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:
@@ -129,6 +132,10 @@ def load_recipe(path: str) -> MergeConfiguration:
     except Exception as error:
         # A value that does not fit its tag, such as the date 2020-13-45, raises what Python's constructor raises.
         raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None
+    if not isinstance(parsed, dict):
+        raise SnrfError(f"{path}: is no recipe; a recipe begins with merge_method: snrf")
+    if parsed.get("merge_method") == SPEC.name and (strays := stray_keys(parsed)):
+        raise SnrfError(f"{path}: {'; '.join(strays)}")
     try:
         return MergeConfiguration.model_validate(parsed)
     except ValidationError as error:

@@ -112,6 +112,13 @@ def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None
         write_result(json_file, study)
 
 
+def _check_chosen(row: str, needed: str) -> None:
+    """Refuse a row that was asked for by name and cannot be made; of the rows by default it is left out."""
+    context = click.get_current_context()
+    if context.get_parameter_source("rows") == click.core.ParameterSource.COMMANDLINE:
+        raise SnrfError(f"--rows: the row {row} needs {needed}; give it, or leave out the row")
+
+
 def _check_options(from_lmms_eval: bool) -> None:
     context = click.get_current_context()
     for name in _OF_RECIPE if from_lmms_eval else _OF_LMMS_EVAL:
@@ -190,16 +197,18 @@ def _from_recipe(
         for profile in read:
             profiled = profile.provenance.model
             if profiled is not None and profiled.config_sha256 not in (None, opened.target.config_sha256):
-                logger.warning("%s: is the profile of another model (%s)", profile.path, profiled.path)
+                raise SnrfError(f"{profile.path}: is the profile of another model ({profiled.path}), not of the target")
         least = least_important(averaged(read), opened.merge.neurons)
         settings["profiles"] = {str(path): safefile.sha256(path) for path in paths}
     elif "least" in keys:
+        _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
     common = None
     if "base" in keys and base is not None:
         common = open_base(base, opened, options)
         settings["base"] = base
     elif "base" in keys:
+        _check_chosen("base", "--base, the model that both were trained from")
         notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
     evaluation = load_evaluation(reference)
     if quiet:

@@ -29,6 +29,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.plugin.checks import temporary_shards
 from mergekit_snrf.plugin.method import as_click_error, remember_command, start_tally
 from mergekit_snrf.plugin.plan import MergePlan, absolute, plan_merge
+from mergekit_snrf.plugin.recipe import stray_keys
 from mergekit_snrf.plugin.tensors import download, wider_dtype
 
 LOG = logging.getLogger(__name__)
@@ -93,6 +94,10 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
     recipe_folder = os.path.dirname(os.path.abspath(recipe_path)) if recipe_path else None
     try:
         plan = plan_merge(config, options, out_path=out_path, recipe_folder=recipe_folder, merge_adapter=True)
+        if recipe_path and os.path.isfile(recipe_path):
+            # mergekit drops what it does not know before anyone else sees it.
+            with open(recipe_path, encoding="utf-8") as file:
+                plan.problems += stray_keys(yaml.safe_load(file))
         plan.raise_problems()
         _fetch_side_files(plan, options)
     except SnrfError as error:

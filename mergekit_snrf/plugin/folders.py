@@ -42,7 +42,7 @@ def folder_problem(
         return f"{out_path}: the output path is a file; give a folder"
     if os.listdir(out_path):
         if replaceable is None:
-            return f"{out_path}: the output folder is not empty; choose a new folder"
+            return f"{out_path}: the output folder is not empty; choose a new folder, or --overwrite an earlier output"
         needed = next((path for path in _inputs(plan, recipe_folder) if _holds(out_path, path)), None)
         if needed is not None:
             return f"{out_path}: the output folder holds {needed}, which the recipe reads; choose another folder"

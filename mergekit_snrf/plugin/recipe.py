@@ -196,6 +196,37 @@ def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: 
             )
 
 
+def stray_keys(content: Any) -> list[str]:
+    """Return a sentence for every key outside the parameters that mergekit would drop in silence.
+
+    Args:
+        content: the recipe as YAML gives it.
+    """
+    if not isinstance(content, Mapping):
+        return []
+    found = _strays(content, MergeConfiguration.model_fields, "at the top of the recipe")
+    models = content.get("models")
+    for entry in models if isinstance(models, list) else []:
+        if isinstance(entry, Mapping):
+            where = f"beside the model {entry.get('model', '')}".strip()
+            found += _strays(entry, InputModelDefinition.model_fields, where)
+    return found
+
+
+def _strays(content: Mapping[Any, Any], known: Iterable[str], where: str) -> list[str]:
+    sentences = []
+    for key in content:
+        if key in known:
+            continue
+        if key in _SPECS:
+            sentences.append(f"{key!r} stands {where}, where mergekit ignores it; move it under 'parameters:'")
+            continue
+        close = difflib.get_close_matches(str(key), list(known), n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"mergekit knows {', '.join(known)}"
+        sentences.append(f"unknown key {key!r} {where}; {hint}")
+    return sentences
+
+
 def _check_parameters(
     top_level: Mapping[str, ParameterSetting], sources: list[InputModelDefinition], problems: list[str]
 ) -> None:

@@ -62,7 +62,7 @@ class Tally:
         weights = sum(rounding.weights for rounding in self._roundings)
         changed = sum(rounding.changed for rounding in self._roundings)
         said = (
-            f"rounding to the checkpoint's dtype takes {self.lost:.0%} of the update's norm; {changed} of {weights} "
+            f"rounding to the output's dtype takes {self.lost:.0%} of the update's norm; {changed} of {weights} "
             f"masked weights change"
         )
         if self.lost <= LOST_TOO_MUCH:

@@ -123,8 +123,8 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "recipe: Input should be a valid dictionary"),
-        ("[]", "recipe: Input should be a valid dictionary"),
+        ("", "is no recipe; a recipe begins with merge_method: snrf"),
+        ("[]", "is no recipe; a recipe begins with merge_method: snrf"),
         ("models: []", "merge_method: Field required"),
         ("merge_method: snrf", "Exactly one of 'models', 'slices', or 'modules' must be present"),
         ("merge_method: snrf\nmodels: 3", "models: Input should be a valid list"),

@@ -183,14 +183,18 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         return type(load(reference))(reference, load(reference).function)
 
     monkeypatch.setattr("mergekit_snrf.analysis.evaluation.load_evaluation", without_roles)
-    words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0"]
-    result = CliRunner().invoke(snrf, [*words, "--rows", "least,linear,base"])
+    words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0", "--draws", "1"]
+    result = CliRunner().invoke(snrf, words)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("Left out: ") == 3
     assert "Left out: the least important neurons, which need --profile" in result.stdout
     assert "Left out: the common base as source, which needs --base" in result.stdout
     assert "Left out: linear at equal perception, which needs a metric of the role keep" in result.stdout
     assert "linear, beta 1" in result.stdout
+    for row, needed in (("least", "--profile"), ("base", "--base")):
+        result = CliRunner().invoke(snrf, [*words, "--rows", row])
+        assert result.exit_code == 1
+        assert f"--rows: the row {row} needs {needed}" in result.output
 
 
 def test_the_defaults_are_those_of_the_module() -> None:

@@ -370,7 +370,10 @@ def test_refused_output(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    assert_refused(patch(pair.recipe(), out), f"{out}: the output folder is not empty; choose a new folder")
+    assert_refused(
+        patch(pair.recipe(), out),
+        f"{out}: the output folder is not empty; choose a new folder, or --overwrite an earlier output",
+    )
     assert hashes(out) == {"notes.txt": hashlib.sha256(b"mine").hexdigest()}
     assert_refused(patch(pair.recipe(), out / "notes.txt"), "notes.txt: the output path is a file")
     assert_refused(patch(write_recipe(tmp_path / "r.yml", pair.recipe()), pair.target), "is not empty")

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import TensorGroup
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 from pair import MODULES, Pair, merge, one, plan
 from torch import Tensor
 
+from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion
 from mergekit_snrf.plugin import method
@@ -294,3 +298,31 @@ def test_filter_without_effect_is_a_warning(pair: Pair) -> None:
     planned = plan(pair.recipe(source={"beta": beta}))
     assert planned.problems == []
     assert planned.warnings == ["filter 'qproj' matches no tensor with masked neurons, so its value is never used"]
+
+
+STRAYS = {
+    "beta: 0": "'beta' stands at the top of the recipe, where mergekit ignores it; move it under 'parameters:'",
+    "masks_sha256: dead": "'masks_sha256' stands at the top of the recipe, where mergekit ignores it",
+    "out_dytpe: float32": "unknown key 'out_dytpe' at the top of the recipe; did you mean 'out_dtype'?",
+}
+
+
+@pytest.mark.parametrize("line", STRAYS)
+def test_keys_outside_the_parameters_are_errors(line: str, pair: Pair, tmp_path: Path) -> None:
+    path = tmp_path / "stray.yml"
+    path.write_text(f"{yaml.safe_dump(pair.recipe())}\n{line}\n")
+    for command in ([mergekit_yaml, str(path), str(tmp_path / "out")], [snrf, "plan", str(path)]):
+        result = CliRunner().invoke(command[0], command[1:])
+        assert result.exit_code == 1
+        assert STRAYS[line] in " ".join(result.output.split())
+        assert not (tmp_path / "out").exists()
+
+
+def test_keys_beside_a_model_are_errors(pair: Pair, tmp_path: Path) -> None:
+    recipe = pair.recipe()
+    recipe["models"][0]["paramters"] = {"beta": 0}
+    (tmp_path / "stray.yml").write_text(yaml.safe_dump(recipe))
+    result = CliRunner().invoke(snrf, ["plan", str(tmp_path / "stray.yml")])
+    assert result.exit_code == 1
+    assert "unknown key 'paramters' beside the model" in result.output
+    assert "did you mean 'parameters'?" in result.output

@@ -500,7 +500,7 @@ def test_certificates_as_a_table(models: Models, tmp_path: Path) -> None:
         f"{len(rows)} tensors fused, {len(models.neurons)} of them truncated to rank 4, which captures "
         in result.stdout
     )
-    assert "rounding to the checkpoint's dtype takes 0% of the update's norm" in result.stdout
+    assert "rounding to the output's dtype takes 0% of the update's norm" in result.stdout
 
 
 def test_a_plan_with_problems_is_not_certified(models: Models, tmp_path: Path) -> None:
