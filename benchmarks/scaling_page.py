@@ -211,7 +211,6 @@ def draw(content: dict[str, Any]) -> None:
             )
         axis.set(xlabel=one["varied"], ylabel="CPU seconds")
         axis.set_xticks(x, labels=[str(v) for v in x])
-        axis.minorticks_off()
     colours = {"linear": "#7a7a7a", "snrf": "#0072b2", "snrf patch": "#d55e00", "snrf lora": "#009e73"}
     for axis, what, label, factor in ((axes[4], "wall_s", "wall seconds", 1), (axes[5], "peak_mb", "peak GB", 1e-3)):
         for method, colour in colours.items():
@@ -219,10 +218,13 @@ def draw(content: dict[str, Any]) -> None:
             y = [factor * statistics.median(p[what]) for p in points]
             axis.loglog([p["x"] for p in points], y, "o-", color=colour, label=f"{method}: {power(points, what)}")
         axis.set(xlabel="parameters", ylabel=label)
-        axis.set_yticks([1, 2, 5] if what == "peak_mb" else [10, 20, 50, 100])
+        axis.set_yticks([0.5, 1, 2, 5, 10] if what == "peak_mb" else [5, 10, 20, 50, 100])
         axis.get_yaxis().set_major_formatter("{x:g}")
     for axis in axes:
-        axis.legend(fontsize=8, title="exponent", title_fontsize=8)
+        axis.minorticks_off()
+        low, high = axis.get_ylim()
+        axis.set_ylim(low, high * (high / low) ** 0.45)
+        axis.legend(fontsize=8, title="exponent", title_fontsize=8, loc="upper left")
         axis.grid(alpha=0.3)
     figure.savefig(PICTURE, metadata={"Date": None})
 
