@@ -267,6 +267,9 @@ def _read_config(path: Path) -> ExactMatchConfig:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "file"
+        if first["type"] == "extra_forbidden":
+            known = (MetricConfig if first["loc"][0] == "metrics" else ExactMatchConfig).model_fields
+            raise SnrfError(f"{path}: {where}: unknown key; the keys there are {', '.join(known)}") from None
         raise SnrfError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 

@@ -131,6 +131,8 @@ def _as_text(plan: MergePlan, certified: _Certified) -> str:
         lines.append(f"mask    {plan.mask_path} ({plan.mask.neurons.count()} neurons)")
     if plan.edits:
         lines += ["", _edits_as_text(plan)]
+    elif not plan.problems:
+        lines += ["", "nothing would change: no masked neuron has an update (beta 0, or an empty mask)"]
     if certified:
         lines += ["", _certified_as_text(certified)]
     lines += [f"warning: {warning}" for warning in plan.warnings]

@@ -174,7 +174,10 @@ GOOD = {"data": "rows.jsonl", "question": "q", "answer": "a"}
         ({**GOOD, "data": "rows.txt"}, r"metric 'R': data: 'rows\.txt' must end in one of"),
         ({**GOOD, "answer": "b"}, r"metric 'R': .*has no column 'b'"),
         ({**GOOD, "role": "lose"}, r"metrics\.R\.role: Input should be 'gain' or 'keep'"),
-        ({**GOOD, "answers": "a"}, r"metrics\.R\.answers: Extra inputs are not permitted"),
+        (
+            {**GOOD, "answers": "a"},
+            r"metrics\.R\.answers: unknown key; the keys there are data, question, images, answer, ",
+        ),
         ({"data": "rows.jsonl", "answer": "a"}, r"metrics\.R: question is missing"),
         ({**GOOD, "answer_regex": "("}, r"metrics\.R\.answer_regex: is not a regular expression \(missing \)"),
         ({**GOOD, "answer_regex": "(" * 499 + "a" + ")" * 499}, r"metrics\.R\.answer_regex: is not a regular exp"),
