@@ -21,7 +21,7 @@ from mergekit_snrf.cli.select import select
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-snrf")
 def main() -> None:
-    """Plan and inspect merges with the method snrf, and work with neuron masks."""
+    """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
 main.add_command(plan)
