@@ -11,7 +11,7 @@ JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# About seven minutes on two cores: three pairs with all controls.
+# About six minutes on two cores: three pairs with all controls.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
