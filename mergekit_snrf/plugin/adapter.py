@@ -13,13 +13,17 @@ import atexit
 import functools
 import logging
 import os
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import click
 import yaml
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
+from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
@@ -117,6 +121,8 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
         return merge_card(plan, name, written if rewritten else recipe, cast=config.out_dtype or config.dtype)
 
     _write_our_card(config, card)
+    if options.multi_gpu:
+        _wait_for_results_of_gpus()
     start_tally(len(plan.edits))
     return describe(plan, config, options)
 
@@ -156,6 +162,36 @@ def _write_our_card(config: MergeConfiguration, card: Callable[[str, str], str])
 
     generate_card.__snrf__ = True  # type: ignore[attr-defined]
     mergekit.merge.generate_card = generate_card
+
+
+class _Drained(threading.Event):
+    """An event that counts as set only when a queue is empty, too."""
+
+    def __init__(self, waiting: queue.Queue[Any]) -> None:
+        super().__init__()
+        self._waiting = waiting
+
+    def is_set(self) -> bool:
+        return super().is_set() and self._waiting.empty()
+
+
+def _wait_for_results_of_gpus() -> None:
+    """Let mergekit's executor for several GPUs collect every result before it writes.
+
+    mergekit 0.1.5 stops listening as soon as the workers are done, whatever their queue still holds; it then runs the
+    lost tasks again without their inputs, and the merge fails, or not, by chance.
+    """
+    original = MultiGPUExecutor.__init__
+    if getattr(original, "__snrf__", False):
+        return
+
+    @functools.wraps(original)
+    def __init__(self: MultiGPUExecutor, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.done_event = _Drained(self.task_completion_queue)
+
+    __init__.__snrf__ = True  # type: ignore[attr-defined]
+    MultiGPUExecutor.__init__ = __init__  # type: ignore[method-assign]
 
 
 def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:

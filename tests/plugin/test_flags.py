@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -198,6 +200,21 @@ def test_multi_gpu(flags: str, pair: Pair, plain: Tensors, tmp_path: Path, monke
     monkeypatch.setattr(method, "merge_group", recorded)
     assert_same(merge(pair.recipe(), tmp_path / "out", "--multi-gpu", *flags.split()), plain)
     assert len(set(threads) - {threading.get_ident()}) == 2
+
+
+class SlowQueue(queue.Queue):  # type: ignore[type-arg]
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        time.sleep(0.002)
+        return super().get(block, timeout)
+
+
+@pytest.mark.usefixtures("two_accelerators")
+def test_multi_gpu_loses_no_result_to_a_slow_main_process(
+    pair: Pair, plain: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers are done long before their results are collected."""
+    monkeypatch.setattr(multi_gpu.queue, "Queue", SlowQueue)
+    assert_same(merge(pair.recipe(), tmp_path / "out", "--multi-gpu"), plain)
 
 
 def test_kernel_in_many_threads(pair: Pair, plain: Tensors, tmp_path: Path) -> None:
