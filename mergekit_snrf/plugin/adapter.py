@@ -191,7 +191,7 @@ def _wait_for_results_of_gpus() -> None:
         self.done_event = _Drained(self.task_completion_queue)
 
     __init__.__snrf__ = True  # type: ignore[attr-defined]
-    MultiGPUExecutor.__init__ = __init__  # type: ignore[method-assign]
+    MultiGPUExecutor.__init__ = __init__
 
 
 def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
