@@ -139,8 +139,9 @@ class Journals:
         return whole
 
     def delete(self, keep: int | None = None) -> None:
-        """Delete all journals but that of rank ``keep``."""
-        for path in self.files():
+        """Delete all journals but that of rank ``keep``, and what killed processes have half written."""
+        abandoned = self._stem.parent.glob(f".{_journals(self._stem)}.*.partial")
+        for path in [*self.files(), *abandoned]:
             if keep is None or path != self.path(keep):
                 path.unlink(missing_ok=True)
 
@@ -169,11 +170,12 @@ class Journals:
 
 def journals_of(stem: Path) -> list[Path]:
     """Return the journals of a side that exist."""
-    return sorted(stem.parent.glob(f"{_escaped(stem.name)}.journal-*.safetensors"))
+    return sorted(stem.parent.glob(_journals(stem)))
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in name)
+def _journals(stem: Path) -> str:
+    escaped = "".join(f"[{sign}]" if sign in "*?[" else sign for sign in stem.name)
+    return f"{escaped}.journal-*.safetensors"
 
 
 def difference(was: Any, now: Any, key: str = "") -> str | None:

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,15 +194,28 @@ def test_command_reports_what_it_found(pair, tmp_path):
     assert "attn.k" in result.output
 
 
-def killed_while(process: subprocess.Popen[bytes], journal: Path, minimum: int) -> None:
-    """Send SIGKILL as soon as a journal holds some groups of probes."""
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if journal.is_file() and written(journal) >= minimum:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.001)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+KILLED = """
+import os, signal, sys
+from mergekit_snrf.cli.profile import main
+name, writes, replace = sys.argv[1], int(sys.argv[2]), os.replace
+
+def replace_or_die(written, path):
+    global writes
+    writes -= os.path.basename(path) == name
+    if writes < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(written, path)
+
+os.replace = replace_or_die
+main(sys.argv[3:])
+"""
+
+
+def run_killed_in(journal: str, writes: int, *arguments: str) -> None:
+    """Run the command until it has written a journal some times, and SIGKILL it in the middle of the next write."""
+    program = [sys.executable, "-c", KILLED, journal, str(writes), *arguments]
+    done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
 
 
 def written(journal: Path) -> int:
@@ -220,12 +232,11 @@ def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     whole = profiled(path, tmp_path / "whole")
     out = tmp_path / "out"
     out.mkdir()
-    start = functools.partial(subprocess.Popen, env=ENVIRONMENT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    killed_while(start(command(path, out, "--journal-every", "0")), out / "m.target.journal-0.safetensors", 10)
+    arguments = [str(path), str(out / "m.safetensors"), "--journal-every", "0"]
+    run_killed_in("m.target.journal-0.safetensors", 5, *arguments)
     assert not (out / FILES[1]).exists()
     measured = written(out / "m.target.journal-0.safetensors")
-    process = start(command(path, out, "--journal-every", "0", "--resume"))
-    killed_while(process, out / "m.source.journal-0.safetensors", 6)
+    run_killed_in("m.source.journal-0.safetensors", 3, *arguments, "--resume")
     assert (out / FILES[1]).read_bytes() == whole[FILES[1]]
     assert 10 <= measured < 40
     assert not (out / FILES[0]).exists()
@@ -239,7 +250,7 @@ def test_two_processes_write_the_bytes_of_one(pair, tmp_path):
     out.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, *command(path, out)[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        [*launcher, *command(path, out)[1:]], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("shared neurons") == 1
