@@ -20,6 +20,8 @@ _DENSE_SIDE = 512
 # Elements converted to float64 at a time: they stay in a processor's cache.
 _PANEL = 2**19
 _CHUNK = 1024
+# Vectors of a Lanczos block: wider ones need fewer passes and more work.
+_WIDTH = 16
 # Lanczos vectors before a restart: more save no passes on flat spectra, and cost memory.
 _VECTORS = 256
 # Energy that a subspace may lack, relative to the optimum.
@@ -144,7 +146,7 @@ def certified_subspace(
     solution, method, passes = None, "", 0
     if side > _DENSE_SIDE:
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(16 if rank <= 32 else 32, side, generator=generator, dtype=torch.float64)
+        start = torch.randn(_WIDTH, side, generator=generator, dtype=torch.float64)
         solution = _lanczos(problem, start.to(matrix.device, matrix.dtype), generator)
         if solution:
             method, passes = "lanczos", solution.certificate.passes
@@ -274,23 +276,24 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
         return None
     vectors, images = start.new_empty(room, side), start.new_empty(room, length)
     projected = torch.zeros(room, room, dtype=torch.float64)
-    count, check, largest = 0, rank + 1, 0.0
+    count, done, check, largest = 0, 0, rank + 1, 0.0
+    before: tuple[int, float] | None = None
     block, _ = _orthonormal(start, vectors[:0], 0.0, generator)
     for passes in range(1, most_passes + 1):
         new = slice(count, count + width)
         count = new.stop
         vectors[new] = block
         applied = _apply(tall, block * scale, images[new], scale)
-        # V^T (A^T A V) in float32 would drown small values; (A V)^T (A V) in float64 does not.
-        projected[new] = 0
-        for image, others in zip(images[new].split(_CHUNK, 1), images[:count].split(_CHUNK, 1), strict=True):
-            projected[new, :count] += (image.to(torch.float64) @ others.to(torch.float64).mT).cpu()
         largest = max(largest, float(applied.norm(dim=1).amax()))
         block, coupling = _orthonormal(applied, vectors[:count], torch.finfo(dtype).eps * largest, generator)
         full = count + width > room
         if count < check and not full and passes < most_passes:
             continue
-        check = math.ceil(1.1 * count)
+        # V^T (A^T A V) in float32 would drown small values; (A V)^T (A V) in float64 does not.
+        projected[done:count] = 0
+        for image, others in zip(images[done:count].split(_CHUNK, 1), images[:count].split(_CHUNK, 1), strict=True):
+            projected[done:count, :count] += (image.to(torch.float64) @ others.to(torch.float64).mT).cpu()
+        done = count
         values, mixing = torch.linalg.eigh(projected[:count, :count])
         values, mixing = values.flip(0), mixing.flip(1)
         residuals = (coupling.to("cpu", torch.float64) @ mixing[-width:]).norm(dim=0)
@@ -304,16 +307,30 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
         solution = _judge(problem, leading, values, residuals, passes, shares)
         if solution.converged or solution.stalled or passes == most_passes:
             break
+        estimate = count, math.log(solution.certificate.est / (0.5 * problem.tolerance))
+        check = _next_check(before, estimate)
+        before = estimate
         if full:
             vectors[:keep] = leading @ vectors[:count]
             images[:keep] = leading @ images[:count]
             projected[:keep, :keep] = values[:keep].diag()
-            count = check = keep
+            count = done = keep
+            check, before = keep, None
     # A block finds at most its width of copies of one singular value: there may be more.
     first, last = values[: max(0, rank - width + 1)], values[width - 1 : rank]
     sure = not bool(((first - last < 1e-5 * first) & (first - values[rank] > 1e-5 * first)).any())
     found = leading[: rank + 16] @ vectors[:count]
     return replace(solution, vectors=found, converged=solution.converged and sure, stalled=solution.stalled and sure)
+
+
+def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int:
+    """Return the number of vectors at which to look again, from the last two logarithms of estimate / wanted."""
+    count, distance = now
+    step = 0.1 * count
+    if before is not None and before[1] > distance > 0:
+        # Convergence speeds up: aim short.
+        step = max(step, min(0.6 * distance * (count - before[0]) / (before[1] - distance), 0.5 * count))
+    return math.ceil(count + step)
 
 
 def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
