@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent / "plugin"))
 
@@ -14,6 +15,9 @@ from family_table import BEGIN, END, markdown, passed
 # Nothing in the tests may reach a hub; a test that serves its own sets these for its subprocess.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The same examples on every machine, however slow or busy it is.
+settings.register_profile("snrf", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("snrf")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

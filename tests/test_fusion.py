@@ -16,7 +16,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import ORDERS, Fusion, fuse, masked_update
 from mergekit_snrf.update import working_dtype
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 Array = NDArray[np.float64]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}

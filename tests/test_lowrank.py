@@ -17,7 +17,7 @@ from mergekit_snrf.lowrank import (
     truncated_rows,
 )
 
-examples = settings(deadline=None, derandomize=True, max_examples=80)
+examples = settings(max_examples=80)
 
 Array = NDArray[np.float64]
 SHAPES = [(48, 32), (32, 48), (32, 32), (7, 300), (300, 7), (1, 9), (9, 1)]

@@ -35,7 +35,7 @@ from mergekit_snrf.maskfile import (
 )
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 
-examples = settings(deadline=None, derandomize=True, max_examples=40)
+examples = settings(max_examples=40)
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 objects = st.dictionaries(texts, texts | st.integers() | st.lists(st.booleans(), max_size=2), max_size=2)

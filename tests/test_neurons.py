@@ -15,7 +15,7 @@ from mergekit_snrf import neurons
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons import MAX_LAYERS, PROJECTIONS, Neuron, NeuronSet, Site, projection_named
 
-examples = settings(deadline=None, derandomize=True, max_examples=50)
+examples = settings(max_examples=50)
 
 LENGTHS = {"attn.q": 8, "attn.k": 4, "attn.v": 4, "fwd.up": 9, "fwd.down": 9}
 

@@ -16,7 +16,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 from mergekit_snrf.released import kv_row, read_released, released_json
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 QWEN = DecoderShape(layers=28, hidden_size=3584, heads=28, kv_heads=4, head_dim=128, intermediate_size=18944)
 TINY = DecoderShape(layers=3, hidden_size=8, heads=4, kv_heads=2, head_dim=3, intermediate_size=10)

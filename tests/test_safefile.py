@@ -26,7 +26,7 @@ from mergekit_snrf.errors import SnrfError
 
 FORMAT, VERSION = "snrf-profile", 3
 
-examples = settings(deadline=None, derandomize=True, max_examples=40)
+examples = settings(max_examples=40)
 
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
 leaves = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)

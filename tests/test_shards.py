@@ -81,7 +81,6 @@ def test_tensor_at_an_odd_offset(scratch: Path) -> None:
 
 
 @given(edits())
-@settings(deadline=None)
 def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tensor, Tensor, Tensor, int]) -> None:
     before, after, neurons, axis = edit
     neighbours = {"a": torch.full((3, 3), 7.0), "z": torch.full((3,), -7.0, dtype=torch.float16)}
@@ -228,7 +227,7 @@ def assert_inside(ranges: dict[str, ByteRange], path: Path) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_fuzzed_bytes_raise_snrf_errors_alone(scratch: Path, data: st.DataObject) -> None:
     save_file({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, scratch / "good.safetensors")
     content = bytearray((scratch / "good.safetensors").read_bytes())
@@ -266,7 +265,7 @@ numbers = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, -1, 2**40]) | json_va
     )
     | json_values
 )
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_fuzzed_headers_raise_snrf_errors_alone(scratch: Path, header: Any) -> None:
     path = write_raw(scratch / "fuzzed-header", header, bytes(24))
     try:

@@ -29,7 +29,7 @@ from mergekit_snrf.fusion import (
 from mergekit_snrf.neurons import Site
 from mergekit_snrf.update import energy_rank
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 Array = NDArray[np.float64]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def test_mme_with_a_lone_question_is_left_out(tmp_path: Path) -> None:
     lines = [{"mme_perception_score": {"category": "OCR", "question_id": "1", "score": 1.0}, "x": 1.0}]
     study, skipped = run(tmp_path, "mme", lines, lines)
     assert list(study.items) == ["mme/x"]
-    assert skipped == ["mme/mme_perception_score, where 1 of 1 pictures do not have two questions"]
+    assert skipped == ["Left out: mme/mme_perception_score, where 1 of 1 pictures do not have two questions"]
 
 
 def test_pope_accuracy_counts_and_its_other_metrics_do_not(tmp_path: Path) -> None:
@@ -134,7 +135,8 @@ def test_pope_accuracy_counts_and_its_other_metrics_do_not(tmp_path: Path) -> No
     assert means(study, "pope/pope_accuracy") == [0.5, 1.0]
     assert list(study.items) == ["pope/pope_accuracy"]
     assert sorted(skipped) == [
-        f"pope/pope_{name}, which is no mean over samples" for name in ("f1_score", "precision", "recall", "yes_ratio")
+        f"Left out: pope/pope_{name}, which is no mean over samples"
+        for name in ("f1_score", "precision", "recall", "yes_ratio")
     ]
 
 
@@ -184,7 +186,7 @@ def test_values_that_are_not_understood_are_left_out_with_the_reason(value: Any,
     lines = [{"m": 1.0, "n": 1.0}, {"m": value, "n": 1.0}]
     study, (skipped,) = run(tmp_path, "t", lines, lines)
     assert list(study.items) == ["t/n"]
-    assert skipped.startswith(f"t/m, whose value in {DATE}_samples_t.jsonl, line 2 ")
+    assert skipped.startswith(f"Left out: t/m, whose value in {DATE}_samples_t.jsonl, line 2 ")
     assert reason in skipped
 
 
@@ -209,7 +211,7 @@ def test_a_metric_of_other_samples_is_left_out(tmp_path: Path) -> None:
     study, skipped = run(tmp_path, "t", [{"m": 1.0, "n": 1.0}, {"n": 1.0}], [{"n": 1.0}, {"m": 1.0, "n": 1.0}])
     assert list(study.items) == ["t/n"]
     assert len(skipped) == 1
-    assert skipped[0].startswith("t/m, which m1 and m0 do not have")
+    assert skipped[0].startswith("Left out: t/m, which m1 and m0 do not have")
 
 
 def test_tasks_metrics_and_roles_are_chosen(tmp_path: Path) -> None:
@@ -232,15 +234,48 @@ def test_tasks_metrics_and_roles_are_chosen(tmp_path: Path) -> None:
             compare_runs(folders, **options)
 
 
-def test_the_last_of_several_runs_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write(tmp_path / "a", "t", [sample(0, m=0.0)], "20260101_000000")
+@pytest.mark.parametrize("older", ["20251231_235959", "zz_20251231_235959", "latest"])
+def test_the_newest_of_several_runs_counts_and_is_named(older: str, tmp_path: Path) -> None:
     write(tmp_path / "a", "t", [sample(0, m=1.0)], "20260102_000000")
+    write(tmp_path / "a", "t", [sample(0, m=0.0)], older)
     write(tmp_path / "a", "t", [sample(0, m=2.0)], "checkpoint")
     write(tmp_path / "b", "t", [sample(0, m=0.5)])
-    study, _ = compare_runs([tmp_path / "a", tmp_path / "b"])
+    study, notes = compare_runs([tmp_path / "a", tmp_path / "b"])
     assert means(study, "t/m") == [1.0, 0.5]
-    assert "several runs of t; the last one counts" in caplog.text
+    assert notes == ["a has 2 runs of t; the newest by its name counts, 20260102_000000_samples_t.jsonl."]
     assert study.settings["files"]["a"] == [str(tmp_path / "a" / "20260102_000000_samples_t.jsonl")]
+
+
+def test_a_task_of_one_metric_is_kept_by_its_name(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, "one", [sample(0, m=1.0, other="text")])
+        write(tmp_path / name, "two", [sample(0, m=1.0, n=1.0)])
+        write(tmp_path / name, "m", [sample(0, x=1.0)])
+    folders = [tmp_path / "a", tmp_path / "b"]
+
+    def kept(*keep: str, metrics: Sequence[str] = ()) -> set[str]:
+        roles = compare_runs(folders, keep=keep, metrics=metrics)[0].roles
+        return {name for name, role in roles.items() if role == "keep"}
+
+    assert kept("one") == {"one/m"}
+    assert kept("one", "two/n") == {"one/m", "two/n"}
+    assert kept("two", metrics=["n"]) == {"two/n"}
+    # A name of a metric is that of the metric in every task, as before.
+    assert kept("m") == {"one/m", "two/m"}
+    with pytest.raises(SnrfError, match=r"^--keep: two has 2 metrics; name one of two/m, two/n$"):
+        kept("two")
+    with pytest.raises(SnrfError, match=r"^--keep: 'three' is none of m, m/x, n, one/m, two/m, two/n, x$"):
+        kept("three")
+
+
+def test_folders_of_one_name_are_told_apart_by_as_few_parts_as_are_needed(tmp_path: Path) -> None:
+    places = [tmp_path / "target" / "run" / "out", tmp_path / "merged" / "run" / "out"]
+    for place in places:
+        write(place, "t", [sample(0, m=1.0)])
+    study, _ = compare_runs(places)
+    assert [condition.name for condition in study.conditions] == ["target/run/out", "merged/run/out"]
+    with pytest.raises(SnrfError, match="is given twice"):
+        compare_runs([places[0], places[0] / ".." / "out"])
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
@@ -344,7 +379,7 @@ def compared(contents: list[bytes]) -> None:
         assert len(sentence.encode().splitlines()) <= 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(METRICS, METRICS), min_size=1, max_size=3), st.booleans())
 @example([({"m": 1e308}, {"m": -1e308})] * 2, False)
 @example([({"m": {"\ud800": 1}}, {"m": {"score": float("inf")}})], True)
@@ -357,7 +392,7 @@ def test_any_metric_is_compared_left_out_or_refused(pairs: list[tuple[Any, Any]]
     compared(["\n".join(lines).encode() for lines in numbered])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_refused_in_one_sentence(a: bytes, b: bytes) -> None:
     compared([a, b])

@@ -48,7 +48,7 @@ def file_of(statistics: Statistics, folder: Path) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(corpus=corpora(), data=st.data())
 def test_any_shards_in_any_order_give_the_bytes_of_one_run(corpus, data, tmp_path):
     probes = len(corpus[QUERY])
@@ -67,7 +67,7 @@ def test_any_shards_in_any_order_give_the_bytes_of_one_run(corpus, data, tmp_pat
     assert all(torch.equal(merged.state()[key], tensor) for key, tensor in whole.state().items())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(corpus=corpora())
 def test_statistics_are_what_exact_arithmetic_over_the_whole_corpus_gives(corpus):
     profile = measured(corpus).profile()
