@@ -3,7 +3,8 @@
 One thing is varied at a time: tokens, probes, layers and hidden size for profiling, parameters for merging. Profiling
 is measured in CPU seconds of one thread on Llama models of random weights with the head size of SmolLM2 (64), a third
 as many key heads as query heads, and a vocabulary of 4096; memory is what a fresh process needs beyond a forward pass.
-Merging is measured in wall seconds and peak memory of whole commands on the pairs of ``pairs.py``, rank 16.
+Merging is measured in wall seconds and peak memory of whole commands on the pairs of ``pairs.py``, rank 16, beside the
+imports of mergekit, which every command begins with.
 
 ``python benchmarks/scaling_page.py scaling.json`` fits the exponents and writes the table and the figure of README.md.
 """
@@ -130,6 +131,7 @@ def merging(sizes: tuple[str, ...], repeats: int, threads: int) -> list[dict[str
             options = [str(out), "--quiet", "--no-copy-tokenizer", "--out-shard-size", "1B"]
             snrf = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
             commands: dict[str, tuple[list[str], Path | None]] = {
+                "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None),
                 "linear": ([*mergekit, str(recipes["linear"]), *options], out),
                 "snrf": ([*mergekit, str(recipes["snrf"]), *options], out),
                 "snrf patch": ([*snrf, "patch", str(recipes["snrf"]), str(out), "--quiet"], out),

@@ -110,18 +110,34 @@ def profiling_tables(series: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def beyond_imports(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points of the methods with ``work_s``, what they take beyond the imports of the same size's rounds."""
+    imports = {p["size"]: statistics.median(p["wall_s"]) for p in points if p["method"] == "imports"}
+    return [
+        {**p, "work_s": [max(0.1, seconds - imports[p["size"]]) for seconds in p["wall_s"]]}
+        for p in points
+        if p["method"] != "imports"
+    ]
+
+
 def merging_table(points: list[dict[str, Any]]) -> list[str]:
     """Return the Markdown table of the merges."""
     sizes = list(dict.fromkeys(p["size"] for p in points))
+    imports = [statistics.median(p["wall_s"]) for p in points if p["method"] == "imports"]
+    points = beyond_imports(points)
     methods = list(dict.fromkeys(p["method"] for p in points))
     cells = {(p["method"], p["size"]): p for p in points}
-    lines = [f"| method | {' | '.join(sizes)} | exponent, time |", f"|---|{'---|' * (len(sizes) + 1)}"]
+    lines = [
+        f"| method | {' | '.join(sizes)} | exponent of the time beyond imports |",
+        f"|---|{'---|' * (len(sizes) + 1)}",
+        f"| imports of mergekit | {' | '.join(f'{seconds:.1f} s' for seconds in imports)} | |",
+    ]
     for method in methods:
         row = [cells[method, size] for size in sizes]
         shown = (
             f"{statistics.median(p['wall_s']):.1f} s, {statistics.median(p['peak_mb']) / 1000:.2f} GB" for p in row
         )
-        lines.append(f"| {method} | {' | '.join(shown)} | {power(row, 'wall_s')} |")
+        lines.append(f"| {method} | {' | '.join(shown)} | {power(row, 'work_s')} |")
     parameters = " | ".join(f"{cells[methods[0], size]['x'] / 1e9:.2f} G" for size in sizes)
     return [*lines, f"| parameters | {parameters} | |", ""]
 
@@ -212,13 +228,17 @@ def draw(content: dict[str, Any]) -> None:
         axis.set(xlabel=one["varied"], ylabel="CPU seconds")
         axis.set_xticks(x, labels=[str(v) for v in x])
     colours = {"linear": "#7a7a7a", "snrf": "#0072b2", "snrf patch": "#d55e00", "snrf lora": "#009e73"}
-    for axis, what, label, factor in ((axes[4], "wall_s", "wall seconds", 1), (axes[5], "peak_mb", "peak GB", 1e-3)):
+    merges = beyond_imports(content["merging"])
+    for axis, what, label, factor in (
+        (axes[4], "work_s", "wall seconds beyond imports", 1),
+        (axes[5], "peak_mb", "peak GB", 1e-3),
+    ):
         for method, colour in colours.items():
-            points = [p for p in content["merging"] if p["method"] == method]
+            points = [p for p in merges if p["method"] == method]
             y = [factor * statistics.median(p[what]) for p in points]
             axis.loglog([p["x"] for p in points], y, "o-", color=colour, label=f"{method}: {power(points, what)}")
         axis.set(xlabel="parameters", ylabel=label)
-        axis.set_yticks([0.5, 1, 2, 5, 10] if what == "peak_mb" else [5, 10, 20, 50, 100])
+        axis.set_yticks([0.5, 1, 2, 5, 10] if what == "peak_mb" else [1, 2, 5, 10, 20, 50])
         axis.get_yaxis().set_major_formatter("{x:g}")
     for axis in axes:
         axis.minorticks_off()

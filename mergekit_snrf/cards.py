@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from mergekit_snrf import __version__, safefile
 from mergekit_snrf.checkpoint import Checkpoint
-from mergekit_snrf.maskfile import Mask, ModelProvenance
+from mergekit_snrf.fusion import Fusion
+from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -25,10 +28,14 @@ _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index
 _MAX_CELL = 300
 # Backslash first: the others are written with it. Hubs make links of bare addresses.
 _ESCAPED = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "[": "\\[", "!": "\\!", "://": "&#58;//", "www.": "www&#46;"}
+# Provenance fields that may be paths.
+_PATHS = ("path", "file", "dataset")
+# A name that YAML reads as the same text without quotes.
+_PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][\w.+@-]*", re.ASCII | re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 
 
-def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None) -> str:
+def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
     """Return the README of a merged folder.
 
     Args:
@@ -36,25 +43,21 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
         name: of the merged model.
         recipe: its text, as written.
         cast: the dtype that every tensor was cast to, if the recipe sets one.
+        changed: how many of the covered weights differ from the target's, where that is known.
     """
-    assert plan.target is not None
-    front = {
-        "base_model": _hub_ids(plan),
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "pipeline_tag": pipeline_tag(plan.target),
-        "tags": ["mergekit", "merge", "snrf"],
-    }
-    return _document(
-        front,
-        f"# {name}",
+    differ = "" if changed is None else f", {changed} of which differ from the target's after rounding"
+    return _of_plan(
+        plan,
+        name,
         f"{_model(plan.references[0])} with an update from {_model(plan.references[1])} on chosen neurons, merged by "
         f"[Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
-        f"mergekit-snrf. The update covers {plan.parameters_touched} weights of the text decoder; all others are the "
-        f"target's{f', cast to {cast}' if cast else ''}.",
-        *_changes(plan),
-        *_mask_of(plan),
-        *_reproduction(plan, recipe, "mergekit-yaml snrf.yml merged/", ("mergekit", "torch", "transformers")),
+        f"mergekit-snrf. The update covers {plan.parameters_touched} weights of the text decoder{differ}; all others "
+        f"are the target's{f', cast to {cast}' if cast else ''}.",
+        recipe=recipe,
+        command="mergekit-yaml snrf.yml merged/",
+        relation="merge",
+        library="transformers",
+        tags=("merge", "snrf"),
     )
 
 
@@ -67,46 +70,35 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
         recipe: its text, as written.
         ranks: rank of every adapted module.
     """
-    assert plan.target is not None
-    front = {
-        "base_model": _hub_ids(plan),
-        "base_model_relation": "adapter",
-        "library_name": "peft",
-        "pipeline_tag": pipeline_tag(plan.target),
-        "tags": ["mergekit", "snrf", "lora"],
-    }
     low, high = min(ranks.values()), max(ranks.values())
-    return _document(
-        front,
-        f"# {name}",
+    return _of_plan(
+        plan,
+        name,
         f"A LoRA adapter for {_model(plan.references[0])}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
         f"Fusion]({PAPER}) adds to it from {_model(plan.references[1])}, in {len(ranks)} modules of the text decoder, "
         f"rank {low if low == high else f'{low} to {high}'}. Made with mergekit-snrf.",
         '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")\n```',
-        *_changes(plan),
-        *_mask_of(plan),
-        *_reproduction(plan, recipe, "snrf lora snrf.yml adapter/", ("mergekit", "torch", "transformers", "peft")),
+        recipe=recipe,
+        command="snrf lora snrf.yml adapter/",
+        relation="adapter",
+        library="peft",
+        tags=("snrf", "lora"),
     )
 
 
 def mask_card(mask: Mask, *, sha256: str) -> str:
     """Return a README for a mask file."""
+    mask = _without_folders(mask)
     target, source = (_line((side and side.path) or "") for side in (mask.provenance.target, mask.provenance.source))
-    name = Path(mask.path).name
-    front = {
-        "base_model": [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)],
-        "library_name": "mergekit-snrf",
-        "tags": ["mergekit", "snrf", "neuron-mask"],
-    }
+    name, usual = Path(mask.path).name, Fusion()
     recipe = {
         "merge_method": "snrf",
         "base_model": target or "TARGET",
-        "models": [{"model": source or "SOURCE"}],
+        "models": [{"model": source or "SOURCE", "parameters": {"beta": usual.beta, "rank": usual.rank}}],
         "parameters": {"masks": name, "masks_sha256": sha256},
     }
     return _document(
-        front,
-        f"# {name}",
+        name,
         f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
         f"booleans for mergekit-snrf.",
         _table(
@@ -117,6 +109,9 @@ def mask_card(mask: Mask, *, sha256: str) -> str:
         "## Use",
         f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
+        models=[path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)],
+        library="mergekit-snrf",
+        tags=("snrf", "neuron-mask"),
     )
 
 
@@ -155,6 +150,33 @@ def _side_rows(role: str, side: ModelProvenance | None) -> list[tuple[str, str]]
     return rows
 
 
+def _of_plan(
+    plan: MergePlan,
+    name: str,
+    *intro: str,
+    recipe: str,
+    command: str,
+    relation: str,
+    library: str,
+    tags: tuple[str, ...],
+) -> str:
+    """Return the README of what a plan was made into: the introduction, what was changed, and how to make it again."""
+    assert plan.target is not None
+    packages = dict.fromkeys(("mergekit", "torch", "transformers", library))
+    return _document(
+        name,
+        *intro,
+        *_changes(plan),
+        *_mask_of(plan),
+        *_reproduction(plan, recipe, command, tuple(packages)),
+        models=_hub_ids(plan),
+        relation=relation,
+        library=library,
+        task=pipeline_tag(plan.target),
+        tags=tags,
+    )
+
+
 def _changes(plan: MergePlan) -> list[str]:
     rows = [(name, tensors, changed, of, _share(changed, of)) for name, (tensors, changed, of) in plan.counts().items()]
     return [
@@ -169,7 +191,7 @@ def _mask_of(plan: MergePlan) -> list[str]:
         return []
     digest = safefile.sha256(plan.mask_path)
     rows = [("file", f"`{plan.mask_path.name}`"), ("sha256", f"`{digest}`"), ("neurons", plan.mask.neurons.count())]
-    return ["## Neurons", _table(("", ""), [*rows, *provenance_rows(plan.mask)])]
+    return ["## Neurons", _table(("", ""), [*rows, *provenance_rows(_without_folders(plan.mask))])]
 
 
 def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[str, ...]) -> list[str]:
@@ -179,16 +201,61 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[st
         (_spoken(reference), reference.model.revision or "as of the merge", f"`{checkpoint.config_sha256}`")
         for reference, checkpoint in zip(plan.references, plan.checkpoints, strict=True)
     ]
+    shared = portable(recipe)
+    named = "" if shared == recipe else ", its absolute paths cut to their last part"
     return [
         "## To make it again",
         f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}",
-        "with this as `snrf.yml`, and the mask of the sha256 above where it says:",
-        f"```yaml\n{recipe.rstrip()}\n```",
-        _table(
-            ("model", "revision", "sha256 of config.json"),
-            models,
-        ),
+        f"with this as `snrf.yml`{named}, and the mask of the sha256 above where it says:",
+        f"```yaml\n{shared.rstrip()}\n```",
+        _table(("model", "revision", "sha256 of config.json"), models),
     ]
+
+
+def portable(recipe: str) -> str:
+    """Return a recipe's text with the absolute paths of what is on this machine cut to their last part."""
+    pieces, end = [], 0
+    for token in yaml.scan(recipe, yaml.SafeLoader):
+        short = _short(token.value) if isinstance(token, yaml.ScalarToken) else None
+        if short is not None:
+            quoted = short if _PLAIN.fullmatch(short) else json.dumps(short)
+            pieces += [recipe[end : token.start_mark.index], quoted]
+            end = token.end_mark.index
+    return "".join([*pieces, recipe[end:]])
+
+
+def _short(reference: str) -> str | None:
+    """Return a mask's or model's name in place of its absolute path, None where there is no such path."""
+    if _is_here(reference):
+        return _last_part(reference)
+    # A model may be model@revision+adapter@revision.
+    parts = [part.partition("@") for part in reference.split("+")]
+    if not any(_is_here(path) for path, *_ in parts):
+        return None
+    return "+".join(_last_part(path) + at + revision for path, at, revision in parts)
+
+
+def _is_here(path: str) -> bool:
+    return os.path.isabs(path) and os.path.exists(path)
+
+
+def _without_folders(mask: Mask) -> Mask:
+    """Return a mask in whose provenance absolute paths are cut to their last part."""
+
+    def cut(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: cut(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner, key) for inner in value]
+        return _last_part(value) if isinstance(value, str) and key in _PATHS else value
+
+    return replace(mask, provenance=Provenance.model_validate(cut(mask.provenance.model_dump(exclude_none=True))))
+
+
+def _last_part(path: str) -> str:
+    """Return the name of what lies at an absolute path, the rest of which is nobody's business; others as they are."""
+    absolute = next((kind(path) for kind in (PurePosixPath, PureWindowsPath) if kind(path).is_absolute()), None)
+    return path if absolute is None else absolute.name
 
 
 def _hub_ids(plan: MergePlan) -> list[str]:
@@ -237,6 +304,22 @@ def _line(text: str) -> str:
     return text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
 
 
-def _document(front: Mapping[str, Any], *parts: str) -> str:
+def _document(
+    name: str,
+    *parts: str,
+    models: list[str],
+    library: str,
+    tags: tuple[str, ...],
+    relation: str | None = None,
+    task: str | None = None,
+) -> str:
+    """Return a page with the front matter that hubs read; what is empty is left out of it."""
+    front = {
+        "base_model": models,
+        "base_model_relation": relation,
+        "library_name": library,
+        "pipeline_tag": task,
+        "tags": ["mergekit", *tags],
+    }
     kept = {key: value for key, value in front.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" + "\n\n".join([f"# {name}", *parts]) + "\n"

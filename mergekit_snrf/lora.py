@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from mergekit_snrf.decoder import find_decoder
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import masked_update
 from mergekit_snrf.plugin.folders import built_aside, folder_problem
-from mergekit_snrf.plugin.plan import Edit, MergePlan
-from mergekit_snrf.plugin.tensors import Tensors
+from mergekit_snrf.plugin.plan import MergePlan, PlannedEdit
+from mergekit_snrf.plugin.tensors import Tensors, threads
 from mergekit_snrf.threads import one_thread
 from mergekit_snrf.update import Update
 
@@ -84,6 +83,8 @@ def live_prefix(checkpoint: Checkpoint) -> str:
             revision=checkpoint.revision,
             trust_remote_code=checkpoint.trust_remote_code,
         )
+        if not config.architectures:
+            raise ValueError("its config.json names no class under 'architectures'")
         with torch.device("meta"):
             model = get_auto_cls(config.architectures[0]).from_config(
                 config, trust_remote_code=checkpoint.trust_remote_code
@@ -149,36 +150,31 @@ def export_adapter(
     ranks: dict[str, int] = {}
     shape = plan.target_decoder.shape
 
-    def matrices(edit: Edit) -> tuple[Tensor, Tensor]:
+    def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
         update, neurons = _update_of(plan, edit, read), shape.neurons(edit.site.projection)
         a, b = factors(update, neurons, edit.site.axis, edit.fusion.beta)
         return a.to(dtype).contiguous(), b.to(dtype).contiguous()
 
-    progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=quiet)
-    with one_thread(), progress, ThreadPoolExecutor(max(1, workers)) as pool:
-        for edit, (a, b) in zip(plan.edits, pool.map(matrices, plan.edits), strict=True):
-            module = f"{prefix}{edit.site.layer}.{edit.site.module}"
-            ranks[module] = a.shape[0]
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b
-            progress.update()
-    try:
-        with built_aside(out_path) as building:
-            _config(plan, ranks).save_pretrained(building)
-            # safetensors' save_file would make the file readable for its owner alone.
-            (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-            card = adapter_card(plan, Path(out_path).absolute().name, recipe, ranks)
-            (building / "README.md").write_text(card, encoding="utf-8")
-            size = (building / "adapter_model.safetensors").stat().st_size
-    except OSError as error:
-        raise SnrfError(
-            f"{out_path}: the adapter could not be written ({error.strerror or error}); make room, or choose another "
-            f"folder"
-        ) from None
+    # The folder first: one that cannot be made is better known before the work than after it.
+    with built_aside(out_path, "adapter", replace=overwrite) as building:
+        progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=quiet)
+        with one_thread(), progress, threads(workers) as pool:
+            for edit, (a, b) in zip(plan.edits, pool.map(matrices, plan.edits), strict=True):
+                module = f"{prefix}{edit.site.layer}.{edit.site.module}"
+                ranks[module] = a.shape[0]
+                tensors[f"base_model.model.{module}.lora_A.weight"] = a
+                tensors[f"base_model.model.{module}.lora_B.weight"] = b
+                progress.update()
+        _config(plan, ranks).save_pretrained(building)
+        # safetensors' save_file would make the file readable for its owner alone.
+        (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        card = adapter_card(plan, Path(out_path).absolute().name, recipe, ranks)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        size = (building / "adapter_model.safetensors").stat().st_size
     return Adapter(ranks, size)
 
 
-def _update_of(plan: MergePlan, edit: Edit, tensors: Tensors) -> Update:
+def _update_of(plan: MergePlan, edit: PlannedEdit, tensors: Tensors) -> Update:
     assert plan.mask is not None
     target, source, source_base = tensors.read(edit)
     return masked_update(
@@ -200,7 +196,7 @@ def _config(plan: MergePlan, ranks: Mapping[str, int]) -> Any:
     usual = max(set(ranks.values()), key=list(ranks.values()).count)
     # alpha = rank everywhere makes PEFT's factor alpha / r one: beta is inside B.
     others = {rf"{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
-    return LoraConfig(
+    config = LoraConfig(
         base_model_name_or_path=plan.target.name,
         revision=plan.target.revision,
         task_type="CAUSAL_LM",
@@ -214,3 +210,6 @@ def _config(plan: MergePlan, ranks: Mapping[str, int]) -> Any:
         rank_pattern=others,
         alpha_pattern=dict(others),
     )
+    # PEFT keeps a set, whose order changes from run to run.
+    config.target_modules = sorted(ranks)
+    return config

@@ -123,8 +123,10 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
         folders: where to look for a relative path after the working folder, such as the recipe's folder.
 
     Raises:
-        SnrfError: the reference is malformed, or the file does not exist or cannot be downloaded.
+        SnrfError: the reference is empty or malformed, or the file does not exist or cannot be downloaded.
     """
+    if not reference:
+        raise SnrfError("the path of a file is empty; give a path, or hf://owner/repo@revision/path")
     if not reference.startswith("hf://"):
         candidates = [Path(os.path.expanduser(reference))]
         if not candidates[0].is_absolute():
@@ -133,6 +135,9 @@ def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ())
         for candidate in candidates:
             if os.path.isfile(candidate):
                 return candidate.resolve()
+        folder = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
+        if folder is not None:
+            raise SnrfError(f"{reference}: is a folder ({folder}), a file is needed; give the path of the file")
         places = " and ".join(map(str, candidates))
         raise SnrfError(f"{reference}: no such file, looked for {places}; correct the path")
     match = _HUB.fullmatch(reference)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,22 @@ from mergekit_snrf.shards import ByteRange, byte_ranges, read_tensor
 def bias_name(weight_name: str) -> str:
     """Return the name of the bias beside a weight."""
     return f"{weight_name.removesuffix('weight')}bias"
+
+
+def stored_ranges(checkpoint: Checkpoint, folder: Path, names: Iterable[str]) -> dict[str, ByteRange]:
+    """Return the byte ranges of the floating-point tensors in the shards that hold the named ones.
+
+    Args:
+        folder: of the shards.
+
+    Raises:
+        SnrfError: a shard is stored as .bin, or its header is damaged.
+    """
+    shards = sorted({checkpoint.tensors[name].file for name in names})
+    for shard in shards:
+        if shard.endswith(".bin"):
+            raise SnrfError(f"{checkpoint.name}: is stored as .bin ({shard}); convert it to safetensors first")
+    return {name: where for shard in shards for name, where in byte_ranges(folder / shard).items()}
 
 
 class Weights(Protocol):
@@ -137,13 +153,7 @@ class StoredWeights:
 
     @cached_property
     def _ranges(self) -> dict[str, ByteRange]:
-        shards = {header.file for header in self._checkpoint.tensors.values()}
-        for shard in shards:
-            if shard.endswith(".bin"):
-                raise SnrfError(
-                    f"{self._checkpoint.name}: is stored as .bin ({shard}); convert it to safetensors first"
-                )
-        return {name: where for shard in sorted(shards) for name, where in byte_ranges(self._folder / shard).items()}
+        return stored_ranges(self._checkpoint, self._folder, self._checkpoint.tensors)
 
     def name(self, site: Site) -> str:
         """Return the tensor's name on disk."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from checkpoints import make_source, make_target
+from checkpoints import make_source, make_target, read
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,13 +19,14 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf import safefile
-from mergekit_snrf.cards import mask_card, merge_card, provenance_rows
+from mergekit_snrf.cards import mask_card, merge_card, portable, provenance_rows
 from mergekit_snrf.cli.common import load_recipe
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons import NeuronSet, Site
 from mergekit_snrf.plugin import install
 from mergekit_snrf.plugin.plan import plan_merge
+from mergekit_snrf.plugin.recipe import default
 
 ROOT = Path(__file__).resolve().parents[1]
 NEURONS = NeuronSet({Site(0, "attn.k"): torch.tensor([True, False, True, False])})
@@ -62,7 +64,9 @@ def test_card_says_what_is_in_the_file(tmp_path: Path) -> None:
     assert ["seed", "3"] in rows
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe["base_model"] == "owner/vlm"
-    assert recipe["models"] == [{"model": "owner/llm"}]
+    (source_entry,) = recipe["models"]
+    assert source_entry == {"model": "owner/llm", "parameters": {"beta": 0.5, "rank": 4}}
+    assert source_entry["parameters"] == {name: default(name) for name in ("beta", "rank")}
     assert recipe["parameters"] == {"masks": "m.safetensors", "masks_sha256": safefile.sha256(path)}
 
 
@@ -109,8 +113,93 @@ def test_card_of_a_merge_says_what_was_done(name: str, merged: Path) -> None:
     digest = hashlib.sha256((merged / "target" / "config.json").read_bytes()).hexdigest()
     assert ["target", "as of the merge", f"`{digest}`"] in rows
     assert str(merged) not in card
-    if name == "merged":
-        assert f"covers {7 * 64 + 5 * 64} weights" in card
+    if name != "lora":
+        before, after = read(merged / "target"), read(merged / name)
+        changed = sum(int((after[tensor] != before[tensor]).sum()) for tensor in before)
+        assert 0 < changed < 7 * 64 + 5 * 64
+        covered = f"covers {7 * 64 + 5 * 64} weights of the text decoder, {changed} of which differ from the target's"
+        assert covered in card
+
+
+def test_what_out_dtype_rounds_is_not_counted(merged: Path, tmp_path: Path) -> None:
+    text = (merged / "snrf.yml").read_text()
+    for key, counted in (("dtype", True), ("out_dtype", False)):
+        (merged / "cast.yml").write_text(f"{text}{key}: float16\n")
+        result = CliRunner().invoke(mergekit_yaml, [str(merged / "cast.yml"), str(tmp_path / key), "--quiet"])
+        assert result.exit_code == 0, result.output
+        card = (tmp_path / key / "README.md").read_text()
+        assert ("of which differ from the target's" in card) == counted
+        assert "the target's, cast to float16." in card
+
+
+@pytest.mark.parametrize("name", ["merged", "patched", "lora"])
+def test_absolute_paths_are_cut_in_cards(name: str, merged: Path, tmp_path: Path) -> None:
+    mask = read_mask(merged / "mask.safetensors")
+    probes = {"dataset": str(merged / "probes.jsonl"), "count": 7}
+    target = ModelProvenance(path=str(merged / "target"), probes=probes)
+    (tmp_path / "masks, mine").mkdir()
+    mask_path = tmp_path / "masks, mine" / "mask: 1.safetensors"
+    write_mask(mask_path, mask.neurons, Provenance(target=target))
+    text = (
+        f"merge_method: snrf  # {name}\nbase_model: {merged}/target\n"
+        f"models: [{{model: '{merged}/source', parameters: {{beta: 0.5}}}}]\nparameters: {{masks: \"{mask_path}\"}}\n"
+    )
+    (tmp_path / "snrf.yml").write_text(text)
+    command = (mergekit_yaml, ()) if name == "merged" else (snrf, ("lora",)) if name == "lora" else (snrf, ("patch",))
+    words = [*command[1], str(tmp_path / "snrf.yml"), str(tmp_path / "out"), "--quiet"]
+    result = CliRunner().invoke(command[0], words)
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(merged) not in card
+    assert str(tmp_path) not in card
+    assert "with this as `snrf.yml`, its absolute paths cut to their last part" in card
+    written = card.split("```yaml\n")[1].split("```")[0]
+    assert written.startswith(f"merge_method: snrf  # {name}\nbase_model: target\n")
+    recipe = yaml.safe_load(written)
+    assert recipe["models"] == [{"model": "source", "parameters": {"beta": 0.5}}]
+    assert recipe["parameters"] == {"masks": "mask: 1.safetensors"}
+    assert ["target", "target"] in rows_of(card)
+    assert ["target's probes", "dataset probes.jsonl, count 7"] in rows_of(card)
+    if name != "lora":
+        assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+
+
+def test_absolute_paths_are_cut_in_the_card_of_a_mask() -> None:
+    target = ModelProvenance(path="/home/someone/models/vlm", probes={"dataset": "/home/someone/probes.jsonl"})
+    source = ModelProvenance(path="C:\\Users\\someone\\llm")
+    inputs = [{"path": "/home/someone/other.safetensors"}]
+    mask = Mask(NEURONS, Provenance(target=target, source=source, operation="union", inputs=inputs))
+    card = mask_card(mask, sha256="0" * 64)
+    assert "someone" not in card
+    assert "base_model: vlm\n" in card
+    assert "- model: llm\n" in card
+    assert ["target's probes", "dataset probes.jsonl"] in rows_of(card)
+    assert ["made by", "union of other.safetensors"] in rows_of(card)
+
+
+NAMES = st.text(alphabet="ab01.,:{}[]#'\" -_+@&!*%é", min_size=1, max_size=12)
+
+
+@given(NAMES.map(str.strip).filter(lambda name: name not in ("", ".", "..")), st.sampled_from([None, True, False]))
+def test_a_cut_name_is_read_as_it_is(name: str, flow: bool | None) -> None:
+    """Whatever a file is called, in block and in flow style."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).touch()
+        for path, expected in ((f"{folder}/{name}", name), (f"{folder}/no/{name}", f"{folder}/no/{name}")):
+            recipe = {"parameters": {"masks": path, "beta": [0.5, 1]}, "models": [path]}
+            again = yaml.safe_load(portable(yaml.safe_dump(recipe, default_flow_style=flow)))
+            assert again == {"parameters": {"masks": expected, "beta": [0.5, 1]}, "models": [expected]}
+
+
+@pytest.mark.parametrize("name", ["true", "No", "null", "y", "1e3", "12", "0x1f", "~", "vlm"])
+def test_a_cut_name_is_text_and_the_rest_stays(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    text = "base_model: {} # a comment\nmodel: '{}@main+{}' \n"
+    path = f"{tmp_path}/{name}"
+    again = portable(text.format(path, path, path))
+    assert yaml.safe_load(again) == {"base_model": name, "model": f"{name}@main+{name}"}
+    assert " # a comment\nmodel: " in again
+    assert again.endswith(" \n")
 
 
 def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) -> None:
@@ -145,7 +234,7 @@ def test_a_merge_through_mergekits_python_api_has_the_recipe_in_its_card(merged:
     card = (tmp_path / "out" / "README.md").read_text()
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe["merge_method"] == "snrf"
-    assert recipe["models"][0]["model"] == str(merged / "source")
+    assert recipe["models"][0]["model"] == "source"
     assert not recipe.get("modules")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,27 @@ def test_adapter_touches_masked_neurons_of_the_text_decoder_only(tmp_path: Path)
     assert "base_model" in (tmp_path / "adapter" / "README.md").read_text()
 
 
+def test_configuration_is_the_same_in_every_run(tmp_path: Path) -> None:
+    recipe = make_merge(tmp_path, "llama", "hub")
+    invoke(snrf, "lora", recipe, tmp_path / "adapter", "--quiet")
+    modules = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) > 5
+    assert modules == sorted(modules)
+
+
+def test_disk_that_is_full(tmp_path: Path) -> None:
+    recipe = make_merge(tmp_path, "llama", "hub")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "new" / "adapter"), "--quiet"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {tmp_path}/new/adapter: the adapter could not be written (File too large")
+    assert not (tmp_path / "new").exists()
+
+
 def test_refusals(tmp_path: Path) -> None:
     recipe = make_merge(tmp_path, "llama", "hub")
     (tmp_path / "adapter").mkdir()
@@ -121,3 +144,14 @@ def test_refusals(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "4000" in result.output
     assert not (tmp_path / "other").exists()
+
+
+def test_target_that_names_no_class(tmp_path: Path) -> None:
+    recipe = make_merge(tmp_path, "llama", "hub")
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    for named in ({}, {"architectures": []}):
+        content = {key: value for key, value in config.items() if key != "architectures"} | named
+        (tmp_path / "target" / "config.json").write_text(json.dumps(content))
+        result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter"), "--quiet"])
+        assert result.exit_code == 1
+        assert "its config.json names no class under 'architectures'" in result.output

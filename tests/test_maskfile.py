@@ -414,10 +414,22 @@ def test_missing_local_paths_name_where_was_looked(tmp_path: Path, monkeypatch: 
     assert str(caught.value) == f"m.safetensors: no such file, looked for {places}; correct the path"
 
 
-@pytest.mark.parametrize("reference", ["", ".", "/", "x" * 300, "x/" * 3000, "a\0b", "~no-such-user/m.safetensors"])
+@pytest.mark.parametrize("reference", ["x" * 300, "x/" * 3000, "a\0b", "~no-such-user/m.safetensors"])
 def test_paths_that_name_no_file(reference: str) -> None:
     with pytest.raises(SnrfError, match=r"no such file, looked for .*; correct the path"):
         local_path(reference)
+
+
+def test_folders_and_empty_text_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes" / "masks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for reference, folder in ((".", tmp_path), ("/", "/"), ("masks", tmp_path / "recipes" / "masks")):
+        with pytest.raises(SnrfError) as caught:
+            local_path(reference, ("recipes",))
+        message = f"{reference}: is a folder ({folder}), a file is needed; give the path of the file"
+        assert str(caught.value) == message
+    with pytest.raises(SnrfError, match=r"^the path of a file is empty; give a path, or hf://owner"):
+        local_path("", (tmp_path,))
 
 
 @pytest.mark.parametrize(

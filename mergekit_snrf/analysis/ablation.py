@@ -28,14 +28,15 @@ from mergekit_snrf.analysis.intervals import (
 from mergekit_snrf.analysis.results import Condition, Contrast, Study
 from mergekit_snrf.edits import deactivate
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.maskfile import Mask, local_path
 from mergekit_snrf.neurons import NeuronSet
+from mergekit_snrf.profilefile import Profile, read_profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from mergekit_snrf.checkpoint import Checkpoint
     from mergekit_snrf.decoder import DecoderShape
-    from mergekit_snrf.maskfile import Mask
-    from mergekit_snrf.profilefile import Profile
 
 REFERENCE, CLAIM, RANDOM, LEAST = "as it is", "masked neurons", "random neurons", "least important neurons"
 
@@ -152,6 +153,28 @@ def least_important(profile: Profile, neurons: NeuronSet) -> NeuronSet:
         members[site] = torch.zeros_like(member)
         members[site][order[: int(member.sum())]] = True
     return NeuronSet(members)
+
+
+def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
+    """Read the profile of a model.
+
+    A profile that does not say which config.json its model had is taken as it is. One that does tells models apart by
+    that file only: weights that differ under an equal config.json, as a fine-tune's and its parent's, go unnoticed.
+
+    Args:
+        checkpoint: of the model.
+        reference: a file, or hf://owner/repo@revision/path.
+
+    Raises:
+        SnrfError: it cannot be read, or its model had another config.json.
+    """
+    profile = read_profile(local_path(reference))
+    model = profile.provenance.model
+    if model is not None and model.config_sha256 not in (None, checkpoint.config_sha256):
+        raise SnrfError(
+            f"{profile.path}: is the profile of another model than {checkpoint.name} ({model.path}); give its own"
+        )
+    return profile
 
 
 def check_mask(mask: Mask, shape: DecoderShape, name: str) -> None:

@@ -29,13 +29,12 @@ from tqdm import tqdm
 from mergekit_snrf.analysis.results import Amplification, AmplifiedNeuron
 from mergekit_snrf.analysis.tokens import Classifier, math_share, rank_tokens, token_text
 from mergekit_snrf.decoder import DecoderShape
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.live import find_live_decoder
 from mergekit_snrf.neurons import Neuron, NeuronSet, Site
 from mergekit_snrf.profiler.answers import Answer, generate_answers
 from mergekit_snrf.profiler.config import (
     AnswerConfig,
-    ProbesConfig,
     ProfileConfig,
     SideConfig,
     load_profile_config,
@@ -43,6 +42,7 @@ from mergekit_snrf.profiler.config import (
 from mergekit_snrf.profiler.probes import Probes, encode, prepare, probes_sha256
 from mergekit_snrf.profiler.render import tokenizer_of
 from mergekit_snrf.profiler.rows import Rows
+from mergekit_snrf.profiler.template import template_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -228,8 +228,10 @@ def load_probes_config(
         if side is not None:
             raise SnrfError(f"{path}: is no profile.yml, so it has no sides; leave out side")
         column = question or (None if template else "question")
+        if column is None and images is None and not template_fields(template or ""):
+            raise SnrfError(f"{path}: template {template!r} names no column, so that every prompt would be the same")
         tokens = NEW_TOKENS
-        values = {"template": template, "probes": ProbesConfig(dataset=str(path), question=column, images=images)}
+        values = {"template": template, "probes": {"dataset": str(path), "question": column, "images": images}}
     given = {"limit": limit, "batch_size": batch_size, "seed": seed}
     known |= {key: value for key, value in given.items() if value is not None}
     try:
@@ -238,7 +240,7 @@ def load_probes_config(
             target=made, source=made, answer=AnswerConfig(max_new_tokens=max_new_tokens or tokens), **known
         )
     except ValidationError as error:
-        raise SnrfError(f"{path}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        raise SnrfError(f"{path}: {problem(error.errors()[0])}") from None
 
 
 def generate_amplified(

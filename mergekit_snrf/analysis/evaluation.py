@@ -124,6 +124,8 @@ def load_evaluation(reference: str) -> Evaluation:
         SnrfError: there is no such file, module, attribute or entry point, it cannot be imported or called, or an
             argument is not one that it takes.
     """
+    if not reference:
+        raise SnrfError("--eval is empty; name what the models shall be asked")
     if reference.endswith(_YAML):
         from mergekit_snrf.analysis.exact_match import load_exact_match
 
@@ -165,7 +167,7 @@ def evaluate(
         returned = evaluation.function(model, processor)
     except SnrfError as error:
         raise SnrfError(f"{evaluation.name}: {str(error).removeprefix(f'{evaluation.name}: ')}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise SnrfError(f"{evaluation.name}: fails with {type(error).__name__}: {reason}; -vv shows where") from error
     if not isinstance(returned, Mapping) or not returned:

@@ -33,7 +33,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.analysis.evaluation import Items, Role
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.profiler.config import DATA_SUFFIXES, AnswerConfig, ProbesConfig, ProfileConfig, SideConfig
 from mergekit_snrf.profiler.probes import prepare, probe_batches
 from mergekit_snrf.profiler.rows import Rows, load_rows
@@ -49,6 +49,13 @@ _MAX_PATTERN = 1_000
 _SEARCHED = 20_000
 """Characters at the end of an answer that its expression sees."""
 _SECONDS = 2.0
+_WORDS = {
+    "this side of profile.yml": "this metric",
+    "profile.yml": "the evaluation",
+    "probes.": "",
+    "answer.max_new_tokens": "max_new_tokens",
+}
+"""What the profiler calls its keys, and the keys of an evaluation."""
 _NUMBER = regex.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", regex.ASCII)
 _THOUSANDS = regex.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", regex.ASCII)
 
@@ -255,22 +262,25 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
 
 def _read_config(path: Path) -> ExactMatchConfig:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise SnrfError(f"{path}: {path.stat().st_size} bytes are too many for an evaluation")
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise SnrfError(f"{path}: {size} bytes are too many for an evaluation; give the YAML file, not the data")
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except SnrfError:
+        raise
     except OSError as error:
         raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
+    if not isinstance(raw, dict):
+        found = "is empty" if raw is None else "is no mapping of keys to values"
+        raise SnrfError(f"{path}: {found}; an evaluation begins with metrics:, see docs/evidence.md")
     try:
         return ExactMatchConfig.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
-        if first["type"] == "extra_forbidden":
-            known = (MetricConfig if first["loc"][0] == "metrics" else ExactMatchConfig).model_fields
-            raise SnrfError(f"{path}: {where}: unknown key; the keys there are {', '.join(known)}") from None
-        raise SnrfError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+        fields = (MetricConfig if first["loc"][:1] == ("metrics",) else ExactMatchConfig).model_fields
+        raise SnrfError(f"{path}: {problem(first, fields=fields)}") from None
 
 
 @contextmanager
@@ -279,4 +289,7 @@ def _located(where: str) -> Iterator[None]:
         yield
     except SnrfError as error:
         # The profiler, which reads and renders the rows, knows only its own file.
-        raise SnrfError(f"{where}: {str(error).replace('profile.yml', 'the evaluation')}") from None
+        message = str(error)
+        for theirs, ours in _WORDS.items():
+            message = message.replace(theirs, ours)
+        raise SnrfError(f"{where}: {message}") from None

@@ -16,7 +16,6 @@ Precision, recall, F1 and the share of yes are no means over samples, and are le
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections import defaultdict
@@ -32,9 +31,8 @@ from mergekit_snrf.analysis.results import Study
 from mergekit_snrf.analysis.wording import printable
 from mergekit_snrf.errors import SnrfError
 
-logger = logging.getLogger(__name__)
-
 _FILE = re.compile(r"(?P<run>.*?)_samples_(?P<task>.+)\.jsonl")
+_TIME = re.compile(r"\d{8}_\d{6}")
 _MAX_FILE_BYTES = 2_000_000_000
 _MAX_LINE_BYTES = 20_000_000
 _MAX_SAMPLES = 100_000
@@ -76,11 +74,13 @@ class Run:
         name: of the folder.
         files: the newest of every task.
         tasks: samples by task.
+        notes: a sentence for every task with several runs.
     """
 
     name: str
     files: Mapping[str, Path]
     tasks: Mapping[str, Sequence[Sample]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 def compare_runs(
@@ -101,7 +101,8 @@ def compare_runs(
         seed: of the intervals.
 
     Returns:
-        The study, and a sentence for every metric that was left out.
+        The study, and notes: a sentence for every task of which a folder holds several runs, and for every metric that
+        was left out.
 
     Raises:
         SnrfError: a file is missing, too large or not of lmms-eval, samples do not pair, or no metric is left.
@@ -118,6 +119,7 @@ def compare_runs(
                 f"choose those of both with --task"
             )
     _check_chosen("--task", tasks, runs[0].files)
+    notes = [note for run in runs for note in run.notes]
     skipped: list[str] = []
     known: set[str] = set()
     scores: list[dict[str, Items]] = [{} for _ in runs]
@@ -144,7 +146,7 @@ def compare_runs(
         raise SnrfError(
             f"{names[0]}: there is no metric to compare ({reasons}); choose others with --task and --metric"
         )
-    return _study(names, runs, scores, keep, seed), skipped
+    return _study(names, runs, scores, keep, seed), [*notes, *(f"Left out: {reason}" for reason in skipped)]
 
 
 class _Unknown(Exception):
@@ -154,10 +156,8 @@ class _Unknown(Exception):
 def _study(
     names: Sequence[str], runs: Sequence[Run], scores: Sequence[Mapping[str, Items]], keep: Sequence[str], seed: int
 ) -> Study:
-    roles: dict[str, Role] = {
-        name: "keep" if {name, name.rpartition("/")[2]} & set(keep) else "gain" for name in scores[0]
-    }
-    _check_chosen("--keep", keep, {part for name in roles for part in (name, name.rpartition("/")[2])})
+    kept = {name for one in keep for name in _kept(one, scores[0])}
+    roles: dict[str, Role] = {name: "keep" if name in kept else "gain" for name in scores[0]}
     rows = [Row(names[0], "reference"), Row(names[1], "claim"), *(Row(name, "control") for name in names[2:])]
     return tabulate(
         rows,
@@ -170,6 +170,19 @@ def _study(
     )
 
 
+def _kept(chosen: str, names: Collection[str]) -> list[str]:
+    """Return what a name stands for: ``task/metric``, a metric of any task, or the only metric of a task."""
+    found = [name for name in names if chosen in (name, name.rpartition("/")[2])]
+    if found:
+        return found
+    of_task = [name for name in names if name.rpartition("/")[0] == chosen]
+    if len(of_task) > 1:
+        raise SnrfError(f"--keep: {printable(chosen)} has {len(of_task)} metrics; name one of {', '.join(of_task)}")
+    if not of_task:
+        _check_chosen("--keep", [chosen], {part for name in names for part in (name, name.rpartition("/")[2])})
+    return of_task
+
+
 def _check_chosen(option: str, chosen: Sequence[str], known: Collection[str]) -> None:
     unknown = [name for name in chosen if name not in known]
     if unknown:
@@ -177,41 +190,50 @@ def _check_chosen(option: str, chosen: Sequence[str], known: Collection[str]) ->
 
 
 def _names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return the last part of every path, or the whole paths where that is not enough to tell them apart."""
-    whole = [printable(os.fspath(folder)) for folder in folders]
-    if len(set(whole)) < len(whole):
-        raise SnrfError(f"{whole[0]}: one of the folders is given twice; a comparison is of different ones")
-    short = [printable(Path(folder).resolve().name) for folder in folders]
-    return short if len(set(short)) == len(short) and all(short) else whole
+    """Return the last parts of every path, as few as are enough to tell the folders apart."""
+    whole = [Path(folder).resolve() for folder in folders]
+    for index, path in enumerate(whole):
+        if path in whole[:index]:
+            shown = printable(os.fspath(folders[index]))
+            raise SnrfError(f"{shown}: is given twice; a comparison is of different folders")
+    parts = [path.parts[1:] for path in whole]
+    count = next(n for n in range(1, 1 + max(map(len, parts))) if len({part[-n:] for part in parts}) == len(parts))
+    return [printable("/".join(part[-count:]) or "/") for part in parts]
 
 
 def _read_run(folder: Path, name: str, tasks: Sequence[str]) -> Run:
     shown = printable(str(folder))
     if not folder.is_dir():
         raise SnrfError(f"{shown}: is not a folder; give the --output_path of lmms-eval, or a model's folder in it")
-    newest: dict[str, tuple[str, Path]] = {}
+    files: dict[str, list[Path]] = defaultdict(list)
     for file in _sample_files(folder):
         match = _FILE.fullmatch(file.name)
         if match is None or match["run"] == "checkpoint" or (tasks and match["task"] not in tasks):
             continue
-        task, run = printable(match["task"]), match["run"]
-        before = newest.get(task)
-        if before is not None and before[1].parent != file.parent:
+        of_task = files[printable(match["task"])]
+        if of_task and of_task[0].parent != file.parent:
             raise SnrfError(
-                f"{shown}: holds samples of {task} in several folders ({printable(before[1].parent.name)} and "
-                f"{printable(file.parent.name)}); give one of them"
+                f"{shown}: holds samples of {printable(match['task'])} in several folders "
+                f"({printable(of_task[0].parent.name)} and {printable(file.parent.name)}); give one of them"
             )
-        if before is not None:
-            logger.warning("%s: has several runs of %s; the last one counts", shown, task)
-        if before is None or run > before[0]:
-            newest[task] = run, file
-    if not newest:
+        of_task.append(file)
+    if not files:
         raise SnrfError(
             f"{shown}: has no file *_samples_{'TASK' if len(tasks) != 1 else printable(tasks[0])}.jsonl; run lmms-eval "
             f"with --log_samples"
         )
-    files = {task: file for task, (_, file) in sorted(newest.items())}
-    return Run(name, files, {task: list(_read_samples(file)) for task, file in files.items()})
+    newest = {task: max(of_task, key=_age) for task, of_task in sorted(files.items())}
+    notes = [
+        f"{name} has {len(files[task])} runs of {task}; the newest by its name counts, {printable(file.name)}."
+        for task, file in newest.items()
+        if len(files[task]) > 1
+    ]
+    return Run(name, newest, {task: list(_read_samples(file)) for task, file in newest.items()}, notes)
+
+
+def _age(file: Path) -> tuple[list[str], str]:
+    """Return what files of samples are ordered by: the time in the name, then the name."""
+    return _TIME.findall(file.name)[:1], file.name
 
 
 def _sample_files(folder: Path) -> list[Path]:

@@ -41,7 +41,7 @@ def imported(reference: str, load: Callable[[], Any]) -> Any:
     """
     try:
         return load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(str(error).split())
         raise SnrfError(
             f"{reference}: cannot be imported ({type(error).__name__}: {reason}); -vv shows where"

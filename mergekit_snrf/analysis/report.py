@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,9 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     digest = safefile.sha256(mask.path)
     draw = _Drawer()
     sections = [_mask_section(mask, draw)]
-    found = [*_from_profiles(mask, profiles), *(pair for result in results for pair in _overlaps_in(result))]
-    sections += [_overlap_section(pair, draw) for pair in found]
+    computed = _from_profiles(mask, profiles)
+    read = [pair for result in results for pair in _overlaps_in(result)]
+    sections += [_overlap_section(title, pair, draw) for title, pair in _titled(computed, read)]
     for result in results:
         if isinstance(result, Study):
             sections.append(_study_section(result, digest, draw))
@@ -151,7 +153,9 @@ class _Drawer:
 
 def _title(mask: Mask) -> str:
     models = (mask.provenance.target, mask.provenance.source)
-    target, source = (_short(model.path) if model is not None and model.path else None for model in models)
+    target, source = (
+        wording.without_folders(model.path) if model is not None and model.path else None for model in models
+    )
     if target and source:
         return f"Shared neurons of {target} and {source}"
     return f"Neurons of {target or source or Path(mask.path).name}"
@@ -196,22 +200,54 @@ def _from_profiles(mask: Mask, profiles: Sequence[Profile]) -> list[Overlap]:
     return overlaps(profiles, curve=True, **rule)
 
 
-def _short(model: str) -> str:
-    """Name a folder of this machine by its last part, a hub id or a relative path in full."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
 def _overlaps_in(result: Result) -> list[Overlap]:
     if isinstance(result, OverlapPairs):
         return result.pairs
     return [result] if isinstance(result, Overlap) else []
 
 
-def _overlap_section(overlap: Overlap, draw: _Drawer) -> Section:
+def _titled(computed: Sequence[Overlap], read: Sequence[Overlap]) -> list[tuple[str, Overlap]]:
+    """Give every overlap a title of its own; of those that say the same only one is kept, with a curve if one has it.
+
+    Args:
+        computed: of the given profiles.
+        read: of result files.
+    """
+    kept: dict[str, tuple[str, Overlap]] = {}
+    for origin, overlap in [*(("profiles", one) for one in computed), *(("a result file", one) for one in read)]:
+        content = _content(overlap)
+        if content not in kept or (overlap.curve and not kept[content][1].curve):
+            kept[content] = kept.get(content, (origin, overlap))[0], overlap
+    titles = [f"Overlap of {overlap.names[0]} and {overlap.names[1]}" for _, overlap in kept.values()]
+    for more in (
+        [f" by {wording.rule(one.rule)}" for _, one in kept.values()],
+        [f", of {o}" for o, _ in kept.values()],
+    ):
+        counts = Counter(titles)
+        titles = [title + part if counts[title] > 1 else title for title, part in zip(titles, more, strict=True)]
+    counts, seen = Counter(titles), Counter[str]()
+    unique = []
+    for title in titles:
+        seen[title] += 1
+        unique.append(f"{title} ({seen[title]})" if counts[title] > 1 else title)
+    return [(title, overlap) for title, (_, overlap) in zip(unique, kept.values(), strict=True)]
+
+
+def _content(overlap: Overlap) -> str:
+    """Return what an overlap says of its sites, whichever of the two models comes first."""
+    order = sorted((0, 1), key=lambda side: overlap.names[side])
+    sites = [
+        [site.layer, site.projection, site.neurons, site.shared, *(site.only[side] for side in order)]
+        for site in sorted(overlap.sites, key=_site_order)
+    ]
+    return json.dumps([[overlap.names[side] for side in order], overlap.rule, sites], sort_keys=True)
+
+
+def _overlap_section(title: str, overlap: Overlap, draw: _Drawer) -> Section:
     from mergekit_snrf.analysis.figures import overlap_curve, overlap_diagram, overlap_map
 
     first, second = overlap.names
-    section = Section("overlap", f"Overlap of {first} and {second}")
+    section = Section("overlap", title)
     section.sentences.append(f"By {wording.rule(overlap.rule)}: {wording.chance_sentence(total(overlap.sites))}")
     section.drawings.append(
         draw(overlap_diagram(overlap), "Shared and model-only neurons, in true area", wording.overlap_text(overlap))
@@ -239,7 +275,9 @@ def _study_section(study: Study, digest: str, draw: _Drawer) -> Section:
     from mergekit_snrf.analysis.figures import study_intervals
 
     titles = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat what is easier?"}
-    section = Section(study.kind, f"{titles[study.kind]} ({_short(study.model)})", sentences=list(study.verdict))
+    section = Section(
+        study.kind, f"{titles[study.kind]} ({wording.without_folders(study.model)})", sentences=list(study.verdict)
+    )
     if study.mask_sha256 not in (None, digest):
         section.warnings.append(
             f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
@@ -264,7 +302,8 @@ def _study_section(study: Study, digest: str, draw: _Drawer) -> Section:
         section.tables.append(Table(caption, ("conditions", "metric", "difference"), contrasts, frozenset({1})))
     repeat = {
         "model": study.model,
-        "mask": None if study.mask is None else Path(study.mask).name,
+        "mask": study.mask,
+        "mask sha256": study.mask_sha256,
         "evaluation": study.evaluation,
         "seed": study.seed,
         **study.settings,
@@ -293,9 +332,10 @@ def _amplification_section(amplification: Amplification, draw: _Drawer) -> Secti
     )
     if ratio is not None:
         plain = amplification.plain_math_share
+        classifier = wording.without_folders(amplification.classifier or "classifier not stated")
         section.sentences.append(
             f"{round(ratio * count)} of {count} ({wording.percent(ratio)}) are math neurons, with more than half of "
-            f"the leading tokens math tokens ({amplification.classifier or 'classifier not stated'})"
+            f"the leading tokens math tokens ({classifier})"
             + ("." if plain is None else f"; of the tokens of the plain answers, {wording.percent(plain)} are.")
         )
     clouds = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
@@ -336,14 +376,27 @@ def _settings(caption: str, content: Mapping[str, Any]) -> Table:
 
 
 def _flat(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Write nested mappings as lines ``target probes count``, other values as JSON."""
+    """Write nested mappings as lines ``target probes count``, other values as JSON, and no local folders."""
     rows: list[tuple[str, str]] = []
     for key, value in content.items():
+        name = wording.without_folders(str(key))
         if isinstance(value, Mapping):
-            rows += [(f"{key} {inner}", text) for inner, text in _flat(value)]
+            rows += [(f"{name} {inner}", text) for inner, text in _flat(value)]
         elif value is not None:
-            rows.append((str(key), value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+            # A template is text for a model, where a slash is no folder.
+            shown = value if key == "template" else _without_folders(value)
+            rows.append((name, shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)))
     return rows
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return wording.without_folders(value)
+    if isinstance(value, list):
+        return [_without_folders(part) for part in value]
+    if isinstance(value, Mapping):
+        return {wording.without_folders(str(key)): _without_folders(part) for key, part in value.items()}
+    return value
 
 
 def _provenance_section(mask: Mask, digest: str) -> Section:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf import safefile
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.neurons import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
@@ -302,9 +303,19 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     try:
         return _RESULT.validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "file"
         raise SnrfError(
-            f"{path}: {where}: {first['msg']}; expected a file that 'snrf ablate', 'snrf compare', 'snrf overlap' or "
-            f"'snrf amplify' wrote with --json"
+            f"{path}: {_problem(error.errors()[0])}; expected a file that 'snrf ablate', 'snrf compare', "
+            f"'snrf overlap' or 'snrf amplify' wrote with --json"
         ) from None
+
+
+def _problem(entry: Mapping[str, Any]) -> str:
+    kind, found = entry["type"], entry.get("ctx") or {}
+    if kind == "json_invalid":
+        return f"is not JSON ({found['error']})"
+    if kind == "union_tag_not_found":
+        return "has no key 'format'"
+    if kind == "union_tag_invalid":
+        return f"key 'format': must be one of {found['expected_tags']}, got {found['tag']!r}"
+    # Of a union, the place begins with the format.
+    return problem(entry, keys=entry["loc"][1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,23 @@ from mergekit_snrf.analysis.results import AmplifiedNeuron, Counts, Overlap, Stu
 from mergekit_snrf.neurons import NeuronSet
 
 _LONGEST_TOKEN = 30
+# A local path from the root or the home folder: alone, of a model with its adapter, or among an evaluation's arguments.
+_LOCAL = re.compile(
+    r"(^|[+?&=])(?:file://)?(?:~[^+?&=\\/]*|[A-Za-z]:)?[\\/](?:[^+?&=]*[\\/])?([^+?&=\\/]+[\\/]*)(?=$|[+?&=])"
+)
 
 
 def printable(text: str) -> str:
     """Return ``text`` with line breaks, control characters and text-direction marks written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def without_folders(text: str) -> str:
+    """Return a path, a model or an evaluation with absolute local paths cut to their last part.
+
+    Where a page's author keeps files is nobody's business. Hub ids and relative paths stay as they are.
+    """
+    return _LOCAL.sub(r"\1\2", text)
 
 
 def scale(study: Study, metric: str) -> tuple[float, str]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from typing import Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, model_options
-from mergekit_snrf.cli.study import report
-from mergekit_snrf.errors import SnrfError
-
-logger = logging.getLogger(__name__)
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, json_option, model_options
+from mergekit_snrf.cli.study import loaded, report, silence_progress
 
 
 @click.command()
@@ -34,7 +30,7 @@ logger = logging.getLogger(__name__)
     help="Of the first draw, and of the intervals.",
 )
 @model_options
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the study to FILE.")
+@json_option
 @command_options
 def ablate(
     model: str,
@@ -59,36 +55,24 @@ def ablate(
     from mergekit_snrf.checkpoint import open_checkpoint
     from mergekit_snrf.decoder import find_decoder
     from mergekit_snrf.maskfile import local_path, read_mask
-    from mergekit_snrf.profilefile import read_profile
 
-    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise SnrfError(f"{json_file}: there is no such folder; make it, or choose another place for --json")
-    quiet = bool(click.get_current_context().params.get("quiet"))
+    check_outputs(json_file)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    path = local_path(mask_file)
-    mask = read_mask(path)
+    mask = read_mask(local_path(mask_file))
     ablation.check_mask(mask, find_decoder(checkpoint).shape, model)
-    settings: dict[str, object] = {"dtype": dtype, "config_sha256": checkpoint.config_sha256}
+    settings: dict[str, Any] = {"dtype": dtype, "config_sha256": checkpoint.config_sha256}
     profile = None
     if profile_file is not None:
-        profile_path = local_path(profile_file)
-        profile = read_profile(profile_path)
+        profile = ablation.read_profile_of(checkpoint, profile_file)
         ablation.least_important(profile, mask.neurons)
-        settings |= {"profile": str(profile_path), "profile_sha256": safefile.sha256(profile_path)}
-        profiled = profile.provenance.model
-        if profiled is not None and profiled.config_sha256 not in (None, checkpoint.config_sha256):
-            raise SnrfError(
-                f"{profile_path}: is the profile of another model than {model} ({profiled.path}); give its own"
-            )
+        settings |= {"profile": profile.path, "profile_sha256": safefile.sha256(profile.path)}
+    silence_progress()
     evaluation = load_evaluation(reference)
-    if quiet:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    loaded, processor = load_model(model, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
+    subject, processor = loaded(
+        load_model, model, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
     study = ablation.ablate(
-        loaded,
+        subject,
         processor,
         evaluation,
         mask,
@@ -96,9 +80,9 @@ def ablate(
         draws=draws,
         seed=seed,
         name=model,
-        mask_sha256=safefile.sha256(path),
+        mask_sha256=safefile.sha256(mask.path),
         settings=settings,
-        progress=not quiet,
+        progress=not is_quiet(),
     )
     click.echo(report(study))
     if profile is None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_snrf.cli.common import command_options, model_options, table
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, json_option, model_options, table
+from mergekit_snrf.cli.study import loaded, reworded, silence_progress
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -18,6 +19,22 @@ if TYPE_CHECKING:
 
 _DETAILED = 4
 _SHOWN = 5
+_OPTIONS = {
+    "key 'template':": "--template",
+    "key 'probes.images':": "--images",
+    "write a value or remove the key": "write a value or leave it out",
+    "leave out question and images": "leave out --question and --images",
+    "leave out side": "leave out --side",
+    "set template for this side of profile.yml": "give --template",
+    "choose one with probes.split": "choose one in profile.yml",
+    "remove probes.images": "leave out --images",
+    "probes.question": "--question",
+    "probes.images": "--images",
+    "answer.max_new_tokens": "--max-new-tokens",
+    "the keys of profile.yml": "--question, --images and --template",
+    "the path of probes.dataset": "--probes",
+}
+"""What the profiler calls its keys, and the options of this command."""
 
 
 @click.command()
@@ -62,7 +79,7 @@ _SHOWN = 5
     help="Tokens of fewer than this in the amplified answers are left out.",
 )
 @model_options
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON.")
+@json_option
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write word clouds as SVG and PNG.")
 @command_options
 def amplify(
@@ -106,24 +123,26 @@ def amplify(
     from mergekit_snrf.neurons import Neuron
     from mergekit_snrf.profiler.probes import load_model, load_rows
 
-    quiet = bool(click.get_current_context().params.get("quiet"))
-    own, config = amplification.load_probes_config(
-        probes_file,
-        model,
-        question=question,
-        images=images,
-        template=template,
-        side=side,
-        max_new_tokens=max_new_tokens,
-        limit=limit,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    with reworded(_OPTIONS):
+        own, config = amplification.load_probes_config(
+            probes_file,
+            model,
+            question=question,
+            images=images,
+            template=template,
+            side=side,
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+        )
     if not (names or names_file or mask_file):
         raise click.UsageError("name neurons with --neuron, --neurons or --mask")
     if pick is not None and mask_file is None:
         raise click.UsageError("--pick goes with --mask")
-    _check_outputs(json_file, figures)
+    if figures is not None and (find_spec("matplotlib") is None or find_spec("wordcloud") is None):
+        raise SnrfError("word clouds need matplotlib and wordcloud; pip install 'mergekit-snrf[analysis]'")
+    check_outputs(json_file, figures)
     sampling = amplification.Sampling(samples or 0, temperature)
     classifier = load_classifier(reference)
     settings: dict[str, object] = {"mask": mask_file, "pick": pick} if mask_file is not None else {}
@@ -135,48 +154,34 @@ def amplify(
     neurons = [*map(Neuron.parse, names), *_listed(names_file), *_masked(mask_file, pick, config.seed, shape, model)]
     if shape is not None:
         amplification.check_neurons(neurons, shape, model)
-    if quiet:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    rows = load_rows(own, config)
-    loaded, processor = load_model(own, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    settings |= {"dtype": str(loaded.dtype).removeprefix("torch."), "device": loaded.device.type}
-    result = amplification.amplify(
-        rows,
-        loaded,
-        processor,
-        own,
-        config,
-        neurons,
-        factor,
-        sampling=sampling,
-        classifier=classifier,
-        top=top,
-        min_count=min_count,
-        name=model,
-        settings=settings,
-        progress=not quiet,
-    )
+    silence_progress()
+    with reworded(_OPTIONS):
+        rows = load_rows(own, config)
+        subject, processor = loaded(
+            load_model, own, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        result = amplification.amplify(
+            rows,
+            subject,
+            processor,
+            own,
+            config,
+            neurons,
+            factor,
+            sampling=sampling,
+            classifier=classifier,
+            top=top,
+            min_count=min_count,
+            name=model,
+            settings=settings,
+            progress=not is_quiet(),
+        )
     click.echo(_report(result, top))
     if json_file is not None:
         write_result(json_file, result)
     if figures is not None:
         for path in _draw(result, Path(figures)):
             click.echo(path)
-
-
-def _check_outputs(json_file: str | None, figures: str | None) -> None:
-    """Find out before the model runs what would keep the results from being written."""
-    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise SnrfError(f"{json_file}: there is no such folder; make it first")
-    if figures is not None:
-        if find_spec("matplotlib") is None or find_spec("wordcloud") is None:
-            raise SnrfError("word clouds need matplotlib and wordcloud; pip install 'mergekit-snrf[analysis]'")
-        try:
-            Path(figures).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SnrfError(f"{figures}: cannot be made ({error.strerror or error}); choose another folder") from None
 
 
 def _listed(file: str | None) -> list[Neuron]:
@@ -270,6 +275,6 @@ def _draw(result: Amplification, folder: Path) -> list[Path]:
 
     paths = []
     for neuron in result.neurons:
-        title = f"{neuron.neuron} of {result.model} amplified by {result.factor:g}"
+        title = f"{neuron.neuron} of {wording.without_folders(result.model)} amplified by {result.factor:g}"
         paths += figures.save(figures.word_cloud(neuron), folder, neuron.neuron, title, wording.word_cloud_text(neuron))
     return paths

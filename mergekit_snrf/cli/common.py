@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import yaml
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 
 if TYPE_CHECKING:
     from mergekit.config import MergeConfiguration
@@ -21,6 +22,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _MAX_RECIPE_BYTES = 1_000_000
 _MAX_NODES = 100_000
 _MAX_DEPTH = 100
+# What pydantic adds to the place of an error where a value may be of several types.
+_BRANCH = re.compile(r"ConditionalParameter|bool|int|float|str|(list|dict)\[.*")
+_EXPECTED = {
+    "ConditionalParameter": "a value, a list of values, or a mapping with value and filter",
+    "InputModelDefinition": "a mapping that begins with 'model: NAME'",
+    "ModelReference": "the name of a model, a folder or a hub id",
+}
 
 
 def command_options(function: _F) -> _F:
@@ -66,6 +74,40 @@ def cache_options(function: _F) -> _F:
         click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),
     )
     return _with(options, function)
+
+
+def json_option(function: _F) -> _F:
+    """Give a command that measures something ``--json``, as ``json_file``."""
+    options = (
+        click.option(
+            "--json",
+            "json_file",
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Write everything as JSON, for snrf report too.",
+        ),
+    )
+    return _with(options, function)
+
+
+def is_quiet() -> bool:
+    """Tell whether the running command was given ``--quiet``."""
+    return bool(click.get_current_context().params.get("quiet"))
+
+
+def check_outputs(json_file: str | None, figures: str | None = None) -> None:
+    """Find out before a model runs what would keep its results from being written; the folder of figures is made.
+
+    Raises:
+        SnrfError: there is no folder for ``json_file``, or that of the figures cannot be made.
+    """
+    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
+        raise SnrfError(f"{json_file}: there is no such folder; make it, or choose another place for --json")
+    if figures is not None:
+        try:
+            Path(figures).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SnrfError(f"{figures}: cannot be made ({error.strerror or error}); choose another folder") from None
 
 
 def _with(options: Sequence[Callable[[_F], _F]], function: _F) -> _F:
@@ -139,11 +181,21 @@ def load_recipe(path: str) -> MergeConfiguration:
     try:
         return MergeConfiguration.model_validate(parsed)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "recipe"
-        raise SnrfError(f"{path}: {where}: {first['msg']}") from None
+        raise SnrfError(f"{path}: {_recipe_problem(error.errors())}") from None
     except RuntimeError as error:
         raise SnrfError(f"{path}: {error}") from None
+
+
+def _recipe_problem(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Put what is wrong with a recipe in words; of the types that a value may have, the one that fits best counts."""
+
+    def keys(entry: Mapping[str, Any]) -> list[str | int]:
+        return [part for part in entry["loc"] if not _BRANCH.fullmatch(str(part))]
+
+    entry = max(entries, key=lambda one: (len(keys(one)), one["input"] is None))
+    several = len(keys(entry)) < len(entry["loc"])
+    name = "ConditionalParameter" if several else (entry.get("ctx") or {}).get("class_name", "")
+    return problem(entry, keys=keys(entry), expected=_EXPECTED.get(name))
 
 
 def _check_size(path: str, content: bytes) -> None:

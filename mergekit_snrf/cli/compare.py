@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, model_options
-from mergekit_snrf.cli.study import report
+from mergekit_snrf.cli.common import (
+    cache_options,
+    check_outputs,
+    command_options,
+    is_quiet,
+    json_option,
+    load_recipe,
+    model_options,
+)
+from mergekit_snrf.cli.study import loaded, report, silence_progress
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -88,8 +95,10 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 @click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
 @click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
 @click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")
-@click.option("--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric to keep, not to gain.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the study to FILE.")
+@click.option(
+    "--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric, or task, to keep, not to gain."
+)
+@json_option
 @command_options
 def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, **options: Any) -> None:
     """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
@@ -102,11 +111,9 @@ def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None
     """
     from mergekit_snrf.analysis.results import write_result
 
-    quiet = bool(click.get_current_context().params.get("quiet"))
     _check_options(from_lmms_eval)
-    if json_file is not None and not os.path.isdir(os.path.dirname(json_file) or "."):
-        raise SnrfError(f"{json_file}: there is no such folder; make it first")
-    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, quiet=quiet, **options)
+    check_outputs(json_file)
+    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **options)
     click.echo("\n".join([report(study), *notes]))
     if json_file is not None:
         write_result(json_file, study)
@@ -139,14 +146,12 @@ def _from_lmms_eval(
 ) -> tuple[Study, list[str]]:
     from mergekit_snrf.analysis.lmms_eval import compare_runs
 
-    study, skipped = compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
-    return study, [f"Left out: {reason}" for reason in skipped]
+    return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
 
 
 def _from_recipe(
     places: tuple[str, ...],
     *,
-    quiet: bool,
     reference: str | None,
     rows: str,
     draws: int,
@@ -171,19 +176,17 @@ def _from_recipe(
     from mergekit.options import MergeOptions
 
     from mergekit_snrf import safefile
-    from mergekit_snrf.analysis.ablation import least_important
+    from mergekit_snrf.analysis.ablation import least_important, read_profile_of
     from mergekit_snrf.analysis.comparison import compare as run
     from mergekit_snrf.analysis.controls import averaged, build_rows
     from mergekit_snrf.analysis.evaluation import load_evaluation, load_model
     from mergekit_snrf.analysis.recipes import open_base, open_recipe
-    from mergekit_snrf.maskfile import local_path
-    from mergekit_snrf.profilefile import read_profile
 
     options = MergeOptions(
         transformers_cache=transformers_cache,
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
-        quiet=quiet,
+        quiet=is_quiet(),
     )
     config = load_recipe(places[0])
     opened = open_recipe(config, options, str(Path(places[0]).resolve().parent))
@@ -192,14 +195,9 @@ def _from_recipe(
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
     notes, least = [], None
     if "least" in keys and profiles:
-        paths = [local_path(profile) for profile in profiles]
-        read = [read_profile(path) for path in paths]
-        for profile in read:
-            profiled = profile.provenance.model
-            if profiled is not None and profiled.config_sha256 not in (None, opened.target.config_sha256):
-                raise SnrfError(f"{profile.path}: is the profile of another model ({profiled.path}), not of the target")
+        read = [read_profile_of(opened.target, profile) for profile in profiles]
         least = least_important(averaged(read), opened.merge.neurons)
-        settings["profiles"] = {str(path): safefile.sha256(path) for path in paths}
+        settings["profiles"] = {profile.path: safefile.sha256(profile.path) for profile in read}
     elif "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
@@ -210,18 +208,16 @@ def _from_recipe(
     elif "base" in keys:
         _check_chosen("base", "--base, the model that both were trained from")
         notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
+    silence_progress()
     evaluation = load_evaluation(reference)
-    if quiet:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-    model, processor = load_model(
+    model, processor = loaded(
+        load_model,
         str(opened.target_folder),
+        settings,
         device=device,
         dtype=opened.dtype if dtype == "auto" else dtype,
         trust_remote_code=trust_remote_code,
     )
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     chosen = build_rows(
         opened.merge,
         model,
@@ -239,7 +235,7 @@ def _from_recipe(
         evaluation,
         chosen,
         seed=seed,
-        progress=not quiet,
+        progress=not is_quiet(),
         name=opened.target.name,
         mask=opened.mask,
         mask_sha256=opened.mask_sha256,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, size
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, size
 
 
 @click.command()
@@ -59,6 +59,6 @@ def lora(
         recipe_folder=recipe_folder,
         overwrite=overwrite,
         workers=workers,
-        quiet=bool(click.get_current_context().params.get("quiet")),
+        quiet=is_quiet(),
     )
     click.echo(f"{out_path}: {len(done.ranks)} modules, {size(done.bytes)}")

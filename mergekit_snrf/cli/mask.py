@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Callable
 from functools import reduce
@@ -127,6 +128,8 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
         raise click.UsageError("give either MASK and OUT, or OUT with --model and --ratio")
+    if ratio is not None and math.isnan(ratio):
+        raise click.BadParameter("nan is not a share", param_hint="'--ratio'")
     if disjoint and model is not None:
         raise click.UsageError("--disjoint needs a MASK to keep away from")
     out = files[-1]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, table
+from mergekit_snrf.cli.common import check_outputs, command_options, json_option, table
 from mergekit_snrf.cli.select import PerProjection, ShareOrCount
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _SHOWN_RATIOS = ("0.01", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0
 @click.option("--at-least", type=ShareOrCount(), help="Active on this share or number of probes, not on all of them.")
 @click.option("--layers", is_flag=True, help="Also print every layer.")
 @click.option("--curve", is_flag=True, help="Also compute top ratios from 0.01 to 0.5.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON.")
+@json_option
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG.")
 @command_options
 def overlap(
@@ -56,6 +56,7 @@ def overlap(
         raise click.UsageError("give either --top-ratio or --sigma")
     if top_ratio is None and sigma is None:
         top_ratio = 0.1
+    check_outputs(json_file, figures)
     contents = [read_profile(local_path(reference)) for reference in profiles]
     pairs = overlaps(contents, top_ratio=top_ratio, sigma=sigma, at_least=at_least, curve=curve)
     if len(pairs) == 1:
@@ -120,12 +121,7 @@ def _details(pair: Overlap, layers: bool, named: bool) -> str:
 
 def _draw(pairs: list[Overlap], folder: Path) -> list[Path]:
     from mergekit_snrf.analysis import figures, wording
-    from mergekit_snrf.errors import SnrfError
 
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SnrfError(f"{folder}: cannot be made ({error.strerror or error}); choose another folder") from None
     paths = []
     for number, pair in enumerate(pairs, 1):
         drawings = {

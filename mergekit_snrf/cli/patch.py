@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, size
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, size
 
 
 @click.command()
@@ -45,7 +45,7 @@ def patch(
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
         write_model_card=write_model_card,
-        quiet=bool(click.get_current_context().params.get("quiet")),
+        quiet=is_quiet(),
     )
     config = load_recipe(recipe)
     done = patch_merge(

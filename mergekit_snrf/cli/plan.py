@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, load_recipe, share, size, table
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, share, size, table
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion import Rounding
     from mergekit_snrf.lowrank import Certificate
-    from mergekit_snrf.plugin.plan import Edit, MergePlan
+    from mergekit_snrf.plugin.plan import MergePlan, PlannedEdit
 
-    _Certified = Sequence[tuple[Edit, Certificate | None, Rounding]]
+    _Certified = Sequence[tuple[PlannedEdit, Certificate | None, Rounding]]
+
+_NOTES = {
+    "exact": "exact: M_S(Delta) itself; the rank is 0, or not below the smaller side of what would be truncated",
+    "dare": "dare: M_S(Delta) with elements dropped at random; nothing is truncated, so there is nothing to certify",
+    "bias": "bias: the whole difference of the masked elements, a vector has no rank",
+}
 
 
 @click.command()
@@ -48,7 +54,7 @@ def plan(
     from mergekit_snrf.plugin.tensors import certify as certified_edits
 
     options = MergeOptions(
-        quiet=bool(click.get_current_context().params.get("quiet")),
+        quiet=is_quiet(),
         transformers_cache=transformers_cache,
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
@@ -69,7 +75,11 @@ def plan(
 
 def _as_json(plan: MergePlan, certified: _Certified) -> dict[str, Any]:
     known = {
-        edit.target_name: {"certificate": certificate and asdict(certificate), "rounding": asdict(rounding)}
+        edit.target_name: {
+            "method": _method(edit, certificate),
+            "certificate": certificate and asdict(certificate),
+            "rounding": asdict(rounding),
+        }
         for edit, certificate, rounding in certified
     }
     return {
@@ -175,21 +185,36 @@ def _certified_as_text(certified: _Certified) -> str:
     tally = Tally(-1)
     for edit, certificate, rounding in certified:
         tally.add(edit.target_name, certificate, rounding)
-        left = f"{100 * kept(rounding):.1f} %"
-        if certificate is None:
-            rows.append((edit.target_name, "not truncated", *["-"] * (len(header) - 3), left))
-            continue
-        rows.append(
-            (
-                edit.target_name,
-                certificate.method,
+        method = _method(edit, certificate)
+        known: tuple[object, ...] = ("-",) * 6
+        if certificate is not None:
+            known = (
                 certificate.rank,
                 certificate.passes,
                 f"{100 * certificate.captured:.2f} %",
                 "not unique" if certificate.degenerate else f"{certificate.est:.1e}",
                 "-" if certificate.deficit is None else f"{certificate.deficit:.1e}",
                 "-" if certificate.gap is None else f"{certificate.gap:.2g}",
-                left,
             )
-        )
-    return "\n".join([table(header, rows), "", tally.summary(), tally.sentence()])
+        elif method == "exact":
+            known = ("full", "-", "100.00 %", "0", "0", "-")
+        rows.append((edit.target_name, method, *known, f"{100 * kept(rounding):.1f} %"))
+    # A column that says nothing of any tensor is left out.
+    told = [column for column in range(len(header)) if any(row[column] != "-" for row in rows)]
+    notes = [text for method, text in _NOTES.items() if any(row[1] == method for row in rows)]
+    return "\n".join(
+        [
+            table([header[column] for column in told], [[row[column] for column in told] for row in rows]),
+            *notes,
+            "",
+            tally.summary(),
+            tally.sentence(),
+        ]
+    )
+
+
+def _method(edit: PlannedEdit, certificate: Certificate | None) -> str:
+    """Say how an update was found: the method of its truncation, or what it is where nothing is truncated."""
+    if certificate is not None:
+        return certificate.method
+    return "bias" if edit.is_bias else "dare" if edit.fusion.update == "dare" else "exact"

@@ -61,6 +61,8 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
 
     if (top_ratio is None) == (sigma is None):
         raise click.UsageError("give either --top-ratio or --sigma")
+    if _is_profile(out):
+        raise click.UsageError(f"OUT, {out}, is a profile, which the mask would replace; name the mask's file last")
     paths = [local_path(reference) for reference in profiles]
     contents = [read_profile(path) for path in paths]
     neurons = select_neurons(contents, top_ratio=top_ratio, sigma=sigma, at_least=at_least)
@@ -76,3 +78,14 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
     )
     write_mask(out, neurons, provenance)
     click.echo(f"{out}: {neurons.count()} neurons")
+
+
+def _is_profile(path: str) -> bool:
+    from mergekit_snrf.errors import SnrfError
+    from mergekit_snrf.profilefile import read_profile
+
+    try:
+        read_profile(path)
+    except SnrfError:
+        return False
+    return True

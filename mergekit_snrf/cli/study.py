@@ -1,13 +1,88 @@
-"""The table and the verdict of a study, as ``snrf ablate`` and ``snrf compare`` print them."""
+"""What the commands that measure a loaded model share: loading it, the options in messages, and a study as text."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.cli.common import table
+from mergekit_snrf.cli.common import is_quiet, table
+from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from mergekit_snrf.analysis.results import Study
+
+_LOADING = {
+    "set trust_remote_code: true to allow it": "give --trust-remote-code to allow it",
+    "use device_map: auto, a smaller dtype, or device: cpu": "use a smaller --dtype, or --device cpu",
+    "use device: cpu": "use --device cpu",
+}
+"""Remedies of the profiler, which speaks of the keys of its file, and those of the commands."""
+
+
+def silence_progress() -> None:
+    """Under ``--quiet``, switch off the progress bars of transformers and datasets; before either loads anything."""
+    if not is_quiet():
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def loaded(
+    load: Callable[..., tuple[PreTrainedModel, Any]], of: Any, settings: dict[str, Any], **options: Any
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model with its processor, and note how it was loaded.
+
+    Args:
+        load: ``evaluation.load_model`` or ``profiler.probes.load_model``.
+        of: what to load.
+        settings: of the result; how the model was loaded is added.
+        options: device, dtype and trust_remote_code.
+
+    Raises:
+        SnrfError: as ``load``, with the options of the command for the keys of profile.yml; or a weight is not finite,
+            with which every answer would be nonsense.
+    """
+    with reworded(_LOADING):
+        model, processor = load(of, **options)
+    _check_finite(model)
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    return model, processor
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    import torch
+
+    for name, weight in model.named_parameters():
+        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
+            continue
+        # Both ends are NaN where one weight is, and no copy is made.
+        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise SnrfError(
+                f"{model.name_or_path}: weight {name} holds NaN or infinity in {dtype}; get the checkpoint again, or "
+                f"choose another --dtype"
+            )
+
+
+@contextmanager
+def reworded(words: Mapping[str, str]) -> Iterator[None]:
+    """Put the words of this command in place of those of what it calls, in the messages of ``SnrfError``."""
+    try:
+        yield
+    except SnrfError as error:
+        message = str(error)
+        for theirs, ours in words.items():
+            message = message.replace(theirs, ours)
+        raise SnrfError(message) from error
 
 
 def report(study: Study) -> str:

@@ -113,17 +113,19 @@ def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> 
         _leave_no_shards_of_a_failed_run(context, out_path, options)
     written = config.to_yaml()
     rewrite(config, plan, recipe_folder)
+    tally = start_tally(len(plan.edits))
 
     def card(name: str, recipe: str) -> str:
         # Without the recipe's text mergekit takes the configuration, which by then is the rewritten one; no recipe that
         # can run has modules of its own.
         rewritten = "modules" in (yaml.safe_load(recipe) or {})
-        return merge_card(plan, name, written if rewritten else recipe, cast=config.out_dtype or config.dtype)
+        text, cast = written if rewritten else recipe, config.out_dtype or config.dtype
+        # What mergekit rounds after the method has returned was not counted.
+        return merge_card(plan, name, text, cast=cast, changed=None if config.out_dtype else tally.changed)
 
     _write_our_card(config, card)
     if options.multi_gpu:
         _wait_for_results_of_gpus()
-    start_tally(len(plan.edits))
     return describe(plan, config, options)
 
 

@@ -13,6 +13,7 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_snrf.cards import pipeline_tag
 from mergekit_snrf.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
 from mergekit_snrf.decoder import Decoder
 from mergekit_snrf.maskfile import Mask, ModelProvenance
@@ -29,13 +30,10 @@ def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpti
     """Refuse an output folder that cannot be written, is a model of the recipe, or holds other weights."""
     if out_path is None:
         return
-    if not os.path.exists(out_path):
-        above = next(folder for folder in Path(out_path).absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            plan.problems.append(f"{out_path}: cannot be made, {above} is not a writable folder; choose another folder")
-        return
-    if not os.path.isdir(out_path):
-        plan.problems.append(f"{out_path}: the output path is a file; give a folder")
+    problem = path_problem(out_path)
+    if problem is not None:
+        plan.problems.append(problem)
+    if problem is not None or not os.path.exists(out_path):
         return
     for checkpoint in plan.checkpoints:
         if checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
@@ -51,6 +49,20 @@ def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpti
             f"{'file' if len(others) == 1 else 'files'}), which would be mixed up with the new shards; remove them or "
             f"choose another folder"
         )
+
+
+def path_problem(out_path: str) -> str | None:
+    """Return why a path can be no output folder, whatever it holds, or None."""
+    if not out_path:
+        return "the output path is empty; give a folder"
+    if os.path.isdir(out_path):
+        return None
+    if os.path.exists(out_path):
+        return f"{out_path}: the output path is a file; give a folder"
+    above = next(folder for folder in Path(os.path.realpath(out_path)).parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        return f"{out_path}: cannot be made, {above} is not a writable folder; choose another folder"
+    return None
 
 
 def output_bytes(target: Checkpoint, config: MergeConfiguration) -> int:
@@ -138,10 +150,28 @@ def _same(one: Checkpoint, other: Checkpoint) -> bool:
     return (one.name, one.revision) == (other.name, other.revision)
 
 
+def check_roles(plan: MergePlan) -> None:
+    """Warn where target and source look exchanged."""
+    if plan.target is None or plan.source is None:
+        return
+    if pipeline_tag(plan.source) != pipeline_tag(plan.target) == "text-generation":
+        plan.warnings.append(
+            f"{plan.target.name}: the base_model, which gains and gives the output its shape, is a text-only model, "
+            f"and the source {plan.source.name} is the one that reads images; exchange them unless that is meant"
+        )
+
+
 def check_remote_code(plan: MergePlan, options: MergeOptions) -> None:
     """Refuse checkpoints whose code must run, unless the user allows it."""
     for checkpoint in plan.checkpoints:
-        if checkpoint.needs_remote_code and not options.trust_remote_code:
+        if options.trust_remote_code or not checkpoint.needs_remote_code:
+            continue
+        if not checkpoint.model_type and "auto_map" not in checkpoint.config:
+            plan.problems.append(
+                f"{checkpoint.name}: its config.json has no model_type; get the file again, or give the folder of a "
+                f"transformers model"
+            )
+        else:
             plan.problems.append(
                 f"{checkpoint.name}: model_type {checkpoint.model_type!r} is defined by code in the checkpoint, which "
                 f"mergekit must run to read the configuration; look at the code, then pass --trust-remote-code"

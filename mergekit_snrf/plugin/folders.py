@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +17,7 @@ import yaml
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.plugin.adapter import TOKENIZER_FILES
+from mergekit_snrf.plugin.checks import path_problem
 from mergekit_snrf.plugin.plan import MergePlan, located
 
 LOG = logging.getLogger(__name__)
@@ -36,20 +37,21 @@ def folder_problem(
     Args:
         replaceable: what the folder may hold; None: nothing.
     """
-    if not os.path.exists(out_path):
-        return None
-    if not os.path.isdir(out_path):
-        return f"{out_path}: the output path is a file; give a folder"
-    if os.listdir(out_path):
+    problem = path_problem(out_path)
+    # What is not there yet may lead to a folder that is: ``new/..``.
+    out = os.path.realpath(out_path)
+    if problem is not None or not os.path.exists(out):
+        return problem
+    if os.listdir(out):
         if replaceable is None:
             return f"{out_path}: the output folder is not empty; choose a new folder, or --overwrite an earlier output"
-        needed = next((path for path in _inputs(plan, recipe_folder) if _holds(out_path, path)), None)
+        needed = next((path for path in _inputs(plan, recipe_folder) if _holds(out, path)), None)
         if needed is not None:
             return f"{out_path}: the output folder holds {needed}, which the recipe reads; choose another folder"
-        other = _not_of_a_merge(plan, out_path) if replaceable == "merge" else _not_of_an_adapter(out_path)
+        other = _not_of_a_merge(plan, out) if replaceable == "merge" else _not_of_an_adapter(out)
         if other is not None:
             return f"{out_path}: {other}, so it is not replaced; choose another folder"
-    if os.path.ismount(out_path) or os.path.samefile(out_path, os.curdir):
+    if os.path.ismount(out) or os.path.samefile(out, os.curdir):
         return (
             f"{out_path}: the output is moved into place as a whole, which a mount point or the working folder does "
             f"not allow; choose a new folder below it"
@@ -103,41 +105,67 @@ def _foreign(folder: str, known: set[str]) -> str | None:
 
 
 @contextmanager
-def built_aside(out_path: str) -> Iterator[Path]:
+def built_aside(out_path: str, what: str, *, replace: bool) -> Iterator[Path]:
     """Give an empty folder beside ``out_path`` that takes its place, at once, when the block is done.
 
-    The folder has a temporary name; if the block fails it is removed, and ``out_path`` is as it was. What ``out_path``
-    holds is replaced.
+    The folder has a temporary name; if the block fails it is removed, and ``out_path`` is as it was.
+
+    Args:
+        what: is written, for messages.
+        replace: what ``out_path`` holds is replaced; without it, it must be empty to the end.
 
     Raises:
-        SnrfError: another run is at work in the temporary folder.
+        SnrfError: a file cannot be written, ``out_path`` is not empty, or another run is at work in the temporary
+            folder.
     """
     # A link to a folder stays a link.
     out = Path(os.path.realpath(out_path))
     building = out.with_name(f".{out.name}{PARTIAL}")
-    building.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(building, os.O_RDONLY)
+    missing = [folder for folder in building.parents if not folder.exists()]
+    try:
+        building.mkdir(parents=True, exist_ok=True)
+        with _locked(building):
+            try:
+                for entry in building.iterdir():
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                yield building
+                _put_into_place(building, out, replace)
+            except BaseException:
+                shutil.rmtree(building, ignore_errors=True)
+                with suppress(OSError):
+                    for folder in missing:
+                        folder.rmdir()
+                raise
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
+        raise SnrfError(
+            f"{out_path}: the {what} could not be written ({reason}); make room, or choose another folder"
+        ) from None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SnrfError(f"{building}: another run writes there; wait for it, or choose another folder") from None
+            raise SnrfError(f"{folder}: another run writes there; wait for it, or choose another folder") from None
         except OSError as error:
-            LOG.debug("%s: cannot be locked (%s)", building, error)
-        try:
-            for entry in building.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            yield building
-            if out.is_dir() and os.listdir(out):
-                _exchange(building, out)
-                shutil.rmtree(building, ignore_errors=True)
-            else:
-                building.rename(out)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+            LOG.debug("%s: cannot be locked (%s)", folder, error)
+        yield
     finally:
         os.close(descriptor)
+
+
+def _put_into_place(building: Path, out: Path, replace: bool) -> None:
+    if not (out.is_dir() and os.listdir(out)):
+        building.rename(out)
+    elif replace:
+        _exchange(building, out)
+        shutil.rmtree(building, ignore_errors=True)
+    else:
+        raise SnrfError(f"{out}: files came into the output folder meanwhile; move them away, and begin again")
 
 
 def _exchange(one: Path, other: Path) -> None:

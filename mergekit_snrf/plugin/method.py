@@ -179,12 +179,14 @@ def merge_group(group: TensorGroup, *, masks: str, **parameters: Any) -> torch.T
 _tally: Tally | None = None
 
 
-def start_tally(tensors: int) -> None:
+def start_tally(tensors: int) -> Tally:
     """Begin to count the edited tensors of a merge, which speaks when the last one is done; one merge at a time."""
     global _tally
     from mergekit_snrf.plugin.tally import Tally
 
-    _tally = Tally(tensors) if tensors else None
+    tally = Tally(tensors)
+    _tally = tally if tensors else None
+    return tally
 
 
 class _MaskCache:

@@ -26,6 +26,7 @@ from mergekit_snrf.plugin.checks import (
     check_mask,
     check_output,
     check_remote_code,
+    check_roles,
     compare_provenance,
 )
 from mergekit_snrf.plugin.recipe import Recipe, default, read_recipe
@@ -33,7 +34,7 @@ from mergekit_snrf.weights import bias_name
 
 
 @dataclass(frozen=True)
-class Edit:
+class PlannedEdit:
     """One tensor that a merge changes: a weight, or the bias beside it.
 
     Attributes:
@@ -88,7 +89,7 @@ class MergePlan:
     source_base_decoder: Decoder | None = None
     mask: Mask | None = None
     mask_path: Path | None = None
-    edits: list[Edit] = field(default_factory=list)
+    edits: list[PlannedEdit] = field(default_factory=list)
     copied: list[str] = field(default_factory=list)
     references: list[ModelReference] = field(default_factory=list)
 
@@ -240,6 +241,7 @@ def plan_merge(
         return plan
     any_family = bool(_tolerant(recipe, "allow_family_mismatch"))
     check_distinct(plan, recipe)
+    check_roles(plan)
     plan.problems += pairing_problems(plan.target, plan.source, any_family=any_family)
     if plan.source_base is not None and plan.source_base_decoder is not None:
         unfit = pairing_problems(plan.target, plan.source_base, any_family=any_family)
@@ -338,7 +340,7 @@ def _plan_edits(plan: MergePlan, recipe: Recipe, mask: Mask, target: Checkpoint,
             if name not in target.tensors:
                 continue
             try:
-                edit = _edit(plan, recipe, site, name, int(member.sum()), t)
+                edit = _planned_edit(plan, recipe, site, name, int(member.sum()), t)
             except SnrfError as error:
                 # The same mistake in every layer is one problem.
                 failures[str(error) if not failures else ""] += 1
@@ -367,7 +369,7 @@ def _plan_edits(plan: MergePlan, recipe: Recipe, mask: Mask, target: Checkpoint,
         )
 
 
-def _edit(plan: MergePlan, recipe: Recipe, site: Site, name: str, neurons: int, t: float) -> Edit:
+def _planned_edit(plan: MergePlan, recipe: Recipe, site: Site, name: str, neurons: int, t: float) -> PlannedEdit:
     """Return the edit of a weight or bias of the target; raise ``SnrfError`` where it cannot be fused."""
     assert plan.target is not None
     header = plan.target.tensors[name]
@@ -391,7 +393,7 @@ def _edit(plan: MergePlan, recipe: Recipe, site: Site, name: str, neurons: int, 
     fusion = recipe.fusion(name, t)
     if not is_bias:
         fusion.check_rank(name, header.shape)
-    return Edit(
+    return PlannedEdit(
         site=site,
         target_name=name,
         source_name=names[0],

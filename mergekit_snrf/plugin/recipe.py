@@ -122,7 +122,8 @@ def read_recipe(config: MergeConfiguration, problems: list[str]) -> Recipe | Non
             f"'{used}' is not supported by snrf: embeddings and tokenizer stay the target's; remove it from the recipe"
         )
     models = list(config.models or [])
-    if config.base_model is None:
+    target = config.base_model if config.base_model and config.base_model.model.path else None
+    if target is None:
         problems.append(
             "base_model is missing; set it to the vision-language model that shall gain reasoning (the target)"
         )
@@ -136,16 +137,16 @@ def read_recipe(config: MergeConfiguration, problems: list[str]) -> Recipe | Non
                 f"parameters under the base_model {entry.model} ({', '.join(entry.parameters)}) have no effect; "
                 f"move them to the source"
             )
+    if any(not entry.model.model.path for entry in models):
+        problems.append("a model under 'models' has no name; write a folder or a hub id such as owner/model")
     count = len(problems)
     _check_parameters(config.parameters or {}, sources, problems)
     if len(problems) == count:
         _check_combinations([config.parameters or {}, *(entry.parameters or {} for entry in sources)], problems)
     source_base = _source_base((config.parameters or {}).get("source_base"), problems)
-    if config.base_model is None or len(sources) != 1:
+    if target is None or len(sources) != 1 or not sources[0].model.model.path:
         return None
-    return Recipe(
-        config.base_model, sources[0].model, sources[0].parameters or {}, config.parameters or {}, source_base
-    )
+    return Recipe(target, sources[0].model, sources[0].parameters or {}, config.parameters or {}, source_base)
 
 
 def _source_base(setting: object, problems: list[str]) -> ModelReference | None:

@@ -39,6 +39,14 @@ class Tally:
         return True
 
     @property
+    def changed(self) -> int | None:
+        """Number of weights that differ from the target's, None as long as tensors are missing."""
+        with self._lock:
+            if len(self._roundings) != self._expected:
+                return None
+            return sum(rounding.changed for rounding in self._roundings)
+
+    @property
     def lost(self) -> float:
         """Norm of what rounding to the output's dtype takes away, as a share of the norm of the update."""
         update = math.hypot(*(rounding.update for rounding in self._roundings))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import torch
 import tqdm
@@ -18,9 +21,10 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import Fusion, Rounding, fuse_and_report, fuse_bias_and_report
 from mergekit_snrf.lowrank import Certificate
 from mergekit_snrf.neurons import Site
-from mergekit_snrf.plugin.plan import Edit, MergePlan
-from mergekit_snrf.shards import ByteRange, byte_ranges, read_tensor
+from mergekit_snrf.plugin.plan import MergePlan, PlannedEdit
+from mergekit_snrf.shards import ByteRange, read_tensor
 from mergekit_snrf.threads import one_thread
+from mergekit_snrf.weights import stored_ranges
 
 
 def fuse_tensor(
@@ -92,18 +96,20 @@ class Tensors:
         assert plan.target is not None
         assert plan.source is not None
         self.target_folder = local_folder(plan.target, options)
-        self._target = _ranges(plan.target, self.target_folder, [edit.target_name for edit in plan.edits])
-        self._source = _ranges(plan.source, local_folder(plan.source, options), [e.source_name for e in plan.edits])
+        self._target = stored_ranges(plan.target, self.target_folder, [edit.target_name for edit in plan.edits])
+        self._source = stored_ranges(
+            plan.source, local_folder(plan.source, options), [e.source_name for e in plan.edits]
+        )
         self._source_base: dict[str, ByteRange] = {}
         if plan.source_base is not None:
             names = [edit.source_base_name for edit in plan.edits if edit.source_base_name is not None]
-            self._source_base = _ranges(plan.source_base, local_folder(plan.source_base, options), names)
+            self._source_base = stored_ranges(plan.source_base, local_folder(plan.source_base, options), names)
 
-    def place(self, edit: Edit) -> ByteRange:
+    def place(self, edit: PlannedEdit) -> ByteRange:
         """Return where the target's tensor lies."""
         return self._target[edit.target_name]
 
-    def read(self, edit: Edit) -> tuple[Tensor, Tensor, Tensor | None]:
+    def read(self, edit: PlannedEdit) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read the tensor of target and source, and that of the source's base where the recipe has one.
 
         Raises:
@@ -113,18 +119,22 @@ class Tensors:
         return read_tensor(self._target[edit.target_name]), read_tensor(self._source[edit.source_name]), base
 
 
-def _ranges(checkpoint: Checkpoint, folder: Path, names: list[str]) -> dict[str, ByteRange]:
-    files = {checkpoint.tensors[name].file for name in names}
-    for file in files:
-        if file.endswith(".bin"):
-            raise SnrfError(f"{checkpoint.name}: is stored as .bin ({file}); convert it to safetensors first")
-    ranges = {file: byte_ranges(folder / file) for file in files}
-    return {name: ranges[checkpoint.tensors[name].file][name] for name in names}
+@contextmanager
+def threads(count: int, stop: Event | None = None) -> Iterator[ThreadPoolExecutor]:
+    """Give a pool of threads. When the block fails, what waits is not begun any more, and ``stop`` is set."""
+    with ThreadPoolExecutor(max(1, count)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            if stop is not None:
+                stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def certify(
     plan: MergePlan, config: MergeConfiguration, options: MergeOptions
-) -> Iterator[tuple[Edit, Certificate | None, Rounding]]:
+) -> Iterator[tuple[PlannedEdit, Certificate | None, Rounding]]:
     """Fuse every edited tensor as the merge would, write nothing, and yield what is known of each.
 
     Args:

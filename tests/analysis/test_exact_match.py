@@ -173,16 +173,29 @@ GOOD = {"data": "rows.jsonl", "question": "q", "answer": "a"}
         ({**GOOD, "data": "none.jsonl"}, r"metric 'R': data: there is no file .*none\.jsonl"),
         ({**GOOD, "data": "rows.txt"}, r"metric 'R': data: 'rows\.txt' must end in one of"),
         ({**GOOD, "answer": "b"}, r"metric 'R': .*has no column 'b'"),
-        ({**GOOD, "role": "lose"}, r"metrics\.R\.role: Input should be 'gain' or 'keep'"),
+        ({**GOOD, "role": "lose"}, r"key 'metrics\.R\.role': must be 'gain' or 'keep', got 'lose'$"),
         (
             {**GOOD, "answers": "a"},
-            r"metrics\.R\.answers: unknown key; the keys there are data, question, images, answer, ",
+            r"unknown key 'metrics\.R\.answers'; did you mean 'answer'\? the keys there are data, question, images, ",
         ),
-        ({"data": "rows.jsonl", "answer": "a"}, r"metrics\.R: question is missing"),
-        ({**GOOD, "answer_regex": "("}, r"metrics\.R\.answer_regex: is not a regular expression \(missing \)"),
-        ({**GOOD, "answer_regex": "(" * 499 + "a" + ")" * 499}, r"metrics\.R\.answer_regex: is not a regular exp"),
-        ({**GOOD, "answer_regex": "a" * 1001}, r"metrics\.R\.answer_regex: String should have at most 1000"),
-        ({**GOOD, "template": "{q.__class__}"}, r"metrics\.R\.template: .*plain name of a column"),
+        ({"data": "rows.jsonl", "answer": "a"}, r"key 'metrics\.R': question is missing; name the column"),
+        ({**GOOD, "answer_regex": "("}, r"key 'metrics\.R\.answer_regex': is not a regular expression \(missing \)"),
+        (
+            {**GOOD, "answer_regex": "(" * 499 + "a" + ")" * 499},
+            r"key 'metrics\.R\.answer_regex': is not a regular exp",
+        ),
+        (
+            {**GOOD, "answer_regex": "a" * 1001},
+            r"key 'metrics\.R\.answer_regex': must have at most 1000 characters, got 1001$",
+        ),
+        ({**GOOD, "template": "{q.__class__}"}, r"key 'metrics\.R\.template': .*plain name of a column"),
+        ({**GOOD, "answer_regex": ""}, r"key 'metrics\.R\.answer_regex': is empty; write a value or remove the key$"),
+        (
+            {**GOOD, "data": None},
+            r"key 'metrics\.R\.data': must be text, got nothing; write a value or remove the key$",
+        ),
+        ({**GOOD, "data": {"file": "a"}}, r"key 'metrics\.R\.data': must be text, got a mapping$"),
+        ({"data": "rows.jsonl", "question": "q"}, r"key 'metrics\.R\.answer' is missing; add it$"),
         ({**GOOD, "data": "holes.jsonl"}, r"metric 'R': .*row 1: column 'a' is empty"),
         ({**GOOD, "images": "i"}, r"metric 'R': .*row 0: .*no\.png.*cannot be read.*keys of the evaluation"),
     ],
@@ -201,19 +214,27 @@ def test_a_file_that_cannot_be_used(metric: dict[str, Any], message: str, tmp_pa
         (b"metrics: [", "not valid YAML"),
         (b"\xff\xfe\x00", "not valid YAML"),
         (b"[" * 100_000, "not valid YAML"),
-        (b"- 1", "file: Input should be a valid dictionary"),
-        (b"metrics: {}", "metrics: Dictionary should have at least 1 item"),
+        (b"- 1", "is no mapping of keys to values; an evaluation begins with metrics:, see docs/evidence.md$"),
+        (b"", "is empty; an evaluation begins with metrics:, see docs/evidence.md$"),
         (
-            b"metrics: {R: {data: a.jsonl, question: q, answer: a}}\nbatch_size: 0",
-            "batch_size: Input should be",
+            b"metrics:",
+            "key 'metrics': must be a mapping of keys to values, got nothing; write a value or remove the key$",
         ),
+        (b"metrics: {}", "key 'metrics': must have at least 1 entry, got 0$"),
+        (b"metrics: {R: 3}", "key 'metrics.R': must be a mapping of keys to values, got 3$"),
+        (b"metrics: {3: {data: a}}", "key 'metrics': a name in it must be text, got 3$"),
+        (b"%s\nbatch_size: 0", "key 'batch_size': must be at least 1, got 0$"),
+        (b"%s\nbatch_size: x", "key 'batch_size': must be a whole number, got 'x'$"),
+        (b"%s\nlimit: true", "key 'limit': must be a whole number, got true$"),
+        (b"%s\nseed: 4294967296", "key 'seed': must be below 4294967296, got 4294967296$"),
+        (b"%s\nbatch-size: 1", r"unknown key 'batch-size'; did you mean 'batch_size'\? the keys there are metrics, "),
         (b"#" * 1_000_001, "1000001 bytes are too many"),
     ],
 )
 def test_a_file_that_is_no_evaluation(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "eval.yml"
-    path.write_bytes(content)
-    with pytest.raises(SnrfError, match=f": {message}") as caught:
+    path.write_bytes(content.replace(b"%s", b"metrics: {R: {data: a.jsonl, question: q, answer: a}}"))
+    with pytest.raises(SnrfError, match=f"^{re.escape(str(path))}: {message}") as caught:
         load_evaluation(str(path))
     assert "\n" not in str(caught.value)
 
@@ -229,7 +250,7 @@ def test_a_row_that_cannot_be_asked_is_an_error(board: tuple[Any, Any], tmp_path
 def test_a_model_without_a_chat_template_is_told_what_to_set(board: tuple[Any, Any], tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"q": "calc :", "a": "1"}])
     path = write_yaml(tmp_path / "eval.yml", R=GOOD)
-    with pytest.raises(SnrfError, match=r"has no chat template; set template for this side of the evaluation"):
+    with pytest.raises(SnrfError, match=r"has no chat template; set template for this metric, a format"):
         evaluate(load_evaluation(str(path)), *board)
 
 

@@ -20,6 +20,7 @@ from mergekit_snrf import safefile
 from mergekit_snrf.analysis.overlap import overlaps, total
 from mergekit_snrf.analysis.report import report
 from mergekit_snrf.analysis.results import Amplification, OverlapPairs, Study, write_result
+from mergekit_snrf.analysis.wording import without_folders
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
@@ -212,6 +213,126 @@ def test_what_is_there_is_not_missing(mask: Mask) -> None:
     assert "snrf ablate" not in commands
 
 
+def headings(page: Page) -> list[str]:
+    return [title for title in page.said("h2") if title.startswith("Overlap")]
+
+
+def test_what_profiles_and_results_both_say_is_shown_once(mask: Mask) -> None:
+    same = overlaps(PROFILES, top_ratio=0.3)
+    mirrored = overlaps(PROFILES[::-1], top_ratio=0.3)
+    page = Page(report(mask, PROFILES, [*same, OverlapPairs(pairs=mirrored)]))
+    assert headings(page) == ["Overlap of target and source"]
+    assert page.said("figcaption").count("Overlap by top ratio") == 1
+    # Without the profiles, the curve is that of the result which has one.
+    page = Page(report(mask, [], [*same, *overlaps(PROFILES, top_ratio=0.3, curve=True)]))
+    assert headings(page) == ["Overlap of target and source"]
+    assert page.said("figcaption").count("Overlap by top ratio") == 1
+
+
+def test_overlaps_that_differ_have_titles_that_differ(mask: Mask) -> None:
+    other = profile_of(measured_ranks(3), "source")
+    third = profile_of(measured_ranks(4), "source")
+    results = [
+        overlaps([PROFILES[0], one], top_ratio=ratio)[0] for one, ratio in ((other, 0.3), (third, 0.3), (other, 0.1))
+    ]
+    assert headings(Page(report(mask, PROFILES, results[:1]))) == [
+        "Overlap of target and source by top_ratio 0.3, of profiles",
+        "Overlap of target and source by top_ratio 0.3, of a result file",
+    ]
+    assert headings(Page(report(mask, PROFILES, results))) == [
+        "Overlap of target and source by top_ratio 0.3, of profiles",
+        "Overlap of target and source by top_ratio 0.3, of a result file (1)",
+        "Overlap of target and source by top_ratio 0.3, of a result file (2)",
+        "Overlap of target and source by top_ratio 0.1",
+    ]
+    swapped = results[0].model_copy(update={"names": ("source", "target")})
+    assert len(headings(Page(report(mask, [], [results[0], swapped])))) == 2
+
+
+HOME = "/home/alice smith/work"
+
+
+def test_no_local_folder_is_told(tmp_path: Path) -> None:
+    local = ModelProvenance(
+        path=f"{HOME}/target", probes={"dataset": f"{HOME}/rows.jsonl", "template": "/no_think/ {q}"}
+    )
+    known = Provenance(target=local, source=local, inputs=[{"file": "~/a.safetensors", "path": "C:\\Users\\alice\\a"}])
+    mask = made_mask(tmp_path, known)
+    digest = "ef" * 32
+    studies = [
+        study.model_copy(
+            update={
+                "model": f"{HOME}/target+{HOME}/adapter",
+                "mask": f"{HOME}/mask.safetensors",
+                "mask_sha256": digest,
+                "evaluation": f"{HOME}/evaluation.py:board?n=6&data={HOME}/rows.jsonl",
+                "settings": {
+                    "recipe": f"{HOME}/snrf.yml",
+                    "source": "owner/source",
+                    "base": "../base",
+                    "profiles": {f"{HOME}/target.profile": "12" * 32},
+                    "files": {"before": [f"{HOME}/before/20260101_000000_samples_t.jsonl"]},
+                },
+            }
+        )
+        for study in (ablation(), comparison())
+    ]
+    words = amplification().model_copy(
+        update={
+            "model": f"{HOME}/target",
+            "probes": f"{HOME}/rows.jsonl",
+            "classifier": f"{HOME}/own.py:is_math",
+            "settings": {"mask": "hf://owner/repo@main/m.safetensors"},
+        }
+    )
+    profiles = [profile_of(measured_ranks(1), f"{HOME}/target"), PROFILES[1]]
+    text = report(mask, profiles, [*studies, words])
+    assert "alice" not in text
+    assert HOME.split("/")[1] not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+    assert str(tmp_path) not in text
+    page = Page(text)
+    rows = dict(re.findall(r'<th scope="row">([^<]*)</th><td class="words">([^<]*)</td></tr>', text))
+    assert rows["profiles target.profile"] == "12" * 32
+    assert rows["mask sha256"] == digest
+    assert {
+        "target+adapter",
+        "mask.safetensors",
+        "evaluation.py:board?n=6&data=rows.jsonl",
+        "snrf.yml",
+        "owner/source",
+        "../base",
+        '["20260101_000000_samples_t.jsonl"]',
+        "hf://owner/repo@main/m.safetensors",
+        "/no_think/ {q}",
+        "a.safetensors",
+    } <= set(page.said("td"))
+    assert "Shared neurons of target and target" in page.said("h1")
+    assert any("(own.py:is_math)" in sentence for sentence in page.said("p"))
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("owner/model", "owner/model"),
+        ("examples/board/target", "examples/board/target"),
+        ("../target", "../target"),
+        ("/target", "target"),
+        ("/a/b/target/", "target/"),
+        ("file:///home/alice/x", "x"),
+        ("D:/models/target", "target"),
+        ("~bob/target", "target"),
+        ("hf://owner/repo@main/a/b.safetensors", "hf://owner/repo@main/a/b.safetensors"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("package.module:function", "package.module:function"),
+        ("lmms-eval: mme, pope", "lmms-eval: mme, pope"),
+        ("/", "/"),
+        ("", ""),
+    ],
+)
+def test_paths_without_folders(given: str, shown: str) -> None:
+    assert without_folders(given) == shown
+
+
 def test_study_of_another_mask_is_marked(mask: Mask) -> None:
     page = Page(report(mask, [], [ablation("cd" * 32)]))
     assert any("another mask" in text and "cd" * 32 in text for text in page.said("p"))
@@ -324,7 +445,7 @@ def test_command_writes_the_same_bytes_in_every_process(folder: Path) -> None:
         (["nothing.safetensors", "r.html"], "nothing.safetensors: no such file"),
         (["target.profile", "r.html"], "snrf-mask"),
         (["mask.safetensors", "--profile", "target.profile", "r.html"], "give both"),
-        (["mask.safetensors", "--result", "mask.safetensors", "r.html"], "mask.safetensors: file: Invalid JSON"),
+        (["mask.safetensors", "--result", "mask.safetensors", "r.html"], "mask.safetensors: is not JSON"),
         (["mask.safetensors", "no/where.html"], "no/where.html: cannot be written"),
     ],
 )

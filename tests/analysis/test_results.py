@@ -55,13 +55,19 @@ OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "Invalid JSON"),
-        (b"\xff\xfe", "Invalid JSON"),
-        (b"[]", "should be an object"),
-        (b"{}", "discriminator 'format'"),
-        (b'{"format": "snrf-mask"}', "does not match any of the expected tags"),
-        (changed(STUDY, "version", value=2), "version"),
-        (changed(STUDY, "surprise", value=1), "surprise: Extra inputs"),
+        (b"", ": is not JSON ("),
+        (b"\xff\xfe", ": is not JSON ("),
+        (b"[]", ": must be a mapping of keys to values, got a list; "),
+        (b"{}", ": has no key 'format'; "),
+        (
+            b'{"format": "snrf-mask"}',
+            ": key 'format': must be one of 'snrf-study', 'snrf-overlap', 'snrf-overlap-pairs', 'snrf-amplification', "
+            "got 'snrf-mask'; ",
+        ),
+        (b'{"format": "snrf-study"}', ": key 'kind' is missing; "),
+        (changed(STUDY, "version", value=2), ": key 'version': must be 1, got 2; "),
+        (changed(STUDY, "surprise", value=1), ": unknown key 'surprise'; "),
+        (changed(STUDY, "seed", value="x"), ": key 'seed': must be a whole number, got 'x'; "),
         (changed(STUDY, "conditions", 0, "role", value="hero"), "conditions.0.role"),
         (changed(STUDY, "conditions", 0, "metrics", "reasoning", "mean", "low", value=float("nan")), "low"),
         (changed(OVERLAP, "sites", 0, "projection", value="attn.z"), "'attn.z' is none of attn.q"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import torch
 from checkpoints import make_target
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mergekit_snrf.analysis import evaluation
@@ -179,18 +182,118 @@ def test_errors_come_before_the_model_is_loaded(mask: Path, tmp_path: Path) -> N
         assert result.stderr.count("\n") == 1
 
 
-def test_a_profile_of_another_model_is_warned_of(
-    mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    class ReachedError(Exception):
-        pass
-
-    def stop(*arguments: Any, **keys: Any) -> None:
-        raise ReachedError
-
-    monkeypatch.setattr(evaluation, "load_model", stop)
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ablate", BOARD / "target", "--mask", "{mask}", "--eval", f"{BOARD / 'evaluation.py'}:board"],
+        ["compare", BOARD / "snrf.yml", "--eval", f"{BOARD / 'evaluation.py'}:board"],
+    ],
+)
+def test_a_profile_of_another_model_is_refused_in_the_same_words(words: list[Any], mask: Path, tmp_path: Path) -> None:
     profile = a_profile(tmp_path / "profile.safetensors", config_sha256="0" * 64)
-    arguments = [BOARD / "target", "--mask", mask, "--eval", f"{BOARD / 'evaluation.py'}:board", "--profile", profile]
-    result = CliRunner().invoke(main, ["ablate", *map(str, arguments)])
-    assert result.exit_code == 1
-    assert "is the profile of another model than" in result.output
+    arguments = [str(word).format(mask=mask) for word in (*words, "--profile", profile)]
+    result = CliRunner().invoke(main, arguments)
+    message = f"Error: {profile}: is the profile of another model than {BOARD / 'target'} (other); give its own\n"
+    assert (result.exit_code, result.output) == (1, message)
+
+
+@pytest.mark.usefixtures("never_loaded")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ablate", "no/model", "--mask", "no", "--eval", "no"],
+        ["compare", "no.yml", "--eval", "no"],
+        ["overlap", "no", "no"],
+        ["amplify", "no/model", "--neuron", "fwd.up.L0.N0", "--probes", "no.jsonl"],
+    ],
+)
+def test_where_the_json_goes_is_checked_first_and_in_the_same_words(words: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "no" / "s.json"
+    result = CliRunner().invoke(main, [*words, "--json", str(place)])
+    message = f"Error: {place}: there is no such folder; make it, or choose another place for --json\n"
+    assert (result.exit_code, result.output) == (1, message)
+
+
+EVALUATIONS = """
+import sys, time
+def fine(model, processor): return {"R": [1.0, 0.0]}
+def leaves(model, processor): sys.exit(3)
+def waits(model, processor):
+    print("asked", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path) -> Path:
+    path = tmp_path / "evaluations.py"
+    path.write_text(EVALUATIONS)
+    return path
+
+
+def test_an_evaluation_that_ends_the_program_is_named(mask: Path, evaluations: Path) -> None:
+    done = run(BOARD / "target", "--mask", mask, "--eval", f"{evaluations}:leaves", "--quiet")
+    message = f"Error: {evaluations}:leaves: fails with SystemExit: 3; -vv shows where\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_model_with_weights_that_are_not_finite_is_refused(
+    value: float, mask: Path, evaluations: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(BOARD / "target", tmp_path / "model")
+    shard = next((tmp_path / "model").glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    tensors[name][3, 5] = value
+    save_file(tensors, shard, metadata={"format": "pt"})
+    done = run(tmp_path / "model", "--mask", mask, "--eval", f"{evaluations}:fine", "--quiet")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(
+        f"Error: {tmp_path / 'model'}: weight model.language_model.layers.1.mlp.up_proj.weight "
+    )
+    assert "holds NaN or infinity in " in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_interrupted_command_says_so_and_writes_nothing(mask: Path, evaluations: Path, tmp_path: Path) -> None:
+    options = ["--mask", mask, "--eval", f"{evaluations}:waits", "--quiet", "--json", tmp_path / "s.json"]
+    command = [Path(sys.executable).parent / "snrf", "ablate", BOARD / "target", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # A test run in the background ignores the interrupt, and so would what it starts.
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "asked\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (1, "", "\nAborted!\n")
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_quiet_is_quiet_on_data_that_was_never_read(mask: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.yml").write_text(
+        "metrics: {calc: {data: rows.jsonl, template: 'calc :', answer: a}}\nmax_new_tokens: 2\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"a": "1"}\n')
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
+    command = ["snrf", "ablate", BOARD / "target", "--mask", mask, "--eval", tmp_path / "e.yml", "--draws", "1"]
+    command[0] = Path(sys.executable).parent / "snrf"
+    for options, silent in (((), False), (("--quiet",), True)):
+        environment["HF_DATASETS_CACHE"] = str(tmp_path / f"cache{silent}")
+        done = subprocess.run(
+            [*map(str, command), *options], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert (done.stderr == "") == silent
+        assert ("Generating train split" in done.stderr) == (not silent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,8 +146,13 @@ def test_own_classifier(folder: Path, tmp_path: Path) -> None:
         (["--neuron", UP, "--classifier", "no"], "no: is not a classifier"),
         (["--neuron", UP, "--json", "{tmp}/absent/a.json"], "a.json: there is no such folder"),
         (["--neuron", UP, "--figures", "{tmp}/bad.txt/clouds"], "clouds: cannot be made"),
-        (["--neuron", UP, "--question", "problem"], "has no column 'problem'"),
-        (["--neuron", UP, "--side", "source"], "is no profile.yml, so it has no sides"),
+        (["--neuron", UP, "--question", "problem"], "has no column 'problem' (--question)"),
+        (["--neuron", UP, "--side", "source"], "is no profile.yml, so it has no sides; leave out --side"),
+        (["--neuron", UP, "--template", "calc :"], "probes.jsonl: template 'calc :' names no column, so that every"),
+        (["--neuron", UP, "--template", ""], "probes.jsonl: --template is empty; write a value or leave it out"),
+        (["--neuron", UP, "--images", ""], "probes.jsonl: --images is empty; write a value or leave it out"),
+        (["--neuron", UP, "--images", "picture"], "has no column 'picture' (--images); the columns are "),
+        (["--neuron", UP, "--max-new-tokens", "99999"], "lower --max-new-tokens"),
         (["--neuron", UP, "--samples", "2", "--temperature", "0"], "temperature must be positive"),
         (["--neuron", UP, "--factor", "inf"], "factor must be a finite number"),
     ],
@@ -159,6 +165,30 @@ def test_errors_are_one_sentence(folder: Path, tmp_path: Path, arguments: list[s
     assert out.output.startswith("Error: ")
     assert message in out.output
     assert out.output.count("\n") == 1
+
+
+def test_a_model_without_a_chat_template_asks_for_the_option(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "probes.jsonl").write_text((folder / "probes.jsonl").read_text())
+    out = run(tmp_path, "--neuron", UP)
+    assert out.exit_code == 1
+    assert "has no chat template; give --template, a format string over the columns such as '{question}'" in out.output
+    assert "profile.yml" not in out.output
+    assert run(tmp_path, "--neuron", UP, "--template", "{question}", "--max-new-tokens", "2").exit_code == 0
+
+
+def test_word_clouds_name_no_local_folder(folder: Path, tmp_path: Path) -> None:
+    options = ["--factor", "50", "--max-new-tokens", "6", "--min-count", "1", "--figures", tmp_path / "clouds"]
+    out = run(folder, "--neuron", UP, *options)
+    assert out.exit_code == 0, out.output
+    drawing = (tmp_path / "clouds" / f"{UP}.svg").read_text()
+    assert f"{UP} of model amplified by 50" in drawing
+    assert str(folder) not in drawing
+    assert str(folder).encode() not in (tmp_path / "clouds" / f"{UP}.png").read_bytes()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--neuron", UP, "--pick", "2"]])

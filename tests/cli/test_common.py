@@ -21,6 +21,8 @@ parameters: {masks: mask.safetensors}
 dtype: bfloat16
 """
 
+PARAMETER = "': must be a value, a list of values, or a mapping with value and filter"
+
 
 @click.command()
 @click.option("--fail", default="")
@@ -125,11 +127,35 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
     [
         ("", "is no recipe; a recipe begins with merge_method: snrf"),
         ("[]", "is no recipe; a recipe begins with merge_method: snrf"),
-        ("models: []", "merge_method: Field required"),
+        ("models: []", "key 'merge_method' is missing; add it"),
         ("merge_method: snrf", "Exactly one of 'models', 'slices', or 'modules' must be present"),
-        ("merge_method: snrf\nmodels: 3", "models: Input should be a valid list"),
+        ("merge_method: snrf\nmodels: 3", "key 'models': must be a list, got 3"),
         ("merge_method: snrf\nmodels: [{model: a+b+c}]", "Can't parse a+b+c"),
-        ("merge_method: snrf\ndtype: [1]\nmodels: [{model: a}]", "dtype: Input should be a valid string"),
+        ("merge_method: snrf\ndtype: [1]\nmodels: [{model: a}]", "key 'dtype': must be text, got a list"),
+        (
+            "merge_method: snrf\nmodels: [a]",
+            "key 'models.0': must be a mapping that begins with 'model: NAME', got 'a'",
+        ),
+        (
+            "merge_method: snrf\nbase_model: 3\nmodels: [{model: a}]",
+            "key 'base_model': must be the name of a model, a ",
+        ),
+        *(
+            (
+                f"merge_method: snrf\nmodels: [{{model: a}}]\nparameters: {{{written}}}",
+                f"key 'parameters.{key}{PARAMETER}, got {given}",
+            )
+            for written, key, given in (
+                ("rank: ", "rank", "nothing; write a value or remove the key"),
+                ("strength: ", "strength", "nothing; write a value or remove the key"),
+                ("beta: [1, null]", "beta.1", "nothing; write a value or remove the key"),
+                ("beta: [{value: }]", "beta.0.value", "nothing; write a value or remove the key"),
+            )
+        ),
+        (
+            "merge_method: snrf\nmodels: [{model: a}]\nparameters: {rank: {x: 1}}",
+            "key 'parameters.rank.value' is missing",
+        ),
     ],
 )
 def test_what_is_no_recipe(tmp_path: Path, content: str, message: str) -> None:

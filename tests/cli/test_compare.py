@@ -120,6 +120,28 @@ def test_samples_of_lmms_eval(tmp_path: Path) -> None:
     study = read_result(out)
     assert isinstance(study, Study)
     assert study.kind == "comparison"
+    assert study.roles == {"scienceqa_img/exact_match": "gain"}
+    older = tmp_path / "after" / "20251231_000000_samples_scienceqa_img.jsonl"
+    older.write_text((tmp_path / "before" / "20260101_000000_samples_scienceqa_img.jsonl").read_text())
+    words = (
+        "compare",
+        "--from-lmms-eval",
+        tmp_path / "before",
+        tmp_path / "after",
+        "--keep",
+        "scienceqa_img",
+        "--quiet",
+    )
+    again = run(*words, "--json", out)
+    assert (again.returncode, again.stderr) == (0, "")
+    note = (
+        "after has 2 runs of scienceqa_img; the newest by its name counts, 20260101_000000_samples_scienceqa_img.jsonl."
+    )
+    assert f"\n{note}\nLeft out: scienceqa_img/other, " in again.stdout
+    kept = read_result(out)
+    assert isinstance(kept, Study)
+    assert kept.roles == {"scienceqa_img/exact_match": "keep"}
+    assert kept.conditions == study.conditions
     refused = run("compare", "--from-lmms-eval", tmp_path / "before", tmp_path)
     assert (refused.returncode, refused.stdout) == (1, "")
     assert refused.stderr.startswith(f"Error: {tmp_path}: holds samples of scienceqa_img in several folders")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.profilefile import EDGES, Profile, SiteProfile, edge_ranks, write_profile
 
 K0, UP1, DOWN1 = Site(0, "attn.k"), Site(1, "fwd.up"), Site(1, "fwd.down")
 TARGET, SOURCE = ModelProvenance(path="owner/target", model_type="qwen2_5_vl"), ModelProvenance(path="owner/source")
@@ -231,6 +232,7 @@ def test_random_for_a_model(folder: Path, model: str) -> None:
         (["a", "out", "--model", "m", "--ratio", "0.1"], "give either MASK and OUT"),
         (["out", "--model", "m", "--ratio", "0"], "not in the range 0<x<=1"),
         (["out", "--model", "m", "--ratio", "1.1"], "not in the range 0<x<=1"),
+        (["out", "--model", "m", "--ratio", "nan"], "Invalid value for '--ratio': nan is not a share"),
         (["a", "out", "--seed", "-1"], "not in the range"),
         (["a", "out", "--seed", "4294967296"], "not in the range"),
         ([], "Missing argument"),
@@ -241,6 +243,26 @@ def test_random_is_used_in_two_ways(folder: Path, arguments: list[str], message:
     assert result.exit_code == 2
     assert message in result.stderr
     assert not Path("out").exists()
+
+
+def make_profile(path: str, strongest: int) -> str:
+    """A profile of one probe and one projection of 8 neurons."""
+    ranks = (torch.arange(8) - strongest) % 8 + 1
+    hits = torch.nn.functional.one_hot(torch.bucketize(ranks, torch.tensor(edge_ranks(EDGES, 8))), len(EDGES))
+    site = SiteProfile(1.0 / ranks, ranks / 8, 1.0 / ranks, hits.to(torch.int32))
+    write_profile(path, Profile({K0: site}, 1))
+    return path
+
+
+def test_select_keeps_the_profiles(folder: Path) -> None:
+    profiles = [make_profile("first", 3), make_profile("second", 2)]
+    before = [digest(name) for name in profiles]
+    result = snrf("select", *profiles, "--top-ratio", "0.25")
+    assert result.exit_code == 2
+    assert "OUT, second, is a profile, which the mask would replace; name the mask's file last" in result.stderr
+    assert done("select", *profiles, "a", "--top-ratio", "0.25") == "a: 1 neurons\n"
+    assert [str(neuron) for neuron in read_mask("a").neurons.neurons()] == ["attn.k.L0.N3"]
+    assert [digest(name) for name in profiles] == before
 
 
 RELEASED = {"attn_q": {"0": [11]}, "attn_k": {"0": [3, 7], "1": []}, "fwd_down": {"1": [0, 9]}}

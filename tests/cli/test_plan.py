@@ -246,6 +246,9 @@ def test_output_folder_is_checked_on_request(pair: Pair, tmp_path: Path) -> None
     assert files(tmp_path / "out") == before
     assert plan(pair.recipe(), tmp_path, "--out", str(tmp_path / "new")).exit_code == 0
     assert not (tmp_path / "new").exists()
+    empty = plan(pair.recipe(), tmp_path, "--out", "")
+    assert empty.exit_code == 1
+    assert "1. the output path is empty; give a folder" in empty.stdout
 
 
 def test_adapter_is_planned_from_the_model_below(pair: Pair, tmp_path: Path) -> None:

@@ -92,6 +92,59 @@ def test_output_of_mergekit_yaml_in_other_shards_is_replaced(pair: Pair, tmp_pat
     assert_same(read(tmp_path / "out"), merge(pair.recipe(source={"beta": 1.0}), tmp_path / "other"))
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+@pytest.mark.parametrize("out", ["", ".", "new/..", "new/../../here"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_working_folder_is_never_replaced(
+    command: str, out: str, flags: list[str], pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``snrf patch recipe.yml "$OUT"`` where OUT is not set."""
+    recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path / "here")
+    result = CliRunner().invoke(snrf, [command, str(recipe), out, "--quiet", *flags])
+    assert result.exit_code == 1
+    assert result.output.startswith(f"Error: {out}: " if out else "Error: the output path is empty; give a folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yml", "here"}
+    assert hashes(tmp_path / "here").keys() == {"thesis.txt"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_files_that_come_while_a_run_is_at_work_are_kept(
+    command: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, write_text = tmp_path / "out", Path.write_text
+
+    def come(self: Path, *words: Any, **names: Any) -> int:
+        if self.name == "README.md":
+            out.mkdir()
+            (out / "thesis.txt").touch()
+        return write_text(self, *words, **names)
+
+    monkeypatch.setattr(Path, "write_text", come)
+    result = run(command, pair.recipe(), out)
+    assert result.exit_code == 1
+    assert f"{out}: files came into the output folder meanwhile" in result.output
+    assert os.listdir(out) == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_folder_that_cannot_be_made_is_known_before_the_work(command: str, pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
+    for out, reason in (
+        (tmp_path / "file" / "out", f"cannot be made, {tmp_path}/file is not a writable folder; choose another folder"),
+        (tmp_path / ("x" * 300), f"the {'adapter' if command == 'lora' else 'merge'} could not be written (File name"),
+    ):
+        result = CliRunner().invoke(snrf, [command, str(recipe), str(out)])
+        assert result.exit_code == 1
+        assert f"Error: {out}: {reason}" in result.output
+        assert "%" not in result.output, "a progress bar was begun"
+    assert {path.name for path in tmp_path.iterdir()} == {"recipe.yml", "file"}
+
+
 def of_another_method(folder: Path) -> None:
     text = (folder / "mergekit_config.yml").read_text()
     (folder / "mergekit_config.yml").write_text(text.replace("merge_method: snrf", "merge_method: linear"))

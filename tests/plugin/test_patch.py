@@ -13,6 +13,8 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +39,7 @@ from mergekit_snrf.neurons import NeuronSet
 from mergekit_snrf.plugin import patch as patch_module
 from mergekit_snrf.plugin.patch import Patched, patch_merge
 from mergekit_snrf.plugin.tensors import local_folder
+from mergekit_snrf.shards import byte_ranges
 
 SHARD = 80_000
 METHOD = "[Shared Neuron Low-Rank Fusion](https://arxiv.org/abs/2602.19058)"
@@ -298,8 +301,7 @@ def test_reflinks(sharded: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return 0
 
     monkeypatch.setattr(fcntl, "ioctl", clone)
-    monkeypatch.setattr(shutil, "copyfile", None)
-    monkeypatch.setattr(shutil, "copy", lambda source, target: Path(target).write_bytes(Path(source).read_bytes()))
+    monkeypatch.setattr(patch_module, "_copy", None)
     result = patch(sharded.recipe(), tmp_path / "cloned" / "out")
     shards = len(list(sharded.target.glob("*.safetensors")))
     assert f"shards: {shards} reflinked, 0 copied, 0 linked" in result.output
@@ -390,7 +392,7 @@ def test_output_below_missing_folders_is_made_as_by_mergekit(pair: Pair, tmp_pat
     assert_same(read(out), merge(pair.recipe(), tmp_path / "c" / "d" / "out"))
     (tmp_path / "file").write_text("")
     recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
-    assert_refused(patch(recipe, tmp_path / "file" / "out"), "file/out: the merge could not be written")
+    assert_refused(patch(recipe, tmp_path / "file" / "out"), f"{tmp_path}/file is not a writable folder; choose")
 
 
 def test_output_folder_that_exists(pair: Pair, tmp_path: Path) -> None:
@@ -428,6 +430,8 @@ def test_error_in_the_middle_leaves_nothing(workers: str, pair: Pair, tmp_path: 
     assert_refused(result, f"{name}: the source's tensor of shape")
     (tmp_path / "runs" / "empty").mkdir()
     assert_refused(patch(recipe, tmp_path / "runs" / "empty", "--workers", workers), name)
+    path = write_recipe(tmp_path / "recipe.yml", recipe)
+    assert_refused(patch(path, tmp_path / "runs" / "new" / "folders" / "out", "--workers", workers), name)
     assert tree(tmp_path / "runs") == ["empty"]
 
 
@@ -438,6 +442,71 @@ def test_interrupt_leaves_nothing(pair: Pair, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(patch_module, "merge_card", interrupt)
     assert patch(pair.recipe(), tmp_path / "out").output.strip() == "Aborted!"
     assert tree(tmp_path) == []
+
+
+# A test run in the background ignores the interrupt, and so would what it starts.
+SLOW = """
+import io, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from mergekit_snrf.cli.snrf import main
+from mergekit_snrf.plugin import patch
+
+class Slow(io.FileIO):
+    def readinto(self, buffer):
+        time.sleep(0.02)
+        with open(sys.argv[3], "a") as log:
+            log.write(".")
+        return super().readinto(buffer)
+
+open_path = Path.open
+Path.open = lambda self, *words, **names: Slow(self) if names == {"buffering": 0} else open_path(self, *words, **names)
+patch._BLOCK = 1000
+main(["patch", sys.argv[1], sys.argv[2], "--quiet"], prog_name="snrf")
+"""
+
+
+def test_ctrl_c_does_not_wait_for_the_copy(pair: Pair, tmp_path: Path) -> None:
+    recipe, log = write_recipe(tmp_path / "recipes" / "recipe.yml", pair.recipe()), tmp_path / "recipes" / "log"
+    blocks = (pair.target / "model.safetensors").stat().st_size / 1000
+    arguments = [sys.executable, "-c", SLOW, str(recipe), str(tmp_path / "out"), str(log)]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (log.exists() and log.stat().st_size > 20):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.strip().endswith("Aborted!"), errors
+    assert 20 < log.stat().st_size < blocks / 2
+    assert tree(tmp_path) == []
+
+
+def test_tensors_are_written_while_the_rest_is_copied(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks smaller than a file's buffer: what a tensor has overwritten, no late flush of the copy writes again."""
+    recipe = pair.recipe()
+    expected = hashes(patched(recipe, tmp_path / "expected" / "out"))
+    places = byte_ranges(pair.target / "model.safetensors")
+    end = min(places[target_name(site)].offset + places[target_name(site)].bytes for site in pair.neurons)
+    written, copy, overwrite = threading.Event(), patch_module._copy, patch_module.overwrite_neurons
+
+    def recorded(*arguments: Any) -> int:
+        count = overwrite(*arguments)
+        written.set()
+        return count
+
+    def waiting(source: Any, target: Any) -> Iterator[int]:
+        for copied in copy(source, target):
+            yield copied
+            assert copied < end or written.wait(60)
+
+    monkeypatch.setattr(patch_module, "_BLOCK", 1000)
+    monkeypatch.setattr(patch_module, "_copy", waiting)
+    monkeypatch.setattr(patch_module, "overwrite_neurons", recorded)
+    assert hashes(patched(recipe, tmp_path / "out")) == expected
 
 
 def fails_at(call: int, function: Any) -> Any:
@@ -454,7 +523,7 @@ def fails_at(call: int, function: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("module", "name", "call"),
-    [(shutil, "copyfile", 1), (os, "pwrite", 0), (os, "pwrite", 5), (shutil, "copy", 2), (Path, "write_text", 1)],
+    [(patch_module, "_copy", 1), (os, "pwrite", 0), (os, "pwrite", 5), (shutil, "copy", 2), (Path, "write_text", 1)],
 )
 def test_disk_full(
     module: Any, name: str, call: int, sharded: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -511,7 +580,7 @@ def test_file_system_without_locks(pair: Pair, tmp_path: Path, monkeypatch: pyte
 
 
 KILLER = """
-import fcntl, json, os, shutil, signal, sys
+import fcntl, json, os, shutil, signal, sys, threading
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
@@ -519,14 +588,15 @@ from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.plugin import patch
 
 recipe, runs = sys.argv[1], Path(sys.argv[2])
-log = []
+log, lock = [], threading.Lock()
 
 def watch(module, name, limit):
     function = getattr(module, name)
     def watched(*args, **kwargs):
-        if len(log) == limit:
-            os.kill(os.getpid(), signal.SIGKILL)
-        log.append(name)
+        with lock:
+            if 0 <= limit <= len(log):
+                os.kill(os.getpid(), signal.SIGKILL)
+            log.append(name)
         return function(*args, **kwargs)
     setattr(module, name, watched)
 
@@ -534,7 +604,7 @@ def attempt(out, limit, report=None):
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    for module, name in ((fcntl, "ioctl"), (shutil, "copyfile"), (os, "pwrite"), (shutil, "copy"),
+    for module, name in ((fcntl, "ioctl"), (patch, "_copy"), (os, "pwrite"), (shutil, "copy"),
                          (patch, "merge_card"), (Path, "write_text"), (Path, "rename")):
         watch(module, name, limit)
     try:
@@ -549,7 +619,7 @@ assert attempt(runs / "whole" / "out", -1, runs / "log.json") == 0
 events = json.loads((runs / "log.json").read_text())
 writes = [i for i, name in enumerate(events) if name == "pwrite"]
 points = [i for i, name in enumerate(events) if name in ("ioctl", "rename", "merge_card")]
-points += writes[:: len(writes) // 4] + [events.index("copyfile"), events.index("copy"), events.index("write_text"),
+points += writes[:: len(writes) // 4] + [events.index("_copy"), events.index("copy"), events.index("write_text"),
                                          len(events) - 2]
 statuses = {point: attempt(runs / f"at-{point}" / "out", point) for point in sorted(set(points))}
 (runs / "log.json").write_text(json.dumps({"events": events, "statuses": statuses}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,9 @@ def test_plan_resolves_parameters_as_mergekit_does(
 
 
 RECIPES: dict[str, tuple[dict[str, Any], str]] = {
+    "empty base_model": ({"base_model": ""}, "base_model is missing; set it to the vision-language model"),
+    "source without a name": ({"models": [{"model": ""}]}, "a model under 'models' has no name; write a folder or a"),
+    "mask without a name": ({"parameters": {"masks": ""}}, "the path of a file is empty; give a path, or hf://"),
     "no base_model": ({"base_model": None}, "base_model is missing; set it to the vision-language model"),
     "two sources": (
         {"models": [{"model": "a/one"}, {"model": "a/two"}]},
@@ -291,6 +296,24 @@ def test_masks_under_models(pair: Pair, tmp_path: Path) -> None:
         f"parameter 'masks' is written under the model {pair.source}, where mergekit ignores it; "
         "move it to the recipe's top-level parameters"
     )
+
+
+def test_exchanged_models_are_a_warning(pair: Pair) -> None:
+    exchanged = pair.recipe(base_model=str(pair.source), models=[{"model": str(pair.target)}])
+    (warning,) = plan(exchanged).warnings
+    assert warning.startswith(f"{pair.source}: the base_model, which gains and gives the output its shape, is a text")
+    assert f"the source {pair.target} is the one that reads images; exchange them unless" in warning
+    assert plan(pair.recipe()).warnings == []
+
+
+def test_configuration_without_model_type(pair: Pair, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(pair.target, target)
+    config = json.loads((target / "config.json").read_text())
+    del config["model_type"]
+    (target / "config.json").write_text(json.dumps(config))
+    message = one(pair.recipe(base_model=str(target)), tmp_path / "out")
+    assert message.startswith(f"{target}: its config.json has no model_type; get the file again")
 
 
 def test_filter_without_effect_is_a_warning(pair: Pair) -> None:

@@ -10,7 +10,8 @@ import torch
 from checkpoints import read, write
 from pair import Pair, merge, target_name
 
-from mergekit_snrf.fusion import Fusion, fuse, fuse_and_report
+from mergekit_snrf.fusion import Fusion, Rounding, fuse, fuse_and_report
+from mergekit_snrf.plugin.tally import Tally
 
 
 @pytest.fixture
@@ -44,6 +45,15 @@ def test_rounding_is_what_float64_says() -> None:
     assert rounding.update == pytest.approx(float(step.norm()), rel=1e-5)
     assert rounding.lost == pytest.approx(float(lost.norm()), rel=1e-5)
     assert (rounding.weights, rounding.changed) == (256, int((result != target).sum()))
+
+
+def test_changed_weights_are_known_when_the_last_tensor_is_done() -> None:
+    tally, rounding = Tally(2), Rounding(update=1.0, lost=0.5, weights=10, changed=7)
+    assert tally.changed is None
+    tally.add("a", None, rounding)
+    assert tally.changed is None
+    tally.add("b", None, rounding)
+    assert tally.changed == 14
 
 
 def test_lost_update_warns(close: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

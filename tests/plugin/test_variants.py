@@ -492,7 +492,7 @@ def test_certificates_as_a_table(models: Models, tmp_path: Path) -> None:
     for entry in content["tensors"]["edited"]:
         row, certificate = rows[entry["target"]], entry["certificate"]
         if certificate is None:
-            assert row == ["not", "truncated", *"------", "100.0", "%"]
+            assert row == ["bias", *"------", "100.0", "%"]
             continue
         assert row[:5] == ["gram", "4", "1", f"{100 * certificate['captured']:.2f}", "%"]
         assert row[5] == f"{certificate['est']:.1e}"
@@ -501,6 +501,45 @@ def test_certificates_as_a_table(models: Models, tmp_path: Path) -> None:
         in result.stdout
     )
     assert "rounding to the output's dtype takes 0% of the update's norm" in result.stdout
+    assert "bias: the whole difference of the masked elements" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "header", "method"),
+    [
+        ({"source": {"rank": 0}}, "method rank captured error deficit", "exact full 100.00 % 0 0"),
+        (VARIANTS["dare"], "method", "dare"),
+    ],
+    ids=["full rank", "dare"],
+)
+def test_table_of_updates_that_are_not_truncated(
+    changes: dict[str, Any], header: str, method: str, models: Models, tmp_path: Path
+) -> None:
+    result = planned(models, tmp_path, changes, "--certify", "--quiet")
+    lines = result.stdout[result.stdout.index("\ntensor ") :].split("\n\n")[0].strip().splitlines()
+    assert lines[0].split() == f"tensor {header} rounding keeps".split()
+    for line in lines[1:-1]:
+        assert line.split()[1:] == [*method.split(), "100.0", "%"]
+    assert lines[-1].startswith(f"{method.split()[0]}: M_S(Delta) ")
+    assert len(lines) == 2 + len(models.neurons)
+    entries = json.loads(planned(models, tmp_path, changes, "--certify", "--quiet", "--json").stdout)["tensors"][
+        "edited"
+    ]
+    assert {entry["method"] for entry in entries} == {method.split()[0]}
+
+
+def test_table_of_updates_of_which_some_are_truncated(models: Models, tmp_path: Path) -> None:
+    """Where a mask has fewer neurons than the rank, mask-then-svd has nothing to truncate."""
+    changes = {"source": {"rank": 6}, "top": {"order": "mask-then-svd"}}
+    result = planned(models, tmp_path, changes, "--certify", "--quiet")
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.startswith("model.layers.")}
+    few = {
+        f"model.layers.{site.layer}.{MODULES[site.projection][0]}.weight": int(member.sum()) <= 6
+        for site, member in models.neurons.items()
+    }
+    assert len(set(few.values())) == 2
+    for name, is_few in few.items():
+        assert rows[name][1:4] == (["exact", "full", "-"] if is_few else ["gram", "6", "1"])
 
 
 def test_a_plan_with_problems_is_not_certified(models: Models, tmp_path: Path) -> None:
