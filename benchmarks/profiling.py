@@ -13,15 +13,20 @@ forward pass, so every ratio to them is stated to their advantage:
 
 Beside them stand the impacts with ``screen: 0.3``, in time and in which attn.q and attn.k neurons are the top tenth of
 each layer. Random weights are the hard case for that: their impacts differ by little more than chance.
+
+The impacts with ``compile: true`` are timed in the same rounds, and their ratio is the median over the rounds. What
+compiling takes is stated apart: all of it, the compiler's processes too, with an empty cache.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +41,7 @@ import transformers
 from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.profilefile import SCREENED, top_rank
+from mergekit_snrf.profiler import impact_compiled
 from mergekit_snrf.profiler.impact import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiler.measure import Measure, Meter
 from mergekit_snrf.profiler.run import profile_model
@@ -185,6 +191,21 @@ def brute_force(attention: nn.Module, call: tuple[Any, dict[str, Any]], neurons:
         linear.weight[row] = kept
 
 
+def compiling_seconds() -> float:
+    """Compile the inner loops of the float32 kernel, and return the CPU time of this process and of compilers."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            start = sum(os.times()[:4])
+            impact_compiled.compile_kernel(torch.float32)
+            return sum(os.times()[:4]) - start
+        finally:
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+            if kept is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept
+
+
 def measure_time(
     model: nn.Module, tokens: int, rounds: int, layers: int, neurons: int, limit_bytes: int
 ) -> dict[str, list[float]]:
@@ -200,6 +221,7 @@ def measure_time(
         forward(model, batch)
     attention = model.model.layers[0].self_attn
     meter, screened = Meter(model), Meter(model, Measure(screen=SCREEN))
+    compiled_meter = Meter(model, compile=True)
 
     def released() -> None:
         for found in seen:
@@ -217,10 +239,15 @@ def measure_time(
     def screen() -> None:
         screened.impacts(batch)
 
+    def compiled() -> None:
+        compiled_meter.impacts(batch)
+
     # The first batch of a meter also checks every layer, and the first call of each method fills buffers.
     impacts()
     screen()
-    seconds: dict[str, list[float]] = {"forward": [], "impacts": [], "screened": [], "released": [], "brute_force": []}
+    compiled()
+    names = ("forward", "impacts", "screened", "compiled", "released", "brute_force")
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
         released()
         brute()
@@ -229,6 +256,7 @@ def measure_time(
             seconds["forward"].append(cpu_seconds(plain, 3))
             seconds["impacts"].append(cpu_seconds(impacts))
             seconds["screened"].append(cpu_seconds(screen))
+            seconds["compiled"].append(cpu_seconds(compiled))
             seconds["released"].append(cpu_seconds(released) * depth / layers)
             # The one run of the whole module counts as one more neuron.
             seconds["brute_force"].append(cpu_seconds(brute) * total / (neurons + 1))
@@ -405,6 +433,8 @@ def main(
     )
     click.echo("impacts include their forward pass; net are the same without it")
     click.echo("tokens  forward  impacts   released  brute force  impacts/fwd (net)  released/imp  brute/imp  extra MB")
+    compiling = compiling_seconds()
+    click.echo(f"compile: true takes {compiling:.1f} s to compile, once a run")
     seconds, ratios, recall = {}, {}, {}
     figures: dict[str, list[float]] = {}
     for tokens in lengths:
@@ -417,6 +447,9 @@ def main(
             "released_per_impacts": found["released"] / found["impacts"],
             "brute_force_per_impacts": found["brute_force"] / found["impacts"],
             "screened_per_impacts": found["screened"] / found["impacts"],
+            "compiled_per_impacts": statistics.median(
+                one / other for one, other in zip(timed["compiled"], timed["impacts"], strict=True)
+            ),
         }
         need = single.get(tokens)
         click.echo(
@@ -430,6 +463,7 @@ def main(
             f"        screen: {SCREEN}: {found['screened']:.2f} s, {row['screened_per_impacts']:.2f}x impacts; "
             f"{lost['lost']} of the {lost['top']} top neurons of attn.q and attn.k in {lost['probes']} probes lost"
         )
+        click.echo(f"        compile: true: {found['compiled']:.2f} s, {row['compiled_per_impacts']:.2f}x impacts")
     few, many = growth or (None, None)
     growth_mb = None if few is None or many is None else many["extra_mb"] - few["extra_mb"]
     if few is not None and many is not None:
@@ -456,6 +490,7 @@ def main(
             seconds=seconds,
             ratios=ratios,
             screen=recall,
+            compiling_seconds=compiling,
             memory=[found for found in [*single.values(), *growth] if found is not None],
             errors=errors,
         )

@@ -181,6 +181,8 @@ class ProfileConfig(_Section):
             hold every top_ratio that is ever taken from the profile. None: the exact impact of all.
         backend: what computes the impacts of attn.q and attn.k: ``blocked``, ``sdpa``, or ``auto`` for the one that
             suits the device. They agree up to rounding.
+        compile: let torch.compile make the inner loops of ``blocked``, on a CPU with a C++ compiler and for models
+            without q/k norms and soft caps. The impacts agree up to rounding.
         batch_size: probes in a batch.
         token_limit: a probe of more tokens is left out and counted, never cut.
         dtype: of the model's weights; ``auto`` is that of the checkpoint.
@@ -202,6 +204,7 @@ class ProfileConfig(_Section):
     site: Literal["pre_o", "post_o"] = "pre_o"
     screen: _Ratio | None = None
     backend: Literal["auto", "blocked", "sdpa"] = "auto"
+    compile: Annotated[bool, Field(strict=True)] = False
     batch_size: _Count = 8
     token_limit: _Count | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -231,9 +234,11 @@ class ProfileConfig(_Section):
                         f"answer is {{by: column}}, but no column is named for the {name}; add column to answer, or "
                         f"answer to {name}.probes"
                     )
-        for key, default in (("weight", "paper"), ("site", "pre_o"), ("screen", None), ("backend", "auto")):
-            if self.scoring == "released" and getattr(self, key) != default:
+        for key in ("weight", "site", "screen", "backend", "compile"):
+            if self.scoring == "released" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no meaning with scoring: released; remove it")
+        if self.compile and self.backend == "sdpa":
+            raise ValueError("compile has no effect with backend: sdpa; remove one of them")
         if self.screen is not None:
             if self.select.sigma is not None:
                 raise ValueError(

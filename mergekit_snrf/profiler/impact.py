@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mergekit_snrf.profiler.impact_compiled import compiled_changing
 from mergekit_snrf.profiler.impact_heads import Rotary, Side, block_size, head_groups
 from mergekit_snrf.profiler.impact_inputs import (
     AttentionInputs,
@@ -60,6 +61,7 @@ def attention_impact(
     *,
     screen: float | None = None,
     backend: Backend = "auto",
+    compile: bool = False,
 ) -> AttentionScores:
     """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14).
 
@@ -78,16 +80,19 @@ def attention_impact(
         screen: share in (0, 1] of the attn.q and attn.k neurons to measure exactly; None is all, without estimates.
         backend: ``blocked`` for the kernel of ``impact_heads``, ``sdpa`` for that of ``impact_sdpa``, ``auto`` for
             the one that suits the device. They agree up to rounding.
+        compile: let torch.compile make the inner loop of ``blocked`` on a CPU; see ``impact_compiled``.
 
     Returns:
         Impacts, not squared. attn.k and attn.v count real rows: their effect on all query heads that read them.
 
     Raises:
-        ValueError: weights or readout do not fit the inputs, a weight is negative, the screen is no share, or the
-            inputs are nothing for the backend.
+        ValueError: weights or readout do not fit the inputs, a weight is negative, the screen is no share, the
+            inputs are nothing for the backend, or the backend has nothing to compile.
     """
     if screen is not None and not 0 < screen <= 1:
         raise ValueError(f"screen must be in (0, 1], got {screen}")
+    if compile and backend == "sdpa":
+        raise ValueError("backend: sdpa has nothing to compile; use backend: auto or blocked")
     sdpa = uses_sdpa(inputs, backend)
     if readout is not None and readout.heads.shape[::2] != (inputs.heads, inputs.value_dim):
         raise ValueError(
@@ -103,7 +108,10 @@ def attention_impact(
             screened = None if screen is None else Screened.of(inputs, item, counted, readout, screen)
             for group in head_groups(inputs, item, counted, block_bytes):
                 kept = None if screened is None else screened.kept(group.index)
-                q, k, v = sdpa_squares(group, readout, kept) if sdpa else group.impact_squares(readout, kept)
+                if sdpa:
+                    q, k, v = sdpa_squares(group, readout, kept)
+                else:
+                    q, k, v = group.impact_squares(readout, kept, compiled_changing(group) if compile else None)
                 query[item].view(inputs.kv_heads, -1)[group.index] = q.flatten()
                 key[item].view(inputs.kv_heads, -1)[group.index] = k
                 value[item].view(inputs.kv_heads, -1)[group.index] = v

@@ -19,9 +19,8 @@ that scores of any size are safe, and a block stays in the cache from its first 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -30,12 +29,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mergekit_snrf.profiler.impact_inputs import AttentionInputs, Readout, working_dtype
+from mergekit_snrf.profiler.impact_products import key_step, product
 
 QUERY_ROWS = 32
 """Query positions of a block: fewer make small products, more visit too many keys beyond the diagonal."""
-
-ONEDNN_ROWS = (8, 16, 32, 64)
-"""Numbers of rows of a block that oneDNN multiplies; QUERY_ROWS and those of the screen are among them."""
 
 CPU_BLOCK_BYTES = 2**20
 """Default size of a block of changed scores on a CPU: about what the cache of one core holds."""
@@ -145,6 +142,14 @@ class Removal(NamedTuple):
         return self.growth[dims, rows, keys]
 
 
+Change = Callable[[Removal, slice], Float[Tensor, "dims ..."]]
+"""What the output of one head in one block changes by without each of some neurons, or the energy of that."""
+
+Changing = Callable[[Block, Tensor, Tensor, Tensor, Tensor | None], Change]
+"""Makes it from block, scores [rows, keys], values [value_dim, keys], output [rows, value_dim] and, for the energy,
+weights [rows]."""
+
+
 class Kept(NamedTuple):
     """Which neurons of a group of heads are measured."""
 
@@ -182,11 +187,12 @@ class HeadGroup:
     buffer: Float[Tensor, " elements"]
 
     def impact_squares(
-        self, readout: Readout | None, kept: Kept | None = None
+        self, readout: Readout | None, kept: Kept | None = None, changing: Changing | None = None
     ) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " head_dim"], Float[Tensor, " value_dim"]]:
         """Return the squared impacts of the group's attn.q, attn.k and attn.v neurons, float64.
 
-        attn.q and attn.k neurons that are not ``kept`` are not measured and get 0; None measures all.
+        attn.q and attn.k neurons that are not ``kept`` are not measured and get 0; None measures all. ``changing``
+        takes the place of the group's own.
         """
         heads, head_dim = self.query.rotated.shape[1:]
         value = self.values.new_zeros(self.values.shape[0], dtype=torch.float64)
@@ -202,27 +208,46 @@ class HeadGroup:
             scores = self.base_scores(block)
             outputs = [product(self.softmax(base.clone(), block), values) for base in scores]
             value += self.value_squares(outputs, weights, readout)
-            for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
+            counted = weights if readout is None else None
+            changes_of = [
+                (changing or self.changing)(block, base, values, output, counted)
+                for base, output in zip(scores, outputs, strict=True)
+            ]
+            for head, change_of in enumerate(changes_of):
                 for span in self._dim_slices(block, len(squares_q[head])):
-                    change = product(self._changed(block, base, without_q[head], span), values).sub_(output)
+                    change = change_of(without_q[head], span)
                     if readout is not None:
-                        change = product(change, readout.heads[self.index * heads + head].to(change))
-                    squares_q[head][span] += energy(change, weights)
+                        change = energy(product(change, readout.heads[self.index * heads + head].to(change)), weights)
+                    squares_q[head][span] += change
             for span in self._dim_slices(block, len(squares_k)):
-                changes = [
-                    product(self._changed(block, base, removal, span), values).sub_(output)
-                    for base, output, removal in zip(scores, outputs, without_k, strict=True)
-                ]
+                changes = [change_of(removal, span) for change_of, removal in zip(changes_of, without_k, strict=True)]
                 if readout is not None:
-                    changes = [product(torch.cat(changes, dim=-1), readout.groups[self.index].to(self.values))]
+                    joint = product(torch.cat(changes, dim=-1), readout.groups[self.index].to(self.values))
+                    changes = [energy(joint, weights)]
                 for change in changes:
-                    squares_k[span] += energy(change, weights)
+                    squares_k[span] += change
         if kept is None:
             return torch.stack(squares_q), squares_k, value
         query = value.new_zeros(heads, head_dim)
         for row, dims, squares in zip(query, kept.query, squares_q, strict=True):
             row[dims] = squares
         return query, value.new_zeros(head_dim).index_copy(0, kept.key, squares_k), value
+
+    def changing(
+        self,
+        block: Block,
+        base: Float[Tensor, "rows keys"],
+        values: Float[Tensor, "value_dim keys"],
+        output: Float[Tensor, "rows value_dim"],
+        weights: Float[Tensor, " rows"] | None,
+    ) -> Change:
+        """Return what makes the changes of the output of one head, or with weights their energy."""
+
+        def change(removal: Removal, dims: slice) -> Float[Tensor, "dims ..."]:
+            found = product(self._changed(block, base, removal, dims), values).sub_(output)
+            return found if weights is None else energy(found, weights)
+
+        return change
 
     def released_sums(self) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " value_dim"]]:
         """Return the released code's sums for the columns of the rotated queries and for the values, float64."""
@@ -392,32 +417,6 @@ def block_size(device: torch.device, block_bytes: int | None) -> int:
     return block_bytes
 
 
-def product(weights: Float[Tensor, "*dims rows keys"], values: Float[Tensor, "width keys"]) -> Tensor:
-    """Return ``weights @ values^T`` over all leading dimensions."""
-    rows, keys = weights.shape[-2:]
-    regular = rows in ONEDNN_ROWS and keys % _key_step(keys) == 0
-    if regular and weights.device.type == "cpu" and weights.dtype == torch.float32 and _onednn_linear():
-        # torch.matmul leaves float32 to MKL, which on other makers' CPUs gets half of oneDNN's speed. But oneDNN
-        # keeps code, some 0.2 MB, for every shape it has seen: irregular shapes would fill the memory.
-        return torch.ops.mkldnn._linear_pointwise(weights, values.contiguous(), None, "none", [], "")
-    return weights @ values.mT
-
-
-def _key_step(keys: int) -> int:
-    """Return the step, about a sixteenth, that numbers of keys are rounded to."""
-    return max(16, 1 << max(0, keys.bit_length() - 5))
-
-
-@cache
-def _onednn_linear() -> bool:
-    """Return whether this torch can be asked for oneDNN's float32 product; it has no public name."""
-    try:
-        one = torch.ones(1, 1)
-        return bool(torch.ops.mkldnn._linear_pointwise(one, one, None, "none", [], "") == 1)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-
-
 def energy(change: Float[Tensor, "dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, " dims"]:
     """Return ``sum_i w_i ||change_i||^2``, float64."""
     return (change.square().sum(-1) @ weights).double()
@@ -448,7 +447,7 @@ def _row_blocks(
 
 def _widened(first: int, last: int, tokens: int) -> tuple[int, int]:
     """Return the range with hidden keys added, if there are enough, so that it has a regular length."""
-    missing = -(last - first) % _key_step(last - first)
+    missing = -(last - first) % key_step(last - first)
     below = min(missing, first)
     return first - below, min(tokens, last + missing - below)
 

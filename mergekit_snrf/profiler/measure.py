@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args, get_type_hints
@@ -35,6 +36,9 @@ CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3
 It tells a layer that is called in an unknown way, which is off by about one, from rounding, which large scores
 amplify: the model rounds queries and keys to its own dtype after RoPE, the impact does not.
 """
+
+
+logger = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -112,9 +116,10 @@ class Meter:
         name: of the model, for messages.
         block_bytes: size of a block of changed scores; None is the default of the device.
         backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
+        compile: let torch.compile make the inner loop of ``blocked``, on a CPU.
 
     Raises:
-        SnrfError: the model has no text decoder that the profiler knows.
+        SnrfError: the model has no text decoder that the profiler knows, or the backend has nothing to compile.
     """
 
     def __init__(
@@ -126,12 +131,18 @@ class Meter:
         name: str | None = None,
         block_bytes: int | None = None,
         backend: Backend = "auto",
+        compile: bool = False,
     ) -> None:
+        if compile and backend == "sdpa":
+            raise SnrfError("compile has no effect with backend: sdpa; use backend: auto or blocked")
         self.model = model
         self.measure = measure
         self.decoder = find_live_decoder(model, shape, name=name)
         self._block_bytes = block_bytes
         self._backend = backend
+        self._compile = compile
+        if compile and any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            logger.warning("%s: compile: true has no effect on layers that are not on a CPU", self.decoder.model)
         self._column_norms: dict[int, Tensor] = {}
         self._checked = False
 
@@ -234,7 +245,13 @@ class Meter:
                 f"{self.decoder.model}: caps its attention scores, which backend: sdpa cannot; use backend: auto"
             )
         return attention_impact(
-            layer.attention, weights, readout, self._block_bytes, screen=self.measure.screen, backend=self._backend
+            layer.attention,
+            weights,
+            readout,
+            self._block_bytes,
+            screen=self.measure.screen,
+            backend=self._backend,
+            compile=self._compile,
         )
 
     def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:

@@ -21,6 +21,9 @@ STATISTICS_BYTES = 164
 LIBRARY_BYTES = 2**25
 """What the libraries that compute products keep for themselves, measured with oneDNN and MKL on a CPU."""
 
+COMPILER_BYTES = 2**27
+"""What torch.compile keeps for itself, measured on a CPU."""
+
 _SMALLEST_BLOCK = 2**16
 _UNITS = {
     "": 1,

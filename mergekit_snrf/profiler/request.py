@@ -174,9 +174,11 @@ def request_of(
     for row in rows.rows:
         content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
         digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
-    backend = {} if config.backend == "auto" else {"backend": config.backend}
+    kernel: dict[str, Any] = {} if config.backend == "auto" else {"backend": config.backend}
+    if config.compile:
+        kernel["compile"] = True
     return {
-        **backend,
+        **kernel,
         "model": {
             "path": _written(side.model, folder),
             "revision": side.revision,

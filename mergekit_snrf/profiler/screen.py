@@ -26,8 +26,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mergekit_snrf.profiler.impact_heads import Block, HeadGroup, Kept, head_groups, product
+from mergekit_snrf.profiler.impact_heads import Block, HeadGroup, Kept, head_groups
 from mergekit_snrf.profiler.impact_inputs import AttentionInputs, Readout
+from mergekit_snrf.profiler.impact_products import product
 
 SCREEN_ROWS = 64
 """Query positions of a block: the products have no factor for the neuron, so larger blocks stay in the cache."""

@@ -233,18 +233,19 @@ SIZES = {
 }
 
 
-def text_layer(name: str, index: int = 0, key_bias: float = 0.0, **config: Any) -> Layer:
+def text_layer(name: str, index: int = 0, key_bias: float = 0.0, mask: Tensor = PADDED, **config: Any) -> Layer:
     """Return layer ``index`` of a tiny ``{name}Model`` after two left-padded probes.
 
     key_bias: added to every element of the bias of k_proj.
+    mask: 1 where a token is real.
     """
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**(SIZES | config)))
     model = randomise(model, seed=len(name))
     if key_bias:
         with torch.no_grad():
             model.layers[index].self_attn.k_proj.bias.add_(key_bias)
-    ids = torch.randint(3, 64, PADDED.shape, generator=torch.Generator().manual_seed(7)) * PADDED
-    return capture(model, index, lambda: model(input_ids=ids, attention_mask=PADDED, use_cache=False), counted=PADDED)
+    ids = torch.randint(3, 64, mask.shape, generator=torch.Generator().manual_seed(7)) * mask
+    return capture(model, index, lambda: model(input_ids=ids, attention_mask=mask, use_cache=False), counted=mask)
 
 
 def image_layer(index: int = 0) -> Layer:

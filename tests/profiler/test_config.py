@@ -94,6 +94,8 @@ def test_what_is_not_written_has_a_default(tmp_path: Path) -> None:
     )
     assert (config.dtype, config.device, config.device_map, config.trust_remote_code) == ("auto", None, None, False)
     assert answer_column(config.source, config) is None
+    assert config.compile is False
+    assert load(tmp_path, SIDES + "compile: true\n").compile is True
 
 
 @pytest.mark.parametrize(("text", "sigma"), [("1e-3", 1e-3), ("0.05", 0.05), ("2", 2.0), ("0", 0.0)])
@@ -109,6 +111,9 @@ WRONG = {
     "value of tokens": ("tokens: some", ["'tokens'", "'all' or 'answer'", "'some'"]),
     "value of scoring": ("scoring: fast", ["'scoring'", "'exact' or 'released'"]),
     "value of backend": ("backend: fast", ["'backend'", "'auto', 'blocked' or 'sdpa'"]),
+    "compile as text": ("compile: fast", ["'compile'", "boolean", "'fast'"]),
+    "compile with sdpa": ("backend: sdpa\ncompile: true", ["compile has no effect with backend: sdpa"]),
+    "compiled released scores": ("scoring: released\ncompile: true", ["compile has no meaning with scoring"]),
     "screen and sigma": ("screen: 0.3\nselect: {sigma: 0.1}", ["screen goes with top_ratio, not with sigma"]),
     "backend of released scores": ("scoring: released\nbackend: sdpa", ["backend has no meaning with scoring"]),
     "value of weight": ("weight: big", ["'weight'", "'paper', 'residual' or 'gradient'"]),

@@ -311,6 +311,15 @@ def test_journal_of_another_run_is_refused(pair, tmp_path, monkeypatch):
         profiled(path, tmp_path, resume=True)
 
 
+@pytest.mark.parametrize(("key", "value"), [("backend", "blocked"), ("compile", True)])
+def test_journal_of_another_kernel_is_refused(key, value, pair, tmp_path, monkeypatch):
+    folder = pair("llama")
+    interrupted(write_config(folder), tmp_path, monkeypatch, after=1)
+    path = write_config(folder, name="other.yml", **{key: value})
+    with pytest.raises(SnrfError, match=f"{key} was None and is {value!r}; ask for the same again"):
+        profiled(path, tmp_path, resume=True)
+
+
 def test_changed_dataset_is_refused_on_resume(pair, tmp_path, monkeypatch):
     folder = pair("llama")
     path = write_config(folder)
