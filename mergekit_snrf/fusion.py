@@ -182,19 +182,22 @@ def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None
     for start in range(0, len(target), step):
         panel = slice(start, start + step)
         torch.sub(source[panel].to(dtype), base[panel].to(dtype), out=delta[panel])
-        finite = finite and bool(torch.isfinite(delta[panel]).all())
-        if source_base is not None:
-            finite = finite and bool(torch.isfinite(target[panel]).all())
+        finite = finite and _is_finite(delta[panel]) and (source_base is None or _is_finite(target[panel]))
     if finite:
         return delta
     for which, tensor in (("target", target), ("source", source), ("source_base", source_base)):
-        if tensor is not None and not torch.isfinite(tensor).all():
+        if tensor is not None and not _is_finite(tensor):
             raise SnrfError(
                 f"{name}: the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights; the "
                 f"checkpoint is damaged, get it again or leave these neurons out of the mask"
             )
     other = "target" if source_base is None else "source_base"
     raise SnrfError(f"{name}: the difference of source and {other} overflows {dtype}; check both")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Both ends are NaN where one element is.
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def fuse(
@@ -297,7 +300,7 @@ def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Roundi
     before = by_neuron[selected]
     exact = before.to(step.dtype) + step
     fused = exact.to(by_neuron.dtype)
-    if not torch.isfinite(fused).all():
+    if not _is_finite(fused):
         raise SnrfError(
             f"{name}: the fused weights overflow {by_neuron.dtype}; merge in a wider dtype or with a lower beta"
         )

@@ -161,12 +161,6 @@ def certified_subspace(
     return Subspace(solution.vectors[:rank].mT.to(matrix.dtype), axis, certificate)
 
 
-def dominant_subspace(matrix: Float[Tensor, "rows columns"], rank: int) -> tuple[Float[Tensor, "side rank"], int]:
-    """Return basis and axis of ``certified_subspace``."""
-    subspace = certified_subspace(matrix, rank)
-    return subspace.basis, subspace.axis
-
-
 def certified_factors(
     matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
 ) -> tuple[Float[Tensor, "selected rank"] | None, Float[Tensor, "rank columns"], Certificate]:
@@ -194,13 +188,6 @@ def certified_rows(
     """Return the product of ``certified_factors``, and the certificate. Raises as it does."""
     left, right, certificate = certified_factors(matrix, rank, rows)
     return (right if left is None else left @ right), certificate
-
-
-def truncated_rows(
-    matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
-) -> Float[Tensor, "selected columns"]:
-    """Return the rows of ``certified_rows``."""
-    return certified_rows(matrix, rank, rows)[0]
 
 
 def _tall(matrix: Tensor) -> Tensor:
@@ -307,9 +294,8 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
         solution = _judge(problem, leading, values, residuals, passes, shares)
         if solution.converged or solution.stalled or passes == most_passes:
             break
-        estimate = count, math.log(solution.certificate.est / (0.5 * problem.tolerance))
-        check = _next_check(before, estimate)
-        before = estimate
+        now = count, _distance(solution.certificate, problem.tolerance)
+        check, before = _next_check(before, now), now
         if full:
             vectors[:keep] = leading @ vectors[:count]
             images[:keep] = leading @ images[:count]
@@ -323,8 +309,14 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
     return replace(solution, vectors=found, converged=solution.converged and sure, stalled=solution.stalled and sure)
 
 
+def _distance(certificate: Certificate, tolerance: float) -> float:
+    """Return the logarithm of how many times too large the estimate or the deficit is."""
+    deficit = 1.0 if certificate.deficit is None else certificate.deficit
+    return math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
+
+
 def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int:
-    """Return the number of vectors at which to look again, from the last two logarithms of estimate / wanted."""
+    """Return the number of vectors at which to look again, from two pairs of a number and its ``_distance``."""
     count, distance = now
     step = 0.1 * count
     if before is not None and before[1] > distance > 0:

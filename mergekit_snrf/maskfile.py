@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_snrf import safefile
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.neurons import NeuronSet, Site
 
 MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
@@ -87,9 +87,7 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
     try:
         provenance = Provenance.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SnrfError(f"{path}: provenance field {where!r}: {first['msg']}") from None
+        raise SnrfError(f"{path}: provenance {problem(error.errors()[0])}; make the mask again") from None
     return Mask(NeuronSet(members), provenance, str(path))
 
 

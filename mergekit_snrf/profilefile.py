@@ -36,7 +36,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from mergekit_snrf import safefile
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.maskfile import ModelProvenance
 from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
 
@@ -228,9 +228,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     try:
         provenance = ProfileProvenance.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise SnrfError(f"{path}: provenance field {where!r}: {first['msg']}") from None
+        raise SnrfError(f"{path}: provenance {problem(error.errors()[0])}; make the profile again") from None
     return Profile(sites, count, provenance, tuple(edges), str(path))
 
 

@@ -11,10 +11,8 @@ from torch import Tensor
 from mergekit_snrf.lowrank import (
     certified_rows,
     certified_subspace,
-    dominant_subspace,
     frobenius_norm,
     gram,
-    truncated_rows,
 )
 
 examples = settings(max_examples=80)
@@ -62,7 +60,7 @@ def ranks(shape: tuple[int, int]) -> list[int]:
 
 
 def all_rows(matrix: Tensor, rank: int) -> Array:
-    return truncated_rows(matrix, rank, torch.arange(len(matrix))).double().numpy()
+    return certified_rows(matrix, rank, torch.arange(len(matrix)))[0].double().numpy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -110,7 +108,7 @@ def test_small_matrices_of_any_rank(data: st.DataObject) -> None:
     assert np.linalg.norm(matrix.numpy() - result) ** 2 == pytest.approx((singular[rank:] ** 2).sum(), abs=1e-9)
     assert np.linalg.matrix_rank(result, tol=1e-6) <= rank
     some = data.draw(st.lists(st.integers(0, rows - 1), max_size=4))
-    selected = truncated_rows(matrix, rank, torch.tensor(some, dtype=torch.int64))
+    selected = certified_rows(matrix, rank, torch.tensor(some, dtype=torch.int64))[0]
     np.testing.assert_allclose(selected.numpy(), result[some], atol=1e-12)
 
 
@@ -119,13 +117,13 @@ def test_selected_columns_are_rows_of_the_transposed_view(shape: tuple[int, int]
     matrix = torch.from_numpy(with_spectrum(*shape, "power law"))
     columns = torch.tensor([3, 0, 31])
     expected = truncated(matrix.numpy(), 4)[:, columns.numpy()].T
-    np.testing.assert_allclose(truncated_rows(matrix.mT, 4, columns).numpy(), expected, atol=1e-13)
+    np.testing.assert_allclose(certified_rows(matrix.mT, 4, columns)[0].numpy(), expected, atol=1e-13)
 
 
 def test_full_rank_is_the_matrix_itself() -> None:
     matrix = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([4, 1])
-    assert torch.equal(truncated_rows(matrix, 3, rows), matrix[rows])
+    assert torch.equal(certified_rows(matrix, 3, rows)[0], matrix[rows])
 
 
 @pytest.mark.parametrize("shape", [(20_000, 40), (40, 20_000), (5, 5), (1, 3), (3, 1)], ids=str)
@@ -143,7 +141,8 @@ def test_gram_of_the_shorter_side(shape: tuple[int, int], dtype: torch.dtype) ->
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (12, 12)], ids=str)
 def test_basis_spans_the_dominant_singular_vectors(shape: tuple[int, int], dtype: torch.dtype) -> None:
     matrix = torch.from_numpy(with_spectrum(*shape, "power law")).to(dtype)
-    basis, axis = dominant_subspace(matrix, 3)
+    subspace = certified_subspace(matrix, 3)
+    basis, axis = subspace.basis, subspace.axis
     left, _, right = np.linalg.svd(matrix.double().numpy())
     expected = left[:, :3] if shape[0] <= shape[1] else right[:3].T
     assert (axis, basis.dtype, basis.shape) == (0 if shape[0] <= shape[1] else 1, dtype, (12, 3))
@@ -156,13 +155,13 @@ def test_basis_spans_the_dominant_singular_vectors(shape: tuple[int, int], dtype
 @pytest.mark.parametrize("rank", [-1, 0, 4, 100])
 def test_ranks_out_of_range(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank must be in \[1, 3\] for shape \[3, 5\], got {rank}"):
-        dominant_subspace(torch.zeros(3, 5), rank)
+        certified_subspace(torch.zeros(3, 5), rank)
 
 
 def test_zero_has_a_basis_too() -> None:
-    basis, _ = dominant_subspace(torch.zeros(6, 4), 2)
+    basis = certified_subspace(torch.zeros(6, 4), 2).basis
     np.testing.assert_allclose((basis.mT @ basis).numpy(), np.eye(2), atol=1e-6)
-    assert torch.equal(truncated_rows(torch.zeros(6, 4), 2, torch.arange(6)), torch.zeros(6, 4))
+    assert torch.equal(certified_rows(torch.zeros(6, 4), 2, torch.arange(6))[0], torch.zeros(6, 4))
 
 
 def test_one_nonzero_row_and_one_huge_column() -> None:
@@ -223,7 +222,7 @@ def test_large_matrices_with_ties(shape: tuple[int, int], spectrum: str, rank: i
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_noise_is_truncated_too(dtype: torch.dtype) -> None:
     matrix = torch.randn(600, 560, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(dtype)
-    found = truncated_rows(matrix, 16, torch.arange(600))
+    found = certified_rows(matrix, 16, torch.arange(600))[0]
     left, values, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
     expected = (left[:, :16] * values[:16]) @ right[:16]
     assert np.linalg.norm(found.double().numpy() - expected) <= 1e-3 * np.linalg.norm(expected)

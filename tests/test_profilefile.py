@@ -255,7 +255,7 @@ def test_file_with_an_impossible_tensor_is_refused(tmp_path, name, tensor, messa
         ({"count": 0}, "at least one probe"),
         ({"edges": [*EDGES[:-1], "0.9"]}, "must rise from above 0 to 1"),
         ({"edges": [*EDGES[:-1], "x"]}, "must rise from above 0 to 1"),
-        ({"seed": "many"}, "provenance field 'seed'"),
+        ({"seed": "many"}, "provenance key 'seed': must be a whole number, got 'many'; make the profile again"),
     ],
 )
 def test_file_with_impossible_metadata_is_refused(tmp_path, change, message):

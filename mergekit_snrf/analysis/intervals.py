@@ -98,26 +98,6 @@ class Bootstrap:
         return Interval(estimate=estimate, low=float(low), high=float(high))
 
 
-def mean_interval(
-    draws: Sequence[Items], *, seed: int = 0, resamples: int = RESAMPLES, level: float = LEVEL
-) -> Interval:
-    """Return the mean of one condition, over its items and draws."""
-    return Bootstrap({"all": draws}, seed=seed, resamples=resamples, level=level).mean("all")
-
-
-def difference_interval(
-    left: Sequence[Items],
-    right: Sequence[Items],
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    level: float = LEVEL,
-) -> Interval:
-    """Return the paired difference of two conditions, ``left - right``."""
-    both = Bootstrap({"left": left, "right": right}, seed=seed, resamples=resamples, level=level)
-    return both.difference("left", "right")
-
-
 def measure(
     bootstraps: Mapping[str, Bootstrap], scores: Mapping[str, Sequence[Scores]], reference: str
 ) -> dict[str, dict[str, Measured]]:

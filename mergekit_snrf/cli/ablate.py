@@ -6,8 +6,15 @@ from typing import Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, json_option, model_options
-from mergekit_snrf.cli.study import loaded, report, silence_progress
+from mergekit_snrf.cli.common import (
+    check_outputs,
+    command_options,
+    is_quiet,
+    json_option,
+    model_options,
+    silence_progress,
+)
+from mergekit_snrf.cli.study import loaded, report
 
 
 @click.command()

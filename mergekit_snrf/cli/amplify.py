@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, json_option, model_options, table
-from mergekit_snrf.cli.study import loaded, reworded, silence_progress
+from mergekit_snrf.cli.common import (
+    check_outputs,
+    command_options,
+    is_quiet,
+    json_option,
+    model_options,
+    silence_progress,
+    table,
+)
+from mergekit_snrf.cli.study import loaded, reworded
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -93,6 +94,19 @@ def json_option(function: _F) -> _F:
 def is_quiet() -> bool:
     """Tell whether the running command was given ``--quiet``."""
     return bool(click.get_current_context().params.get("quiet"))
+
+
+def silence_progress(*, quiet: bool | None = None) -> None:
+    """Under ``--quiet``, switch off the progress bars of transformers and datasets; before either loads anything."""
+    if not (is_quiet() if quiet is None else quiet):
+        return
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if find_spec("datasets") is not None:
+        import datasets
+
+        datasets.disable_progress_bars()
 
 
 def check_outputs(json_file: str | None, figures: str | None = None) -> None:

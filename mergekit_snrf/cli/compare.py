@@ -16,8 +16,9 @@ from mergekit_snrf.cli.common import (
     json_option,
     load_recipe,
     model_options,
+    silence_progress,
 )
-from mergekit_snrf.cli.study import loaded, report, silence_progress
+from mergekit_snrf.cli.study import loaded, report
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:

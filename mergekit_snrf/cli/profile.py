@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import command_options, share, table
+from mergekit_snrf.cli.common import command_options, is_quiet, share, silence_progress, table
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -56,15 +56,12 @@ def main(
 
     if mask is None and not dry_run:
         raise click.UsageError("Missing argument 'MASK.safetensors'.")
-    quiet = bool(click.get_current_context().params.get("quiet"))
+    quiet = is_quiet()
     if os.environ.get("RANK", "0") != "0":
         # Of several processes one speaks, unless something is wrong in another one.
         logging.getLogger("mergekit_snrf").setLevel(logging.ERROR)
         quiet = True
-    if quiet:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
+    silence_progress(quiet=quiet)
     budget = None if memory_budget is None else parse_size(memory_budget)
     folder = Path(profile).parent
     config = load_profile_config(profile).override(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.cli.common import is_quiet, table
+from mergekit_snrf.cli.common import table
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -21,19 +20,6 @@ _LOADING = {
     "use device: cpu": "use --device cpu",
 }
 """Remedies of the profiler, which speaks of the keys of its file, and those of the commands."""
-
-
-def silence_progress() -> None:
-    """Under ``--quiet``, switch off the progress bars of transformers and datasets; before either loads anything."""
-    if not is_quiet():
-        return
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    if find_spec("datasets") is not None:
-        import datasets
-
-        datasets.disable_progress_bars()
 
 
 def loaded(

@@ -16,12 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergekit_snrf.profiler.impact_compiled import compiled_changing
-from mergekit_snrf.profiler.impact_heads import Rotary, Side, block_size, head_groups
+from mergekit_snrf.profiler.impact_heads import block_size, head_groups
 from mergekit_snrf.profiler.impact_inputs import (
     AttentionInputs,
     Readout,
     full_precision,
-    metric_rows,
     position_weights,
     working_dtype,
 )
@@ -37,10 +36,8 @@ __all__ = [
     "attention_output",
     "column_norms",
     "ffn_impact",
-    "metric_rows",
     "released_attention_scores",
     "released_ffn_scores",
-    "rope_matches",
 ]
 
 
@@ -258,44 +255,6 @@ def released_ffn_scores(
     if up.ndim != 3:
         raise ValueError(f"up must have shape [batch, tokens, intermediate], got {list(up.shape)}")
     return _sum_over_positions(up, weights, torch.abs).to(working_dtype(up))
-
-
-@torch.no_grad()
-def rope_matches(
-    raw: Float[Tensor, "batch tokens heads*head_dim"],
-    rotated: Float[Tensor, "batch heads tokens head_dim"],
-    cos: Float[Tensor, "#batch tokens rotary_dim"] | None,
-    sin: Float[Tensor, "#batch tokens rotary_dim"] | None,
-    norm: Float[Tensor, " head_dim"] | None = None,
-    norm_eps: float = 1e-6,
-) -> bool:
-    """Return whether half-split RoPE of a captured projection gives the captured rotated one.
-
-    Callers refuse a model where it does not: interleaved or other layouts would give wrong impacts. Positions with
-    sin = 0 cannot tell layouts apart, so check a probe of several tokens.
-
-    Args:
-        raw: output of q_proj or k_proj.
-        rotated: what the layer's attention function received.
-        cos: as in ``AttentionInputs``.
-        sin: as in ``AttentionInputs``.
-        norm: as ``query_norm`` or ``key_norm`` in ``AttentionInputs``.
-        norm_eps: epsilon of the norm.
-    """
-    batch, heads, tokens, head_dim = rotated.shape
-    if raw.shape != (batch, tokens, heads * head_dim):
-        return False
-    if cos is not None and (cos.shape[-1] > head_dim or cos.shape[-1] % 2 or cos.shape[-2] != tokens):
-        return False
-    dtype = working_dtype(raw)
-    tolerance = 8 * max(torch.finfo(raw.dtype).eps, torch.finfo(rotated.dtype).eps)
-    for item in range(batch):
-        projection = raw[item].to(dtype).unflatten(-1, (heads, head_dim))
-        side = Side.of(projection, norm, norm_eps, Rotary.of(cos, sin, item, head_dim, projection))
-        reference = rotated[item].to(dtype).transpose(0, 1)
-        if not (side.rotated - reference).abs().amax() <= tolerance * reference.abs().amax():
-            return False
-    return True
 
 
 def _sum_over_positions(

@@ -154,8 +154,7 @@ class Readout:
             weight: ``o_proj.weight``.
             heads: number of query heads.
             kv_heads: number of key heads.
-            metric: rows g with G = sum of g g^T, for example gradients; None for the 2-norm. ``metric_rows`` makes
-                them from G.
+            metric: rows g with G = sum of g g^T, for example gradients; None for the 2-norm.
 
         Raises:
             ValueError: the shapes do not fit together.
@@ -177,22 +176,6 @@ class Readout:
         per_column = weight.unflatten(1, (kv_heads, n, value_dim)).permute(1, 3, 0, 2)
         # R of A = QR has R^T R = A^T A, and keeps the digits that forming A^T A would lose.
         return Readout(*(torch.linalg.qr(part, mode="r").R for part in (per_head, per_group, per_column)))
-
-
-def metric_rows(gram: Float[Tensor, "hidden hidden"]) -> Float[Tensor, "rank hidden"]:
-    """Return rows g with ``G = sum of g g^T`` for a positive semidefinite matrix G.
-
-    Raises:
-        ValueError: G is not square, or has an eigenvalue that is negative beyond rounding.
-    """
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
-        raise ValueError(f"a metric must be square, got shape {list(gram.shape)}")
-    values, vectors = torch.linalg.eigh(gram.double())
-    tolerance = values.abs().amax() * gram.shape[0] * torch.finfo(working_dtype(gram)).eps
-    if values[0] < -tolerance:
-        raise ValueError(f"a metric must be positive semidefinite, got eigenvalue {values[0]:.3g}")
-    kept = values > tolerance
-    return (vectors[:, kept] * values[kept].sqrt()).mT.to(working_dtype(gram))
 
 
 def working_dtype(tensor: Tensor) -> torch.dtype:

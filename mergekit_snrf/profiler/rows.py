@@ -173,7 +173,7 @@ def _open(probes: ProbesConfig, folder: Path | None) -> tuple[datasets.Dataset, 
         place, config = builder, None
     elif path.is_dir():
         place, config, images_folder = str(path), probes.config, path.absolute()
-    elif path.suffix in DATA_SUFFIXES:
+    elif path.suffix in {*DATA_SUFFIXES, ".txt", ".tsv", ".gz", ".zip"} or probes.dataset.startswith(("/", ".", "~")):
         raise SnrfError(f"{probes.dataset}: no such file; correct the path of probes.dataset")
     else:
         place, config = probes.dataset, probes.config
@@ -219,6 +219,11 @@ def _check_columns(side: SideConfig, config: ProfileConfig, dataset: datasets.Da
     columns = {f"probes.{key}": column for key, column in wanted.items() if column is not None}
     if side.template is not None:
         columns |= {f"template {{{name}}}": name for name in template_fields(side.template)}
+    if not columns:
+        raise SnrfError(
+            f"{probes.dataset}: no column is read, so all probes would be the same; name {{a column}} in the template "
+            f"{side.template!r}, or set probes.question"
+        )
     for key, column in columns.items():
         if column not in dataset.column_names:
             raise SnrfError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -10,8 +13,6 @@ from mergekit_snrf.analysis import intervals
 from mergekit_snrf.analysis.evaluation import Items
 from mergekit_snrf.analysis.intervals import (
     Bootstrap,
-    difference_interval,
-    mean_interval,
     measure,
     resample,
     scale_of,
@@ -23,6 +24,14 @@ from mergekit_snrf.errors import SnrfError
 
 def items(scores: np.ndarray, groups: tuple[str, ...] | None = None) -> Items:
     return Items(tuple(float(score) for score in scores), groups=groups)
+
+
+def mean_interval(draws: Sequence[Items], **options: Any) -> Interval:
+    return Bootstrap({"all": draws}, **options).mean("all")
+
+
+def difference_interval(left: Sequence[Items], right: Sequence[Items], **options: Any) -> Interval:
+    return Bootstrap({"left": left, "right": right}, **options).difference("left", "right")
 
 
 def width(interval: Interval) -> float:

@@ -227,14 +227,19 @@ class TestRows:
             rows_of(options("m", tmp_path / "rows.jsonl"))
 
     def test_a_missing_file_or_split_or_kind_is_named(self, tmp_path: Path, data: Path) -> None:
-        with pytest.raises(SnrfError, match=r"nothing.jsonl: no such file"):
-            rows_of(options("m", tmp_path / "nothing.jsonl"))
+        for name in ("nothing.jsonl", f"{tmp_path}/nothing.txt", f"{tmp_path}/nothing", "./nothing", "nothing.txt"):
+            with pytest.raises(SnrfError, match=r"nothing.*: no such file; correct the path of probes.dataset"):
+                rows_of(options("m", name))
         (tmp_path / "rows.xml").write_text("<q/>")
         with pytest.raises(SnrfError, match=r"rows.xml: a data file must end in one of .jsonl, .json, .parquet, .csv"):
             rows_of(options("m", tmp_path / "rows.xml"))
         with pytest.raises(SnrfError, match=r"config and revision are for datasets on the hub"):
             rows_of(options("m", data / "texts.jsonl", config="main"))
         assert len(rows_of(options("m", data / "texts.jsonl", split="train[:2]"))) == 2
+
+    def test_probes_that_read_no_column_are_refused(self, data: Path) -> None:
+        with pytest.raises(SnrfError, match=r"texts.jsonl: no column is read, .* in the template 'calc :', or set probes"):
+            rows_of(options("m", data / "texts.jsonl", template="calc :", question=None))
 
     def test_a_dataset_that_the_hub_does_not_give_is_named(self) -> None:
         with pytest.raises(SnrfError, match=r"nobody/nothing: cannot be read as a dataset \(.*login"):

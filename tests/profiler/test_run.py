@@ -504,6 +504,7 @@ def test_nan_in_a_layer_is_named(tmp_path):
     add_tensor(tmp_path / "target", name, weight)
     result = invoke(write_config(tmp_path), tmp_path / "m.safetensors", "--quiet")
     assert result.exit_code == 1
+    assert "%" not in result.output, "no progress bar"
     assert "target: layer 1, fwd.up gives NaN or infinite values on probe" in result.output.replace(f"{tmp_path}/", "")
 
 
