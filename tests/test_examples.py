@@ -430,7 +430,7 @@ def test_figures_of_the_page_follow_from_the_shapes(pair: Pair) -> None:
     assert f"{three_digits(edited)} GB of the source" in rows["read by a merge"][0]
     assert f"the adapter at most {three_digits(2 * edited)} GB" in rows["read by a merge"][0]
     assert float(rows["time of `mergekit-yaml` (estimate)"][0].split()[0]) == pytest.approx(
-        (6 + 13.5 * target) / 60, abs=0.06
+        (6 + 6.5 * target) / 60, abs=0.06
     )
     if pair is MINICPM:
         assert not [name for name in rows if "profiling" in name]
@@ -438,7 +438,7 @@ def test_figures_of_the_page_follow_from_the_shapes(pair: Pair) -> None:
     neurons = decoder.layers * ((decoder.heads + 2 * decoder.kv_heads) * HEAD_DIM + decoder.intermediate)
     assert f"{three_digits(164 * neurons / 1e6)} MB of statistics" in rows["memory of profiling"][0]
     found = [float(number) for number in re.findall(r"[\d.]+", rows["time of profiling (estimate)"][0])][:3]
-    petaflop, terabytes = 200 * 7.5 * 2 * decoder.parameters() * 512 / 1e15, 13 * 512 * (target + source) / 1e3
+    petaflop, terabytes = 200 * 7 * 2 * decoder.parameters() * 512 / 1e15, 13 * 512 * (target + source) / 1e3
     assert found[:2] == pytest.approx([petaflop, terabytes], rel=5e-3)
     assert found[2] == pytest.approx((petaflop * 100 + terabytes) / 60, abs=0.6)
 
