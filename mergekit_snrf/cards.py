@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -213,26 +213,48 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[st
 
 
 def portable(recipe: str) -> str:
-    """Return a recipe's text with the absolute paths of what is on this machine cut to their last part."""
+    """Return a recipe's text with the absolute paths of what is on this machine cut to their last part.
+
+    Of paths that end alike as many parts are kept as tell them apart.
+    """
+    scalars = [token for token in yaml.scan(recipe, yaml.SafeLoader) if isinstance(token, yaml.ScalarToken)]
+    names = _names({path for token in scalars for path, _ in _parts(token.value) if _is_here(path)})
     pieces, end = [], 0
-    for token in yaml.scan(recipe, yaml.SafeLoader):
-        short = _short(token.value) if isinstance(token, yaml.ScalarToken) else None
-        if short is not None:
-            quoted = short if _PLAIN.fullmatch(short) else json.dumps(short)
-            pieces += [recipe[end : token.start_mark.index], quoted]
-            end = token.end_mark.index
+    for token in scalars:
+        short = "".join(names.get(path, path) + rest for path, rest in _parts(token.value))
+        if short == token.value:
+            continue
+        written = recipe[token.start_mark.index : token.end_mark.index]
+        # A block scalar ends after its line break.
+        after = written[len(written.rstrip()) :]
+        quoted = short if _PLAIN.fullmatch(short) else json.dumps(short, ensure_ascii=False)
+        pieces += [recipe[end : token.start_mark.index], quoted + after]
+        end = token.end_mark.index
     return "".join([*pieces, recipe[end:]])
 
 
-def _short(reference: str) -> str | None:
-    """Return a mask's or model's name in place of its absolute path, None where there is no such path."""
+def _parts(reference: str) -> list[tuple[str, str]]:
+    """Split a reference to a mask or a model into paths and what follows each; joined again they are the reference."""
     if _is_here(reference):
-        return _last_part(reference)
+        return [(reference, "")]
     # A model may be model@revision+adapter@revision.
     parts = [part.partition("@") for part in reference.split("+")]
-    if not any(_is_here(path) for path, *_ in parts):
-        return None
-    return "+".join(_last_part(path) + at + revision for path, at, revision in parts)
+    return [
+        (path, at + revision + ("+" if number < len(parts) else ""))
+        for number, (path, at, revision) in enumerate(parts, 1)
+    ]
+
+
+def _names(paths: Collection[str]) -> dict[str, str]:
+    """Return the shortest ends of paths that tell them apart."""
+    parts = {path: PurePath(path).parts for path in paths}
+    distinct = set(parts.values())
+
+    def name(of: tuple[str, ...]) -> str:
+        ends = (of[-count:] for count in range(1, len(of) + 1))
+        return str(PurePath(*next(end for end in ends if sum(other[-len(end) :] == end for other in distinct) == 1)))
+
+    return {path: name(of) for path, of in parts.items()}
 
 
 def _is_here(path: str) -> bool:

@@ -311,6 +311,8 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
 
 def _distance(certificate: Certificate, tolerance: float) -> float:
     """Return the logarithm of how many times too large the estimate or the deficit is."""
+    if tolerance == 0:
+        return math.inf
     deficit = 1.0 if certificate.deficit is None else certificate.deficit
     return math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
 

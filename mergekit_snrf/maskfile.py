@@ -92,11 +92,12 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
 
 
 def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:
-    """Write a mask file; equal arguments give equal bytes, and an existing file is replaced at once or not at all.
+    """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all.
 
     Raises:
-        SnrfError: the file cannot be written.
+        SnrfError: the file cannot be written, or a file that is no mask lies there.
     """
+    check_replaceable(path)
     safefile.write(
         path,
         {site.key: member for site, member in neurons.items()},
@@ -104,6 +105,22 @@ def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Pro
         version=MASK_VERSION,
         content=(provenance or Provenance()).model_dump(mode="json", exclude_none=True),
     )
+
+
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Check that a mask may be written to a path: what lies there is a mask, or nothing.
+
+    Raises:
+        SnrfError: another file lies there, such as a model's weights.
+    """
+    if not os.path.isfile(path):
+        return
+    try:
+        safefile.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
+    except SnrfError:
+        raise SnrfError(
+            f"{path}: is there already and no readable mask, so it is not replaced; choose another name, or delete it"
+        ) from None
 
 
 # As in huggingface_hub's file system: a slash in a revision is %2F, but for its own refs/pr/N and refs/convert/NAME.

@@ -59,6 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         SnrfError: the folder does not exist or cannot be written, or the disk is full.
     """
+    if not os.fspath(path):
+        raise SnrfError("the path of the file to write is empty; give one")
     path = Path(path)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)

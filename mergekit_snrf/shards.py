@@ -72,19 +72,22 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
     """Read one tensor with plain reads; a memory map would fault in every page one by one.
 
     Raises:
-        SnrfError: the file ends early.
+        SnrfError: the file cannot be read, or ends early.
     """
     if where.bytes == 0:
         return torch.empty(where.shape, dtype=where.dtype)
     buffer = bytearray(where.bytes)
     view = memoryview(buffer)
-    with where.path.open("rb", buffering=0) as file:
-        position = 0
-        while position < where.bytes:
-            count = os.preadv(file.fileno(), [view[position : position + (1 << 26)]], where.offset + position)
-            if count == 0:
-                raise SnrfError(f"{where.path}: ends in the middle of a tensor; get the file again")
-            position += count
+    try:
+        with where.path.open("rb", buffering=0) as file:
+            position = 0
+            while position < where.bytes:
+                count = os.preadv(file.fileno(), [view[position : position + (1 << 26)]], where.offset + position)
+                if count == 0:
+                    raise SnrfError(f"{where.path}: ends in the middle of a tensor; get the file again")
+                position += count
+    except OSError as error:
+        raise SnrfError(f"{where.path}: cannot be read ({error.strerror or error}); get the file again") from None
     return torch.frombuffer(buffer, dtype=where.dtype).view(where.shape)
 
 

@@ -202,6 +202,23 @@ def test_a_cut_name_is_text_and_the_rest_stays(name: str, tmp_path: Path) -> Non
     assert again.endswith(" \n")
 
 
+@pytest.mark.parametrize("style", [">-", "|-", ">", "|"])
+def test_a_cut_block_scalar_keeps_its_line(style: str, tmp_path: Path) -> None:
+    (tmp_path / "vlm").mkdir()
+    again = portable(f"base_model: {style}\n  {tmp_path}/vlm\nmodels: []\n")
+    # The line break that > and | keep was no part of a path that exists.
+    expected = "vlm" if style.endswith("-") else f"{tmp_path}/vlm\n"
+    assert yaml.safe_load(again) == {"base_model": expected, "models": []}
+
+
+def test_cut_paths_that_end_alike_are_told_apart(tmp_path: Path) -> None:
+    for name in ("a/model", "b/model", "b/😀"):
+        (tmp_path / name).mkdir(parents=True)
+    recipe = {"x": f"{tmp_path}/a/model", "y": f"{tmp_path}/b/model+{tmp_path}/b/😀@main", "z": "/"}
+    again = yaml.safe_load(portable(yaml.safe_dump(recipe, allow_unicode=True)))
+    assert again == {"x": "a/model", "y": "b/model+😀@main", "z": "/"}
+
+
 def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) -> None:
     (tmp_path / "linear.yml").write_text(
         f"merge_method: passthrough\nmodels:\n  - model: {merged / 'source'}\ndtype: bfloat16\n"

@@ -158,6 +158,11 @@ def test_ranks_out_of_range(rank: int) -> None:
         certified_subspace(torch.zeros(3, 5), rank)
 
 
+def test_a_tolerance_of_zero_is_no_error() -> None:
+    certificate = certified_subspace(torch.randn(600, 700, generator=torch.Generator().manual_seed(0)), 4, tolerance=0)
+    assert certificate.certificate.deficit <= 1e-6
+
+
 def test_zero_has_a_basis_too() -> None:
     basis = certified_subspace(torch.zeros(6, 4), 2).basis
     np.testing.assert_allclose((basis.mT @ basis).numpy(), np.eye(2), atol=1e-6)

@@ -50,12 +50,16 @@ _SEARCHED = 20_000
 """Characters at the end of an answer that its expression sees."""
 _SECONDS = 2.0
 _WORDS = {
-    "this side of profile.yml": "this metric",
-    "profile.yml": "the evaluation",
-    "probes.": "",
-    "answer.max_new_tokens": "max_new_tokens",
+    regex.compile(rf"(?<![\w./-]){theirs}"): ours
+    for theirs, ours in {
+        r"this side of profile\.yml": "this metric",
+        r"profile\.yml": "the evaluation",
+        r"probes\.dataset\b": "data",
+        r"probes\.(question|images|split)\b": r"\1",
+        r"answer\.max_new_tokens\b": "max_new_tokens",
+    }.items()
 }
-"""What the profiler calls its keys, and the keys of an evaluation."""
+"""What the profiler calls its keys, but not in the middle of a path, and the keys of an evaluation."""
 _NUMBER = regex.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", regex.ASCII)
 _THOUSANDS = regex.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", regex.ASCII)
 
@@ -291,5 +295,5 @@ def _located(where: str) -> Iterator[None]:
         # The profiler, which reads and renders the rows, knows only its own file.
         message = str(error)
         for theirs, ours in _WORDS.items():
-            message = message.replace(theirs, ours)
+            message = theirs.sub(ours, message)
         raise SnrfError(f"{where}: {message}") from None

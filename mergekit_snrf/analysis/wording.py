@@ -14,7 +14,7 @@ from mergekit_snrf.neurons import NeuronSet
 _LONGEST_TOKEN = 30
 # A local path from the root or the home folder: alone, of a model with its adapter, or among an evaluation's arguments.
 _LOCAL = re.compile(
-    r"(^|[+?&=])(?:file://)?(?:~[^+?&=\\/]*|[A-Za-z]:)?[\\/](?:[^+?&=]*[\\/])?([^+?&=\\/]+[\\/]*)(?=$|[+?&=])"
+    r"(^|[+?&=])(?:file://)?(?:(?:~[^+?&=\\/]*|[A-Za-z]:)[\\/]|/|\\\\)(?:[^+?&=]*[\\/])?([^+?&=\\/]+[\\/]*)(?=$|[+?&=])"
 )
 
 

@@ -41,6 +41,12 @@ def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpti
             return
     # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
     unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
+    if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
+        plan.problems.append(
+            f"{os.path.join(out_path, unsharded)}: would be replaced, but the folder has no mergekit_config.yml of an "
+            f"earlier merge; remove the file or choose another folder"
+        )
+        return
     fits = plan.target is None or output_bytes(plan.target, config) <= options.out_shard_size
     others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
     if others:

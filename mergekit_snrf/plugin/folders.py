@@ -123,19 +123,22 @@ def built_aside(out_path: str, what: str, *, replace: bool) -> Iterator[Path]:
     building = out.with_name(f".{out.name}{PARTIAL}")
     missing = [folder for folder in building.parents if not folder.exists()]
     try:
-        building.mkdir(parents=True, exist_ok=True)
-        with _locked(building):
-            try:
-                for entry in building.iterdir():
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                yield building
-                _put_into_place(building, out, replace)
-            except BaseException:
-                shutil.rmtree(building, ignore_errors=True)
+        try:
+            building.mkdir(parents=True, exist_ok=True)
+            with _locked(building):
+                try:
+                    for entry in building.iterdir():
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                    yield building
+                    _put_into_place(building, out, replace)
+                except BaseException:
+                    shutil.rmtree(building, ignore_errors=True)
+                    raise
+        except BaseException:
+            for folder in missing:
                 with suppress(OSError):
-                    for folder in missing:
-                        folder.rmdir()
-                raise
+                    folder.rmdir()
+            raise
     except OSError as error:
         reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
         raise SnrfError(

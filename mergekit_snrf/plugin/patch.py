@@ -144,12 +144,15 @@ def _write_shards(
         copied = copier.submit(copy_all)
         try:
             for count in pool.map(apply, edits):
+                if copied.done():
+                    # A copy that has failed need not wait for tensors of other shards.
+                    copied.result()
                 written += count
                 progress.update()
-        finally:
-            # Where the copy has failed, that is the reason for what the tensors raise.
-            if copied.done():
-                copied.result()
+        except CancelledError:
+            # The copy has ended, and knows why.
+            copied.result()
+            raise
         ways = copied.result()
     return Patched(written, *(ways[way] for way in ("reflinked", "copied", "linked")))
 
@@ -177,7 +180,7 @@ class _Copy:
         """Link, reflink or copy the shard; return which.
 
         Raises:
-            SnrfError: it cannot be linked.
+            SnrfError: it cannot be linked, or the original cannot be read.
             CancelledError: ``stop`` was set meanwhile.
         """
         way = self._take_over(stop, link=link)
@@ -233,10 +236,20 @@ class _Copy:
 
 
 def _copy(source: BinaryIO, target: BinaryIO) -> Iterator[int]:
-    """Copy a file block by block; yield how many bytes are in the copy, where others may now overwrite them."""
+    """Copy a file block by block; yield how many bytes are in the copy, where others may now overwrite them.
+
+    Raises:
+        SnrfError: the file cannot be read.
+    """
     buffer = memoryview(bytearray(_BLOCK))
     copied = 0
-    while count := source.readinto(buffer):  # type: ignore[attr-defined]
+    while True:
+        try:
+            count = source.readinto(buffer)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise SnrfError(f"{source.name}: cannot be read ({error.strerror or error}); get the file again") from None
+        if not count:
+            return
         target.write(buffer[:count])
         target.flush()
         copied += count

@@ -18,6 +18,7 @@ import torch
 from mergekit_snrf.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.maskfile import check_replaceable
 from mergekit_snrf.profiler.config import ProfileConfig, SideConfig
 from mergekit_snrf.profiler.journal import journals_of
 from mergekit_snrf.profiler.measure import Measure
@@ -77,6 +78,8 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool) -> None:
     Raises:
         SnrfError: it cannot, or there are journals and ``resume`` is not asked for.
     """
+    if not os.fspath(mask):
+        raise SnrfError("the path of the mask to write is empty; give one such as mask.safetensors")
     path = Path(mask)
     if path.is_dir():
         raise SnrfError(
@@ -91,6 +94,7 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool) -> None:
         raise SnrfError(
             f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists and is writable"
         ) from None
+    check_replaceable(path)
     unfinished = [file for side in SIDES for file in journals_of(stem_of(mask, side))]
     if unfinished and not resume:
         raise SnrfError(

@@ -171,6 +171,7 @@ GOOD = {"data": "rows.jsonl", "question": "q", "answer": "a"}
     ("metric", "message"),
     [
         ({**GOOD, "data": "none.jsonl"}, r"metric 'R': data: there is no file .*none\.jsonl"),
+        ({**GOOD, "data": "probes.jsonl"}, r"metric 'R': data: there is no file .*probes\.jsonl"),
         ({**GOOD, "data": "rows.txt"}, r"metric 'R': data: 'rows\.txt' must end in one of"),
         ({**GOOD, "answer": "b"}, r"metric 'R': .*has no column 'b'"),
         ({**GOOD, "role": "lose"}, r"key 'metrics\.R\.role': must be 'gain' or 'keep', got 'lose'$"),

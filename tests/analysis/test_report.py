@@ -327,6 +327,8 @@ def test_no_local_folder_is_told(tmp_path: Path) -> None:
         ("lmms-eval: mme, pope", "lmms-eval: mme, pope"),
         ("/", "/"),
         ("", ""),
+        ("\\boxed{}", "\\boxed{}"),
+        ("\\\\server\\models\\target", "target"),
     ],
 )
 def test_paths_without_folders(given: str, shown: str) -> None:

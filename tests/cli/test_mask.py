@@ -348,6 +348,16 @@ COMMANDS: list[list[str]] = [
 ]
 
 
+@pytest.mark.parametrize("command", [["union", "a", "b"], ["random", "a"]], ids=" ".join)
+def test_only_masks_are_replaced(folder: Path, model: str, command: list[str]) -> None:
+    weights = Path("model/model.safetensors")
+    before = weights.read_bytes()
+    assert "is there already and no readable mask, so it is not replaced" in snrf(*command, str(weights)).output
+    assert weights.read_bytes() == before
+    assert "the path of the file to write is empty" in snrf(*command, "").output
+    assert snrf(*command, "a").exit_code == 0
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize(
     ("mask", "message"),

@@ -403,6 +403,13 @@ def test_output_folder_with_other_weights(name: str, pair: Pair, tmp_path: Path)
     assert (out / name).read_text() == "other"
 
 
+def test_a_model_that_is_no_earlier_merge_is_not_replaced(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.target, tmp_path / "other")
+    before = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert "model.safetensors: would be replaced, but the folder has no" in one(pair.recipe(), tmp_path / "other")
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("flags", ["--out-shard-size 20000", "--no-safe-serialization"])
 def test_output_folder_with_an_earlier_merge_of_another_layout(flags: str, pair: Pair, tmp_path: Path) -> None:
     before = merge(pair.recipe(source={"beta": 1.0}), tmp_path / "out")
@@ -435,7 +442,7 @@ def test_all_problems_at_once(pair: Pair, tmp_path: Path) -> None:
         tokenizer_source="union",
         dtype="bf16",
     )
-    problems = refused(recipe, pair.source)
+    problems = refused(recipe, tmp_path / "out")
     expected = (
         "'tokenizer_source' is not supported",
         "parameter 'order' in parameters",

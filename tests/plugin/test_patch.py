@@ -456,9 +456,10 @@ from mergekit_snrf.plugin import patch
 
 class Slow(io.FileIO):
     def readinto(self, buffer):
-        time.sleep(0.02)
         with open(sys.argv[3], "a") as log:
             log.write(".")
+            blocks = log.tell()
+        time.sleep(0.02 if blocks <= 20 else 0.5)
         return super().readinto(buffer)
 
 open_path = Path.open
@@ -479,7 +480,7 @@ def test_ctrl_c_does_not_wait_for_the_copy(pair: Pair, tmp_path: Path) -> None:
         _, errors = process.communicate()
     assert process.returncode == 1
     assert errors.strip().endswith("Aborted!"), errors
-    assert 20 < log.stat().st_size < blocks / 2
+    assert 20 < log.stat().st_size < blocks / 2, "a copy of these blocks would take minutes"
     assert tree(tmp_path) == []
 
 
@@ -535,6 +536,36 @@ def test_disk_full(
     assert tree(tmp_path) == []
     monkeypatch.undo()
     patched(recipe, tmp_path / "out")
+
+
+def test_the_reason_of_a_failed_copy_is_told_however_late_its_thread_is(
+    sharded: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = patch_module._Copy.close
+
+    def slow(copy: Any) -> None:
+        close(copy)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(patch_module._Copy, "close", slow)
+    monkeypatch.setattr(patch_module, "_copy", fails_at(0, patch_module._copy))
+    assert_refused(patch(sharded.recipe(), tmp_path / "out"), "the merge could not be written (No space left on device")
+
+
+def test_a_source_that_cannot_be_read_is_named(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert_refused(patch(pair.recipe(), tmp_path / "out"), "model.safetensors: cannot be read (Input/output error)")
+    assert tree(tmp_path) == []
+
+
+def test_parents_of_a_folder_with_too_long_a_name_do_not_stay(pair: Pair, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipes" / "recipe.yml", pair.recipe())
+    result = patch(recipe, tmp_path / "new" / ("x" * 247))
+    assert_refused(result, "the merge could not be written (File name too long")
+    assert tree(tmp_path) == []
 
 
 def test_file_size_limit_of_the_system(sharded: Pair, tmp_path: Path) -> None:

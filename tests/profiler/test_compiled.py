@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -26,8 +27,9 @@ from mergekit_snrf.profiler import impact_compiled
 from mergekit_snrf.profiler.impact import AttentionInputs, AttentionScores, Readout, attention_impact
 from mergekit_snrf.profiler.measure import Meter
 
-COMPILER = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+COMPILER = shutil.which(os.environ.get("CXX") or "g++")
+HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
+needs_compiler = pytest.mark.skipif(not (COMPILER and HEADERS), reason="no C++ compiler, or no headers of Python")
 
 BOTH = ((torch.float64, 1e-12), (torch.float32, 1e-5))
 REAL = (torch.arange(64) >= torch.tensor([[5], [0]])).long()

@@ -238,7 +238,7 @@ class TestRows:
         assert len(rows_of(options("m", data / "texts.jsonl", split="train[:2]"))) == 2
 
     def test_probes_that_read_no_column_are_refused(self, data: Path) -> None:
-        with pytest.raises(SnrfError, match=r"texts.jsonl: no column is read, .* in the template 'calc :', or set probes"):
+        with pytest.raises(SnrfError, match=r"texts.jsonl: no column is read, .* template 'calc :', or set"):
             rows_of(options("m", data / "texts.jsonl", template="calc :", question=None))
 
     def test_a_dataset_that_the_hub_does_not_give_is_named(self) -> None:

@@ -468,11 +468,13 @@ def test_a_missing_chat_template_of_the_source_is_told_before_the_target_is_prof
         ("file/m.safetensors", "cannot be written (Not a directory)"),
         (".", "is a folder; give the path of the mask file"),
         ("m.pt", "the name of a mask file must end in .safetensors"),
+        ("taken.safetensors", "is there already and no readable mask, so it is not replaced"),
     ],
 )
 def test_mask_that_cannot_be_written_is_told_before_a_model_is_read(mask, message, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_snrf.profiler.run.check_models", lambda config: pytest.fail("a model was read"))
     (tmp_path / "file").touch()
+    (tmp_path / "taken.safetensors").touch()
     result = invoke(write_config(pair("llama")), tmp_path / mask)
     assert result.exit_code == 1
     assert message in result.output
