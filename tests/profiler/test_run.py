@@ -249,10 +249,17 @@ def test_two_processes_write_the_bytes_of_one(pair, tmp_path):
     out = tmp_path / "two"
     out.mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, *command(path, out)[1:]], env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run_two(*options: str) -> subprocess.CompletedProcess[str]:
+        words = [*launcher, *command(path, out, *options)[1:]]
+        environment = {**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+
+    done = run_two()
+    if "(SIGABRT)" in done.stderr:
+        # On a busy machine torch has aborted a process, once in some forty runs. Whoever sees that goes on.
+        done = run_two("--resume")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("shared neurons") == 1
     assert contents(out) == whole
 
