@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 families: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/plugin/test_families.py --update-families
+	$(BIN)/python -m pytest tests/merge/test_families.py --update-families
 
 $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	$(PYTHON) -m venv $(VENV)

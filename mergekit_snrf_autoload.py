@@ -26,7 +26,7 @@ def autoload():
 
 def _install():
     try:
-        from mergekit_snrf.plugin import install
+        from mergekit_snrf.merge import install
 
         install()
     except Exception as error:

@@ -24,9 +24,9 @@ import torch
 import transformers
 from machine import bar, bars_text, describe, write_json
 
-from mergekit_snrf.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.neurons import PROJECTIONS, Site
-from mergekit_snrf.profiler.measure import Measure, Meter
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.profiling.measure.meter import Measure, Meter
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -29,7 +29,7 @@ import torch
 from machine import bar, bars_text, describe, write_json
 from torch import Tensor
 
-from mergekit_snrf.lowrank import certified_rows, certified_subspace, gram
+from mergekit_snrf.fusion.lowrank import certified_rows, certified_subspace, gram
 
 # Neurons are rows, as the merge sees them: fwd.down is a transposed view.
 SHAPES = {"q": (3584, 3584), "kv": (512, 3584), "up": (18944, 3584), "down": (3584, 18944), "4096": (4096, 4096)}

@@ -18,7 +18,7 @@ import click
 from machine import bar, bars_text, describe, drop_file_caches, figures_of, median, run_rounds, write_json
 from pairs import SHAPES, make_pair, write_recipes
 
-from mergekit_snrf.checkpoint import open_checkpoint
+from mergekit_snrf.models.checkpoint import open_checkpoint
 
 # Bars of the time relative to linear, by rank.
 LINEAR_BARS = {16: 1.3, 64: 1.5}

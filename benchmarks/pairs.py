@@ -10,10 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
-from mergekit_snrf.checkpoint import open_checkpoint
-from mergekit_snrf.decoder import find_decoder
-from mergekit_snrf.maskfile import write_mask
-from mergekit_snrf.neurons import NeuronSet
+from mergekit_snrf.models.checkpoint import open_checkpoint
+from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet
 
 SHAPES = {
     "0.1B": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,

@@ -19,7 +19,7 @@ from machine import bar, bars_text, describe, drop_file_caches, figures_of, medi
 from pairs import SHAPES, make_pair, write_recipes
 from safetensors import safe_open
 
-from mergekit_snrf.checkpoint import open_checkpoint
+from mergekit_snrf.models.checkpoint import open_checkpoint
 
 CP, LINEAR, MERGEKIT, PATCH, LORA = "cp", "linear", "snrf", "snrf patch", "snrf lora"
 SNRF = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]

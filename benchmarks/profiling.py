@@ -40,12 +40,12 @@ import torch
 import transformers
 from machine import bar, bars_text, describe, write_json
 
-from mergekit_snrf.profilefile import SCREENED, top_rank
-from mergekit_snrf.profiler import impact_compiled
-from mergekit_snrf.profiler.impact import attention_impact, column_norms, ffn_impact
-from mergekit_snrf.profiler.measure import Measure, Meter
-from mergekit_snrf.profiler.run import profile_model
-from mergekit_snrf.profiler.statistics import ranks
+from mergekit_snrf.profiling import impact_compiled
+from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
+from mergekit_snrf.profiling.measure.meter import Measure, Meter
+from mergekit_snrf.profiling.result.profilefile import SCREENED, top_rank
+from mergekit_snrf.profiling.result.statistics import ranks
+from mergekit_snrf.profiling.run import profile_model
 
 
 def load_file(name: str, path: Path) -> ModuleType:

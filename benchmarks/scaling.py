@@ -28,8 +28,8 @@ from machine import describe, drop_file_caches, run_rounds, write_json
 from pairs import SHAPES, make_pair, write_recipes
 from profiling import cpu_seconds, extra_memory, forward, probe
 
-from mergekit_snrf.checkpoint import open_checkpoint
-from mergekit_snrf.profiler.measure import Meter
+from mergekit_snrf.models.checkpoint import open_checkpoint
+from mergekit_snrf.profiling.measure.meter import Meter
 
 HEAD, VOCABULARY = 64, 4096
 BASE = {"tokens": 256, "probes": 1, "layers": 8, "hidden": 576}

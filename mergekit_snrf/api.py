@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_snrf.checkpoint import open_checkpoint
-from mergekit_snrf.edits import Edit, deactivate, fuse_model, fuse_state_dict
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import Fusion
-from mergekit_snrf.maskfile import Mask, check_sha256, local_path, read_mask, write_mask
-from mergekit_snrf.neurons import Neuron, NeuronSet, Site
-from mergekit_snrf.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile
-from mergekit_snrf.profiler.measure import Batch, Measure
+from mergekit_snrf.fusion.fuse import Fusion
+from mergekit_snrf.models.checkpoint import open_checkpoint
+from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_dict
+from mergekit_snrf.neurons.maskfile import Mask, check_sha256, local_path, read_mask, write_mask
+from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
+from mergekit_snrf.profiling.measure.meter import Batch, Measure
+from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile
 
 __all__ = [
     "Edit",
@@ -93,8 +93,8 @@ def profile(
     Raises:
         SnrfError: the model or a batch is not supported, or the model computes NaN or infinite values.
     """
-    from mergekit_snrf.profiler.request import versions
-    from mergekit_snrf.profiler.run import profile_model
+    from mergekit_snrf.profiling.request import versions
+    from mergekit_snrf.profiling.run import profile_model
 
     measure = measure or Measure()
     statistics = profile_model(model, _as_batches(batches, measure), measure=measure, progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent / "plugin"))
+sys.path.insert(0, str(Path(__file__).parent / "merge"))
 
 from family_table import BEGIN, END, markdown, passed
 

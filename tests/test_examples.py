@@ -21,10 +21,10 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.maskfile import read_mask
-from mergekit_snrf.neurons import Site
-from mergekit_snrf.profiler.config import load_profile_config
-from mergekit_snrf.profiler.loading import load_processor
+from mergekit_snrf.models.loading import load_processor
+from mergekit_snrf.neurons.maskfile import read_mask
+from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.profiling.settings import load_profile_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEAD_DIM = 128

@@ -14,9 +14,9 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.plugin.method import SPEC
-from mergekit_snrf.plugin.recipe import read_recipe
-from mergekit_snrf.profiler.config import ProfileConfig
+from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.recipe import read_recipe
+from mergekit_snrf.profiling.settings import ProfileConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -55,13 +55,13 @@ def ablate(
 
     Weights and biases are zeroed in memory. An evaluation named in Python runs with your rights; read it first.
     """
-    from mergekit_snrf import safefile
-    from mergekit_snrf.analysis import ablation
-    from mergekit_snrf.analysis.evaluation import load_evaluation, load_model
-    from mergekit_snrf.analysis.results import write_result
-    from mergekit_snrf.checkpoint import open_checkpoint
-    from mergekit_snrf.decoder import find_decoder
-    from mergekit_snrf.maskfile import local_path, read_mask
+    from mergekit_snrf.evidence import ablate as ablation
+    from mergekit_snrf.evidence.evaluation import load_evaluation, load_model
+    from mergekit_snrf.evidence.results import write_result
+    from mergekit_snrf.files import container
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+    from mergekit_snrf.models.decoder import find_decoder
+    from mergekit_snrf.neurons.maskfile import local_path, read_mask
 
     check_outputs(json_file)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
@@ -72,7 +72,7 @@ def ablate(
     if profile_file is not None:
         profile = ablation.read_profile_of(checkpoint, profile_file)
         ablation.least_important(profile, mask.neurons)
-        settings |= {"profile": profile.path, "profile_sha256": safefile.sha256(profile.path)}
+        settings |= {"profile": profile.path, "profile_sha256": container.sha256(profile.path)}
     silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = loaded(
@@ -87,7 +87,7 @@ def ablate(
         draws=draws,
         seed=seed,
         name=model,
-        mask_sha256=safefile.sha256(mask.path),
+        mask_sha256=container.sha256(mask.path),
         settings=settings,
         progress=not is_quiet(),
     )

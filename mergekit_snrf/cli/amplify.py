@@ -21,9 +21,9 @@ from mergekit_snrf.cli.study import loaded, reworded
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
-    from mergekit_snrf.analysis.results import Amplification, AmplifiedNeuron
-    from mergekit_snrf.decoder import DecoderShape
-    from mergekit_snrf.neurons import Neuron
+    from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron
+    from mergekit_snrf.models.decoder import DecoderShape
+    from mergekit_snrf.neurons.sets import Neuron
 
 _DETAILED = 4
 _SHOWN = 5
@@ -123,13 +123,13 @@ def amplify(
     math tokens are those of a list of numbers, signs, LaTeX commands and words that comes with this package. A
     classifier named in Python runs with your rights; read it first.
     """
-    from mergekit_snrf.analysis import amplification
-    from mergekit_snrf.analysis.results import write_result
-    from mergekit_snrf.analysis.tokens import load_classifier
-    from mergekit_snrf.checkpoint import open_checkpoint
-    from mergekit_snrf.decoder import find_decoder
-    from mergekit_snrf.neurons import Neuron
-    from mergekit_snrf.profiler.probes import load_model, load_rows
+    from mergekit_snrf.evidence import amplify as amplification
+    from mergekit_snrf.evidence.results import write_result
+    from mergekit_snrf.evidence.tokens import load_classifier
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+    from mergekit_snrf.models.decoder import find_decoder
+    from mergekit_snrf.neurons.sets import Neuron
+    from mergekit_snrf.profiling.probes.batches import load_model, load_rows
 
     with reworded(_OPTIONS):
         own, config = amplification.load_probes_config(
@@ -193,7 +193,7 @@ def amplify(
 
 
 def _listed(file: str | None) -> list[Neuron]:
-    from mergekit_snrf.neurons import Neuron
+    from mergekit_snrf.neurons.sets import Neuron
 
     if file is None:
         return []
@@ -212,9 +212,9 @@ def _listed(file: str | None) -> list[Neuron]:
 
 
 def _masked(file: str | None, pick: int | None, seed: int, shape: DecoderShape | None, model: str) -> list[Neuron]:
-    from mergekit_snrf.analysis.ablation import check_mask
-    from mergekit_snrf.analysis.amplification import pick_neurons
-    from mergekit_snrf.maskfile import local_path, read_mask
+    from mergekit_snrf.evidence.ablate import check_mask
+    from mergekit_snrf.evidence.amplify import pick_neurons
+    from mergekit_snrf.neurons.maskfile import local_path, read_mask
 
     if file is None:
         return []
@@ -273,13 +273,13 @@ def _summary(result: Amplification) -> str:
 
 
 def _shown(token: str) -> str:
-    from mergekit_snrf.analysis.wording import printable
+    from mergekit_snrf.evidence.wording import printable
 
     return printable(repr(token))
 
 
 def _draw(result: Amplification, folder: Path) -> list[Path]:
-    from mergekit_snrf.analysis import figures, wording
+    from mergekit_snrf.evidence import figures, wording
 
     paths = []
     for neuron in result.neurons:

@@ -167,8 +167,8 @@ def load_recipe(path: str) -> MergeConfiguration:
     from mergekit.config import MergeConfiguration
     from pydantic import ValidationError
 
-    from mergekit_snrf.plugin.method import SPEC
-    from mergekit_snrf.plugin.recipe import stray_keys
+    from mergekit_snrf.merge.method import SPEC
+    from mergekit_snrf.merge.recipe import stray_keys
 
     try:
         content = Path(path).read_bytes()

@@ -22,7 +22,7 @@ from mergekit_snrf.cli.study import loaded, report
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
-    from mergekit_snrf.analysis.results import Study
+    from mergekit_snrf.evidence.results import Study
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None
     With --from-lmms-eval, compare the samples in two or more DIRs: the first is the reference (the target), the second
     the claim (its merge), any others are controls.
     """
-    from mergekit_snrf.analysis.results import write_result
+    from mergekit_snrf.evidence.results import write_result
 
     _check_options(from_lmms_eval)
     check_outputs(json_file)
@@ -145,7 +145,7 @@ def _from_lmms_eval(
     keep: tuple[str, ...],
     **_: Any,
 ) -> tuple[Study, list[str]]:
-    from mergekit_snrf.analysis.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.lmms_eval import compare_runs
 
     return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
 
@@ -176,12 +176,12 @@ def _from_recipe(
     betas = _betas(linear_betas)
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf import safefile
-    from mergekit_snrf.analysis.ablation import least_important, read_profile_of
-    from mergekit_snrf.analysis.comparison import compare as run
-    from mergekit_snrf.analysis.controls import averaged, build_rows
-    from mergekit_snrf.analysis.evaluation import load_evaluation, load_model
-    from mergekit_snrf.analysis.recipes import open_base, open_recipe
+    from mergekit_snrf.evidence.ablate import least_important, read_profile_of
+    from mergekit_snrf.evidence.compare import compare as run
+    from mergekit_snrf.evidence.controls import averaged, build_rows
+    from mergekit_snrf.evidence.evaluation import load_evaluation, load_model
+    from mergekit_snrf.evidence.recipes import open_base, open_recipe
+    from mergekit_snrf.files import container
 
     options = MergeOptions(
         transformers_cache=transformers_cache,
@@ -198,7 +198,7 @@ def _from_recipe(
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
         least = least_important(averaged(read), opened.merge.neurons)
-        settings["profiles"] = {profile.path: safefile.sha256(profile.path) for profile in read}
+        settings["profiles"] = {profile.path: container.sha256(profile.path) for profile in read}
     elif "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")

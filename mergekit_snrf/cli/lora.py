@@ -39,8 +39,8 @@ def lora(
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.lora import DTYPES, export_adapter
-    from mergekit_snrf.plugin.plan import plan_merge
+    from mergekit_snrf.merge.lora import DTYPES, export_adapter
+    from mergekit_snrf.merge.plan import plan_merge
 
     options = MergeOptions(
         transformers_cache=transformers_cache,

@@ -15,9 +15,9 @@ import click
 from mergekit_snrf.cli.common import command_options, share, table
 
 if TYPE_CHECKING:
-    from mergekit_snrf.decoder import DecoderShape
-    from mergekit_snrf.maskfile import Mask, ModelProvenance
-    from mergekit_snrf.neurons import NeuronSet
+    from mergekit_snrf.models.decoder import DecoderShape
+    from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
+    from mergekit_snrf.neurons.sets import NeuronSet
 
 
 @click.group()
@@ -29,15 +29,15 @@ def mask() -> None:
 
 
 def _read(reference: str) -> Mask:
-    from mergekit_snrf.maskfile import local_path, read_mask
+    from mergekit_snrf.neurons.maskfile import local_path, read_mask
 
     return read_mask(local_path(reference))
 
 
 def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
-    from mergekit_snrf.checkpoint import open_checkpoint
-    from mergekit_snrf.decoder import find_decoder
-    from mergekit_snrf.maskfile import ModelProvenance
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+    from mergekit_snrf.models.decoder import find_decoder
+    from mergekit_snrf.neurons.maskfile import ModelProvenance
 
     checkpoint = open_checkpoint(model)
     provenance = ModelProvenance(path=model, model_type=checkpoint.model_type, config_sha256=checkpoint.config_sha256)
@@ -51,12 +51,12 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 @command_options
 def show(mask_file: str, layers: bool, as_json: bool) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
-    from mergekit_snrf import safefile
-    from mergekit_snrf.cards import provenance_rows
-    from mergekit_snrf.maskfile import local_path, read_mask
+    from mergekit_snrf.files import container
+    from mergekit_snrf.merge.cards import provenance_rows
+    from mergekit_snrf.neurons.maskfile import local_path, read_mask
 
     path = local_path(mask_file)
-    content, digest = read_mask(path), safefile.sha256(path)
+    content, digest = read_mask(path), container.sha256(path)
     counts = content.neurons.by_projection()
     provenance = content.provenance.model_dump(mode="json", exclude_none=True)
     if as_json:
@@ -77,7 +77,7 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
 
 
 def _layer_table(neurons: NeuronSet) -> str:
-    from mergekit_snrf.neurons import PROJECTIONS, Site
+    from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 
     numbers = sorted({site.layer for site in neurons.nonempty()})
     rows = [(layer, *(neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
@@ -89,7 +89,7 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
     @click.argument("out", type=click.Path(dir_okay=False))
     @command_options
     def command(masks: tuple[str, ...], out: str) -> None:
-        from mergekit_snrf.maskfile import local_path, provenance_of_operation, read_mask, write_mask
+        from mergekit_snrf.neurons.maskfile import local_path, provenance_of_operation, read_mask, write_mask
 
         if len(masks) < 2:
             raise click.UsageError("give at least two masks and the output file")
@@ -123,8 +123,8 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     """
     import torch
 
-    from mergekit_snrf.maskfile import Provenance, local_path, provenance_of_operation, read_mask, write_mask
-    from mergekit_snrf.neurons import NeuronSet
+    from mergekit_snrf.neurons.maskfile import Provenance, local_path, provenance_of_operation, read_mask, write_mask
+    from mergekit_snrf.neurons.sets import NeuronSet
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
         raise click.UsageError("give either MASK and OUT, or OUT with --model and --ratio")
@@ -164,13 +164,13 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 @command_options
 def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
     """Convert the released code's JSON to a mask, with the correct rows for grouped-query attention."""
-    from mergekit_snrf import safefile
-    from mergekit_snrf.maskfile import Provenance, write_mask
-    from mergekit_snrf.released import read_released
+    from mergekit_snrf.files import container
+    from mergekit_snrf.neurons.maskfile import Provenance, write_mask
+    from mergekit_snrf.neurons.released import read_released
 
     shape, target = _shape(model)
     neurons = read_released(json_file, shape, "rows" if kv_indices == "rows" else "repeated")
-    source = {"file": Path(json_file).name, "sha256": safefile.sha256(json_file)}
+    source = {"file": Path(json_file).name, "sha256": container.sha256(json_file)}
     write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
     click.echo(f"{out}: {neurons.count()} neurons")
 
@@ -182,10 +182,10 @@ def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
 @command_options
 def export(mask_file: str, json_file: str, model: str) -> None:
     """Convert a mask to the released code's JSON."""
-    from mergekit_snrf import safefile
-    from mergekit_snrf.released import released_json
+    from mergekit_snrf.files import container
+    from mergekit_snrf.neurons.released import released_json
 
     content = released_json(_read(mask_file).neurons, _shape(model)[0])
-    with safefile.replacing(json_file) as file:
+    with container.replacing(json_file) as file:
         file.write(json.dumps(content).encode())
     click.echo(f"{json_file}: {sum(len(i) for layers in content.values() for i in layers.values())} indices")

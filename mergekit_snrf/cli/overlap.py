@@ -12,7 +12,7 @@ from mergekit_snrf.cli.common import check_outputs, command_options, json_option
 from mergekit_snrf.cli.select import PerProjection, ShareOrCount
 
 if TYPE_CHECKING:
-    from mergekit_snrf.analysis.results import Counts, Overlap
+    from mergekit_snrf.evidence.results import Counts, Overlap
 
 _NOTE = (
     "Shares are of the union of both sets. chance is what random sets of the same sizes share on average, z how many\n"
@@ -45,10 +45,10 @@ def overlap(
 
     More than two profiles are compared two by two. No model is loaded.
     """
-    from mergekit_snrf.analysis.overlap import overlaps
-    from mergekit_snrf.analysis.results import OverlapPairs, write_result
-    from mergekit_snrf.maskfile import local_path
-    from mergekit_snrf.profilefile import read_profile
+    from mergekit_snrf.evidence.overlap import overlaps
+    from mergekit_snrf.evidence.results import OverlapPairs, write_result
+    from mergekit_snrf.neurons.maskfile import local_path
+    from mergekit_snrf.profiling.result.profilefile import read_profile
 
     if len(profiles) < 2:
         raise click.UsageError("give at least two profiles")
@@ -75,15 +75,15 @@ def overlap(
 
 
 def _table(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
-    from mergekit_snrf.analysis.wording import COUNT_COLUMNS, count_cells
+    from mergekit_snrf.evidence.wording import COUNT_COLUMNS, count_cells
 
     header = (label, "shared", "A only", "B only", *COUNT_COLUMNS)
     return table(header, [(name, *count_cells(counts)) for name, counts in rows])
 
 
 def _pair_text(pair: Overlap) -> str:
-    from mergekit_snrf.analysis.overlap import by_projection
-    from mergekit_snrf.analysis.wording import chance_sentence, printable, rule
+    from mergekit_snrf.evidence.overlap import by_projection
+    from mergekit_snrf.evidence.wording import chance_sentence, printable, rule
 
     sums = by_projection(pair)
     heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\nselected by {rule(pair.rule)}"
@@ -91,21 +91,21 @@ def _pair_text(pair: Overlap) -> str:
 
 
 def _pairs_text(pairs: list[Overlap]) -> str:
-    from mergekit_snrf.analysis.overlap import total
-    from mergekit_snrf.analysis.wording import rule
+    from mergekit_snrf.evidence.overlap import total
+    from mergekit_snrf.evidence.wording import rule
 
     rows = [(_name(pair), total(pair.sites)) for pair in pairs]
     return f"selected by {rule(pairs[0].rule)}\n\n{_table('A, B', rows)}"
 
 
 def _name(pair: Overlap) -> str:
-    from mergekit_snrf.analysis.wording import printable
+    from mergekit_snrf.evidence.wording import printable
 
     return printable(f"{pair.names[0]}, {pair.names[1]}")
 
 
 def _details(pair: Overlap, layers: bool, named: bool) -> str:
-    from mergekit_snrf.neurons import PROJECTIONS
+    from mergekit_snrf.neurons.sets import PROJECTIONS
 
     parts = [f"\n{_name(pair)}"] if named else []
     if layers:
@@ -120,7 +120,7 @@ def _details(pair: Overlap, layers: bool, named: bool) -> str:
 
 
 def _draw(pairs: list[Overlap], folder: Path) -> list[Path]:
-    from mergekit_snrf.analysis import figures, wording
+    from mergekit_snrf.evidence import figures, wording
 
     paths = []
     for number, pair in enumerate(pairs, 1):

@@ -38,7 +38,7 @@ def patch(
     """
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.plugin.patch import patch_merge
+    from mergekit_snrf.merge.patch import patch_merge
 
     options = MergeOptions(
         transformers_cache=transformers_cache,

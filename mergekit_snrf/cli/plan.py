@@ -13,9 +13,9 @@ import click
 from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, share, size, table
 
 if TYPE_CHECKING:
-    from mergekit_snrf.fusion import Rounding
-    from mergekit_snrf.lowrank import Certificate
-    from mergekit_snrf.plugin.plan import MergePlan, PlannedEdit
+    from mergekit_snrf.fusion.fuse import Rounding
+    from mergekit_snrf.fusion.lowrank import Certificate
+    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 
     _Certified = Sequence[tuple[PlannedEdit, Certificate | None, Rounding]]
 
@@ -50,8 +50,8 @@ def plan(
     """
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.plugin.plan import plan_merge
-    from mergekit_snrf.plugin.tensors import certify as certified_edits
+    from mergekit_snrf.merge.plan import plan_merge
+    from mergekit_snrf.merge.tensors import certify as certified_edits
 
     options = MergeOptions(
         quiet=is_quiet(),
@@ -178,7 +178,7 @@ def _edits_as_text(plan: MergePlan) -> str:
 
 
 def _certified_as_text(certified: _Certified) -> str:
-    from mergekit_snrf.plugin.tally import Tally, kept
+    from mergekit_snrf.merge.tally import Tally, kept
 
     header = ("tensor", "method", "rank", "passes", "captured", "error", "deficit", "gap", "rounding keeps")
     rows: list[tuple[object, ...]] = []

@@ -49,10 +49,10 @@ def main(
     The two profiles are written beside it. Start it under torchrun or accelerate launch to split the probes over
     several processes.
     """
-    from mergekit_snrf.neurons import PROJECTIONS
-    from mergekit_snrf.profiler import run as runs
-    from mergekit_snrf.profiler.config import load_profile_config
-    from mergekit_snrf.profiler.memory import parse_size
+    from mergekit_snrf.neurons.sets import PROJECTIONS
+    from mergekit_snrf.profiling import run as runs
+    from mergekit_snrf.profiling.memory import parse_size
+    from mergekit_snrf.profiling.settings import load_profile_config
 
     if mask is None and not dry_run:
         raise click.UsageError("Missing argument 'MASK.safetensors'.")

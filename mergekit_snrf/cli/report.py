@@ -25,11 +25,11 @@ def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[s
 
     --profile and --result may be given several times.
     """
-    from mergekit_snrf import safefile
-    from mergekit_snrf.analysis import report as html
-    from mergekit_snrf.analysis.results import read_result
-    from mergekit_snrf.maskfile import local_path, read_mask
-    from mergekit_snrf.profilefile import read_profile
+    from mergekit_snrf.evidence import report as html
+    from mergekit_snrf.evidence.results import read_result
+    from mergekit_snrf.files import container
+    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.profiling.result.profilefile import read_profile
 
     mask = read_mask(local_path(mask_file))
     page = html.report(
@@ -37,6 +37,6 @@ def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[s
         [read_profile(local_path(reference)) for reference in profiles],
         [read_result(path) for path in results],
     )
-    with safefile.replacing(out) as file:
+    with container.replacing(out) as file:
         file.write(page.encode())
     click.echo(out)

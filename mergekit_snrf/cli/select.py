@@ -54,10 +54,10 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
 
     One profile gives the neurons of one model, the profiles of target and source the shared ones.
     """
-    from mergekit_snrf import safefile
-    from mergekit_snrf.maskfile import Provenance, local_path, write_mask
-    from mergekit_snrf.profilefile import read_profile
-    from mergekit_snrf.profilefile import select as select_neurons
+    from mergekit_snrf.files import container
+    from mergekit_snrf.neurons.maskfile import Provenance, local_path, write_mask
+    from mergekit_snrf.profiling.result.profilefile import read_profile
+    from mergekit_snrf.profiling.result.profilefile import select as select_neurons
 
     if (top_ratio is None) == (sigma is None):
         raise click.UsageError("give either --top-ratio or --sigma")
@@ -73,7 +73,7 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
         source=sides.get("source"),
         selection={name: value for name, value in rule.items() if value is not None},
         operation="select",
-        inputs=[{"file": path.name, "sha256": safefile.sha256(path)} for path in paths],
+        inputs=[{"file": path.name, "sha256": container.sha256(path)} for path in paths],
         seed=contents[0].provenance.seed,
     )
     write_mask(out, neurons, provenance)
@@ -82,7 +82,7 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
 
 def _is_profile(path: str) -> bool:
     from mergekit_snrf.errors import SnrfError
-    from mergekit_snrf.profilefile import read_profile
+    from mergekit_snrf.profiling.result.profilefile import read_profile
 
     try:
         read_profile(path)

@@ -12,7 +12,7 @@ from mergekit_snrf.errors import SnrfError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mergekit_snrf.analysis.results import Study
+    from mergekit_snrf.evidence.results import Study
 
 _LOADING = {
     "set trust_remote_code: true to allow it": "give --trust-remote-code to allow it",
@@ -73,7 +73,7 @@ def reworded(words: Mapping[str, str]) -> Iterator[None]:
 
 def report(study: Study) -> str:
     """Return a study as text: a table a metric, and the verdict."""
-    from mergekit_snrf.analysis.intervals import scale_of, spoken
+    from mergekit_snrf.evidence.intervals import scale_of, spoken
 
     measured = {condition.name: condition.metrics for condition in study.conditions}
     parts = []

@@ -19,12 +19,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mergekit_snrf.analysis import evaluation
-from mergekit_snrf.analysis.results import Study, read_result
 from mergekit_snrf.cli.snrf import main
-from mergekit_snrf.maskfile import ModelProvenance, read_mask, write_mask
-from mergekit_snrf.neurons import NeuronSet, Site
-from mergekit_snrf.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, write_profile
+from mergekit_snrf.evidence import evaluation
+from mergekit_snrf.evidence.results import Study, read_result
+from mergekit_snrf.neurons.maskfile import ModelProvenance, read_mask, write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, write_profile
 
 ROOT = Path(__file__).parents[2]
 BOARD = ROOT / "examples" / "board"

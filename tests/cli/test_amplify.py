@@ -14,10 +14,10 @@ import torch
 from checkpoints import INTERMEDIATE, LAYERS, make_source, make_target
 from click.testing import CliRunner, Result
 
-from mergekit_snrf.analysis.results import Amplification, read_result
 from mergekit_snrf.cli.snrf import main
-from mergekit_snrf.maskfile import write_mask
-from mergekit_snrf.neurons import NeuronSet, Site
+from mergekit_snrf.evidence.results import Amplification, read_result
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 pytest.importorskip("datasets")
 

@@ -15,14 +15,14 @@ import torch
 from checkpoints import make_source
 from click.testing import CliRunner, Result
 
-from mergekit_snrf.analysis import controls
-from mergekit_snrf.analysis.evaluation import evaluate, load_evaluation, load_model
-from mergekit_snrf.analysis.results import Study, read_result
 from mergekit_snrf.cli import compare as command
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.maskfile import read_mask
-from mergekit_snrf.neurons import NeuronSet, Site
-from mergekit_snrf.profilefile import EDGES, Profile, SiteProfile, write_profile
+from mergekit_snrf.evidence import controls
+from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation, load_model
+from mergekit_snrf.evidence.results import Study, read_result
+from mergekit_snrf.neurons.maskfile import read_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile, write_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARD = ROOT / "examples" / "board"
@@ -160,7 +160,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mergekit_snrf.analysis.evaluation.load_model", load)
+    monkeypatch.setattr("mergekit_snrf.evidence.evaluation.load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -204,7 +204,7 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     def without_roles(reference: str) -> Any:
         return type(load(reference))(reference, load(reference).function)
 
-    monkeypatch.setattr("mergekit_snrf.analysis.evaluation.load_evaluation", without_roles)
+    monkeypatch.setattr("mergekit_snrf.evidence.evaluation.load_evaluation", without_roles)
     words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0", "--draws", "1"]
     result = CliRunner().invoke(snrf, words)
     assert result.exit_code == 0, result.output

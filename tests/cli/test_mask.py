@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from mergekit_snrf.cli.snrf import main
-from mergekit_snrf.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
-from mergekit_snrf.neurons import PROJECTIONS, NeuronSet, Site
-from mergekit_snrf.profilefile import EDGES, Profile, SiteProfile, edge_ranks, write_profile
+from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile, edge_ranks, write_profile
 
 K0, UP1, DOWN1 = Site(0, "attn.k"), Site(1, "fwd.up"), Site(1, "fwd.down")
 TARGET, SOURCE = ModelProvenance(path="owner/target", model_type="qwen2_5_vl"), ModelProvenance(path="owner/source")

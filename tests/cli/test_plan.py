@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 from pair import MODULES, Pair, files, make_pair, merge, run, source_name, target_name, write_recipe
 
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.maskfile import write_mask
-from mergekit_snrf.neurons import NeuronSet, Site
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 Header = dict[str, dict[str, Any]]
 

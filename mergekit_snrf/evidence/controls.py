@@ -1,0 +1,417 @@
+"""A planned merge applied to its loaded target in memory, and the merges that it is compared with.
+
+A control differs from the recipe in one thing: its neurons, its update, or its source. Everything else, the strength of
+every tensor included, stays as the recipe says. Only the linear merge, a rival, is of all neurons at one strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fusion, fuse_bias, masked_update
+from mergekit_snrf.fusion.lowrank import frobenius_norm
+from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.updates import Update
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.decoder import Decoder, DecoderShape
+from mergekit_snrf.models.edits import Edit, fuse_model
+from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.weights import LiveWeights, StoredWeights, Weights, bias_name
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import Profile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mergekit_snrf.merge.plan import MergePlan
+
+ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
+LINEAR_BETAS = (0.1, 0.25, 0.5, 0.75, 1.0)
+DROP_RATE = 0.5
+TARGET, CLAIM = "target", "SNRF"
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Weights rounded to a dtype as they are read, as mergekit does where the recipe sets ``dtype``."""
+
+    weights: Weights
+    dtype: torch.dtype
+
+    def name(self, site: Site) -> str:
+        """Return the name of a projection's weight."""
+        return self.weights.name(site)
+
+    def weight(self, site: Site) -> Float[Tensor, "rows columns"]:
+        """Return a projection's weight."""
+        return self.weights.weight(site).to(self.dtype)
+
+    def bias(self, site: Site) -> Float[Tensor, " rows"] | None:
+        """Return a projection's bias; None if it has none."""
+        bias = self.weights.bias(site)
+        return None if bias is None else bias.to(self.dtype)
+
+
+def stored_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> Weights:
+    """Return the weights of a checkpoint on disk, read one by one.
+
+    Args:
+        folder: of its shards.
+        dtype: to round them to; None: as stored.
+
+    Raises:
+        SnrfError: it has no text decoder, or is not stored as safetensors.
+    """
+    other = sorted({header.file for header in checkpoint.tensors.values() if not header.file.endswith(".safetensors")})
+    if other:
+        raise SnrfError(f"{checkpoint.name}: is stored as {other[0]}; convert it to safetensors first")
+    stored = StoredWeights(checkpoint, folder)
+    return stored if dtype is None else Cast(stored, dtype)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that a loaded target can be edited to and back.
+
+    Attributes:
+        shape: of the target's decoder.
+        neurons: those that move.
+        fusions: how, by site of the weight.
+        bias_fusions: the same for the biases that move.
+        biases: all sites whose biases could move; none, where the recipe leaves biases alone.
+        source: whose weights are taken.
+        source_base: what Delta is taken from; None: the target.
+        betas: strengths that replace those of ``fusions`` and may exceed 1; None: there are none.
+    """
+
+    shape: DecoderShape
+    neurons: NeuronSet
+    fusions: Mapping[Site, Fusion]
+    bias_fusions: Mapping[Site, Fusion]
+    biases: tuple[Site, ...]
+    source: Weights
+    source_base: Weights | None = None
+    betas: Mapping[Site, float] | None = None
+
+    def apply(self, model: PreTrainedModel) -> Edit:
+        """Edit a loaded target in place, to be undone with the result.
+
+        In the merge's dtype the weights become those that ``mergekit-yaml`` writes.
+
+        Raises:
+            SnrfError: the model is not the target, or a weight is not finite; the model is as before.
+        """
+        moving = NeuronSet({site: self.neurons[site] for site in self.fusions})
+        if self.betas is None:
+            edit = fuse_model(model, self.source, moving, self.fusions.__getitem__, source_base=self.source_base)
+        else:
+            edit = Edit()
+        try:
+            if self.betas is not None:
+                self._add(edit, model, self.betas)
+            self._move_biases(edit, model)
+        except BaseException:
+            edit.undo()
+            raise
+        return edit
+
+    def norms(self, model: PreTrainedModel) -> dict[Site, float]:
+        """Return ||M_S(Delta_r)||_F of every site, without the factor beta.
+
+        Raises:
+            SnrfError: as ``apply``.
+        """
+        weights = LiveWeights(find_live_decoder(model))
+        norms = {}
+        for site in self.fusions:
+            rows = self._update(weights, site).rows()
+            norms[site] = frobenius_norm(rows) if rows.numel() else 0.0
+        return norms
+
+    def _update(self, weights: LiveWeights, site: Site) -> Update:
+        target, base = weights.weight(site), self.source_base
+        with one_thread():
+            return masked_update(
+                target,
+                self.source.weight(site).to(target.device),
+                self.neurons[site],
+                site.axis,
+                self.fusions[site],
+                name=weights.name(site),
+                source_base=None if base is None else base.weight(site).to(target.device),
+                site=site,
+            )
+
+    def _add(self, edit: Edit, model: PreTrainedModel, betas: Mapping[Site, float]) -> None:
+        weights = LiveWeights(find_live_decoder(model))
+        for site in self.fusions:
+            update = self._update(weights, site)
+            rows = update.rows()
+            parameter = weights.module(site).weight
+            before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
+            fused = (before.to(rows.dtype) + betas[site] * rows).to(parameter.dtype)
+            if not torch.isfinite(fused).all():
+                raise SnrfError(f"{weights.name(site)}: the fused weights overflow {fused.dtype}; use --dtype float32")
+            edit.write(parameter, site.axis, update.selected, fused)
+
+    def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
+        weights = LiveWeights(find_live_decoder(model))
+        for site, fusion in self.bias_fusions.items():
+            module, name = weights.module(site), bias_name(weights.name(site))
+            ours, theirs = weights.bias(site), self.source.bias(site)
+            base = None if self.source_base is None else self.source_base.bias(site)
+            if ours is None or theirs is None or (self.source_base is not None and base is None):
+                raise SnrfError(f"{name}: is missing in one of the models; remove biases from the recipe")
+            fused = fuse_bias(
+                ours,
+                theirs.to(ours.device),
+                self.neurons[site],
+                fusion,
+                name=name,
+                source_base=None if base is None else base.to(ours.device),
+            )
+            selected = self.neurons[site].nonzero().flatten().to(ours.device)
+            edit.write(module.bias, 0, selected, fused[selected])
+
+
+def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:
+    """Return the merge of a plan without problems.
+
+    Args:
+        plan: of a recipe.
+        source: of the plan's source.
+        source_base: of the plan's source_base, None where it has none.
+    """
+    assert plan.mask is not None
+    assert plan.target_decoder is not None
+    weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
+    biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
+    movable = [site for site in plan.target_decoder.shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    return Merge(
+        shape=plan.target_decoder.shape,
+        neurons=NeuronSet({site: plan.mask.neurons[site] for site in {**weights, **biases}}),
+        fusions=weights,
+        bias_fusions=biases,
+        biases=tuple(movable) if biases else (),
+        source=source,
+        source_base=source_base,
+    )
+
+
+def _all_have_bias(plan: MergePlan, site: Site) -> bool:
+    models: list[tuple[Checkpoint | None, Decoder | None]] = [
+        (plan.target, plan.target_decoder),
+        (plan.source, plan.source_decoder),
+        (plan.source_base, plan.source_base_decoder),
+    ]
+    return all(bias_name(d.weight_name(site)) in c.tensors for c, d in models if c is not None and d is not None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a model that is evaluated once a draw.
+
+    Attributes:
+        name: as the table shows it.
+        role: in the study.
+        draws: the merges; none for the target as it is.
+        spoken: the subject of a sentence about it.
+        about: what a difference between the claim and this row is due to; empty where they differ in more than that.
+        beta: of a point of the linear sweep.
+        settings: to repeat it.
+    """
+
+    name: str
+    role: Literal["reference", "claim", "control"]
+    draws: tuple[Merge, ...] = ()
+    spoken: str = ""
+    about: str = ""
+    beta: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def neurons(self) -> int:
+        """How many move."""
+        return self.draws[0].neurons.count() if self.draws else 0
+
+
+def build_rows(
+    merge: Merge,
+    model: PreTrainedModel,
+    *,
+    keys: Collection[str] = ROWS,
+    draws: int = 3,
+    seed: int = 0,
+    least: NeuronSet | None = None,
+    base: Weights | None = None,
+    linear_betas: Sequence[float] = LINEAR_BETAS,
+    drop_rate: float = DROP_RATE,
+) -> list[Row]:
+    """Return the target, the claim and its controls.
+
+    Args:
+        merge: of the recipe.
+        model: the loaded target, from which norms are computed; it is left as it is.
+        keys: of ``ROWS``.
+        draws: sets of random neurons, or of DARE's masks, drawn with ``seed``, ``seed + 1``, ...
+        least: the least important neurons; None leaves that row out.
+        base: the common base's weights; None leaves that row out.
+        linear_betas: strengths of the linear merge, rising.
+        drop_rate: of DARE.
+
+    Raises:
+        SnrfError: a value is out of range, or a weight is not finite.
+    """
+    seeds = [(seed + draw) % 2**32 for draw in range(draws)]
+    of_seeds: dict[str, Any] = {"seeds": seeds}
+    random = tuple(replace(merge, neurons=merge.neurons.random(one)) for one in seeds)
+    rows = [Row(TARGET, "reference"), Row(CLAIM, "claim", (merge,), CLAIM, settings=_span(merge))]
+    if "random" in keys:
+        rows.append(
+            Row(
+                "random neurons",
+                "control",
+                random,
+                "The same update on random neurons of the same counts",
+                "the choice of neurons",
+                settings=of_seeds,
+            )
+        )
+    if "equal-norm" in keys:
+        norms = merge.norms(model)
+        scaled = tuple(rescaled(one, model, {s: n * merge.fusions[s].beta for s, n in norms.items()}) for one in random)
+        rows.append(
+            Row(
+                "random neurons, equal norm",
+                "control",
+                scaled,
+                "The same update on random neurons, rescaled to equal norm",
+                "at equal norm the choice of neurons",
+                settings={**of_seeds, **_strengths(scaled)},
+            )
+        )
+    if "least" in keys and least is not None:
+        rows.append(
+            Row(
+                "least important neurons",
+                "control",
+                (replace(merge, neurons=least),),
+                "The same update on as many of the least important neurons",
+                "the choice of important neurons",
+            )
+        )
+    if "linear" in keys:
+        for beta in linear_betas:
+            settings = {"beta": beta, "rank": 0}
+            rows.append(Row(f"linear, beta {beta:g}", "control", (linear(merge, beta),), beta=beta, settings=settings))
+    if "dare" in keys:
+        rows.append(
+            Row(
+                f"DARE, drop rate {drop_rate:g}",
+                "control",
+                tuple(_dare(merge, drop_rate, one) for one in seeds),
+                f"DARE with drop rate {drop_rate:g} on the masked neurons",
+                "the recipe's update in place of DARE's",
+                settings={**of_seeds, "drop_rate": drop_rate, "rescale": True},
+            )
+        )
+    if "base" in keys and base is not None:
+        rows.append(
+            Row(
+                "base as source",
+                "control",
+                (replace(merge, source=base, source_base=None),),
+                "The common base as source on the same neurons",
+                "what the source learnt beyond the base",
+            )
+        )
+    return rows
+
+
+def linear(merge: Merge, beta: float) -> Merge:
+    """Return the linear merge W_tgt + beta * Delta of all neurons of the five projections."""
+    fusion = Fusion(beta=beta, rank=0)
+    shape = merge.shape
+    everything = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
+    return replace(
+        merge,
+        neurons=NeuronSet(everything),
+        fusions=dict.fromkeys(everything, fusion),
+        bias_fusions=dict.fromkeys(merge.biases, fusion),
+    )
+
+
+def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:
+    """Return a merge whose update has the given Frobenius norm at every site.
+
+    A site whose update is zero stays as it is, whatever norm it shall have.
+
+    Args:
+        norms: ||beta * M_S(Delta_r)||_F by site.
+
+    Raises:
+        SnrfError: as ``Merge.apply``.
+    """
+    own = merge.norms(model)
+    return replace(merge, betas={site: norms[site] / norm if norm else 0.0 for site, norm in own.items()})
+
+
+def averaged(profiles: Sequence[Profile]) -> Profile:
+    """Return the first of several profiles of one model, with the mean impact over the probes of all of them.
+
+    Raises:
+        SnrfError: the profiles are of different shapes.
+    """
+    first = profiles[0]
+    total = sum(profile.count for profile in profiles)
+    sites = {}
+    for site, statistics in first.sites.items():
+        mean = torch.zeros(statistics.neurons, dtype=torch.float64)
+        for profile in profiles:
+            other = profile.sites.get(site)
+            if other is None or other.neurons != statistics.neurons:
+                raise SnrfError(
+                    f"{profile.path}: has {0 if other is None else other.neurons} neurons at {site}, where "
+                    f"{first.path} has {statistics.neurons}; give profiles of one model"
+                )
+            mean += other.mean_impact.double() * (profile.count / total)
+        sites[site] = replace(statistics, mean_impact=mean.float())
+    return replace(first, sites=sites)
+
+
+def _dare(merge: Merge, drop_rate: float, seed: int) -> Merge:
+    def fusion(of: Fusion) -> Fusion:
+        return Fusion(beta=of.beta, update="dare", drop_rate=drop_rate, seed=seed)
+
+    return replace(merge, fusions={site: fusion(of) for site, of in merge.fusions.items()})
+
+
+def _span(merge: Merge) -> dict[str, Any]:
+    """Return the lowest and highest beta and rank of a merge, and what its tensors have in common."""
+    fusions = list(merge.fusions.values())
+    if not fusions:
+        return {}
+    betas, ranks = [fusion.beta for fusion in fusions], [fusion.rank for fusion in fusions]
+    return {
+        "beta": [min(betas), max(betas)],
+        "rank": [min(ranks), max(ranks)],
+        "update": sorted({fusion.update for fusion in fusions}),
+        "order": sorted({fusion.order for fusion in fusions}),
+    }
+
+
+def _strengths(merges: Sequence[Merge]) -> dict[str, Any]:
+    betas = [beta for merge in merges for beta in (merge.betas or {}).values()]
+    return {
+        "beta": [min(betas, default=0.0), max(betas, default=0.0)],
+        "sites_above_beta_1": sum(beta > 1 for beta in betas),
+        "sites_without_update": sum(beta == 0 for beta in betas),
+    }

@@ -1,0 +1,383 @@
+"""Figures of the results (matplotlib), each readable on light and dark pages and by the colour-blind.
+
+The functions draw on figures of their own and leave pyplot's state and the user's settings alone. ``svg`` turns a
+figure into text with an alternative text for screen readers; equal figures give equal bytes. What is drawn needs the
+extra ``analysis``; a function that misses a package of it raises ``SnrfError``.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from xml.etree import ElementTree
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence.overlap import total
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
+from mergekit_snrf.evidence.wording import percent, printable, quoted, scale
+from mergekit_snrf.files import container
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+INK = "#767676"
+"""Text and lines: as well readable on white as on black; a page puts its own text colour in its place."""
+
+COLORS = ("#2f7fd6", "#d0701a", "#1a9a6c", "#a566c9", "#c44e6c")
+"""At least 3:1 on white and on near-black."""
+
+WIDTH = 4.6
+"""Inches. Narrow enough to be read on a phone."""
+
+_SETS = COLORS[:2]
+_ROLES = {"reference": (INK, "s"), "claim": (COLORS[0], "o"), "control": (COLORS[1], "D")}
+_DASHES: tuple[Any, ...] = (":", "-.", (0, (1, 1)), "--", (0, (5, 1)))
+_LINES = {name: (color, dash) for name, color, dash in zip(PROJECTIONS, COLORS, _DASHES, strict=True)}
+_MAX_HEIGHT = 60.0
+_MAX_LABELLED_LAYERS = 128
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "none",
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mergekit-snrf",
+}
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(_STYLE)
+        # A token may be in a script that the font lacks; an SVG viewer has others.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def _styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    @wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            with _style():
+                return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            raise SnrfError(
+                f"figures need the package {error.name}; install what the analyses need with "
+                f"pip install 'mergekit-snrf[analysis]'"
+            ) from None
+
+    return wrapper
+
+
+def _figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
+@_styled
+def overlap_diagram(overlap: Overlap) -> Figure:
+    """Draw both sets as circles whose areas are the counts, and beside them, to the same scale, those of chance."""
+    from matplotlib.patches import Patch
+
+    counts = total(overlap.sites)
+    figure, panels = _figure(2.2, columns=2)
+    sizes = counts.shared + counts.only[0], counts.shared + counts.only[1]
+    drawings = {"measured": float(counts.shared), "by chance": counts.chance}
+    for panel, (title, shared) in zip(panels, drawings.items(), strict=True):
+        _circles(panel, sizes, shared, whole=max(1, counts.union))
+        panel.set_title(title)
+    width = max(abs(bound) for panel in panels for bound in panel.get_xlim())
+    height = max(abs(bound) for panel in panels for bound in panel.get_ylim())
+    for panel in panels:
+        panel.set(xlim=(-width, width), ylim=(-height, height))
+    handles = [Patch(facecolor=(color, 0.3), edgecolor=color) for color in _SETS]
+    figure.legend(handles, [fill(printable(name), 60) for name in overlap.names], loc="outside lower center")
+    return figure
+
+
+def _circles(panel: Axes, sizes: tuple[int, int], shared: float, whole: float) -> None:
+    """Draw two circles of ``sizes`` / ``whole`` square units that overlap by ``shared`` / ``whole``."""
+    from matplotlib_venn import venn2, venn2_circles
+    from matplotlib_venn.layout.venn2 import DefaultLayoutAlgorithm
+
+    panel.set_axis_off()
+    subsets = (sizes[0] - shared, sizes[1] - shared, shared)
+    if not sum(subsets):
+        panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
+        return
+    layout = DefaultLayoutAlgorithm(normalize_to=sum(subsets) / whole)
+    diagram = venn2(
+        subsets,
+        set_labels=None,
+        set_colors=_SETS,
+        alpha=0.3,
+        ax=panel,
+        subset_label_formatter=_count,
+        layout_algorithm=layout,
+    )
+    circles = venn2_circles(subsets, linewidth=1.2, ax=panel, layout_algorithm=layout)
+    for circle, color in zip(circles, _SETS, strict=True):
+        circle.set_edgecolor(color)
+    for label in filter(None, diagram.subset_labels):
+        label.set(color=INK, fontsize=9, fontweight="bold")
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+
+
+@_styled
+def mask_map(neurons: NeuronSet) -> Figure:
+    """Draw where the neurons live: counts in cells coloured by their share of the layer's projection."""
+    shares = {site: (int(member.sum()) / len(member), str(int(member.sum()))) for site, member in neurons.items()}
+    return _map(shares, "neurons; colour: share of the projection")
+
+
+@_styled
+def overlap_map(overlap: Overlap) -> Figure:
+    """Draw the shared neurons as per cent of the union for every layer and projection."""
+    shares = {
+        Site(counts.layer, counts.projection): (counts.share, percent(counts.share).removesuffix(" %"))
+        for counts in overlap.sites
+        if counts.share is not None
+    }
+    return _map(shares, "shared, % of the union")
+
+
+def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
+    """Draw a share in [0, 1] and a text for every site, layers downwards."""
+    import numpy as np
+    from matplotlib import colormaps
+
+    layers = sorted({site.layer for site in cells})
+    height = min(_MAX_HEIGHT, 1.3 + 0.19 * len(layers))
+    figure, (panel,) = _figure(height)
+    if not cells:
+        panel.set_axis_off()
+        panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
+        return figure
+    names = list(PROJECTIONS)
+    grid = np.full((len(layers), len(names)), np.nan)
+    rows = {layer: row for row, layer in enumerate(layers)}
+    for site, (share, _) in cells.items():
+        grid[rows[site.layer], names.index(site.projection)] = share
+    top = float(np.nanmax(grid)) or 1.0
+    mesh = panel.pcolormesh(
+        grid, cmap=colormaps["cividis"].resampled(32), vmin=0, vmax=top, edgecolors="none", linewidth=0
+    )
+    if len(layers) <= _MAX_LABELLED_LAYERS:
+        for site, (share, text) in cells.items():
+            color = "white" if share < 0.5 * top else "black"
+            x, y = names.index(site.projection) + 0.5, rows[site.layer] + 0.5
+            panel.text(x, y, text, color=color, ha="center", va="center", fontsize=8)
+    panel.invert_yaxis()
+    panel.xaxis.tick_top()
+    panel.set_xticks([x + 0.5 for x in range(len(names))], names)
+    step = max(1, math.ceil(len(layers) / 40))
+    panel.set_yticks([row + 0.5 for row in range(0, len(layers), step)], [str(layer) for layer in layers[::step]])
+    panel.set_ylabel("layer")
+    panel.tick_params(length=0)
+    panel.spines[["left", "bottom"]].set_visible(False)
+    bar = figure.colorbar(mesh, ax=panel, location="bottom", aspect=40, shrink=0.8, pad=0.02, fraction=0.35 / height)
+    bar.set_label(title)
+    bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
+    # Without edges of their own, viewers leave gaps between the steps.
+    bar.solids.set_edgecolor("face")
+    return figure
+
+
+@_styled
+def overlap_curve(overlap: Overlap) -> Figure:
+    """Draw the share of the union over top ratios: all projections, each of them, and what chance would give."""
+    figure, (panel,) = _figure(3.4)
+    points = sorted(overlap.curve, key=lambda point: point.rule["top_ratio"])
+    ratios = [point.rule["top_ratio"] for point in points]
+    curves: dict[tuple[float, ...], list[str]] = {}
+    for name in PROJECTIONS:
+        counts = [point.projections.get(name, (0, 0, 0)) for point in points]
+        if any(any(point) for point in counts):
+            # Equal curves lie on each other: a profile ranks fwd.up and fwd.down by the same impacts.
+            curves.setdefault(tuple(_share(*point) for point in counts), []).append(name)
+    for shares, names in curves.items():
+        color, dash = _LINES[names[0]]
+        panel.plot(ratios, shares, color=color, linestyle=dash, linewidth=1.3, label=", ".join(names))
+    panel.plot(ratios, _numbers(point.share for point in points), color=INK, linewidth=2.5, label="all")
+    expected = _numbers(point.chance_share for point in points)
+    panel.plot(ratios, expected, color=INK, linewidth=1, marker=".", markersize=3, label="all, by chance")
+    panel.set(xlabel="top ratio", ylabel="shared, share of the union", ylim=(0, 1), xlim=(0, None))
+    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _share(shared: int, *only: int) -> float:
+    # A value that equals itself, so that equal curves are found; matplotlib leaves it out as it does NaN.
+    return shared / (shared + sum(only)) if shared + sum(only) else math.inf
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+@_styled
+def study_intervals(study: Study, metric: str) -> Figure:
+    """Draw mean and interval of every condition on one metric, and a line at the reference."""
+    rows = [condition for condition in study.conditions if metric in condition.metrics]
+    labels = [fill(printable(condition.name), 26) for condition in rows]
+    height = min(_MAX_HEIGHT, 0.9 + sum(0.12 + 0.17 * max(1, len(label.splitlines())) for label in labels))
+    figure, (panel,) = _figure(height)
+    factor, unit = scale(study, metric)
+    for row, condition in enumerate(rows):
+        mean = condition.metrics[metric].mean
+        low, estimate, high = (factor * value for value in (mean.low, mean.estimate, mean.high))
+        color, marker = _ROLES[condition.role]
+        panel.plot([low, high], [row, row], color=color, linewidth=1.8, solid_capstyle="butt")
+        panel.plot([estimate], [row], color=color, marker=marker, markersize=6)
+        if condition.role == "reference":
+            panel.axvline(estimate, color=INK, linewidth=0.8, linestyle=":", zorder=0)
+    panel.set_yticks(range(len(rows)), labels)
+    panel.set_ylim(len(rows) - 0.4, -0.6)
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+    panel.set_xlabel(f"{printable(metric)}{unit}, {100 * study.level:g} % intervals")
+    return figure
+
+
+@_styled
+def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figure:
+    """Draw the tokens that amplifying a neuron makes more frequent, by log-odds."""
+    from matplotlib.font_manager import findfont
+    from PIL import ImageFont
+    from wordcloud import WordCloud
+
+    weights: dict[str, float] = {}
+    for token in neuron.tokens:
+        word = quoted(token.token.strip() or token.token)[1:-1]
+        if word and token.log_odds > 0:
+            weights[word] = max(weights.get(word, 0.0), token.log_odds)
+    height = 2.4
+    figure, (panel,) = _figure(height)
+    figure.set_layout_engine("none")
+    panel.set_position((0, 0, 1, 1))
+    panel.set_axis_off()
+    if not weights:
+        panel.text(0.5, 0.5, "no token is more frequent", ha="center", va="center")
+        return figure
+    font = findfont("DejaVu Sans")
+    # At 72 pixels an inch a pixel of the cloud is a point of the figure.
+    columns, rows = round(72 * WIDTH), round(72 * height)
+    cloud = WordCloud(
+        font_path=font,
+        width=columns,
+        height=rows,
+        margin=8,
+        max_words=words,
+        prefer_horizontal=1.0,
+        min_font_size=6,
+        max_font_size=44,
+        random_state=seed,
+        normalize_plurals=False,
+    ).generate_from_frequencies(weights)
+    panel.set(xlim=(0, columns), ylim=(rows, 0))
+    for index, ((word, _), points, (row, column), _, _) in enumerate(cloud.layout_):
+        # The cloud gives the upper left corner of the ink.
+        left, top, *_ = ImageFont.truetype(font, points).getbbox(word, anchor="ls")
+        place = (float(column - left), float(row - top))
+        panel.text(*place, word, color=COLORS[index % len(COLORS)], fontsize=points, ha="left", va="baseline")
+    return figure
+
+
+_NAMESPACE = "http://www.w3.org/2000/svg"
+
+
+@_styled
+def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str = INK) -> str:
+    """Return a figure as an SVG element with a title and an alternative text, for a file or to stand in a page.
+
+    Args:
+        prefix: of all ids inside, so that several figures can stand in one page.
+        ink: the colour of text and lines: ``currentColor`` takes that of the page.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(buffer.getvalue())
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
+        for name, value in element.attrib.items():
+            if name == "id":
+                element.set(name, f"{prefix}-{value}")
+            elif name == "href" or value.startswith("url(#"):
+                element.set(name, value.replace("#", f"#{prefix}-", 1))
+            elif name == "style":
+                element.set(name, value.replace(INK, ink))
+    # A style element would apply to the whole page.
+    for defs in root.findall("defs"):
+        for style in defs.findall("style"):
+            defs.remove(style)
+    title, text = printable(title), printable(text)
+    root.attrib |= {
+        "xmlns": _NAMESPACE,
+        "role": "img",
+        "aria-label": f"{title}. {text}",
+        "style": "stroke-linejoin: round; stroke-linecap: butt",
+    }
+    for position, (tag, content) in enumerate({"title": title, "desc": text}.items()):
+        element = ElementTree.Element(tag)
+        element.text = content
+        root.insert(position, element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+@_styled
+def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, text: str) -> list[Path]:
+    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths.
+
+    Raises:
+        SnrfError: the folder cannot be written.
+    """
+    image = io.BytesIO()
+    metadata = {"Software": None, "Title": printable(title), "Description": printable(text)}
+    figure.savefig(image, format="png", dpi=200, metadata=metadata)
+    contents = {".svg": f"{svg(figure, title, text, name)}\n".encode(), ".png": image.getvalue()}
+    paths = {Path(folder) / f"{name}{suffix}": content for suffix, content in contents.items()}
+    for path, content in paths.items():
+        with container.replacing(path) as file:
+            file.write(content)
+    return list(paths)

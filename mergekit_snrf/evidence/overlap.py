@@ -1,0 +1,170 @@
+"""How much the neurons of several profiles overlap, next to what chance would give (Fig. 3, 4, 8, 9, 10).
+
+Chance: of n neurons, two sets of a and b neurons are drawn at random. The number that both hold is hypergeometric,
+with mean a b / n and variance a b (n - a) (n - b) / (n^2 (n - 1)).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from mergekit_snrf.evidence.results import Overlap, OverlapPoint, SiteOverlap
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet
+from mergekit_snrf.profiling.result.profilefile import PerProjection, Profile, select
+
+CURVE_RATIOS: tuple[float, ...] = tuple(percent / 100 for percent in range(1, 51))
+"""Top ratios of a curve."""
+
+logger = logging.getLogger(__name__)
+
+
+def chance(neurons: int, first: int, second: int) -> tuple[float, float]:
+    """Return mean and standard deviation of the number of neurons that two random sets share.
+
+    Args:
+        neurons: how many there are to choose from, at least 1.
+        first, second: how many each set holds.
+    """
+    mean = first * second / neurons
+    if neurons == 1:
+        return mean, 0.0
+    return mean, math.sqrt(mean * (neurons - first) * (neurons - second) / (neurons * (neurons - 1)))
+
+
+def overlap_of(
+    first: NeuronSet,
+    second: NeuronSet,
+    names: tuple[str, str],
+    rule: Mapping[str, Any],
+    curve: Sequence[OverlapPoint] = (),
+) -> Overlap:
+    """Return the overlap of two sets of neurons, site by site.
+
+    Raises:
+        SnrfError: the sets have different numbers of neurons at a site.
+    """
+    sites = []
+    for site, shared in (first & second).items():
+        a, b, both = first.count(site), second.count(site), int(shared.sum())
+        mean, deviation = chance(len(shared), a, b)
+        sites.append(
+            SiteOverlap(
+                layer=site.layer,
+                projection=site.projection,
+                neurons=len(shared),
+                shared=both,
+                only=(a - both, b - both),
+                chance=mean,
+                deviation=deviation,
+            )
+        )
+    return Overlap(names=names, rule=dict(rule), sites=sites, curve=list(curve))
+
+
+def total(sites: Iterable[SiteOverlap], rule: Mapping[str, Any] | None = None) -> OverlapPoint:
+    """Add up sites.
+
+    Sites count as independent, except that fwd.up and fwd.down of a layer count as one draw: a profile ranks both by
+    the same impacts. Their deviations therefore add, which is exact if both have the same sets and never too small.
+    """
+    sites = list(sites)
+    projections = {
+        name: (sum(s.shared for s in group), sum(s.only[0] for s in group), sum(s.only[1] for s in group))
+        for name in PROJECTIONS
+        if (group := [site for site in sites if site.projection == name])
+    }
+    deviations: defaultdict[tuple[int, str], float] = defaultdict(float)
+    for site in sites:
+        draw = "fwd" if site.projection.startswith("fwd.") else site.projection
+        deviations[site.layer, draw] += site.deviation
+    return OverlapPoint(
+        rule=dict(rule or {}),
+        neurons=sum(site.neurons for site in sites),
+        shared=sum(site.shared for site in sites),
+        only=(sum(site.only[0] for site in sites), sum(site.only[1] for site in sites)),
+        chance=math.fsum(site.chance for site in sites),
+        deviation=math.sqrt(math.fsum(deviation**2 for deviation in deviations.values())),
+        projections=projections,
+    )
+
+
+def by_projection(overlap: Overlap) -> dict[str, OverlapPoint]:
+    """Return the sums over layers by projection, and under ``all`` those over everything."""
+    groups = {name: [site for site in overlap.sites if site.projection == name] for name in PROJECTIONS}
+    sums = {name: total(group, overlap.rule) for name, group in groups.items() if group}
+    return {**sums, "all": total(overlap.sites, overlap.rule)}
+
+
+def overlaps(
+    profiles: Sequence[Profile],
+    *,
+    top_ratio: PerProjection | None = None,
+    sigma: PerProjection | None = None,
+    at_least: float | None = None,
+    curve: bool = False,
+) -> list[Overlap]:
+    """Return the overlap of every two profiles, in order; the rule is that of ``profilefile.select``.
+
+    Args:
+        curve: also compute the overlap over top ratios, up to the least share that a profile was screened for. With
+            ``at_least`` these are the bin edges up to 0.5 that the profiles have in common, since hits are counted
+            between edges; otherwise ``CURVE_RATIOS``.
+
+    Raises:
+        SnrfError: the profiles are of different shapes, or ``select`` refuses the rule.
+    """
+    given = {"top_ratio": top_ratio, "sigma": sigma, "at_least": at_least}
+    rule = {name: value for name, value in given.items() if value is not None}
+    # Nothing is selected at ratio zero: what is checked here is that the profiles are of one shape.
+    select(profiles, top_ratio=0.0)
+    names = names_of(profiles)
+    chosen = [select([profile], top_ratio=top_ratio, sigma=sigma, at_least=at_least) for profile in profiles]
+    points = _curves(profiles, at_least) if curve else {}
+    return [
+        overlap_of(chosen[i], chosen[j], (names[i], names[j]), rule, points.get((i, j), ()))
+        for i, j in combinations(range(len(profiles)), 2)
+    ]
+
+
+def _curves(profiles: Sequence[Profile], at_least: float | None) -> dict[tuple[int, int], list[OverlapPoint]]:
+    ratios: Sequence[float] = CURVE_RATIOS
+    rule: dict[str, float] = {}
+    if at_least is not None:
+        rule["at_least"] = at_least
+        common = set.intersection(*({float(edge) for edge in profile.edges} for profile in profiles))
+        ratios = sorted(edge for edge in common if edge <= CURVE_RATIOS[-1])
+    screens = [(profile.provenance.measure or {}).get("screen") for profile in profiles]
+    known = min((screen for screen in screens if screen is not None), default=1)
+    if known < ratios[-1]:
+        logger.warning("the curve ends at top ratio %s, up to which a profile was screened", known)
+        ratios = [ratio for ratio in ratios if ratio <= known]
+    points: defaultdict[tuple[int, int], list[OverlapPoint]] = defaultdict(list)
+    for ratio in ratios:
+        point_rule = {"top_ratio": ratio, **rule}
+        chosen = [select([profile], top_ratio=ratio, at_least=at_least) for profile in profiles]
+        for i, j in combinations(range(len(profiles)), 2):
+            sites = overlap_of(chosen[i], chosen[j], ("", ""), point_rule).sites
+            points[i, j].append(total(sites, point_rule))
+    return points
+
+
+def names_of(profiles: Sequence[Profile]) -> list[str]:
+    """Return a name for every profile: its model's, with the file's name added where two would be equal."""
+    names = []
+    for profile in profiles:
+        model = profile.provenance.model
+        path = model.path if model is not None else None
+        # A folder of this machine is named by its last part, a hub id in full.
+        name = path if path and not Path(path).is_absolute() else Path(path or profile.path).name
+        names.append(name)
+    counts = Counter(names)
+    return [
+        f"{name} ({Path(profile.path).name})" if counts[name] > 1 and name != Path(profile.path).name else name
+        for name, profile in zip(names, profiles, strict=True)
+    ]

@@ -1,0 +1,122 @@
+"""A recipe opened for an analysis: what it does, as a merge that a loaded target can be edited to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
+from mergekit_snrf.files import container
+from mergekit_snrf.merge.plan import plan_merge
+from mergekit_snrf.merge.tensors import local_folder, wider_dtype
+from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from mergekit_snrf.models.decoder import find_decoder, pairing_problems
+from mergekit_snrf.models.weights import Weights, bias_name
+
+
+@dataclass(frozen=True)
+class OpenedRecipe:
+    """A recipe whose models are on this machine.
+
+    Attributes:
+        merge: what it does.
+        target: its target.
+        target_folder: to load it from.
+        dtype: to load it in; ``auto`` is that of the checkpoint.
+        mask: path of the mask.
+        mask_sha256: its sha256.
+        any_family: whether the recipe pairs models of different families.
+        warnings: one sentence each.
+        settings: for the study.
+    """
+
+    merge: Merge
+    target: Checkpoint
+    target_folder: Path
+    dtype: str
+    mask: str
+    mask_sha256: str
+    any_family: bool
+    warnings: Sequence[str]
+    settings: Mapping[str, Any]
+
+
+def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder: str | None) -> OpenedRecipe:
+    """Check a recipe as a merge would, and open its models without loading one.
+
+    Args:
+        config: the recipe as mergekit parsed it.
+        options: caches, and whether code in checkpoints may run.
+        recipe_folder: where relative paths are looked for after the working folder.
+
+    Raises:
+        SnrfError: the merge cannot run, or a model cannot be downloaded or is not stored as safetensors.
+    """
+    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
+    plan.raise_problems()
+    assert plan.recipe is not None
+    assert plan.target is not None
+    assert plan.source is not None
+    assert plan.mask_path is not None
+    name = _dtype(config, plan.edits[0].dtype if plan.edits else "F32")
+    dtype: torch.dtype | None = dtype_from_name(name)
+    warnings = list(plan.warnings)
+    if config.out_dtype is not None and config.out_dtype != name:
+        warnings.append(
+            f"out_dtype {config.out_dtype} rounds the merged folder once more; the comparison is made in "
+            f"{name or 'the dtype of the checkpoint'}"
+        )
+    base = plan.source_base
+    merge = planned(
+        plan,
+        stored_weights(plan.source, local_folder(plan.source, options), dtype),
+        None if base is None else stored_weights(base, local_folder(base, options), dtype),
+    )
+    settings = {"source": plan.source.name, "source_config_sha256": plan.source.config_sha256}
+    if base is not None:
+        settings["source_base"] = base.name
+    return OpenedRecipe(
+        merge=merge,
+        target=plan.target,
+        target_folder=local_folder(plan.target, options),
+        dtype=name or "auto",
+        mask=str(plan.mask_path),
+        mask_sha256=container.sha256(plan.mask_path),
+        any_family=bool(plan.recipe.value("allow_family_mismatch")),
+        warnings=warnings,
+        settings={**settings, "config_sha256": plan.target.config_sha256},
+    )
+
+
+def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights:
+    """Open the model that target and source were both trained from.
+
+    Raises:
+        SnrfError: it does not fit the target, lacks a bias that the recipe moves, or cannot be read.
+    """
+    base = open_checkpoint(name, cache_dir=options.transformers_cache, trust_remote_code=options.trust_remote_code)
+    problems = pairing_problems(opened.target, base, any_family=opened.any_family)
+    if problems:
+        raise SnrfError(f"--base {name} in place of the source: {problems[0]}")
+    decoder = find_decoder(base)
+    for site in opened.merge.bias_fusions:
+        if bias_name(decoder.weight_name(site)) not in base.tensors:
+            raise SnrfError(
+                f"--base {name}: has no tensor {bias_name(decoder.weight_name(site))}, but the recipe moves biases; "
+                f"leave out --base, or biases in the recipe"
+            )
+    return stored_weights(base, local_folder(base, options), dtype_from_name(opened.dtype.removeprefix("auto") or None))
+
+
+def _dtype(config: MergeConfiguration, stored: str) -> str | None:
+    """Return the dtype that the recipe has tensors computed in, None for that of the checkpoint."""
+    assert stored in FLOAT_DTYPES
+    return wider_dtype(config, stored) or config.dtype

@@ -1,0 +1,321 @@
+"""The results of the analyses as data: what the commands write as JSON and the report reads back.
+
+Every file is one JSON object with a ``format`` and a ``version``; unknown fields are errors, so that a file of another
+program or version is named instead of misread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from mergekit_snrf.errors import SnrfError, problem
+from mergekit_snrf.files import container
+from mergekit_snrf.neurons.sets import MAX_LAYERS, PROJECTIONS
+
+_MAX_BYTES = 50_000_000
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Interval(_Part):
+    """A number with the bounds of its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+class Measured(_Part):
+    """One metric of one condition.
+
+    Attributes:
+        mean: over the items (and draws), higher is better, usually in [0, 1].
+        change: paired difference to the study's reference; None for the reference itself.
+        malformed: share of the answers that could not be read; None where the evaluation does not tell.
+    """
+
+    mean: Interval
+    change: Interval | None = None
+    malformed: float | None = None
+
+
+class Condition(_Part):
+    """One row of a study: a model as it is, edited, or merged.
+
+    Attributes:
+        name: as the tables show it, ``random neurons``.
+        role: ``reference`` is what the others are compared with, ``claim`` what the study is about.
+        draws: how many seeds the numbers are averaged over.
+        neurons: how many are edited.
+        settings: what was done (beta, rank, seeds, ...), to repeat it.
+        metrics: by name.
+    """
+
+    name: str
+    role: Literal["reference", "claim", "control"]
+    draws: int = 1
+    neurons: int = 0
+    settings: dict[str, Any] = {}
+    metrics: dict[str, Measured]
+
+
+class Contrast(_Part):
+    """A paired difference between two conditions of a study on one metric, ``left - right``."""
+
+    left: str
+    right: str
+    metric: str
+    difference: Interval
+
+
+class Study(_Part):
+    """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
+
+    Attributes:
+        model: name of the target.
+        mask: path of the mask file.
+        mask_sha256: its sha256.
+        evaluation: what ``--eval`` named.
+        items: number of items of each metric.
+        level: of all intervals, 0.95.
+        seed: of the bootstrap and the first draw.
+        roles: of the metrics: what a merge shall gain, and what it shall keep.
+        verdict: sentences that say what the intervals support.
+        settings: whatever else is needed to repeat the study.
+    """
+
+    format: Literal["snrf-study"] = "snrf-study"
+    version: Literal[1] = 1
+    kind: Literal["ablation", "comparison"]
+    model: str
+    mask: str | None = None
+    mask_sha256: str | None = None
+    evaluation: str
+    items: dict[str, int]
+    roles: dict[str, Literal["gain", "keep"]] = {}
+    level: float = 0.95
+    seed: int = 0
+    conditions: list[Condition]
+    contrasts: list[Contrast] = []
+    verdict: list[str] = []
+    settings: dict[str, Any] = {}
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class Counts(_Part):
+    """Two sets of neurons and what they share.
+
+    Attributes:
+        neurons: how many both sets were chosen from.
+        shared: in both sets.
+        only: those in the first set alone, and in the second alone.
+        chance: shared neurons to expect of two random sets of these sizes.
+        deviation: standard deviation of that number; 0 where the sizes leave no choice.
+    """
+
+    neurons: Count
+    shared: Count
+    only: tuple[Count, Count]
+    chance: float = Field(ge=0)
+    deviation: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Counts:
+        first, second = (self.shared + only for only in self.only)
+        if self.union > self.neurons or self.chance > min(first, second) * (1 + 1e-9):
+            raise ValueError(f"{self.union} of {self.neurons} neurons, {self.chance:g} shared by chance: impossible")
+        return self
+
+    @property
+    def union(self) -> int:
+        """Neurons in either set."""
+        return self.shared + sum(self.only)
+
+    @property
+    def share(self) -> float | None:
+        """Shared neurons as share of the union; None if both sets are empty."""
+        return self.shared / self.union if self.union else None
+
+    @property
+    def chance_share(self) -> float | None:
+        """Shared neurons to expect as share of the union to expect; None if both sets are empty."""
+        expected_union = self.union + self.shared - self.chance
+        return self.chance / expected_union if expected_union > 0 else None
+
+    @property
+    def z(self) -> float | None:
+        """Standard deviations between the shared neurons and chance; None where the sizes leave no choice."""
+        return (self.shared - self.chance) / self.deviation if self.deviation else None
+
+
+class SiteOverlap(Counts):
+    """Two sets of neurons at one layer and projection."""
+
+    layer: int = Field(ge=0, lt=MAX_LAYERS)
+    projection: str
+
+    @field_validator("projection")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in PROJECTIONS:
+            raise ValueError(f"{name!r} is none of {', '.join(PROJECTIONS)}")
+        return name
+
+
+class OverlapPoint(Counts):
+    """The overlap over all sites, and by projection, at one selection rule.
+
+    Attributes:
+        projections: (shared, only first, only second) of each.
+    """
+
+    rule: dict[str, Any]
+    projections: dict[str, tuple[int, int, int]]
+
+
+class Overlap(_Part):
+    """How much two profiles share (Fig. 3, 4, 8, 9, 10).
+
+    Attributes:
+        names: of the two models.
+        rule: the selection that ``sites`` is for.
+        curve: over top ratios.
+    """
+
+    format: Literal["snrf-overlap"] = "snrf-overlap"
+    version: Literal[1] = 1
+    names: tuple[str, str]
+    rule: dict[str, Any]
+    sites: list[SiteOverlap]
+    curve: list[OverlapPoint] = []
+
+    @field_validator("curve")
+    @classmethod
+    def _over_ratios(cls, points: list[OverlapPoint]) -> list[OverlapPoint]:
+        if not all(isinstance(point.rule.get("top_ratio"), int | float) for point in points):
+            raise ValueError("every point of a curve needs a number top_ratio in its rule")
+        return points
+
+
+class OverlapPairs(_Part):
+    """The overlaps of every two of several profiles."""
+
+    format: Literal["snrf-overlap-pairs"] = "snrf-overlap-pairs"
+    version: Literal[1] = 1
+    pairs: list[Overlap]
+
+
+class TokenOdds(_Part):
+    """How much more often a token is generated with the neuron amplified.
+
+    Attributes:
+        log_odds: log of the odds ratio, with 0.5 added to every count.
+        amplified: count in the amplified generations.
+        plain: count in the plain ones.
+    """
+
+    token: str
+    log_odds: float
+    amplified: int
+    plain: int
+
+
+class AmplifiedNeuron(_Part):
+    """What amplifying one neuron does to the generated tokens.
+
+    Attributes:
+        tokens: ranked by log-odds, the strongest first.
+        totals: generated tokens with the neuron amplified, and plain.
+        math_share: share of math tokens among the leading ones; None where no classifier was given, or no token leads.
+        ended: answers that came to their end before max_new_tokens, with the neuron amplified, and plain.
+        changed: answers that differ from the plain ones.
+    """
+
+    neuron: str
+    tokens: list[TokenOdds]
+    totals: tuple[int, int]
+    math_share: float | None = None
+    ended: tuple[int, int] | None = None
+    changed: int | None = None
+
+
+class Amplification(_Part):
+    """Amplified generations against plain ones (Eq. 7, 8; Fig. 6, 11, 12).
+
+    Attributes:
+        classifier: what counts as a math token.
+        math_neuron_ratio: share of the neurons most of whose leading tokens are math tokens (Fig. 12).
+        plain_math_share: share of math tokens in the plain answers, which a neuron's has to be seen against.
+    """
+
+    format: Literal["snrf-amplification"] = "snrf-amplification"
+    version: Literal[1] = 1
+    model: str
+    factor: float
+    probes: str
+    count: int
+    seed: int
+    classifier: str | None = None
+    neurons: list[AmplifiedNeuron]
+    math_neuron_ratio: float | None = None
+    plain_math_share: float | None = None
+    settings: dict[str, Any] = {}
+
+
+Result = Study | Overlap | OverlapPairs | Amplification
+_RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
+
+
+def write_result(path: str | os.PathLike[str], result: Result) -> None:
+    """Write a result as JSON; equal results give equal bytes, and an existing file is replaced at once or not at all.
+
+    Raises:
+        SnrfError: the file cannot be written.
+    """
+    text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
+    with container.replacing(path) as file:
+        file.write(text.encode())
+
+
+def read_result(path: str | os.PathLike[str]) -> Result:
+    """Read a result file.
+
+    Raises:
+        SnrfError: the file is missing, too large, not JSON, or not a result.
+    """
+    try:
+        size = os.path.getsize(path)
+        if size > _MAX_BYTES:
+            raise SnrfError(f"{path}: {size} bytes are too many for a result file")
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    try:
+        return _RESULT.validate_json(content)
+    except ValidationError as error:
+        raise SnrfError(
+            f"{path}: {_problem(error.errors()[0])}; expected a file that 'snrf ablate', 'snrf compare', "
+            f"'snrf overlap' or 'snrf amplify' wrote with --json"
+        ) from None
+
+
+def _problem(entry: Mapping[str, Any]) -> str:
+    kind, found = entry["type"], entry.get("ctx") or {}
+    if kind == "json_invalid":
+        return f"is not JSON ({found['error']})"
+    if kind == "union_tag_not_found":
+        return "has no key 'format'"
+    if kind == "union_tag_invalid":
+        return f"key 'format': must be one of {found['expected_tags']}, got {found['tag']!r}"
+    # Of a union, the place begins with the format.
+    return problem(entry, keys=entry["loc"][1:])

@@ -1,0 +1,169 @@
+"""Tokens as text: their log-odds in amplified against plain generations, and which of them are math tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence.references import find_attribute
+from mergekit_snrf.evidence.results import TokenOdds
+
+WORDS = "words"
+"""The default classifier: the word list ``math_words.txt`` beside this module."""
+
+# What tokenizers write for a space or a line break, and what they put before or behind fragments of words.
+_MARKERS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
+_FRAGMENTS = ("##", "</w>", "@@")
+# Unicode calls these mathematical; in text they are table bars and the like.
+_NOT_MATH = "|~"
+_LETTERS = ("GREEK SMALL", "GREEK CAPITAL", "MATHEMATICAL", "DOUBLE-STRUCK")
+_NUMBER = re.compile(r"\d[\d.,:]*(st|nd|rd|th|[a-z])?|[a-z]\d+")
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What counts as a math token.
+
+    Attributes:
+        name: the reference that it was found by.
+        sha256: of the word list or of the file; None for a module.
+    """
+
+    name: str
+    function: Callable[[str], Any]
+    sha256: str | None = None
+
+    def __call__(self, token: str) -> bool:
+        """Tell whether a token is a math token.
+
+        Raises:
+            SnrfError: the function fails.
+        """
+        try:
+            return bool(self.function(token))
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise SnrfError(f"{self.name}: fails on {token!r} with {type(error).__name__}: {reason}") from error
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return a token as text with its leading space; a part of a character stays as the tokenizer writes it."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if piece is None or not text or "\ufffd" in text:
+        return piece or f"<{token}>"
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def rank_tokens(amplified: Mapping[str, int], plain: Mapping[str, int], *, min_count: int = 1) -> list[TokenOdds]:
+    """Rank tokens by the log of their odds ratio, amplified (F_lambda of Eq. 8) over plain, the strongest first.
+
+    With a of A amplified and p of P plain tokens, log((a + 0.5) / (A - a + 0.5)) - log((p + 0.5) / (P - p + 0.5)). Ties
+    go to the larger count, then by text.
+
+    Args:
+        amplified: count of every token in the amplified generations.
+        plain: count of every token in the plain ones.
+        min_count: tokens of fewer than this in the amplified generations are left out.
+    """
+    totals = sum(amplified.values()), sum(plain.values())
+    ranked = []
+    for token, count in amplified.items():
+        if count >= min_count:
+            before = plain.get(token, 0)
+            odds = _log_odds(count, totals[0]) - _log_odds(before, totals[1])
+            ranked.append(TokenOdds(token=token, log_odds=odds, amplified=count, plain=before))
+    return sorted(ranked, key=lambda entry: (-entry.log_odds, -entry.amplified, entry.token))
+
+
+def _log_odds(count: int, total: int) -> float:
+    return math.log((count + 0.5) / (total - count + 0.5))
+
+
+def math_share(ranked: Sequence[TokenOdds], classifier: Classifier, top: int = 10) -> float | None:
+    """Return the share of math tokens among the leading ``top`` (K of Fig. 12) of those with log-odds above zero.
+
+    None if there is no such token.
+    """
+    leading = [entry.token for entry in ranked[:top] if entry.log_odds > 0]
+    return sum(map(classifier, leading)) / len(leading) if leading else None
+
+
+def load_classifier(reference: str = WORDS) -> Classifier:
+    """Find a classifier: ``words``, ``package.module:function`` or ``path/file.py:function`` (token text -> bool).
+
+    Python that a reference names is imported, so it runs with the user's rights.
+
+    Raises:
+        SnrfError: there is no such file, module or function, or it cannot be imported.
+    """
+    if reference == WORDS:
+        return Classifier(WORDS, is_math, hashlib.sha256(_word_list().encode()).hexdigest())
+    where, colon, name = reference.rpartition(":")
+    if not colon or not where or not name:
+        raise SnrfError(
+            f"{reference}: is not a classifier; give {WORDS}, package.module:function or path/file.py:function"
+        )
+    function = find_attribute(reference)
+    if not callable(function):
+        raise SnrfError(f"{reference}: is {type(function).__name__}, not callable; name a function of a token's text")
+    path = Path(where).expanduser()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if where.endswith(".py") else None
+    return Classifier(reference, function, digest)
+
+
+def is_math(token: str) -> bool:
+    """Tell whether a token is a number, a mathematical sign or letter, a LaTeX command or a word of the list.
+
+    A token with letters is looked up as a whole, without case and the marks around it; one without letters is a math
+    token if it holds a digit or a sign that Unicode calls mathematical. Fragments of words are not recognised, so a
+    share of math tokens is rather too low.
+    """
+    text = token.translate(_MARKERS)
+    for fragment in _FRAGMENTS:
+        text = text.removeprefix(fragment).removesuffix(fragment)
+    text = text.strip().casefold()
+    words = _words()
+    if text in words:
+        return True
+    if not any(character.isalpha() for character in text):
+        return any(_is_sign(character) for character in text)
+    bare = _stripped(text)
+    if len(bare) == 1:
+        return bare in words or unicodedata.name(bare, "").startswith(_LETTERS)
+    return bool(_NUMBER.fullmatch(bare)) or bare in words or (len(bare) > 4 and bare.removesuffix("s") in words)
+
+
+def _is_sign(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category.startswith("N") or (category == "Sm" and character not in _NOT_MATH)
+
+
+def _stripped(text: str) -> str:
+    """Return a word without the marks around it."""
+    start, end = 0, len(text)
+    while start < end and not text[start].isalnum():
+        start += 1
+    while end > start and not text[end - 1].isalnum():
+        end -= 1
+    return text[start:end]
+
+
+@cache
+def _word_list() -> str:
+    return files("mergekit_snrf.evidence").joinpath("math_words.txt").read_text(encoding="utf-8")
+
+
+@cache
+def _words() -> frozenset[str]:
+    lines = (line for line in _word_list().splitlines() if not line.startswith("# "))
+    return frozenset(word.casefold() for line in lines for word in line.split())

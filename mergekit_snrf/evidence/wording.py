@@ -1,0 +1,171 @@
+"""The results in words: sentences for tables and reports, and the alternative texts of the figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_snrf.evidence.intervals import scale_of, spoken
+from mergekit_snrf.evidence.overlap import by_projection, total
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, Study, TokenOdds
+from mergekit_snrf.neurons.sets import NeuronSet
+
+_LONGEST_TOKEN = 30
+# A local path from the root or the home folder: alone, of a model with its adapter, or among an evaluation's arguments.
+_LOCAL = re.compile(
+    r"(^|[+?&=])(?:file://)?(?:(?:~[^+?&=\\/]*|[A-Za-z]:)[\\/]|/|\\\\)(?:[^+?&=]*[\\/])?([^+?&=\\/]+[\\/]*)(?=$|[+?&=])"
+)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with line breaks, control characters and text-direction marks written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def without_folders(text: str) -> str:
+    """Return a path, a model or an evaluation with absolute local paths cut to their last part.
+
+    Where a page's author keeps files is nobody's business. Hub ids and relative paths stay as they are.
+    """
+    return _LOCAL.sub(r"\1\2", text)
+
+
+def scale(study: Study, metric: str) -> tuple[float, str]:
+    """Return by what the numbers of a metric are multiplied to be shown, and their unit: shares become per cent."""
+    rows = {condition.name: condition.metrics for condition in study.conditions if metric in condition.metrics}
+    factor, _ = scale_of(metric, rows)
+    return factor, " in %" if factor == 100 else ""
+
+
+def percent(part: float | None) -> str:
+    """Format a share as per cent with one digit, and none at all as a dash."""
+    return "-" if part is None else f"{100 * part:.1f} %"
+
+
+def rule(settings: Mapping[str, Any]) -> str:
+    """Describe a selection rule or other settings: ``top_ratio 0.1, at_least 0.9``."""
+    return printable(", ".join(f"{name} {_value(value)}" for name, value in settings.items()))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{name} {_value(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+COUNT_COLUMNS = ("union", "share", "chance", "chance share", "z")
+"""What ``count_cells`` gives after the three counts."""
+
+
+def count_cells(counts: Counts) -> tuple[object, ...]:
+    """Return shared, only first, only second, and ``COUNT_COLUMNS`` as the cells of a table."""
+    z = "-" if counts.z is None else f"{counts.z:.1f}"
+    share, expected = percent(counts.share), percent(counts.chance_share)
+    return (counts.shared, *counts.only, counts.union, share, f"{counts.chance:.1f}", expected, z)
+
+
+def quoted(token: str) -> str:
+    """Return a token in quotes, with escapes, and shortened if it is long."""
+    return repr(token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…")
+
+
+def chance_sentence(counts: Counts) -> str:
+    """Say how much two sets share, and what chance would give."""
+    if not counts.union:
+        return "Neither model has a neuron under this rule."
+    text = (
+        f"{counts.shared} of the union's {counts.union} neurons are shared ({percent(counts.share)}); "
+        f"random sets of the same sizes would share {counts.chance:.1f} ({percent(counts.chance_share)})"
+    )
+    if counts.z is None:
+        return f"{text}, and could share no other number."
+    return f"{text}, with a standard deviation of {counts.deviation:.1f}: {_against_chance(counts.z)}."
+
+
+def _against_chance(z: float) -> str:
+    if abs(z) < 3:
+        return f"no more and no less than chance explains (z = {z:.1f})"
+    return f"{'more' if z > 0 else 'less'} than chance explains (z = {z:.1f})"
+
+
+def overlap_text(overlap: Overlap) -> str:
+    """Describe the overlap diagram."""
+    first, second = map(printable, overlap.names)
+    counts = total(overlap.sites)
+    return (
+        f"Two overlapping circles of true area, selection {rule(overlap.rule)}: {counts.only[0]} neurons of {first} "
+        f"only, {counts.shared} shared, {counts.only[1]} of {second} only. {chance_sentence(counts)}"
+    )
+
+
+def overlap_map_text(overlap: Overlap) -> str:
+    """Describe the heat map of an overlap."""
+    shares = [
+        f"{name} {percent(counts.share)} (chance {percent(counts.chance_share)})"
+        for name, counts in by_projection(overlap).items()
+    ]
+    layers = len({site.layer for site in overlap.sites})
+    return (
+        f"Heat map of shared neurons as per cent of the union, {layers} layers by projection. "
+        f"Over all layers: {', '.join(shares)}."
+    )
+
+
+def mask_map_text(neurons: NeuronSet) -> str:
+    """Describe the heat map of a mask."""
+    parts = [
+        f"{name} {count} of {size} ({percent(count / size)})" for name, (count, size) in counts_of(neurons).items()
+    ]
+    layers = len({site.layer for site in neurons})
+    return f"Heat map of the mask's neurons, {layers} layers by projection. Over all layers: {', '.join(parts)}."
+
+
+def counts_of(neurons: NeuronSet) -> dict[str, tuple[int, int]]:
+    """Return (neurons in the set, neurons of the sites it lists) by projection, and under ``all`` over everything."""
+    counts = {name: (count, size) for name, (_, count, size) in neurons.by_projection().items() if size}
+    return {**counts, "all": tuple(map(sum, zip(*counts.values(), strict=True)))} if counts else {}  # type: ignore[dict-item]
+
+
+def curve_text(overlap: Overlap) -> str:
+    """Describe the curve of an overlap."""
+    points = {point.rule["top_ratio"]: point for point in overlap.curve}
+    picked = sorted(points)[:: max(1, len(points) // 5)]
+    values = [
+        f"{percent(points[ratio].share)} at top ratio {ratio:g} (chance {percent(points[ratio].chance_share)})"
+        for ratio in picked
+    ]
+    return f"Line chart of shared neurons as share of the union over top ratios: {', '.join(values)}."
+
+
+def study_text(study: Study, metric: str) -> str:
+    """Describe the interval plot of one metric."""
+    factor, unit = scale(study, metric)
+    values = [
+        f"{condition.name} {spoken(condition.metrics[metric].mean, factor)}"
+        for condition in study.conditions
+        if metric in condition.metrics
+    ]
+    text = f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}."
+    return printable(text)
+
+
+def word_cloud_text(neuron: AmplifiedNeuron, words: int = 10) -> str:
+    """Describe the word cloud of one neuron by its leading tokens."""
+    tokens = [token_text(token) for token in leading(neuron, words)]
+    return printable(
+        f"Word cloud of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
+        f"(amplified count:plain count): {', '.join(tokens) or 'none'}."
+    )
+
+
+def leading(neuron: AmplifiedNeuron, count: int) -> list[TokenOdds]:
+    """Return the first ``count`` tokens that amplifying the neuron makes more frequent."""
+    return [token for token in neuron.tokens if token.log_odds > 0][:count]
+
+
+def token_text(token: TokenOdds) -> str:
+    """Describe a token: ``' sum' 3.02 (41:2)``."""
+    return f"{quoted(token.token)} {token.log_odds:.2f} ({token.amplified}:{token.plain})"

@@ -1,0 +1,1 @@
+"""Fusion: the tensor maths of one weight, without files and without mergekit."""

@@ -1,0 +1,241 @@
+"""Edits of whole models: a loaded one in place, and back again bit for bit, or a state dict.
+
+A loaded model is edited neuron by neuron, and only what is overwritten is kept: no second model is ever in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fusion, fuse, fuse_bias
+from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.weights import LiveWeights, StateWeights, Weights, bias_name, weights_of
+from mergekit_snrf.neurons.maskfile import Mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+
+Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
+"""Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
+
+
+class Edit:
+    """Neurons of a loaded model that were changed in place; undone by ``undo`` or at the end of a ``with`` block.
+
+    Several edits of one model are undone in reverse order.
+    """
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[nn.Parameter, int, Tensor, Tensor]] = []
+
+    def write(
+        self,
+        parameter: nn.Parameter,
+        axis: int,
+        selected: Int[Tensor, " selected"],
+        values: Float[Tensor, "selected ..."] | float,
+    ) -> None:
+        """Overwrite rows (axis 0) or columns (axis 1) of a weight, or elements of a bias, and keep what was there."""
+        view = _by_neuron(parameter, axis)
+        selected = selected.to(view.device)
+        _history(parameter).append(self)
+        self._saved.append((parameter, axis, selected, view[selected]))
+        view[selected] = values
+
+    def undo(self) -> None:
+        """Put back every value as it was; a second call changes nothing.
+
+        Raises:
+            SnrfError: the model was cast or moved since, or a later edit of the same weights was not undone before.
+        """
+        while self._saved:
+            parameter, axis, selected, before = self._saved[-1]
+            view = _by_neuron(parameter, axis)
+            if view.dtype != before.dtype or view.device != before.device:
+                raise SnrfError(
+                    f"an edited weight of {before.dtype} on {before.device} is now {view.dtype} on {view.device}; undo "
+                    f"an edit before the model is cast or moved"
+                )
+            history = _history(parameter)
+            if history and history[-1] is not self:
+                raise SnrfError("a later edit changed the same weights and is still there; undo that one first")
+            history.pop()
+            view[selected] = before
+            self._saved.pop()
+
+    @classmethod
+    @contextmanager
+    def whole(cls) -> Iterator[Edit]:
+        """Give an edit to fill; whatever interrupts the block, the model is then as before."""
+        edit = cls()
+        try:
+            yield edit
+        except BaseException:
+            edit.undo()
+            raise
+
+    def __enter__(self) -> Edit:
+        """Return the edit; it is undone at the end of the block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Undo the edit."""
+        self.undo()
+
+
+def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
+    """Zero the weights and biases of neurons in place (Table 3): rows, or columns for fwd.down.
+
+    Raises:
+        SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
+    """
+    weights, chosen = _prepared(model, neurons)
+    with Edit.whole() as edit:
+        for site, member in chosen.items():
+            module, selected = weights.module(site), member.nonzero().flatten()
+            edit.write(module.weight, site.axis, selected, 0.0)
+            if site.axis == 0 and module.bias is not None:
+                edit.write(module.bias, 0, selected, 0.0)
+    return edit
+
+
+def fuse_model(
+    model: nn.Module,
+    source: Source,
+    neurons: NeuronSet | Mask,
+    fusion: Fusion | Callable[[Site], Fusion] | None = None,
+    *,
+    source_base: Source | None = None,
+    biases: bool = False,
+) -> Edit:
+    """Add the masked update to a loaded target in place (Eq. 11).
+
+    In the checkpoint's dtype the weights become those that ``mergekit-yaml`` writes.
+
+    Args:
+        model: the target.
+        source: of the same decoder shape.
+        neurons: S.
+        fusion: one for all tensors, or by site; None is ``Fusion()``.
+        source_base: Delta is taken from it instead of from the target.
+        biases: the neurons' biases move, too.
+
+    Raises:
+        SnrfError: target, source and neurons do not fit together, or a weight is not finite; the model is as before.
+    """
+    weights, chosen = _prepared(model, neurons)
+    with Edit.whole() as edit:
+        for site, fused, fused_bias in _fused(weights, source, chosen, fusion, source_base, biases):
+            module, selected = weights.module(site), chosen[site].nonzero().flatten()
+            edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
+            if fused_bias is not None:
+                edit.write(module.bias, 0, selected, fused_bias[selected])
+    return edit
+
+
+def fuse_state_dict(
+    target: Mapping[str, Tensor],
+    source: Source,
+    neurons: NeuronSet | Mask,
+    fusion: Fusion | Callable[[Site], Fusion] | None = None,
+    *,
+    source_base: Source | None = None,
+    biases: bool = False,
+) -> dict[str, Tensor]:
+    """Return the target's state dict with the masked update added (Eq. 11); tensors that do not change are shared.
+
+    Args as ``fuse_model``. Names of target and source may differ, as on disk.
+
+    Raises:
+        SnrfError: target, source and neurons do not fit together, or a weight is not finite.
+    """
+    weights = StateWeights.of(target)
+    result = dict(target)
+    for site, fused, fused_bias in _fused(weights, source, _of(neurons), fusion, source_base, biases):
+        name = weights.name(site)
+        result[name] = fused
+        if fused_bias is not None:
+            result[bias_name(name)] = fused_bias
+    return result
+
+
+def _fused(
+    target: Weights,
+    source: Source,
+    chosen: Mapping[Site, Tensor],
+    fusion: Fusion | Callable[[Site], Fusion] | None,
+    source_base: Source | None,
+    biases: bool,
+) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
+    """Fuse tensor by tensor; a bias is None where it stays."""
+    theirs, base = weights_of(source), None if source_base is None else weights_of(source_base)
+    for site, member in chosen.items():
+        how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
+        weight, name = target.weight(site), target.name(site)
+        other = None if base is None else base.weight(site).to(weight.device)
+        with one_thread():
+            fused = fuse(
+                weight,
+                theirs.weight(site).to(weight.device),
+                member,
+                site.axis,
+                how,
+                name=name,
+                source_base=other,
+                site=site,
+            )
+        bias = target.bias(site) if biases and site.axis == 0 else None
+        if bias is None:
+            yield site, fused, None
+            continue
+        name = bias_name(name)
+        new = _bias(theirs, site, bias, name, "source")
+        old = None if base is None else _bias(base, site, bias, name, "source_base")
+        yield site, fused, fuse_bias(bias, new, member, how, name=name, source_base=old)
+
+
+def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:
+    bias = weights.bias(site)
+    if bias is None:
+        raise SnrfError(f"{name}: the {role} has no such bias, so it cannot move; leave out biases")
+    return bias.to(like.device)
+
+
+def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
+    return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
+
+
+def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveWeights, dict[Site, Tensor]]:
+    weights, chosen = LiveWeights(find_live_decoder(model)), _of(neurons)
+    for site, member in chosen.items():
+        parameter = weights.module(site).weight
+        if parameter.device.type == "meta" or not parameter.is_floating_point():
+            what = "not in memory" if parameter.device.type == "meta" else f"stored as {parameter.dtype}"
+            raise SnrfError(
+                f"{weights.decoder.model}: {weights.name(site)} is {what}; to edit the model, load it whole and "
+                f"unquantised"
+            )
+        if len(member) != parameter.shape[site.axis]:
+            raise SnrfError(
+                f"{weights.decoder.model}: the mask has {len(member)} neurons at {site}, but {weights.name(site)} of "
+                f"shape {list(parameter.shape)} has {parameter.shape[site.axis]}; use a mask of this model"
+            )
+    return weights, chosen
+
+
+def _history(parameter: nn.Parameter) -> list[Edit]:
+    """Return the edits of a parameter that were not undone, the latest last."""
+    history: list[Edit] = parameter.__dict__.setdefault("_snrf_edits", [])
+    return history
+
+
+def _by_neuron(parameter: nn.Parameter, axis: int) -> Tensor:
+    return parameter.data if axis == 0 else parameter.data.mT

@@ -1,0 +1,135 @@
+"""The text decoder of a loaded model: where it is, and its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.decoder import DecoderShape
+from mergekit_snrf.neurons.sets import PROJECTIONS
+
+_MODULES = (*(projection.module for projection in PROJECTIONS.values()), "self_attn.o_proj")
+
+
+@dataclass(frozen=True)
+class LiveDecoder:
+    """The text decoder of a loaded model.
+
+    Attributes:
+        model: the model's name, for messages.
+        path: the name of the module list inside the model, ``model.language_model.layers``.
+    """
+
+    model: str
+    path: str
+    layers: tuple[nn.Module, ...]
+    shape: DecoderShape
+
+
+def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, name: str | None = None) -> LiveDecoder:
+    """Find the list of text decoder layers in a loaded model; a vision tower is never taken for it.
+
+    Args:
+        model: any module that holds the decoder.
+        shape: what the checkpoint's headers say; the decoder must be exactly that.
+        name: of the model, for messages.
+
+    Raises:
+        SnrfError: there is no such list, there are several, or it is not of ``shape``.
+    """
+    name = name or str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
+    stacks = [
+        (path, tuple(module))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_decoder_layer, module))
+    ]
+    if len(stacks) > 1:
+        size = (shape.layers, shape.hidden_size) if shape else _configured_size(model)
+        stacks = [(path, layers) for path, layers in stacks if (len(layers), _width(layers[0])) == size] or stacks
+    if len(stacks) != 1:
+        found = ", ".join(f"{path} ({len(layers)} layers of width {_width(layers[0])})" for path, layers in stacks)
+        raise SnrfError(
+            f"{name}: {'several text decoders' if stacks else 'no text decoder'} found in the loaded model"
+            f"{f': {found}' if stacks else ''}; the profiler needs one list of layers with {', '.join(_MODULES)}"
+        )
+    path, layers = stacks[0]
+    live = LiveDecoder(name, path, layers, _live_shape(name, path, layers))
+    if shape is not None and live.shape != shape:
+        raise SnrfError(
+            f"{name}: the loaded decoder {path} is {live.shape}, but the checkpoint's is {shape}; load the model "
+            f"as it lies on disk"
+        )
+    return live
+
+
+def weight_of(module: Any) -> Tensor:
+    """Return a module's weight, also when accelerate keeps it elsewhere until the module runs.
+
+    Raises:
+        SnrfError: the weight is quantised.
+    """
+    return _parameter_of(module, "weight")
+
+
+def bias_of(module: Any) -> Tensor | None:
+    """Return a module's bias as ``weight_of`` does; None if it has none."""
+    return None if module.bias is None else _parameter_of(module, "bias")
+
+
+def _parameter_of(module: Any, name: str) -> Tensor:
+    parameter: Tensor = getattr(module, name)
+    if parameter.device.type == "meta":
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            parameter = getattr(module, name).detach().clone()
+    if not parameter.is_floating_point():
+        raise SnrfError(f"a {name} is stored as {parameter.dtype}; load the model without quantisation")
+    return parameter.detach()
+
+
+def _is_decoder_layer(layer: nn.Module) -> bool:
+    try:
+        return all(hasattr(layer.get_submodule(name), "weight") for name in _MODULES)
+    except AttributeError:
+        return False
+
+
+def _width(layer: nn.Module) -> int:
+    return _features(layer, "attn.q")[0]
+
+
+def _features(layer: nn.Module, projection: str) -> tuple[int, int]:
+    """Return the width that a projection reads and the one that it writes."""
+    linear: Any = layer.get_submodule(PROJECTIONS[projection].module)
+    return int(linear.in_features), int(linear.out_features)
+
+
+def _configured_size(model: nn.Module) -> tuple[int | None, int | None]:
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+
+
+def _live_shape(name: str, path: str, layers: tuple[nn.Module, ...]) -> DecoderShape:
+    attention: Any = layers[0].get_submodule("self_attn")
+    head_dim = getattr(attention, "head_dim", None) or getattr(getattr(attention, "config", None), "head_dim", None)
+    if not isinstance(head_dim, int):
+        raise SnrfError(f"{name}: {path}.0.self_attn does not say its head_dim; the model is not supported")
+    shapes = {
+        DecoderShape(
+            layers=len(layers),
+            hidden_size=_width(layer),
+            heads=_features(layer, "attn.q")[1] // head_dim,
+            kv_heads=_features(layer, "attn.k")[1] // head_dim,
+            head_dim=head_dim,
+            intermediate_size=_features(layer, "fwd.up")[1],
+        )
+        for layer in layers
+    }
+    if len(shapes) > 1:
+        raise SnrfError(f"{name}: the layers of {path} are of different shapes ({shapes}); the model is not supported")
+    return shapes.pop()

@@ -1,0 +1,1 @@
+"""Impact: how much the output of a layer changes without a neuron."""

@@ -1,0 +1,189 @@
+"""The journal of an unfinished run: what was measured so far, so that ``--resume`` goes on from there.
+
+Every process keeps one file beside the mask, ``<mask>.<side>.journal-<rank>.safetensors``, replaced at once or not at
+all: the exact state of its statistics, the numbers of the groups of probes in them, and what the run was asked for.
+A run resumes with any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files import container
+from mergekit_snrf.profiling.measure.meter import Batch
+from mergekit_snrf.profiling.result.statistics import Statistics
+
+JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 1
+
+
+@dataclass
+class Tally:
+    """Counts of the probes that were measured; sums, so that their order does not matter.
+
+    Attributes:
+        tokens: of prompts and answers.
+        answer_tokens: of answers.
+        cut: answers that reached max_new_tokens without an end.
+        digest: sum modulo 2^256 of the sha256 of every probe's number and token ids.
+    """
+
+    tokens: int = 0
+    answer_tokens: int = 0
+    cut: int = 0
+    digest: int = 0
+
+    def add(self, batch: Batch, ended: tuple[bool, ...] = ()) -> None:
+        """Count the probes of a batch."""
+        real = batch.attention_mask != 0
+        self.tokens += int(real.sum())
+        self.answer_tokens += int(batch.answer_mask.sum())
+        self.cut += sum(not end for end in ended)
+        for number, ids, mask in zip(batch.numbers, batch.inputs["input_ids"], real, strict=True):
+            content = json.dumps([number, ids[mask].tolist()], separators=(",", ":"))
+            self._add_digest(int(hashlib.sha256(content.encode()).hexdigest(), 16))
+
+    def merge(self, other: Tally) -> None:
+        """Count the probes of another tally."""
+        self.tokens += other.tokens
+        self.answer_tokens += other.answer_tokens
+        self.cut += other.cut
+        self._add_digest(other.digest)
+
+    def _add_digest(self, digest: int) -> None:
+        self.digest = (self.digest + digest) % 2**256
+
+
+@dataclass
+class Progress:
+    """What one process has measured.
+
+    Attributes:
+        done: the groups of probes whose statistics are in.
+    """
+
+    statistics: Statistics
+    tally: Tally = field(default_factory=Tally)
+    done: set[int] = field(default_factory=set)
+
+    def merge(self, other: Progress) -> None:
+        """Add the groups of another process."""
+        self.statistics.merge(other.statistics)
+        self.tally.merge(other.tally)
+        self.done |= other.done
+
+
+class Journals:
+    """The journals of one side of a run.
+
+    Args:
+        stem: path of the mask without suffix, with the side: ``folder/mask.target``.
+        request: what the run was asked for; a journal of another request is refused.
+    """
+
+    def __init__(self, stem: Path, request: Mapping[str, Any]) -> None:
+        self._stem = stem
+        self._request = json.loads(json.dumps(request))
+
+    def path(self, rank: int) -> Path:
+        """Return the journal of one process."""
+        return self._stem.with_name(f"{self._stem.name}.journal-{rank}.safetensors")
+
+    def files(self) -> list[Path]:
+        """Return the journals that exist."""
+        return journals_of(self._stem)
+
+    def write(self, rank: int, progress: Progress) -> None:
+        """Replace the journal of one process.
+
+        Raises:
+            SnrfError: it cannot be written.
+        """
+        tally = progress.tally
+        content = {
+            "request": self._request,
+            "probes": progress.statistics.probes,
+            "done": f"{sum(1 << group for group in progress.done):x}",
+            "tally": {**vars(tally), "digest": f"{tally.digest:064x}"},
+        }
+        container.write(
+            self.path(rank),
+            progress.statistics.state(),
+            file_format=JOURNAL_FORMAT,
+            version=JOURNAL_VERSION,
+            content=content,
+        )
+
+    def read(self, statistics: Statistics) -> Progress:
+        """Return what all journals hold together, beginning with the empty ``statistics``.
+
+        Raises:
+            SnrfError: a journal is damaged, of another run, or overlaps with another one.
+        """
+        whole = Progress(statistics)
+        parts = sorted(((path, self._read(path)) for path in self.files()), key=lambda part: -len(part[1].done))
+        for path, part in parts:
+            # A run that was resumed writes all it found to one journal before it deletes the others.
+            if part.done <= whole.done:
+                continue
+            if part.done & whole.done:
+                raise SnrfError(f"{path}: overlaps with another journal of the run; delete them to start anew")
+            if part.statistics.neurons != statistics.neurons:
+                raise SnrfError(f"{path}: is of a model of another shape; delete it to start anew")
+            whole.merge(part)
+        return whole
+
+    def delete(self, keep: int | None = None) -> None:
+        """Delete all journals but that of rank ``keep``, and what killed processes have half written."""
+        abandoned = self._stem.parent.glob(f".{_journals(self._stem)}.*.partial")
+        for path in [*self.files(), *abandoned]:
+            if keep is None or path != self.path(keep):
+                path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> Progress:
+        tensors, content = container.read(path, file_format=JOURNAL_FORMAT, version=JOURNAL_VERSION)
+        try:
+            request = content["request"]
+            different = difference(request, self._request)
+            if different is not None:
+                raise SnrfError(
+                    f"{path}: is the journal of another run, {different}; ask for the same again, or delete the "
+                    f"journal to start anew"
+                )
+            done, tally = int(content["done"], 16), dict(content["tally"])
+            tally["digest"] = int(tally["digest"], 16)
+            return Progress(
+                Statistics.from_state(tensors, int(content["probes"])),
+                Tally(**tally),
+                {group for group in range(done.bit_length()) if done >> group & 1},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, SnrfError):
+                raise
+            raise SnrfError(f"{path}: the journal is damaged ({error!r}); delete it to start anew") from None
+
+
+def journals_of(stem: Path) -> list[Path]:
+    """Return the journals of a side that exist."""
+    return sorted(stem.parent.glob(_journals(stem)))
+
+
+def _journals(stem: Path) -> str:
+    escaped = "".join(f"[{sign}]" if sign in "*?[" else sign for sign in stem.name)
+    return f"{escaped}.journal-*.safetensors"
+
+
+def difference(was: Any, now: Any, key: str = "") -> str | None:
+    """Return the first difference of two JSON values, as ``seed was 0 and is 1``; None if they are equal."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        for name in sorted({*was, *now}):
+            found = difference(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+            if found is not None:
+                return found
+        return None
+    return None if was == now else f"{key or 'request'} was {was!r} and is {now!r}"

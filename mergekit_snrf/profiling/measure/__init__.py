@@ -1,0 +1,1 @@
+"""Measure: the impacts of a live model, captured layer by layer."""

@@ -1,0 +1,279 @@
+"""What every decoder layer of a live, stock transformers model sees in one forward pass, one layer at a time.
+
+The decoder is found by the names of its modules, as ``models.decoder`` finds it in a checkpoint by the names of its
+tensors. Hooks collect a layer's tensors, hand them over as soon as the layer has run, and let go of them: memory
+does not grow with the depth. Nothing in the model is replaced, whatever kernel computes its attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.live import LiveDecoder, weight_of
+from mergekit_snrf.neurons.sets import PROJECTIONS
+from mergekit_snrf.profiling.impact.layer import AttentionInputs
+
+_OUTPUT = "self_attn.o_proj"
+_SEEN = (*(PROJECTIONS[name].module for name in ("attn.q", "attn.k", "attn.v", "fwd.down")), _OUTPUT)
+
+# What stock attention modules call the things that are no tensors; an absent attribute has the default.
+_SCALING, _SOFTCAP, _CAUSAL, _USE_ROPE = "scaling", "attn_logit_softcapping", "is_causal", "use_rope"
+_NORMS, _EPSILONS = ("q_norm", "k_norm"), ("variance_epsilon", "eps")
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """What one decoder layer saw.
+
+    Attributes:
+        index: the number of the layer.
+        module: the layer.
+        attention: inputs of the attention, before norm and RoPE.
+        attended: input of o_proj.
+        up: output of up_proj, where it was asked for.
+        hidden: input of down_proj.
+        stream: output of the layer, the residual stream that the next one reads.
+    """
+
+    index: int
+    module: nn.Module
+    attention: AttentionInputs
+    attended: Float[Tensor, "batch tokens heads*head_dim"]
+    up: Float[Tensor, "batch tokens intermediate"] | None
+    hidden: Float[Tensor, "batch tokens intermediate"]
+    stream: Float[Tensor, "batch tokens hidden"]
+
+
+def run_layers(
+    decoder: LiveDecoder,
+    forward: Callable[[], object],
+    attention_mask: Shaped[Tensor, "batch tokens"],
+    visit: Callable[[CapturedLayer], None],
+    *,
+    up: bool = False,
+) -> None:
+    """Run one forward pass without gradients and visit every layer right after it has run.
+
+    What ``visit`` does not keep is freed before the next layer runs. Hooks are removed however the pass ends.
+
+    Args:
+        forward: runs the model once on a batch, without a cache.
+        attention_mask: nonzero where a token of the batch is real.
+        up: capture the output of up_proj as well.
+
+    Raises:
+        SnrfError: a layer did not run, ran twice, or is called in a way the profiler does not know.
+    """
+    visited: list[int] = []
+
+    def finished(index: int, seen: dict[str, Any], stream: Tensor) -> None:
+        if index in visited:
+            raise SnrfError(f"{decoder.model}: {decoder.path}.{index} ran twice in one forward pass")
+        layer = decoder.layers[index]
+        missing = sorted({"call", *_SEEN} - seen.keys())
+        if missing:
+            raise SnrfError(
+                f"{decoder.model}: {decoder.path}.{index}.{missing[0]} did not run as a module of the layer"
+            )
+        visited.append(index)
+        visit(
+            CapturedLayer(
+                index=index,
+                module=layer,
+                attention=_attention_inputs(decoder, index, seen, attention_mask),
+                attended=seen[_OUTPUT],
+                up=seen.get(PROJECTIONS["fwd.up"].module),
+                hidden=seen[PROJECTIONS["fwd.down"].module],
+                stream=stream,
+            )
+        )
+
+    with ExitStack() as stack, torch.no_grad():
+        for index, layer in enumerate(decoder.layers):
+            stack.enter_context(_hooked(layer, index, finished, up))
+        forward()
+    if sorted(visited) != list(range(len(decoder.layers))):
+        missed = sorted(set(range(len(decoder.layers))) - set(visited))
+        raise SnrfError(f"{decoder.model}: {decoder.path}.{missed[0]} did not run in the forward pass")
+
+
+@contextmanager
+def _hooked(
+    layer: nn.Module, index: int, finished: Callable[[int, dict[str, Any], Tensor], None], up: bool
+) -> Iterator[None]:
+    seen: dict[str, Any] = {}
+
+    def keep(name: str, tensor: Tensor) -> None:
+        seen[name] = tensor.detach()
+
+    def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen["call"] = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+
+    def left(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        captured = dict(seen)
+        seen.clear()
+        finished(index, captured, (output[0] if isinstance(output, tuple | list) else output).detach())
+
+    outputs = [PROJECTIONS[name].module for name in ("attn.q", "attn.k", "attn.v", *(["fwd.up"] if up else []))]
+    handles = [layer.register_forward_hook(left)]
+    handles.append(layer.get_submodule("self_attn").register_forward_pre_hook(entered, with_kwargs=True))
+    for name in outputs:
+        hook = _after(keep, name)
+        handles.append(layer.get_submodule(name).register_forward_hook(hook))
+    for name in (_OUTPUT, PROJECTIONS["fwd.down"].module):
+        handles.append(layer.get_submodule(name).register_forward_pre_hook(_before(keep, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        seen.clear()
+
+
+def _after(keep: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    return lambda module, args, output: keep(name, output)
+
+
+def _before(keep: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda module, args: keep(name, args[0])
+
+
+def _attention_inputs(
+    decoder: LiveDecoder, index: int, seen: dict[str, Any], attention_mask: Tensor
+) -> AttentionInputs:
+    attention = decoder.layers[index].get_submodule("self_attn")
+    call = _arguments(seen["call"])
+    where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
+    query, key, value = (seen[PROJECTIONS[name].module] for name in ("attn.q", "attn.k", "attn.v"))
+    cos, sin = _rotary_tables(where, attention, call)
+    norms = [_norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim) for name in _NORMS]
+    epsilons = {norm.epsilon for norm in norms if norm is not None}
+    if len(epsilons) > 1:
+        raise SnrfError(
+            f"{where}: q_norm and k_norm have different epsilons {sorted(epsilons)}, which is not supported"
+        )
+    # The mask that the layer was given is the truth: images may see each other in both directions.
+    mask = call.get("attention_mask")
+    mask = _whole_mask(where, mask, query) if isinstance(mask, Tensor) and mask.ndim > 2 else None
+    try:
+        return AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            head_dim=decoder.shape.head_dim,
+            scaling=float(getattr(attention, _SCALING, decoder.shape.head_dim**-0.5)),
+            cos=cos,
+            sin=sin,
+            query_norm=None if norms[0] is None else norms[0].weight,
+            key_norm=None if norms[1] is None else norms[1].weight,
+            norm_eps=epsilons.pop() if epsilons else 1e-6,
+            softcap=getattr(attention, _SOFTCAP, None),
+            causal=_is_causal(attention, call),
+            window=None if mask is not None else _window(attention),
+            key_mask=None if mask is not None else attention_mask,
+            mask=mask,
+        )
+    except ValueError as error:
+        raise SnrfError(
+            f"{where}: the captured tensors do not fit together ({error}); the model is not supported"
+        ) from None
+
+
+def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
+    """Return the arguments of a call by name, those that went into ``**kwargs`` too."""
+    arguments: dict[str, Any] = {}
+    for name, value in call.arguments.items():
+        variadic = call.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        arguments |= value if variadic else {name: value}
+    return arguments
+
+
+def _rotary_tables(where: str, attention: nn.Module, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    if not getattr(attention, _USE_ROPE, True):
+        return None, None
+    tables = call.get("position_embeddings")
+    if not (
+        isinstance(tables, tuple | list) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables)
+    ):
+        raise SnrfError(
+            f"{where}: was not given (cos, sin) as position_embeddings, so its rotary layout is unknown; "
+            f"the model is not supported"
+        )
+    cos, sin = tables
+    if cos.ndim == 4:
+        config = getattr(attention, "rope_parameters", None) or getattr(attention, "rope_scaling", None) or {}
+        sections = config.get("mrope_section")
+        if not sections or 2 * sum(sections) != cos.shape[-1] or len(sections) != len(cos):
+            raise SnrfError(
+                f"{where}: rotary tables of shape {list(cos.shape)} are unknown; the model is not supported"
+            )
+        cos, sin = mixed_sections(cos, sections), mixed_sections(sin, sections)
+    return cos, sin
+
+
+def mixed_sections(
+    table: Float[Tensor, "axes batch tokens rotary_dim"], sections: list[int]
+) -> Float[Tensor, "batch tokens rotary_dim"]:
+    """Return the one table that M-RoPE attention modules of older transformers make of one for each position axis.
+
+    Section s of each half is taken from axis s: time, height, width.
+    """
+    parts = table.split(list(sections) * 2, dim=-1)
+    return torch.cat([part[place % len(sections)] for place, part in enumerate(parts)], dim=-1)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    weight: Float[Tensor, " head_dim"]
+    epsilon: float
+
+
+def _norm(where: str, norm: Any, head_dim: int) -> _Norm | None:
+    """Return what an RMS norm over heads multiplies with, found by trying it: its weight, or one more (Gemma)."""
+    if norm is None or isinstance(norm, nn.Identity):
+        return None
+    weight = weight_of(norm)
+    epsilon = next((float(getattr(norm, name)) for name in _EPSILONS if hasattr(norm, name)), None)
+    if weight.shape == (head_dim,) and epsilon is not None and epsilon > 0:
+        trial = torch.linspace(-1, 2, head_dim, dtype=weight.dtype, device=weight.device)
+        result = norm(trial).float()
+        normalised = trial.float() * (trial.float().square().mean() + epsilon).rsqrt()
+        tolerance = 8 * torch.finfo(weight.dtype).eps
+        for multiplier in (weight, 1.0 + weight.float()):
+            if torch.allclose(result, normalised * multiplier.float(), rtol=tolerance, atol=tolerance):
+                return _Norm(multiplier, epsilon)
+    raise SnrfError(
+        f"{where}: {type(norm).__name__} with a weight of shape {list(weight.shape)} is not an RMS norm over heads of "
+        f"size {head_dim}; the model is not supported"
+    )
+
+
+def _whole_mask(where: str, mask: Tensor, query: Tensor) -> Tensor:
+    batch, tokens, _ = query.shape
+    if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2:] != (tokens, tokens):
+        raise SnrfError(
+            f"{where}: an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens is unknown; "
+            f"the model is not supported"
+        )
+    return mask.detach()
+
+
+def _is_causal(attention: nn.Module, call: dict[str, Any]) -> bool:
+    given = call.get(_CAUSAL)
+    return bool(getattr(attention, _CAUSAL, True) if given is None else given)
+
+
+def _window(attention: Any) -> int | None:
+    """Return the sliding window of a layer; modules without the attribute read their configuration's in every layer."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or None
+    return getattr(getattr(attention, "config", None), "sliding_window", None) or None

@@ -1,0 +1,312 @@
+"""The impact of every neuron of a live model on each probe of a batch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, get_args, get_type_hints
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.decoder import DecoderShape
+from mergekit_snrf.models.live import find_live_decoder, weight_of
+from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.profiling.impact.layer import (
+    AttentionScores,
+    Backend,
+    Readout,
+    attention_impact,
+    attention_output,
+    column_norms,
+    ffn_impact,
+    released_attention_scores,
+    released_ffn_scores,
+)
+from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
+from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradients
+
+CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+"""Largest median over positions of the relative error with which captured tensors must give the attention's output.
+
+It tells a layer that is called in an unknown way, which is off by about one, from rounding, which large scores
+amplify: the model rounds queries and keys to its own dtype after RoPE, the impact does not.
+"""
+
+
+logger = logging.getLogger(__name__)
+
+
+class Batch(Protocol):
+    """Probes as a model takes them; ``ProbeBatch`` is one, and anything with these attributes."""
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The number of each probe, for messages."""
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What ``model(**inputs)`` takes."""
+
+    @property
+    def attention_mask(self) -> Shaped[Tensor, "batch tokens"]:
+        """Nonzero where a token is real."""
+
+    @property
+    def answer_mask(self) -> Bool[Tensor, "batch tokens"]:
+        """Where a token belongs to the answer."""
+
+
+_DEFAULTS: dict[str, Any] = {"weight": "paper", "site": "pre_o", "screen": None}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What counts as the impact of a neuron; the names and values are those of profile.yml.
+
+    Attributes:
+        scoring: ``exact`` is Eq. 14; ``released`` are the scores of the paper's released code.
+        weight: ``paper`` counts the squared change alike at every position; ``residual`` divides it by the mean square
+            of the residual stream there, at the output of the layer; ``gradient`` multiplies it by how much the final
+            states feel a change there.
+        site: compare the attention output before or after o_proj.
+        tokens: count every position, or those of the answer.
+        screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; None is
+            all of them.
+
+    Raises:
+        SnrfError: a value is unknown, or has no meaning beside another.
+    """
+
+    scoring: Literal["exact", "released"] = "exact"
+    weight: Literal["paper", "residual", "gradient"] = "paper"
+    site: Literal["pre_o", "post_o"] = "pre_o"
+    tokens: Literal["all", "answer"] = "all"
+    screen: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Measure).items():
+            value, known = getattr(self, name), get_args(kind)
+            if name != "screen" and value not in known:
+                raise SnrfError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+            if self.scoring == "released" and name in ("weight", "site", "screen") and value != _DEFAULTS[name]:
+                raise SnrfError(f"{name} has no meaning with scoring='released'; leave it out")
+        if self.screen is not None and not 0 < self.screen <= 1:
+            raise SnrfError(f"screen must be in (0, 1], got {self.screen}")
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the settings for a profile file."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+class Meter:
+    """Measures impacts on the probes of batches, with one forward pass a batch, ``weight: gradient`` with a second one.
+
+    The first batch checks every layer: the attention output that the captured tensors imply must be the one that the
+    model computed. So an attention that works in a way unknown to the profiler is an error, never a wrong number.
+
+    Args:
+        model: a loaded transformers model.
+        measure: what to measure.
+        shape: of the decoder, where it is known from the checkpoint.
+        name: of the model, for messages.
+        block_bytes: size of a block of changed scores; None is the default of the device.
+        backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
+        compile: let torch.compile make the inner loop of ``blocked``, on a CPU.
+
+    Raises:
+        SnrfError: the model has no text decoder that the profiler knows, or the backend has nothing to compile.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        measure: Measure = Measure(),
+        *,
+        shape: DecoderShape | None = None,
+        name: str | None = None,
+        block_bytes: int | None = None,
+        backend: Backend = "auto",
+        compile: bool = False,
+    ) -> None:
+        if compile and backend == "sdpa":
+            raise SnrfError("compile has no effect with backend: sdpa; use backend: auto or blocked")
+        self.model = model
+        self.measure = measure
+        self.decoder = find_live_decoder(model, shape, name=name)
+        self._block_bytes = block_bytes
+        self._backend = backend
+        self._compile = compile
+        if compile and any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            logger.warning("%s: compile: true has no effect on layers that are not on a CPU", self.decoder.model)
+        self._column_norms: dict[int, Tensor] = {}
+        self._checked = False
+
+    @property
+    def neurons(self) -> dict[Site, int]:
+        """How many neurons each measured site has; fwd.down has the impacts of fwd.up."""
+        return {site: self.decoder.shape.neurons(site.projection) for site in self.decoder.shape.sites()}
+
+    def impacts(self, batch: Batch) -> dict[Site, Float[Tensor, "probes neurons"]]:
+        """Return the impacts of one batch, on the CPU: float64 for a float64 model, else float32.
+
+        Raises:
+            SnrfError: a layer is called in an unknown way, gives NaN or infinite values, or a probe has no token that
+                counts.
+        """
+        counted = batch.attention_mask != 0
+        if self.measure.tokens == "answer":
+            counted &= batch.answer_mask
+        for number, probe in zip(batch.numbers, counted, strict=True):
+            if not bool(probe.any()):
+                raise SnrfError(
+                    f"{self.decoder.model}: probe {number} has no token that counts with tokens: "
+                    f"{self.measure.tokens}; leave out the row or set tokens: all"
+                )
+        found: dict[Site, Tensor] = {}
+        gradients: list[LayerGradient] = []
+        if self.measure.weight == "gradient":
+            gradients = layer_gradients(self.model, self.decoder, lambda: self._forward(batch.inputs), counted)
+
+        def visit(layer: CapturedLayer) -> None:
+            self._check_finite(layer, batch)
+            gradient = gradients[layer.index] if gradients else None
+            weights, ffn_weights = self._position_weights(layer, counted, gradient)
+            if not self._checked:
+                self._check(layer, batch)
+            attention = self._attention(layer, weights)
+            values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
+            values["fwd.up"] = self._ffn(layer, ffn_weights)
+            for projection, value in values.items():
+                value = value.cpu()
+                self._refuse(layer, projection, batch, ~value.isfinite().all(-1))
+                found[Site(layer.index, projection)] = value
+
+        run_layers(
+            self.decoder,
+            lambda: self._forward(batch.inputs),
+            batch.attention_mask,
+            visit,
+            up=self.measure.scoring == "released",
+        )
+        self._check_gradients(gradients, counted, batch)
+        self._checked = True
+        return found
+
+    def _forward(self, inputs: Mapping[str, Any]) -> None:
+        accepted = inspect.signature(type(self.model).forward).parameters
+        # The logits of long probes over a large vocabulary would need more memory than all else.
+        extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            self.model(**{**inputs, **extra})
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def _position_weights(
+        self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None
+    ) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
+        """Return the weights of the attention's positions and of the FFN's."""
+        stream = layer.stream
+        dtype = torch.float64 if stream.dtype == torch.float64 else torch.float32
+        counted = counted.to(stream.device)
+        if gradient is not None:
+            # Weights that are not finite are reported when no projection of any layer is to blame for them.
+            attention, ffn = (
+                torch.where(counted, weight.to(stream.device).nan_to_num(posinf=0.0), 0.0)
+                for weight in (gradient.attention, gradient.ffn)
+            )
+            return attention, ffn
+        if self.measure.weight == "paper":
+            return counted.to(dtype), counted.to(dtype)
+        square = stream.to(dtype).square().mean(-1)
+        # Where the stream is not finite the impacts are not either, and that is reported with its projection.
+        weight = torch.nan_to_num(square.clamp(min=torch.finfo(dtype).tiny).reciprocal())
+        weight = torch.where(counted, weight, 0.0)
+        return weight, weight
+
+    def _attention(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> AttentionScores:
+        if self.measure.scoring == "released":
+            return released_attention_scores(layer.attention, weights, self._block_bytes)
+        readout = None
+        if self.measure.site == "post_o":
+            output = weight_of(layer.module.get_submodule("self_attn.o_proj"))
+            readout = Readout.of(
+                output.to(layer.attention.query.device), layer.attention.heads, layer.attention.kv_heads
+            )
+        if self._backend == "sdpa" and layer.attention.softcap is not None:
+            raise SnrfError(
+                f"{self.decoder.model}: caps its attention scores, which backend: sdpa cannot; use backend: auto"
+            )
+        return attention_impact(
+            layer.attention,
+            weights,
+            readout,
+            self._block_bytes,
+            screen=self.measure.screen,
+            backend=self._backend,
+            compile=self._compile,
+        )
+
+    def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
+        if self.measure.scoring == "released":
+            assert layer.up is not None
+            return released_ffn_scores(layer.up, weights)
+        if layer.index not in self._column_norms:
+            self._column_norms[layer.index] = column_norms(weight_of(layer.module.get_submodule("mlp.down_proj")))
+        return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights)
+
+    def _check_finite(self, layer: CapturedLayer, batch: Batch) -> None:
+        """Name the first projection that gives NaN or infinite values at a real token."""
+        captured = {
+            "attn.q": layer.attention.query,
+            "attn.k": layer.attention.key,
+            "attn.v": layer.attention.value,
+            "fwd.up": layer.hidden if layer.up is None else layer.up,
+        }
+        for projection, tensor in captured.items():
+            wrong = ~tensor.isfinite().all(-1) & (batch.attention_mask != 0).to(tensor.device)
+            self._refuse(layer, projection, batch, wrong.any(-1))
+
+    def _check_gradients(
+        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: Batch
+    ) -> None:
+        for index, gradient in enumerate(gradients):
+            finite = gradient.attention.isfinite() & gradient.ffn.isfinite()
+            wrong = (~finite & counted.to(finite.device)).any(-1)
+            if bool(wrong.any()):
+                raise SnrfError(
+                    f"{self.decoder.model}: the gradient at layer {index} is NaN or infinite on probe "
+                    f"{batch.numbers[int(wrong.nonzero()[0])]}; load the model in a dtype of more range "
+                    f"(--dtype float32), or use weight: residual"
+                )
+
+    def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
+        if bool(wrong.any()):
+            number = batch.numbers[int(wrong.nonzero()[0])]
+            raise SnrfError(
+                f"{self.decoder.model}: layer {layer.index}, {projection} gives NaN or infinite values on probe "
+                f"{number}; check the weights of {self.decoder.path}.{layer.index}, or load the model in a dtype of "
+                f"more range (--dtype float32)"
+            )
+
+    def _check(self, layer: CapturedLayer, batch: Batch) -> None:
+        """Compare the attention output that the captured tensors imply with the model's own."""
+        actual = layer.attended
+        real = (batch.attention_mask != 0).to(actual.device)
+        expected = attention_output(layer.attention, real.to(torch.float32))[real]
+        actual = actual[real].to(expected.dtype)
+        error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
+        tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
+        if not float(error.median()) <= tolerance:
+            raise SnrfError(
+                f"{self.decoder.model}: the attention of {self.decoder.path}.{layer.index} does not follow from its "
+                f"projections (relative error {float(error.median()):.2g} where {tolerance:g} is allowed); its rotary "
+                f"layout, mask or scaling is one that the profiler does not know, so this model is not supported"
+            )

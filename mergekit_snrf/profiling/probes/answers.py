@@ -1,0 +1,177 @@
+"""The answer that follows a prompt: generated greedily by the model, and appended as token ids."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.profiling.probes.render import tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Where configurations keep the tokens that stand for an image, a video or a sound, or announce one.
+_PLACEHOLDERS = (
+    "image_token_id", "image_token_index", "video_token_id", "video_token_index",
+    "audio_token_id", "audio_token_index", "vision_start_token_id",
+)  # fmt: skip
+_NOT_PER_TOKEN = ("image_", "pixel_", "video_", "second_per_")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of one answer.
+
+    Attributes:
+        ids: token ids, the end token included if the model generated it.
+        ended: False if generation stopped at max_new_tokens without an end token.
+    """
+
+    ids: tuple[int, ...]
+    ended: bool = True
+
+
+def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """Return the tokens that stand for images, videos or sounds, which no answer may hold."""
+    found = (getattr(model.config, name, None) for name in _PLACEHOLDERS)
+    return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
+
+
+def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
+    """Return the tokens that end an answer: those of the generation config and of the tokenizer."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    return tuple(sorted({*several, tokenizer_of(processor).eos_token_id} - {None}))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: PreTrainedModel, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int
+) -> list[Answer]:
+    """Generate the model's own answers to a batch of left-padded prompts.
+
+    Greedy: the most probable token at every step, whatever the checkpoint's generation config says of sampling,
+    penalties or beams. Tokens that stand for an image are never generated, since none follows them.
+
+    Args:
+        model: in eval mode.
+        processor: of the model, for the end and padding tokens.
+        inputs: what the model takes, ``input_ids`` [batch, tokens] among them.
+        max_new_tokens: at most as many tokens are generated.
+
+    Raises:
+        SnrfError: the model cannot generate.
+    """
+    from transformers import GenerationConfig
+
+    generate: Any = getattr(model, "generate", None)
+    if not callable(generate):
+        raise SnrfError(
+            f"{type(model).__name__} cannot generate answers; use answer: {{by: column, column: ...}} in profile.yml"
+        )
+    ends, tokenizer = end_ids(model, processor), tokenizer_of(processor)
+    greedy = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        suppress_tokens=list(placeholder_ids(model)) or None,
+    )
+    with _generation_config(model, greedy):
+        sequences = generate(**inputs, generation_config=greedy)
+    prompt = inputs["input_ids"].shape[1]
+    return [_cut(ids, ends) for ids in sequences[:, prompt:].tolist()]
+
+
+def _cut(ids: list[int], ends: Sequence[int]) -> Answer:
+    for index, token in enumerate(ids):
+        if token in ends:
+            return Answer(tuple(ids[: index + 1]))
+    return Answer(tuple(ids), ended=False)
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, replacement: Any) -> Iterator[None]:
+    # generate() fills what is not set from the model's own generation config.
+    own = model.generation_config
+    model.generation_config = replacement
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def append_answers(
+    inputs: Mapping[str, Tensor], answers: Sequence[Answer], pad: int
+) -> tuple[dict[str, Tensor], Bool[Tensor, "batch tokens"]]:
+    """Append answers to left-padded prompts, and move all padding to the right: no row is wider than the longest whole.
+
+    Args:
+        inputs: ``input_ids`` and ``attention_mask`` [batch, prompt], other integer inputs of one value a token, and
+            inputs of images, which stay as they are.
+        answers: one a row.
+        pad: the token to pad with.
+
+    Returns:
+        The inputs with as many tokens as the longest prompt with its answer, and where the answers' tokens are.
+    """
+    ids = inputs["input_ids"]
+    width = max(len(answer.ids) for answer in answers)
+    tail = torch.full((len(answers), width), pad, dtype=ids.dtype)
+    counted = torch.zeros(len(answers), width, dtype=torch.bool)
+    for index, answer in enumerate(answers):
+        tail[index, : len(answer.ids)] = torch.tensor(answer.ids, dtype=ids.dtype)
+        counted[index, : len(answer.ids)] = True
+    tail, counted = tail.to(ids.device), counted.to(ids.device)
+    real = torch.cat([inputs["attention_mask"] != 0, counted], dim=1)
+    first = real.long().argmax(dim=1, keepdim=True)
+    places = (torch.arange(real.shape[1], device=ids.device) + first) % real.shape[1]
+    longest = int((real.sum(dim=1)).max())
+
+    def packed(tensor: Tensor, addition: Tensor) -> Tensor:
+        whole = torch.cat([tensor, addition.to(tensor.dtype)], dim=1)
+        return whole.take_along_dim(places, dim=1)[:, :longest]
+
+    extended = dict(inputs)
+    for name, tensor in inputs.items():
+        if is_per_token(name, tensor, ids):
+            addition = {"input_ids": tail, "attention_mask": counted}.get(name, torch.zeros_like(tail))
+            extended[name] = packed(tensor, addition)
+    return extended, packed(torch.zeros_like(ids, dtype=torch.bool), counted)
+
+
+def is_per_token(name: str, tensor: Tensor, ids: Tensor) -> bool:
+    """Whether an input holds one integer a token."""
+    return tensor.shape == ids.shape and not tensor.is_floating_point() and not name.startswith(_NOT_PER_TOKEN)
+
+
+def accepted(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the per-token inputs that the model's forward does not name, such as a tokenizer's token types."""
+    named = inspect.signature(model.forward).parameters
+    ids = inputs["input_ids"]
+    return {name: tensor for name, tensor in inputs.items() if name in named or not is_per_token(name, tensor, ids)}
+
+
+def with_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Add ``position_ids`` [batch, tokens] that start at 0 with the first real token.
+
+    Not for models that derive positions of several axes from images (Qwen-VL's M-RoPE): with an image in the batch
+    they count the real tokens by themselves, by ``attention_mask``.
+    """
+    named = inspect.signature(model.forward).parameters
+    own = any(hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None)))
+    if "position_ids" not in named or (own and any(name.startswith("pixel_") for name in inputs)):
+        return dict(inputs)
+    mask = inputs["attention_mask"]
+    return {**inputs, "position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0)}

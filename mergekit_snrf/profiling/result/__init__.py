@@ -1,0 +1,1 @@
+"""Result: statistics over probes, profile files, and the selection of neurons."""

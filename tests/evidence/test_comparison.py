@@ -1,0 +1,510 @@
+"""The merges of `snrf compare` against mergekit's own folders and float64 numpy, its table against hand and numpy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import load, make_source, make_target, read
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from pair import write_recipe
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence.compare import compare, crossing, interpolated, tabulate
+from mergekit_snrf.evidence.controls import CLAIM, TARGET, Merge, Row, averaged, build_rows
+from mergekit_snrf.evidence.evaluation import Evaluation, Items
+from mergekit_snrf.evidence.recipes import OpenedRecipe, open_base, open_recipe
+from mergekit_snrf.evidence.results import Study
+from mergekit_snrf.merge import install
+from mergekit_snrf.models.checkpoint import open_checkpoint
+from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile
+
+# What a neuron is, written down here: the oracle does not take it from the package.
+MODULES = {
+    "attn.q": ("self_attn.q_proj", 0),
+    "attn.k": ("self_attn.k_proj", 0),
+    "attn.v": ("self_attn.v_proj", 0),
+    "fwd.up": ("mlp.up_proj", 0),
+    "fwd.down": ("mlp.down_proj", 1),
+}
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    # top-level parameters, the source's parameters, the recipe's other entries
+    "plain": ({}, {}, {}),
+    "biases": ({"biases": True}, {}, {}),
+    "filters": (
+        {"biases": True},
+        {
+            "beta": [
+                {"filter": "k_proj.bias", "value": 0},
+                {"filter": "q_proj.weight", "value": 0},
+                {"filter": "mlp", "value": [0.2, 1]},
+                {"value": 0.7},
+            ]
+        },
+        {},
+    ),
+    "source_base": ({"source_base": "base"}, {"rank": 0}, {}),
+    "dare": ({"update": "dare", "seed": 5}, {"rank": None, "drop_rate": 0.3}, {}),
+    "order": ({"order": "mask-then-svd", "norm": "match"}, {}, {}),
+    "dtype": ({}, {}, {"dtype": "float32"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with biases, its source, their base, and a mask of a third of the neurons that leaves out one site."""
+    folder = tmp_path_factory.mktemp("models")
+    make_target(folder / "target", "qwen2_5_vl", "hub")
+    make_source(folder / "source", "qwen2")
+    make_source(folder / "base", "qwen2", seed=7)
+    shape = find_decoder(open_checkpoint(str(folder / "target"))).shape
+    generator = torch.Generator().manual_seed(3)
+    members = {s: torch.rand(shape.neurons(s.projection), generator=generator) < 1 / 3 for s in shape.sites()}
+    members[Site(1, "attn.v")][:] = False
+    write_mask(folder / "mask.safetensors", NeuronSet(members))
+    return folder
+
+
+def recipe(folder: Path, variant: str = "plain", **changes: Any) -> dict[str, Any]:
+    top, source, other = copy.deepcopy(VARIANTS[variant])
+    if "source_base" in top:
+        top["source_base"] = str(folder / "base")
+    parameters = {"beta": 0.7, "rank": 3, **source, **changes}
+    return {
+        "merge_method": "snrf",
+        "base_model": str(folder / "target"),
+        "models": [
+            {
+                "model": str(folder / "source"),
+                "parameters": {name: value for name, value in parameters.items() if value is not None},
+            }
+        ],
+        "parameters": {"masks": str(folder / "mask.safetensors"), **top},
+        **other,
+    }
+
+
+def opened(folder: Path, variant: str = "plain", **changes: Any) -> OpenedRecipe:
+    return open_recipe(MergeConfiguration.model_validate(recipe(folder, variant, **changes)), MergeOptions(), None)
+
+
+def weights(model: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed_by(merge: Merge, model: Any) -> dict[str, Tensor]:
+    """The weights while the merge is applied; that they are put back is checked on the way."""
+    before = weights(model)
+    with merge.apply(model):
+        after = weights(model)
+    assert_same(weights(model), before)
+    return after
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    different = [
+        name
+        for name, tensor in expected.items()
+        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor)
+    ]
+    assert not different
+
+
+def arrays(folder: Path, site: Site) -> np.ndarray:
+    """A projection of a checkpoint, one neuron a row, in float64."""
+    module, axis = MODULES[site.projection]
+    tensors = read(folder)
+    (name,) = [n for n in tensors if n.endswith(f"layers.{site.layer}.{module}.weight") and "visual" not in n]
+    array = tensors[name].double().numpy()
+    return array if axis == 0 else array.T
+
+
+def live(state: dict[str, Tensor], site: Site) -> np.ndarray:
+    module, axis = MODULES[site.projection]
+    (name,) = [n for n in state if n.endswith(f"layers.{site.layer}.{module}.weight") and "visual" not in n]
+    array = state[name].double().numpy()
+    return array if axis == 0 else array.T
+
+
+def rows_of(folder: Path, model: Any, variant: str = "plain", **options: Any) -> dict[str, Row]:
+    return {row.name: row for row in build_rows(opened(folder, variant).merge, model, **options)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_claim_is_the_folder_that_mergekit_yaml_writes(variant: str, folder: Path, tmp_path: Path) -> None:
+    install()
+    path = write_recipe(tmp_path / "snrf.yml", recipe(folder, variant))
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(tmp_path / "merged"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    found = opened(folder, variant)
+    target = load(folder / "target", dtype=found.dtype)
+    merged = weights(load(tmp_path / "merged"))
+    assert_same(changed_by(found.merge, target), merged)
+    changed = {name for name, tensor in weights(target).items() if not torch.equal(tensor, merged[name])}
+    if variant == "filters":
+        assert any(name.endswith("q_proj.bias") for name in changed)
+        assert not any(name.endswith(("k_proj.bias", "q_proj.weight")) for name in changed)
+    else:
+        assert any(name.endswith(".bias") for name in changed) == (variant == "biases")
+
+
+def test_a_recipe_of_a_narrower_dtype_rounds_the_models_as_they_are_read(folder: Path, tmp_path: Path) -> None:
+    install()
+    make_target(tmp_path / "target", "qwen2_5_vl", "hub", dtype=torch.float32)
+    make_source(tmp_path / "source", "qwen2", dtype=torch.float32)
+    changed = recipe(folder, "biases") | {"dtype": "bfloat16", "base_model": str(tmp_path / "target")}
+    changed["models"][0]["model"] = str(tmp_path / "source")
+    path = write_recipe(tmp_path / "snrf.yml", changed)
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(tmp_path / "merged"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    found = open_recipe(MergeConfiguration.model_validate(changed), MergeOptions(), None)
+    assert found.dtype == "bfloat16"
+    model = load(tmp_path / "target", dtype=torch.bfloat16)
+    assert_same(changed_by(found.merge, model), weights(load(tmp_path / "merged")))
+    base = open_base(str(tmp_path / "source"), found, MergeOptions())
+    assert base.weight(Site(0, "attn.k")).dtype == torch.bfloat16
+    assert open_base(str(folder / "base"), opened(folder), MergeOptions()).weight(Site(0, "attn.k")).dtype == (
+        torch.bfloat16
+    )
+
+
+def test_an_out_dtype_that_the_comparison_does_not_make_is_said(folder: Path) -> None:
+    changed = recipe(folder) | {"dtype": "float32", "out_dtype": "bfloat16"}
+    found = open_recipe(MergeConfiguration.model_validate(changed), MergeOptions(), None)
+    assert found.dtype == "float32"
+    assert "out_dtype bfloat16 rounds the merged folder once more; the comparison is made in float32" in found.warnings
+
+
+def test_linear_rows_are_the_linear_merge(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    before = weights(model)
+    rows = rows_of(folder, model, keys=["linear"], linear_betas=(0.25, 1.0))
+    assert [row.beta for row in rows.values() if row.beta is not None] == [0.25, 1.0]
+    for beta in (0.25, 1.0):
+        row = rows[f"linear, beta {beta:g}"]
+        (merge,) = row.draws
+        after = changed_by(merge, model)
+        touched = set()
+        for layer in range(len({site.layer for site in merge.neurons})):
+            for projection, (module, _) in MODULES.items():
+                site = Site(layer, projection)
+                target, source = arrays(folder / "target", site), arrays(folder / "source", site)
+                np.testing.assert_allclose(live(after, site), target + beta * (source - target), rtol=0, atol=1e-6)
+                touched |= {n for n in after if n.endswith(f"language_model.layers.{layer}.{module}.weight")}
+        assert {name for name in after if not torch.equal(after[name], before[name])} == touched
+        assert row.neurons == sum(len(live(after, site)) for site in merge.neurons)
+
+
+def test_linear_moves_all_biases_where_the_recipe_moves_any(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    (merge,) = rows_of(folder, model, "biases", keys=["linear"], linear_betas=(0.5,))["linear, beta 0.5"].draws
+    after = changed_by(merge, model)
+    target, source = read(folder / "target"), read(folder / "source")
+    names = [name for name in source if name.endswith("_proj.bias")]
+    assert names
+    for name in names:
+        (mine,) = [n for n in target if n.endswith(name) and "visual" not in n]
+        (found,) = [n for n in after if n.endswith(f"language_model.{name.removeprefix('model.')}")]
+        torch.testing.assert_close(after[found], (target[mine].float() + source[name].float()) / 2)
+
+
+def test_random_rows_move_the_neurons_of_their_seeds_only(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    before = weights(model)
+    merge = opened(folder).merge
+    row = rows_of(folder, model, keys=["random"], draws=2, seed=2**32 - 1)["random neurons"]
+    assert row.settings["seeds"] == [2**32 - 1, 0]
+    for drawn, seed in zip(row.draws, (2**32 - 1, 0), strict=True):
+        assert drawn.neurons == merge.neurons.random(seed)
+        after = changed_by(drawn, model)
+        for site, member in merge.neurons.random(seed).items():
+            differ = (live(after, site) != live(before, site)).any(axis=1)
+            assert differ.tolist() == member.tolist()
+
+
+def test_equal_norm_rows_have_the_norm_of_the_claim_at_every_site(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    before = weights(model)
+    rows = rows_of(folder, model, keys=["random", "equal-norm"], draws=2)
+    claim = changed_by(rows[CLAIM].draws[0], model)
+    row = rows["random neurons, equal norm"]
+    above = 0
+    for scaled, plain in zip(row.draws, rows["random neurons"].draws, strict=True):
+        after, unscaled = changed_by(scaled, model), changed_by(plain, model)
+        assert scaled.neurons == plain.neurons
+        for site in plain.neurons:
+            wanted = np.linalg.norm(live(claim, site) - live(before, site))
+            step, other = live(after, site) - live(before, site), live(unscaled, site) - live(before, site)
+            assert np.linalg.norm(step) == pytest.approx(wanted, rel=1e-4)
+            factor = wanted / np.linalg.norm(other)
+            np.testing.assert_allclose(step, factor * other, atol=1e-5)
+            above += 0.7 * factor > 1
+    assert row.settings["sites_above_beta_1"] == above
+    assert row.settings["beta"][0] < 0.7 < row.settings["beta"][1]
+
+
+def test_dare_rows_drop_elements_and_rescale_the_rest(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    row = rows_of(folder, model, keys=["dare"], draws=2, drop_rate=0.75)["DARE, drop rate 0.75"]
+    kept = []
+    for drawn in row.draws:
+        after = changed_by(drawn, model)
+        for site, member in opened(folder).merge.neurons.items():
+            target, source = arrays(folder / "target", site), arrays(folder / "source", site)
+            step = (live(after, site) - target)[member.numpy()]
+            full = 0.7 / 0.25 * (source - target)[member.numpy()]
+            stays = np.abs(step - full) < 1e-5
+            assert (stays | (step == 0)).all()
+            kept.append(stays.mean())
+    assert np.mean(kept) == pytest.approx(0.25, abs=0.01)
+    first, second = (changed_by(drawn, model) for drawn in row.draws)
+    assert not np.array_equal(live(first, Site(0, "fwd.up")), live(second, Site(0, "fwd.up")))
+
+
+@pytest.mark.parametrize("variant", ["plain", "source_base"])
+def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    found = opened(folder, variant, rank=0)
+    base = open_base(str(folder / "base"), found, MergeOptions())
+    rows = {row.name: row for row in build_rows(found.merge, model, keys=["base"], base=base)}
+    after = changed_by(rows["base as source"].draws[0], model)
+    for site, member in found.merge.neurons.items():
+        target, other = arrays(folder / "target", site), arrays(folder / "base", site)
+        expected = target + 0.7 * (other - target) * member.numpy()[:, None]
+        np.testing.assert_allclose(live(after, site), expected, rtol=0, atol=1e-6)
+
+
+def test_rows_are_left_out_for_want_of_what_they_need(folder: Path) -> None:
+    model = load(folder / "target")
+    least = opened(folder).merge.neurons.random(11)
+    assert list(rows_of(folder, model, keys=["least", "base"])) == [TARGET, CLAIM]
+    rows = rows_of(folder, model, keys=["least"], least=least)
+    assert rows["least important neurons"].draws[0].neurons == least
+
+
+def test_a_base_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
+    make_source(tmp_path / "other", "qwen2", decoder={"intermediate_size": 80})
+    with pytest.raises(SnrfError, match=r"^--base .*intermediate size"):
+        open_base(str(tmp_path / "other"), opened(folder), MergeOptions())
+    make_source(tmp_path / "llama", "llama")
+    with pytest.raises(SnrfError, match=r"^--base .*model type"):
+        open_base(str(tmp_path / "llama"), opened(folder), MergeOptions())
+
+
+def test_an_overflow_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float16)
+    before = weights(model)
+    merge = opened(folder).merge
+    last = list(merge.fusions)[-1]
+    scaled = Merge(**{**vars(merge), "betas": {site: 1e9 if site == last else 1.0 for site in merge.fusions}})
+    with pytest.raises(SnrfError, match=r"overflow torch.float16; use --dtype float32"):
+        scaled.apply(model)
+    assert_same(weights(model), before)
+
+
+def profile(means: list[float], count: int, path: str) -> Profile:
+    size = len(means)
+    hits = torch.zeros(size, len(EDGES), dtype=torch.int32)
+    hits[:, -1] = count
+    mean = torch.tensor(means)
+    statistics = SiteProfile(torch.zeros(size), torch.full((size,), 1.0), mean, hits)
+    return Profile({Site(0, "attn.k"): statistics}, count, path=path)
+
+
+def test_several_profiles_are_averaged_over_their_probes() -> None:
+    both = averaged([profile([1.0, 4.0], 1, "a"), profile([5.0, 0.0], 3, "b")])
+    assert both.sites[Site(0, "attn.k")].mean_impact.tolist() == [4.0, 1.0]
+    with pytest.raises(SnrfError, match=r"^b: has 3 neurons at layers.0.attn.k, where a has 2"):
+        averaged([profile([1.0, 4.0], 1, "a"), profile([1.0, 2.0, 3.0], 1, "b")])
+
+
+def probe(model: Any, processor: Any) -> dict[str, list[float]]:
+    """Scores that tell the models apart: how far the weights are from zero."""
+    total = float(sum(tensor.double().abs().sum() for name, tensor in model.state_dict().items() if "layers" in name))
+    return {"R": [total, total + 1], "P": [1.0, 0.0]}
+
+
+def test_compare_asks_every_row_and_restores_the_target(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    before = weights(model)
+    rows = build_rows(opened(folder).merge, model, keys=["random", "linear"], draws=2, linear_betas=(0.5,))
+    study = compare(model, None, Evaluation("probe", probe, {"P": "keep"}), rows, name="T", mask="m", settings={"x": 1})
+    assert_same(weights(model), before)
+    by_name = {condition.name: condition for condition in study.conditions}
+    assert list(by_name) == [TARGET, CLAIM, "random neurons", "linear, beta 0.5", "linear at equal P"]
+    assert (study.model, study.mask, study.evaluation, study.settings["x"]) == ("T", "m", "probe", 1)
+    assert study.roles == {"R": "gain", "P": "keep"}
+    assert by_name["random neurons"].draws == 2
+    for row in rows:
+        expected = []
+        for merge in row.draws or (None,):
+            if merge is not None:
+                merge.apply(model)
+            expected.append(np.mean(probe(model, None)["R"]))
+            model.load_state_dict(before)
+        assert by_name[row.name].metrics["R"].mean.estimate == pytest.approx(np.mean(expected), rel=1e-12)
+        assert len(by_name[row.name].settings.get("means", {}).get("R", [0])) == max(1, len(row.draws))
+    assert {contrast.right for contrast in study.contrasts} == {"random neurons", "linear at equal P"}
+
+
+def test_a_failing_evaluation_leaves_the_model_as_it_was(folder: Path) -> None:
+    model = load(folder / "target")
+    before = weights(model)
+    calls: Iterator[int] = iter(range(9))
+
+    def fails(model: Any, processor: Any) -> dict[str, list[float]]:
+        if next(calls) == 1:
+            raise ValueError("no")
+        return {"R": [1.0]}
+
+    rows = build_rows(opened(folder).merge, model, keys=[])
+    with pytest.raises(SnrfError, match="fails with ValueError"):
+        compare(model, None, Evaluation("fails", fails), rows)
+    assert_same(weights(model), before)
+
+
+small = st.integers(0, 6).map(float)
+
+
+@given(st.lists(st.lists(small, min_size=4, max_size=4), min_size=1, max_size=5), small, st.lists(small, min_size=4))
+def test_crossing_is_the_last_one_of_the_broken_line(
+    curves: list[list[float]], level: float, other: list[float]
+) -> None:
+    """Against exact fractions, segment by segment from the right."""
+    curve = np.array(curves)
+    below, share = crossing(curve, np.full(len(curve), level))
+    values = interpolated(np.broadcast_to(np.array(other[:4]), curve.shape), below, share)
+    for line, point, part, value in zip(curves, below, share, values, strict=True):
+        expected = Fraction(line.index(max(line)))
+        if max(line) >= level:
+            expected = Fraction(3) if line[3] >= level else None
+            segment = 2
+            while expected is None:
+                if line[segment] >= level:
+                    a, b = Fraction(line[segment]), Fraction(line[segment + 1])
+                    expected = segment + (a - Fraction(level)) / (a - b)
+                segment -= 1
+        assert point + part == pytest.approx(float(expected), abs=1e-9)
+        assert value == pytest.approx(np.interp(float(expected), range(4), other[:4]), abs=1e-9)
+
+
+def items(*scores: float) -> Items:
+    return Items(tuple(scores))
+
+
+def study_of(scores: dict[str, list[dict[str, Items]]], betas: dict[str, float], **options: Any) -> Study:
+    rows = [
+        Row(
+            name,
+            "reference" if name == TARGET else "claim" if name == CLAIM else "control",
+            beta=betas.get(name),
+            about="the choice" if name == "random" else "",
+            settings={"seeds": []} if name == "random" else {},
+        )
+        for name in scores
+    ]
+    return tabulate(rows, scores, {"R": "gain", "P": "keep"}, model="m", evaluation="e", **options)
+
+
+def coin(count: int, *heads: int) -> list[dict[str, Items]]:
+    """R and P with the given numbers of right answers out of `count`."""
+    r, p = ([1.0] * n + [0.0] * (count - n) for n in heads)
+    return [{"R": items(*r), "P": items(*p)}]
+
+
+def test_equal_perception_by_hand_and_against_a_plain_bootstrap() -> None:
+    generator = np.random.default_rng(5)
+    # Nested answers, so that more is right at a lower beta on P, and at a higher one on R.
+    uniform = generator.random((2, 120))
+    chances = {TARGET: (0.2, 0.95), CLAIM: (0.5, 0.8), "half": (0.4, 0.85), "full": (0.7, 0.5)}
+    table = {
+        name: [(uniform[k] < chance).astype(float) for k, chance in enumerate(two)] for name, two in chances.items()
+    }
+    scores = {name: [{"R": items(*two[0]), "P": items(*two[1])}] for name, two in table.items()}
+    study = study_of(scores, {"half": 0.5, "full": 1.0}, seed=3)
+    row = next(condition for condition in study.conditions if condition.name == "linear at equal P")
+
+    def at_equal(index: Any) -> tuple[float, float]:
+        p = [table[name][1][index[1]].mean() for name in (TARGET, "half", "full")]
+        r = [table[name][0][index[0]].mean() for name in (TARGET, "half", "full")]
+        beta = np.interp(-table[CLAIM][1][index[1]].mean(), [-one for one in p], [0.0, 0.5, 1.0])
+        return beta, table[CLAIM][0][index[0]].mean() - np.interp(beta, [0.0, 0.5, 1.0], r)
+
+    everything = np.arange(120)
+    beta, difference = at_equal((everything, everything))
+    resampled = []
+    for _ in range(4000):
+        index = generator.integers(0, 120, 120)
+        resampled.append(at_equal((index, index)))
+    contrast = next(c for c in study.contrasts if c.right == row.name and c.metric == "R").difference
+    assert row.settings["reached"] is True
+    for found, estimate, column in ((row.settings["beta"], beta, 0), (contrast.model_dump(), difference, 1)):
+        low, high = np.quantile([pair[column] for pair in resampled], [0.025, 0.975])
+        assert found["estimate"] == pytest.approx(estimate, abs=1e-9)
+        assert (found["low"], found["high"]) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+    same = next(c for c in study.contrasts if c.right == row.name and c.metric == "P").difference
+    assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
+
+
+def test_equal_perception_that_linear_does_not_reach_is_said() -> None:
+    scores = {TARGET: coin(100, 30, 80), CLAIM: coin(100, 50, 100), "full": coin(100, 70, 60)}
+    study = study_of(scores, {"full": 1.0})
+    row = next(condition for condition in study.conditions if condition.name == "linear at equal P")
+    assert row.settings["reached"] is False
+    assert row.settings["beta"]["estimate"] == 0.0
+    assert row.metrics["R"].mean.estimate == pytest.approx(0.3)
+    assert any("comes closest to the P of SNRF (80.0 against 100.0 points)" in text for text in study.verdict)
+
+
+def test_verdict_says_what_the_intervals_support() -> None:
+    scores = {
+        TARGET: coin(100, 30, 90),
+        CLAIM: coin(100, 60, 89),
+        "random": [*coin(100, 32, 90), *coin(100, 36, 90)],
+        "rival": coin(100, 80, 40),
+        "twin": coin(100, 60, 89),
+    }
+    study = study_of(scores, {})
+    gain, random, rival, twin, keep, rival_keep, many, draws = study.verdict
+    assert gain.startswith("SNRF raises R by 30.0 [21.0, 39.0] points.")
+    assert random.startswith("random (mean of 2 draws, the highest +6.0) changes R by +4.0 [")
+    assert "; with SNRF it is 26.0 [" in random
+    assert random.endswith("points higher, so the choice helps.")
+    assert "; with SNRF it is 20.0 [" in rival
+    assert rival.endswith("points lower.")
+    assert twin.endswith("the difference of SNRF to it, +0.0 [+0.0, +0.0] points, includes zero.")
+    assert keep.startswith("No change of P by SNRF can be told from chance: -1.0 [")
+    assert "changes P by -50.0 [" in rival_keep
+    assert many.startswith("These are 8 differences with intervals of 95 % each, not corrected for their number")
+    assert draws.startswith("2 draws tell little of how much draws differ")
+
+
+def test_a_bound_that_is_shown_as_zero_does_not_exclude_it() -> None:
+    # 13 of 20000 items change, so that the lower bound is 0.03 points.
+    study = study_of({TARGET: coin(20_000, 300, 900), CLAIM: coin(20_000, 313, 1500)}, {})
+    change = study.conditions[1].metrics["R"].change
+    assert change is not None
+    assert 0 < change.low < 0.0005
+    assert study.verdict[0] == "No change of R by SNRF can be told from chance: +0.1 [+0.0, +0.1] points."
+    assert study.verdict[1].startswith("SNRF raises P by 3.0 [")
+
+
+def test_verdict_warns_of_few_items() -> None:
+    study = study_of({TARGET: coin(29, 3, 9), CLAIM: coin(29, 9, 9)}, {})
+    assert "The intervals of R and P are of fewer than 30 items, and too narrow." in study.verdict

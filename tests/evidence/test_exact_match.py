@@ -1,0 +1,261 @@
+"""The built-in exact-match evaluation against transformers asked one prompt at a time."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+import torch
+from checkpoints import make_source
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence import exact_match
+from mergekit_snrf.evidence.evaluation import Items, evaluate, load_evaluation
+from mergekit_snrf.evidence.exact_match import extract, normalised
+
+BOARD = Path(__file__).parents[2] / "examples" / "board"
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_yaml(path: Path, **metrics: Any) -> Path:
+    content: dict[str, Any] = {"metrics": metrics, "max_new_tokens": 12, "batch_size": 4}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def board() -> tuple[Any, Any]:
+    torch.set_num_threads(1)
+    model = AutoModelForImageTextToText.from_pretrained(BOARD / "target", dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(BOARD / "target")
+
+
+@pytest.fixture(scope="module")
+def answers(board: tuple[Any, Any]) -> list[str]:
+    """What the board's target answers to the example's rows, asked one by one without padding."""
+    model, processor = board
+    texts = []
+    for line in (BOARD / "probes_image.jsonl").read_text().splitlines():
+        image = Image.open(BOARD / json.loads(line)["image"]).convert("RGB")
+        inputs = processor(text="<image> calc :", images=image, return_tensors="pt")
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+        texts.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def test_scores_are_those_of_prompts_asked_one_by_one(board: tuple[Any, Any], answers: list[str]) -> None:
+    evaluation = load_evaluation(str(BOARD / "exact_match.yml"))
+    found = evaluate(evaluation, *board)["calc"]
+    right = [json.loads(line)["answer"][-1] for line in (BOARD / "probes_image.jsonl").read_text().splitlines()]
+    last = [re.findall(r"# (\d)", text)[-1:] for text in answers]
+    assert found.malformed == tuple(not digits for digits in last)
+    assert found.scores == tuple(float(digits == [digit]) for digits, digit in zip(last, right, strict=True))
+    assert found.ids == tuple(map(str, range(64)))
+    # Some are right, some wrong, some malformed, or the comparison says nothing.
+    assert 0.1 < found.mean < 0.9
+    assert 0 < sum(found.malformed) < 64
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_batch_size_changes_no_score(batch_size: int, board: tuple[Any, Any], tmp_path: Path) -> None:
+    reference = evaluate(load_evaluation(str(BOARD / "exact_match.yml")), *board)
+    text = (BOARD / "exact_match.yml").read_text().replace("probes_image", str(BOARD / "probes_image"))
+    path = tmp_path / "other.yml"
+    path.write_text(text.replace("batch_size: 32", f"batch_size: {batch_size}"))
+    assert evaluate(load_evaluation(str(path)), *board) == reference
+
+
+def test_questions_go_through_the_chat_template(tmp_path: Path) -> None:
+    folder = make_source(tmp_path / "model", "qwen2", dtype=torch.float32)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    rows = []
+    for index, question in enumerate(["How many?", "How many clips did she sell in May?", "What is half of 48?"] * 3):
+        messages = [{"role": "user", "content": f"{question} {index}"}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=12, repetition_penalty=1.0)
+        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert text.strip()
+        rows.append({"q": f"{question} {index}", "a": text if index % 3 else text + "x"})
+    write_rows(tmp_path / "rows.jsonl", rows)
+    path = write_yaml(tmp_path / "eval.yml", R={"data": "rows.jsonl", "question": "q", "answer": "a"})
+    found = evaluate(load_evaluation(str(path)), model, tokenizer)["R"]
+    assert found == Items((0.0, 1.0, 1.0) * 3, None, tuple(map(str, range(9))))
+
+
+def test_a_limit_takes_the_same_rows_of_every_model(board: tuple[Any, Any], tmp_path: Path) -> None:
+    text = (BOARD / "exact_match.yml").read_text().replace("probes_image", str(BOARD / "probes_image"))
+    path = tmp_path / "limited.yml"
+    path.write_text(text + "limit: 5\nseed: 3\n")
+    evaluation = load_evaluation(str(path))
+    first, again = (evaluate(evaluation, *board)["calc"] for _ in range(2))
+    whole = evaluate(load_evaluation(str(BOARD / "exact_match.yml")), *board)["calc"]
+    assert first == again
+    assert first.ids is not None
+    assert len(first) == 5
+    assert first.scores == tuple(whole.scores[int(name)] for name in first.ids)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("7", "7.0"),
+        (" 7 ", "+7."),
+        ("1,234.5", "1234.50"),
+        ("0.5", ".5"),
+        ("1e3", "1000"),
+        ("-3", "-3.00"),
+        ("Triangle  ABC ", "triangle abc"),
+        ("STRASSE", "straße"),
+    ],
+)
+def test_answers_that_mean_the_same(one: str, other: str) -> None:
+    assert normalised(one) == normalised(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("7", "7a"),
+        ("1,23", "123"),
+        ("0.1", "0.10000000000000000001"),
+        ("nan", "inf"),
+        ("-7", "7"),
+        ("", "0"),
+        ("٧", "7"),
+    ],
+)
+def test_answers_that_differ(one: str, other: str) -> None:
+    assert normalised(one) != normalised(other)
+    assert normalised("nan") == "nan"
+    assert normalised("9" * 400) == Decimal("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "expected"),
+    [
+        (r"# (\d)", "1 # 3 ; # 4", "4"),
+        (r"# \d", "1 # 3 ; # 4", "# 4"),
+        (r"# (\d)", "# x", None),
+        (r"#( \d)?", "# x", None),
+        (None, " all ", " all "),
+        (r"# (\d)", "# 1" + " " * 30_000, None),
+        (r"# (\d)", " " * 30_000 + "# 1", "1"),
+    ],
+)
+def test_the_last_match_is_the_answer(pattern: str | None, text: str, expected: str | None) -> None:
+    assert extract(regex.compile(pattern) if pattern else None, text) == expected
+
+
+@pytest.mark.parametrize("text", ["a" * 60 + "b", ("a" * 24 + "c") * 500])
+def test_an_expression_that_backtracks_without_end_is_stopped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact_match, "_SECONDS", 0.2)
+    with pytest.raises(SnrfError, match=r"answer_regex '\(a\|aa\)\+\$' takes more than 0\.2 seconds"):
+        extract(regex.compile("(a|aa)+$"), text)
+
+
+GOOD = {"data": "rows.jsonl", "question": "q", "answer": "a"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ({**GOOD, "data": "none.jsonl"}, r"metric 'R': data: there is no file .*none\.jsonl"),
+        ({**GOOD, "data": "probes.jsonl"}, r"metric 'R': data: there is no file .*probes\.jsonl"),
+        ({**GOOD, "data": "rows.txt"}, r"metric 'R': data: 'rows\.txt' must end in one of"),
+        ({**GOOD, "answer": "b"}, r"metric 'R': .*has no column 'b'"),
+        ({**GOOD, "role": "lose"}, r"key 'metrics\.R\.role': must be 'gain' or 'keep', got 'lose'$"),
+        (
+            {**GOOD, "answers": "a"},
+            r"unknown key 'metrics\.R\.answers'; did you mean 'answer'\? the keys there are data, question, images, ",
+        ),
+        ({"data": "rows.jsonl", "answer": "a"}, r"key 'metrics\.R': question is missing; name the column"),
+        ({**GOOD, "answer_regex": "("}, r"key 'metrics\.R\.answer_regex': is not a regular expression \(missing \)"),
+        (
+            {**GOOD, "answer_regex": "(" * 499 + "a" + ")" * 499},
+            r"key 'metrics\.R\.answer_regex': is not a regular exp",
+        ),
+        (
+            {**GOOD, "answer_regex": "a" * 1001},
+            r"key 'metrics\.R\.answer_regex': must have at most 1000 characters, got 1001$",
+        ),
+        ({**GOOD, "template": "{q.__class__}"}, r"key 'metrics\.R\.template': .*plain name of a column"),
+        ({**GOOD, "answer_regex": ""}, r"key 'metrics\.R\.answer_regex': is empty; write a value or remove the key$"),
+        (
+            {**GOOD, "data": None},
+            r"key 'metrics\.R\.data': must be text, got nothing; write a value or remove the key$",
+        ),
+        ({**GOOD, "data": {"file": "a"}}, r"key 'metrics\.R\.data': must be text, got a mapping$"),
+        ({"data": "rows.jsonl", "question": "q"}, r"key 'metrics\.R\.answer' is missing; add it$"),
+        ({**GOOD, "data": "holes.jsonl"}, r"metric 'R': .*row 1: column 'a' is empty"),
+        ({**GOOD, "images": "i"}, r"metric 'R': .*row 0: .*no\.png.*cannot be read.*keys of the evaluation"),
+    ],
+)
+def test_a_file_that_cannot_be_used(metric: dict[str, Any], message: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"q": "one", "a": "1", "i": "no.png"}])
+    write_rows(tmp_path / "holes.jsonl", [{"q": str(i), "a": "" if i == 1 else "1"} for i in range(100)])
+    path = write_yaml(tmp_path / "eval.yml", R=metric)
+    with pytest.raises(SnrfError, match=rf"^{re.escape(str(path))}: {message}"):
+        load_evaluation(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"metrics: [", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"[" * 100_000, "not valid YAML"),
+        (b"- 1", "is no mapping of keys to values; an evaluation begins with metrics:, see docs/evidence.md$"),
+        (b"", "is empty; an evaluation begins with metrics:, see docs/evidence.md$"),
+        (
+            b"metrics:",
+            "key 'metrics': must be a mapping of keys to values, got nothing; write a value or remove the key$",
+        ),
+        (b"metrics: {}", "key 'metrics': must have at least 1 entry, got 0$"),
+        (b"metrics: {R: 3}", "key 'metrics.R': must be a mapping of keys to values, got 3$"),
+        (b"metrics: {3: {data: a}}", "key 'metrics': a name in it must be text, got 3$"),
+        (b"%s\nbatch_size: 0", "key 'batch_size': must be at least 1, got 0$"),
+        (b"%s\nbatch_size: x", "key 'batch_size': must be a whole number, got 'x'$"),
+        (b"%s\nlimit: true", "key 'limit': must be a whole number, got true$"),
+        (b"%s\nseed: 4294967296", "key 'seed': must be below 4294967296, got 4294967296$"),
+        (b"%s\nbatch-size: 1", r"unknown key 'batch-size'; did you mean 'batch_size'\? the keys there are metrics, "),
+        (b"#" * 1_000_001, "1000001 bytes are too many"),
+    ],
+)
+def test_a_file_that_is_no_evaluation(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "eval.yml"
+    path.write_bytes(content.replace(b"%s", b"metrics: {R: {data: a.jsonl, question: q, answer: a}}"))
+    with pytest.raises(SnrfError, match=f"^{re.escape(str(path))}: {message}") as caught:
+        load_evaluation(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_row_that_cannot_be_asked_is_an_error(board: tuple[Any, Any], tmp_path: Path) -> None:
+    rows = [{"q": "calc :" if index != 30 else "calc " * 60, "a": "1"} for index in range(40)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    path = write_yaml(tmp_path / "eval.yml", R={"data": "rows.jsonl", "template": "{q}", "answer": "a"})
+    with pytest.raises(SnrfError, match=r"metric 'R': row 30: 61 tokens .* exceed the model's 64 positions"):
+        evaluate(load_evaluation(str(path)), *board)
+
+
+def test_a_model_without_a_chat_template_is_told_what_to_set(board: tuple[Any, Any], tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"q": "calc :", "a": "1"}])
+    path = write_yaml(tmp_path / "eval.yml", R=GOOD)
+    with pytest.raises(SnrfError, match=r"has no chat template; set template for this metric, a format"):
+        evaluate(load_evaluation(str(path)), *board)
+
+
+def test_roles_are_read_from_the_file(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"q": "calc :", "a": "1"}])
+    evaluation = load_evaluation(str(write_yaml(tmp_path / "eval.yml", R=GOOD, P={**GOOD, "role": "keep"})))
+    assert (evaluation.role("R"), evaluation.role("P")) == ("gain", "keep")

@@ -1,0 +1,317 @@
+"""Figures: what they show is compared with the results, and what they say with what they show."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import Bbox
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence import figures, wording
+from mergekit_snrf.evidence.overlap import overlap_of, overlaps, total
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, TokenOdds
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+
+MASK = NeuronSet(
+    {
+        Site(layer, name): torch.arange(20) < 3 * layer + place
+        for layer in range(4)
+        for place, name in enumerate(PROJECTIONS)
+    }
+)
+
+
+def made_overlap() -> Overlap:
+    profiles = [profile_of(measured_ranks(seed), name) for seed, name in ((1, "target"), (2, "source"))]
+    return overlaps(profiles, top_ratio=0.2, curve=True)[0]
+
+
+OVERLAP = made_overlap()
+CLOUD = amplification().neurons[0]
+DRAWN: dict[str, tuple[Callable[[], Figure], str]] = {
+    "diagram": (lambda: figures.overlap_diagram(OVERLAP), wording.overlap_text(OVERLAP)),
+    "overlap map": (lambda: figures.overlap_map(OVERLAP), wording.overlap_map_text(OVERLAP)),
+    "mask map": (lambda: figures.mask_map(MASK), wording.mask_map_text(MASK)),
+    "curve": (lambda: figures.overlap_curve(OVERLAP), wording.curve_text(OVERLAP)),
+    "study": (lambda: figures.study_intervals(ablation(), "reasoning"), wording.study_text(ablation(), "reasoning")),
+    "cloud": (lambda: figures.word_cloud(CLOUD), wording.word_cloud_text(CLOUD)),
+}
+
+
+def texts(drawing: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(drawing).iter() if element.tag.endswith("}text")]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_svg(name: str) -> None:
+    draw, text = DRAWN[name]
+    drawing = figures.svg(draw(), "A <title>", text, "p7")
+    root = ElementTree.fromstring(drawing)
+    tags = [element.tag.rpartition("}")[2] for element in root.iter()]
+    assert not {"script", "style", "image", "foreignObject", "metadata", "a"} & set(tags)
+    assert root.get("role") == "img"
+    assert root.get("aria-label") == f"A <title>. {text}"
+    assert [child.tag.rpartition("}")[2] for child in root[:2]] == ["title", "desc"]
+    assert [child.text for child in root[:2]] == ["A <title>", text]
+    ids = [element.get("id") for element in root.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    assert all(one.startswith("p7-") for one in ids)
+    references = re.findall(r'(?:href="|url\()#([^")]+)', drawing)
+    assert set(references) <= set(ids)
+    assert "http" not in drawing.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert not re.search(r"20\d\d-\d\d-\d\d", drawing)
+    assert drawing == figures.svg(draw(), "A <title>", text, "p7")
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_ink_of_the_page(name: str) -> None:
+    drawing = figures.svg(DRAWN[name][0](), "title", "text", ink="currentColor")
+    assert figures.INK not in drawing
+    assert ("currentColor" in drawing) == (name != "cloud")
+
+
+def test_state_of_matplotlib_is_left_alone() -> None:
+    from matplotlib import pyplot
+
+    with mpl.rc_context({"font.size": 31, "text.parse_math": True, "svg.fonttype": "path"}):
+        before = dict(mpl.rcParams)
+        drawings = [figures.svg(draw(), name, text) for name, (draw, text) in DRAWN.items()]
+        assert dict(mpl.rcParams) == before
+    assert pyplot.get_fignums() == []
+    assert drawings == [figures.svg(draw(), name, text) for name, (draw, text) in DRAWN.items()]
+
+
+@pytest.mark.parametrize(("package", "name"), [("matplotlib_venn", "diagram"), ("wordcloud", "cloud")])
+def test_missing_packages_are_named(package: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SnrfError, match=rf"need the package {package}; .*mergekit-snrf\[analysis\]"):
+        DRAWN[name][0]()
+
+
+def contrast(first: str, second: str) -> float:
+    """WCAG 2 contrast ratio of two colours."""
+
+    def luminance(color: str) -> float:
+        channels = [
+            value / 12.92 if value <= 0.03928 else ((value + 0.055) / 1.055) ** 2.4
+            for value in mpl.colors.to_rgb(color)
+        ]
+        return float(np.dot((0.2126, 0.7152, 0.0722), channels))
+
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#15181c"])
+def test_colors_are_seen_on_light_and_dark(page: str) -> None:
+    assert min(contrast(color, page) for color in (figures.INK, *figures.COLORS)) >= 3
+
+
+@pytest.mark.parametrize("name", ["overlap map", "mask map"])
+def test_cell_texts_are_readable(name: str) -> None:
+    panel = DRAWN[name][0]().axes[0]
+    mesh = panel.collections[0]
+    values = mesh.get_array()
+    ratios = []
+    for text in panel.texts:
+        column, row = (int(coordinate) for coordinate in text.get_position())
+        cell = mpl.colors.to_hex(mesh.to_rgba(values[row, column]))
+        ratios.append(contrast(text.get_color(), cell))
+    assert min(ratios) >= 4
+
+
+def lens(r: float, s: float, distance: float) -> float:
+    """Area that two circles have in common, by integrating numerically over vertical slices."""
+    x = np.linspace(-r, r, 40_001)
+    first = np.sqrt(np.maximum(r**2 - x**2, 0))
+    second = np.sqrt(np.maximum(s**2 - (x - distance) ** 2, 0))
+    return float(2 * np.minimum(first, second).sum() * (x[1] - x[0]))
+
+
+sizes = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60)).filter(any)
+
+
+@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(sizes)
+def test_areas_are_true(counts: tuple[int, int, int]) -> None:
+    only_first, shared, only_second = counts
+    place = torch.arange(200)
+    first = place < only_first + shared
+    second = (place >= only_first) & (place < sum(counts))
+    overlap = overlap_of(NeuronSet({Site(0, "attn.q"): first}), NeuronSet({Site(0, "attn.q"): second}), ("a", "b"), {})
+    measured, chance = figures.overlap_diagram(overlap).axes
+    scales = []
+    for panel, common in ((measured, shared), (chance, (only_first + shared) * (only_second + shared) / 200)):
+        circles = [patch for patch in panel.patches if isinstance(patch, Circle)][-2:]
+        (r, s), (a, b) = [one.radius for one in circles], [one.center for one in circles]
+        areas = [math.pi * r**2, math.pi * s**2, lens(r, s, math.dist(a, b))]
+        numbers = [only_first + shared, only_second + shared, common]
+        scale = sum(areas[:2]) / sum(numbers[:2])
+        assert areas == pytest.approx([scale * number for number in numbers], abs=2e-3 * scale * sum(counts))
+        assert panel.get_aspect() == 1
+        scales.append(scale)
+        assert panel.get_xlim() == measured.get_xlim()
+        assert panel.get_ylim() == measured.get_ylim()
+    assert scales[0] == pytest.approx(scales[1])
+
+
+def test_diagram_says_the_counts() -> None:
+    counts = total(OVERLAP.sites)
+    shown = texts(figures.svg(figures.overlap_diagram(OVERLAP), "title", "text"))
+    assert {str(counts.shared), *map(str, counts.only), f"{counts.chance:.1f}", "target", "source"} <= set(shown)
+    text = wording.overlap_text(OVERLAP)
+    assert f"{counts.only[0]} neurons of target only, {counts.shared} shared, {counts.only[1]} of source only" in text
+    assert f"would share {counts.chance:.1f}" in text
+
+
+def test_map_of_a_mask() -> None:
+    panel = figures.mask_map(MASK).axes[0]
+    grid = panel.collections[0].get_array()
+    expected = [[MASK.count(Site(layer, name)) for name in PROJECTIONS] for layer in range(4)]
+    assert np.allclose(grid * 20, expected)
+    written = {tuple(int(c) for c in text.get_position()): int(text.get_text()) for text in panel.texts}
+    assert written == {(x, y): expected[y][x] for x in range(5) for y in range(4)}
+    assert [label.get_text() for label in panel.get_xticklabels()] == list(PROJECTIONS)
+    assert panel.yaxis_inverted()
+    assert "attn.k 22 of 80 (27.5 %)" in wording.mask_map_text(MASK)
+
+
+def test_map_of_an_overlap() -> None:
+    panel = figures.overlap_map(OVERLAP).axes[0]
+    grid = panel.collections[0].get_array()
+    names = list(PROJECTIONS)
+    for site in OVERLAP.sites:
+        union = site.shared + sum(site.only)
+        value = grid[site.layer, names.index(site.projection)]
+        assert np.ma.is_masked(value) if union == 0 else value == pytest.approx(site.shared / union)
+
+
+def test_curve_is_the_points() -> None:
+    lines = {line.get_label(): line for line in figures.overlap_curve(OVERLAP).axes[0].lines}
+    assert list(lines) == ["attn.q", "attn.k", "attn.v", "fwd.up, fwd.down", "all", "all, by chance"]
+    for row, point in enumerate(OVERLAP.curve):
+        shared, a, b = point.projections["attn.k"]
+        if shared + a + b:
+            assert lines["attn.k"].get_ydata()[row] == shared / (shared + a + b)
+        assert lines["all"].get_xdata()[row] == point.rule["top_ratio"]
+        if point.union:
+            assert lines["all"].get_ydata()[row] == point.shared / point.union
+            expected = point.chance / (2 * point.shared + sum(point.only) - point.chance)
+            assert lines["all, by chance"].get_ydata()[row] == pytest.approx(expected)
+    styles = {(line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in lines.values()}
+    assert len(styles) >= 5
+
+
+@pytest.mark.parametrize("metric", ["reasoning", "perception"])
+def test_intervals_of_a_study(metric: str) -> None:
+    study = ablation()
+    panel = figures.study_intervals(study, metric).axes[0]
+    means = [condition.metrics[metric].mean for condition in study.conditions]
+    bars = [line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_ydata()[0] == line.get_ydata()[1]]
+    assert [tuple(bar.get_xdata()) for bar in bars] == [(100 * mean.low, 100 * mean.high) for mean in means]
+    points = [line for line in panel.lines if len(line.get_xdata()) == 1]
+    assert [point.get_xdata()[0] for point in points] == [100 * mean.estimate for mean in means]
+    assert len({point.get_marker() for point in points}) == 3
+    assert [label.get_text().replace("\n", " ") for label in panel.get_yticklabels()] == [
+        c.name for c in study.conditions
+    ]
+    text = wording.study_text(study, metric)
+    assert all(f"{c.name} {100 * c.metrics[metric].mean.estimate:.1f} [" in text for c in study.conditions)
+
+
+def test_conditions_without_the_metric_are_left_out() -> None:
+    study = comparison()
+    shortened = study.conditions[1].model_copy(update={"metrics": {}})
+    study = study.model_copy(update={"conditions": [study.conditions[0], shortened, *study.conditions[2:]]})
+    labels = [label.get_text() for label in figures.study_intervals(study, "reasoning").axes[0].get_yticklabels()]
+    assert "SNRF" not in labels
+    assert len(labels) == len(study.conditions) - 1
+    assert "SNRF" not in wording.study_text(study, "reasoning")
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_word_cloud() -> None:
+    figure = figures.word_cloud(CLOUD)
+    words = {text.get_text(): text for text in figure.axes[0].texts}
+    rising = [token for token in CLOUD.tokens if token.log_odds > 0]
+    assert set(words) == {(token.token.strip() or "\\n") for token in rising}
+    assert words["sum"].get_fontsize() == max(text.get_fontsize() for text in words.values())
+    (left, right), (bottom, top) = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
+    boxes = []
+    for word, text in words.items():
+        # The ink of the word, in an axis that points down.
+        ink = TextPath((0, 0), word, size=text.get_fontsize(), prop=text.get_fontproperties()).get_extents()
+        x, y = text.get_position()
+        boxes.append(Bbox([[x + ink.x0, y - ink.y1], [x + ink.x1, y - ink.y0]]))
+        assert left <= boxes[-1].x0 < boxes[-1].x1 <= right
+        assert top <= boxes[-1].y0 < boxes[-1].y1 <= bottom
+    assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
+    text = wording.word_cloud_text(CLOUD)
+    assert "' sum' 3.10 (41:2)" in text
+    assert "'\\n' 1.35 (40:21)" in text
+
+
+def test_nothing_to_draw() -> None:
+    empty = NeuronSet({Site(0, "attn.q"): torch.zeros(4, dtype=torch.bool)})
+    nothing = overlap_of(empty, empty, ("a", "b"), {"top_ratio": 0.0})
+    falling = AmplifiedNeuron(
+        neuron="attn.q.L0.N1", totals=(9, 9), tokens=[TokenOdds(token="a", log_odds=-1, amplified=1, plain=3)]
+    )
+    assert "no neurons" in texts(figures.svg(figures.overlap_diagram(nothing), "title", wording.overlap_text(nothing)))
+    assert "no neurons" in texts(figures.svg(figures.overlap_map(nothing), "title", wording.overlap_map_text(nothing)))
+    assert "no neurons" in texts(
+        figures.svg(figures.mask_map(NeuronSet({})), "t", wording.mask_map_text(NeuronSet({})))
+    )
+    assert "no token is more frequent" in texts(figures.svg(figures.word_cloud(falling), "title", "text"))
+    assert "Neither model has a neuron" in wording.overlap_text(nothing)
+
+
+def test_strange_names_and_tokens_are_drawn_as_they_are() -> None:
+    names = ("$\\frac{1}{$ <b>&amp;", "a\x00\x1b[0m\u202eb")
+    overlap = OVERLAP.model_copy(update={"names": names})
+    shown = texts(figures.svg(figures.overlap_diagram(overlap), names[0], wording.overlap_text(overlap)))
+    assert {"$\\frac{1}{$ <b>&amp;", "a\\x00\\x1b[0m\\u202eb"} <= set(shown)
+    tokens = [TokenOdds(token=text, log_odds=1, amplified=1, plain=0) for text in ("$x^{$", "y" * 5000, "\ud7ff\uffff")]
+    neuron = AmplifiedNeuron(neuron="attn.q.L0.N1", totals=(9, 9), tokens=tokens)
+    shown = texts(figures.svg(figures.word_cloud(neuron), "title", wording.word_cloud_text(neuron)))
+    assert set(shown) == {"$x^{$", "y" * 29 + "…", "\\ud7ff\\uffff"}
+
+
+def test_deep_models_stay_drawable(tmp_path: Path) -> None:
+    deep = NeuronSet({Site(layer, "attn.k"): torch.arange(8) < layer % 8 for layer in range(2000)})
+    assert [path.name for path in figures.save(figures.mask_map(deep), tmp_path, "deep", "title", "text")] == [
+        "deep.svg",
+        "deep.png",
+    ]
+
+
+def test_word_cloud_is_the_same_in_every_process() -> None:
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from made_results import amplification; "
+        "from mergekit_snrf.evidence import figures; "
+        "print(figures.svg(figures.word_cloud(amplification().neurons[0]), 'a', 'b'))"
+    )
+    command = [sys.executable, "-c", program, str(Path(__file__).parent)]
+    runs = [
+        subprocess.run(command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]
+    assert runs[0] == runs[1]
+    assert b">sum<" in runs[0]

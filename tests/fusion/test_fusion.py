@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import doctest
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion import fuse as fusion
+from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
+from mergekit_snrf.fusion.updates import working_dtype
+
+examples = settings(max_examples=60)
+
+Array = NDArray[np.float64]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SHAPES = [(24, 40), (40, 24), (20, 20)]
+
+
+def rows_of(
+    target: Tensor, source: Tensor, neurons: Tensor, axis: int, rank: int, order: str = "svd-then-mask"
+) -> Tensor:
+    return masked_update(target, source, neurons, axis, Fusion(1.0, rank, order)).rows()
+
+
+def float64(tensor: Tensor) -> Array:
+    return tensor.double().numpy()
+
+
+def exact_update(target: Tensor, source: Tensor, neurons: Tensor, axis: int, rank: int, order: str) -> Array:
+    """Return M_S(Delta_r) (Eq. 9-11), or the rank-r SVD of M_S(Delta), as a whole matrix in float64."""
+    keep = neurons.numpy()[:, None] if axis == 0 else neurons.numpy()[None, :]
+    delta = float64(source) - float64(target)
+    if order == "mask-then-svd":
+        delta = delta * keep
+    if rank:
+        left, values, right = np.linalg.svd(delta, full_matrices=False)
+        delta = (left[:, :rank] * values[:rank]) @ right[:rank]
+    return delta * keep
+
+
+def ulp(values: Array, dtype: torch.dtype) -> Array:
+    """Return the distance to the next number of ``dtype``."""
+    info = torch.finfo(dtype)
+    return np.exp2(np.floor(np.log2(np.maximum(np.abs(values), info.tiny)))) * info.eps
+
+
+def assert_fused(result: Tensor, target: Tensor, source: Tensor, neurons: Tensor, axis: int, how: Fusion) -> None:
+    """Assert that masked neurons are Eq. 11 in float64, rounded once, and that all others are the target's bits."""
+    assert (result.dtype, result.shape, result.device) == (target.dtype, target.shape, target.device)
+    rows, target_rows = (result, target) if axis == 0 else (result.mT, target.mT)
+    assert torch.equal(bits(rows[~neurons]), bits(target_rows[~neurons]))
+    exact = float64(target) + how.beta * exact_update(target, source, neurons, axis, how.rank, how.order)
+    rounded = float64(torch.from_numpy(exact).to(target.dtype))
+    # The maths is done in float32, or in float64 where a tensor is float64.
+    precision = 1e-12 if torch.float64 in (target.dtype, source.dtype) else 4 * torch.finfo(torch.float32).eps
+    delta = np.linalg.norm(float64(source) - float64(target), 2)
+    allowed = ulp(rounded, target.dtype) + precision * (np.abs(float64(target)) + how.beta * delta)
+    assert (np.abs(float64(result) - rounded) <= allowed).all()
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def pair(shape: tuple[int, int], target: torch.dtype, source: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return random weights and the same weights with a power-law difference of a fifth of their size."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = 0.05 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    side = min(shape)
+    left = torch.linalg.qr(torch.randn(shape[0], side, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(shape[1], side, generator=generator, dtype=torch.float64)).Q
+    delta = (left * torch.arange(1, side + 1) ** -0.5) @ right.mT
+    weights[0, 0] = -0.0
+    return weights.to(target), (weights + 0.01 * (shape[0] * shape[1]) ** 0.5 * delta / delta.norm()).to(source)
+
+
+def every_third(length: int) -> Tensor:
+    return torch.arange(length) % 3 == 1
+
+
+@pytest.mark.parametrize("source_dtype", DTYPES)
+@pytest.mark.parametrize("target_dtype", DTYPES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_fusion_equals_numpy_in_every_dtype(target_dtype: str, source_dtype: str, order: str) -> None:
+    for shape in SHAPES:
+        target, source = pair(shape, DTYPES[target_dtype], DTYPES[source_dtype])
+        before = target.clone(), source.clone()
+        for axis in (0, 1):
+            neurons = every_third(shape[axis])
+            for rank in (0, 1, 3, min(shape) - 1, min(shape)):
+                for beta in (0.5, 1.0):
+                    how = Fusion(beta, rank, order)
+                    result = fuse(target, source, neurons, axis, how)
+                    assert_fused(result, target, source, neurons, axis, how)
+                    assert not torch.equal(result, target)
+        assert torch.equal(bits(target), bits(before[0]))
+        assert torch.equal(bits(source), bits(before[1]))
+
+
+SPECTRA = {
+    "power law": lambda index: index**-0.5,
+    "low rank": lambda index: np.where(index <= 4, 1.0 / index, 0.0),
+    "low rank and noise": lambda index: np.where(index <= 4, 1.0 / index, 1e-3 / index),
+    "rank deficient": lambda index: np.where(index <= index[-1] - 3, index**-0.5, 0.0),
+    "zero": lambda index: 0.0 * index,
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
+def test_updates_of_every_spectrum_and_scale(spectrum: str, shape: tuple[int, int], scale: float) -> None:
+    generator, side = np.random.default_rng(5), min(shape)
+    left, _ = np.linalg.qr(generator.standard_normal((shape[0], side)))
+    right, _ = np.linalg.qr(generator.standard_normal((shape[1], side)))
+    delta = torch.from_numpy(scale * (left * SPECTRA[spectrum](np.arange(1, side + 1))) @ right.T)
+    zero = torch.zeros_like(delta)
+    for axis in (0, 1):
+        neurons = every_third(shape[axis])
+        for order in ORDERS:
+            for rank in (1, 2, 4, side):
+                exact = exact_update(zero, delta, neurons, axis, rank, order)
+                found = float64(rows_of(zero, delta, neurons, axis, rank, order))
+                expected = exact[neurons.numpy()] if axis == 0 else exact.T[neurons.numpy()]
+                assert np.abs(found - expected).max() <= 1e-12 * scale
+                single = float64(rows_of(zero.float(), delta.float(), neurons, axis, rank, order))
+                assert np.abs(single - expected).max() <= 1e-6 * scale
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_flat_spectra_keep_the_energy(order: str) -> None:
+    left, _ = np.linalg.qr(np.random.default_rng(6).standard_normal((40, 24)))
+    delta, everything = torch.from_numpy(left).float(), torch.ones(40, dtype=torch.bool)
+    for rank in (1, 5, 23):
+        update = float64(rows_of(torch.zeros_like(delta), delta, everything, 0, rank, order))
+        # All singular values are 1: any rank of them is as good, but the energy is theirs.
+        assert np.linalg.norm(update) ** 2 == pytest.approx(rank, abs=1e-5)
+        assert np.linalg.norm(left - update) ** 2 == pytest.approx(24 - rank, abs=1e-5)
+        assert np.linalg.matrix_rank(update, tol=1e-5) == rank
+
+
+@examples
+@given(data=st.data())
+def test_small_fusions(data: st.DataObject) -> None:
+    rows, columns = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    dtypes = data.draw(st.tuples(st.sampled_from(list(DTYPES.values())), st.sampled_from(list(DTYPES.values()))))
+    size = rows * columns
+    values = st.lists(st.integers(-64, 64), min_size=size, max_size=size).map(
+        lambda whole: torch.tensor(whole).reshape(rows, columns) / 16
+    )
+    target, source = data.draw(values).to(dtypes[0]), data.draw(values).to(dtypes[1])
+    axis = data.draw(st.sampled_from([0, 1]))
+    length = target.shape[axis]
+    neurons = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
+    how = Fusion(data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])), 0)
+    assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
+    rank = data.draw(st.integers(1, min(rows, columns)))
+    for order in ORDERS:
+        # Whole numbers have ties, where only the energy of what is kept of all neurons is defined.
+        everything = torch.ones(length, dtype=torch.bool)
+        update = float64(rows_of(target, source, everything, axis, rank, order))
+        kept = np.linalg.svd(float64(source) - float64(target), compute_uv=False)[:rank]
+        assert np.linalg.norm(update) ** 2 == pytest.approx((kept**2).sum(), rel=1e-5, abs=1e-5)
+        result = fuse(target, source, neurons, axis, Fusion(0.5, rank, order))
+        unmasked = (result, target) if axis == 0 else (result.mT, target.mT)
+        assert torch.equal(bits(unmasked[0][~neurons]), bits(unmasked[1][~neurons]))
+
+
+def test_the_orders_differ() -> None:
+    target, source = pair((24, 40), torch.float32, torch.float32)
+    neurons = every_third(24)
+    first, second = (rows_of(target, source, neurons, 0, 3, order) for order in ORDERS)
+    assert (first - second).norm() > 0.1 * first.norm()
+    # Appendix B's order keeps more of what the mask selects.
+    assert second.norm() > first.norm()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_as_few_neurons_as_the_rank_need_no_truncation(axis: int) -> None:
+    target, source = pair((24, 40), torch.float32, torch.bfloat16)
+    neurons = torch.zeros(target.shape[axis], dtype=torch.bool)
+    neurons[[2, 5, 11]] = True
+    whole = rows_of(target, source, neurons, axis, 0)
+    for rank in (3, 4):
+        assert torch.equal(rows_of(target, source, neurons, axis, rank, "mask-then-svd"), whole)
+    assert not torch.equal(rows_of(target, source, neurons, axis, 3, "svd-then-mask"), whole)
+
+
+def test_full_rank_is_the_linear_update() -> None:
+    target, source = pair((24, 40), torch.float32, torch.float32)
+    neurons = every_third(24)
+    for rank in (0, 24):
+        for order in ORDERS:
+            update = rows_of(target, source, neurons, 0, rank, order)
+            torch.testing.assert_close(update, (source - target)[neurons], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_different_row(axis: int, order: str) -> None:
+    target, _ = pair((24, 40), torch.float32, torch.float32)
+    source = target.clone()
+    source[7] += torch.linspace(-1, 1, 40)
+    neurons = every_third(target.shape[axis])
+    assert neurons[7]
+    for rank in (1, 4):
+        how = Fusion(1.0, rank, order)
+        assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_an_outlier_column(axis: int, order: str) -> None:
+    target, source = pair((24, 40), torch.float32, torch.float32)
+    source[:, 4] *= 1e4
+    neurons = every_third(target.shape[axis])
+    assert neurons[4]
+    for rank in (1, 4):
+        how = Fusion(0.5, rank, order)
+        assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rank", [0, 1, 4, 20])
+def test_nothing_selected_or_nothing_different(rank: int, order: str) -> None:
+    target, source = pair((24, 20), torch.bfloat16, torch.float16)
+    nothing, everything = torch.zeros(24, dtype=torch.bool), torch.ones(24, dtype=torch.bool)
+    assert torch.equal(bits(fuse(target, source, nothing, 0, Fusion(1.0, rank, order))), bits(target))
+    assert torch.equal(fuse(target, target.clone(), everything, 0, Fusion(1.0, rank, order)), target)
+    assert torch.equal(fuse(target, source, everything, 0, Fusion(0.0, rank, order)), target)
+
+
+def test_the_result_is_a_tensor_of_its_own() -> None:
+    target, source = pair((24, 40), torch.float32, torch.float32)
+    result = fuse(target, source, torch.zeros(24, dtype=torch.bool), 0, Fusion())
+    assert result.data_ptr() != target.data_ptr()
+    result.zero_()
+    assert target.abs().sum() > 0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("order", ORDERS)
+def test_views_fuse_as_copies_do(axis: int, order: str) -> None:
+    target, source = pair((24, 40), torch.float32, torch.float32)
+    neurons, how = every_third(target.shape[axis]), Fusion(0.5, 3, order)
+    expected = fuse(target, source, neurons, axis, how)
+    view = fuse(target.mT.contiguous().mT, source.mT.contiguous().mT, neurons, axis, how)
+    torch.testing.assert_close(view, expected, rtol=0, atol=1e-7)
+    strided = torch.zeros(48, 80)[::2, ::2]
+    strided.copy_(target)
+    torch.testing.assert_close(fuse(strided, source, neurons, axis, how), expected, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        (("bf16", "bf16"), torch.float32),
+        (("fp16", "bf16"), torch.float32),
+        (("fp32", "bf16"), torch.float32),
+        (("fp64", "bf16"), torch.float64),
+        (("bf16", "fp64"), torch.float64),
+    ],
+)
+def test_maths_is_in_float32_or_float64(dtypes: tuple[str, str], expected: torch.dtype) -> None:
+    target, source = pair((6, 5), DTYPES[dtypes[0]], DTYPES[dtypes[1]])
+    assert working_dtype(target, source) == expected
+    assert rows_of(target, source, every_third(6), 0, 2).dtype == expected
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_named(bad: float, dtype: torch.dtype) -> None:
+    good, damaged = torch.ones(4, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)
+    damaged[3, 2] = bad
+    neurons = torch.tensor([True, False, False, False])
+    for which, target, source in (("target", damaged, good), ("source", good, damaged), ("target", damaged, damaged)):
+        with pytest.raises(
+            SnrfError, match=rf"^layer\.weight: the {which}'s tensor of shape .4, 3. holds NaN or infinite weights; "
+        ):
+            fuse(target, source, neurons, 0, Fusion(rank=1), name="layer.weight")
+
+
+def test_overflow_is_named() -> None:
+    big, neurons = torch.full((2, 3), 3e38), torch.tensor([True, False])
+    with pytest.raises(SnrfError, match=r"^w: the difference of source and target overflows torch\.float32; check"):
+        fuse(big, -big, neurons, 0, Fusion(rank=0), name="w")
+    half, wide = torch.full((2, 3), 6e4, dtype=torch.float16), torch.full((2, 3), 1e6)
+    for rank in (0, 1):
+        with pytest.raises(SnrfError, match=r"^w: the fused weights overflow torch\.float16; merge in a wider dtype"):
+            fuse(half, wide, neurons, 0, Fusion(rank=rank), name="w")
+    assert torch.isfinite(fuse(half.float(), wide, neurons, 0, Fusion(rank=1))).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "source"),
+    [((4, 3), (3, 4)), ((4, 3), (4, 2)), ((4,), (4,)), ((), ()), ((2, 4, 3), (2, 4, 3)), ((4, 3), (4, 3, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shapes_that_do_not_fit(target: tuple[int, ...], source: tuple[int, ...], rank: int) -> None:
+    message = f"w: target has shape {list(target)} and source {list(source)}; SNRF needs two matrices of one shape"
+    with pytest.raises(SnrfError, match=f"^{re.escape(message)}$"):
+        fuse(torch.zeros(target), torch.zeros(source), torch.ones(4, dtype=torch.bool), 0, Fusion(rank=rank), name="w")
+
+
+@pytest.mark.parametrize(("axis", "length", "expected"), [(0, 3, 4), (1, 4, 3), (0, 0, 4), (1, 1, 3)])
+def test_masks_of_another_length(axis: int, length: int, expected: int) -> None:
+    message = (
+        f"w: the mask has {length} neurons, but axis {axis} of shape [4, 3] has {expected}; use a mask of this model"
+    )
+    with pytest.raises(SnrfError, match=f"^{re.escape(message)}$"):
+        fuse(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(length, dtype=torch.bool), axis, Fusion(rank=2), name="w")
+
+
+@pytest.mark.parametrize("beta", [-0.01, 1.01, float("nan"), float("inf")])
+def test_beta_out_of_range(beta: float) -> None:
+    with pytest.raises(SnrfError, match=rf"^beta must be in \[0, 1\] \(Eq\. 11\), got {beta}$"):
+        Fusion(beta=beta)
+
+
+def test_rank_and_order_out_of_range() -> None:
+    with pytest.raises(SnrfError, match=r"^rank must be 0 \(full rank\) or positive, got -1$"):
+        Fusion(rank=-1)
+    with pytest.raises(SnrfError, match=r"^order must be one of svd-then-mask, mask-then-svd, got 'svd'$"):
+        Fusion(order="svd")
+    weight = torch.zeros(4, 3)
+    message = "w: rank 4 exceeds the smaller side of shape [4, 3]; use at most 3, or rank: 0 for the full-rank update"
+    with pytest.raises(SnrfError, match=f"^{re.escape(message)}$"):
+        fuse(weight, weight, torch.ones(4, dtype=torch.bool), 0, Fusion(rank=4), name="w")
+
+
+def test_examples_in_the_docstrings() -> None:
+    result = doctest.testmod(fusion)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,544 @@
+"""Every mistake that a merge refuses, made as a user makes it: one sentence, exit code 1, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mergekit.multigpu_executor as multi_gpu
+import pytest
+import torch
+from checkpoints import make_source, make_target, read, write
+from pair import (
+    Pair,
+    assert_same,
+    files,
+    merge,
+    one,
+    plan,
+    refused,
+    run,
+    same_bits,
+    source_name,
+    target_name,
+    write_recipe,
+)
+from safetensors.torch import save_file
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_sha256_of_the_mask(pair: Pair, tmp_path: Path) -> None:
+    import hashlib
+
+    right = hashlib.sha256(pair.mask.read_bytes()).hexdigest()
+    message = one(pair.recipe(parameters={"masks_sha256": "0" * 64}), tmp_path / "out")
+    assert message.startswith(f"{pair.mask}: sha256 is {right}, but masks_sha256 is {'0' * 64}; get the mask ")
+    merge(pair.recipe(parameters={"masks_sha256": right.upper()}), tmp_path / "out")
+
+
+def ones(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("key", "count", "message"),
+    [
+        (
+            "layers.0.fwd.down",
+            95,
+            "tensor layers.0.fwd.down has shape [95], but language_model.model.layers.0.mlp.down_proj.weight of "
+            "{target} has shape [64, 96] with 96 columns; use a mask made for this model",
+        ),
+        (
+            "layers.2.attn.v",
+            64,
+            "tensor layers.2.attn.v has shape [64], but language_model.model.layers.2.self_attn.v_proj.weight of "
+            "{target} has shape [32, 64] with 32 rows; its indices count heads repeated for GQA, make it again with "
+            "'snrf mask import'",
+        ),
+        (
+            "layers.3.attn.k",
+            32,
+            "tensor layers.3.attn.k lies outside the target {target}, which has layers 0 to 2; use a mask made for "
+            "this model",
+        ),
+    ],
+    ids=["length", "repeated heads", "layer"],
+)
+def test_mask_of_another_model(key: str, count: int, message: str, pair: Pair, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    write_mask(mask, NeuronSet({Site.from_key(key): ones(count)}))
+    problem = one(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
+    assert problem == f"{mask}: {message.format(target=pair.target)}"
+
+
+def test_many_wrong_lengths_are_counted(pair: Pair, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    write_mask(mask, NeuronSet({Site(layer, f"attn.{p}"): ones(8) for layer in range(3) for p in "qkv"}))
+    problems = refused(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
+    assert len(problems) == 4
+    assert problems[-1] == f"{mask}: 6 further tensors do not fit the target either"
+
+
+HEADER = {"format": "snrf-mask", "version": "1", "snrf": "{}"}
+FILES: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
+    "truncated": (lambda f, p: f.write_bytes(p.mask.read_bytes()[:-1]), "not a readable safetensors file ("),
+    "empty": (lambda f, p: f.write_bytes(b""), "not a readable safetensors file ("),
+    "of text": (lambda f, p: f.write_text('{"attn_k": {}}'), "not a readable safetensors file ("),
+    "of weights": (
+        lambda f, p: shutil.copy(p.source / "model.safetensors", f),
+        "a snrf-mask file is needed, but its metadata says format='pt'; make one with snrf-profile",
+    ),
+    "of a newer version": (
+        lambda f, p: save_file({"layers.0.attn.k": ones(32)}, f, HEADER | {"version": "2"}),
+        "snrf-mask version '2' is not supported, only 1; update mergekit-snrf",
+    ),
+    "with an unknown projection": (
+        lambda f, p: save_file({"layers.0.attn.o": ones(64)}, f, HEADER),
+        "unknown projection 'attn.o'; the projections are attn.q, attn.k, attn.v, fwd.up, fwd.down",
+    ),
+    "with numbers": (
+        lambda f, p: save_file({"layers.0.attn.k": torch.ones(32)}, f, HEADER),
+        "tensor 'layers.0.attn.k' must be torch.bool of shape [neurons], got torch.float32 of shape [32]",
+    ),
+    "with bytes over 1": (
+        lambda f, p: f.write_bytes(p.mask.read_bytes()[:-1] + b"\x02"),
+        "holds bytes that are not booleans; the file is damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_mask_file(kind: str, pair: Pair, tmp_path: Path) -> None:
+    make, message = FILES[kind]
+    mask = tmp_path / "mask.safetensors"
+    make(mask, pair)
+    problem = one(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
+    assert problem.startswith(f"{mask}: ")
+    assert message in problem
+
+
+def test_empty_mask(pair: Pair, tmp_path: Path) -> None:
+    mask = tmp_path / "mask.safetensors"
+    write_mask(mask, NeuronSet({}))
+    message = one(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
+    assert message == (
+        f"{mask}: the mask has no neurons, so the merge would change nothing; "
+        "give a mask with neurons, or set allow_noop: true"
+    )
+    for number, changes in enumerate(({"masks": str(mask)}, {"beta": 0.0})):
+        recipe = pair.recipe(parameters={"allow_noop": True, **changes}, source={"beta": None})
+        assert_same(merge(recipe, tmp_path / f"out{number}"), read(pair.target))
+
+
+def test_provenance_that_contradicts_the_recipe_is_a_warning(
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = tmp_path / "mask.safetensors"
+    made_from = Provenance(
+        target=ModelProvenance(model_type="idefics3", config_sha256="ab" * 32), source=ModelProvenance(path="x/source")
+    )
+    write_mask(mask, pair.neurons, made_from)
+    merge(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
+    warnings = [record.message for record in caplog.records if record.name.startswith("mergekit_snrf")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{mask}: was made for another target: model_type 'idefics3' against 'llava'; config")
+
+
+def llama(folder: Path, **config: Any) -> str:
+    """A Llama of other sizes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, **config}
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "what", "shapes"),
+    [
+        ({"hidden_size": 32}, "hidden size: the target {t} has 64, the source {s} has 32", ("[96, 64]", "[96, 32]")),
+        ({"num_hidden_layers": 2}, "layers: the target {t} has 3, the source {s} has 2", ("[96, 64]", "[96, 64]")),
+        (
+            {"num_key_value_heads": 4},
+            "key and value heads: the target {t} has 2, the source {s} has 4",
+            ("[32, 64]", "[64, 64]"),
+        ),
+        ({"intermediate_size": 80}, "intermediate size: the target {t} has 96, the", ("[96, 64]", "[80, 64]")),
+        ({"head_dim": 8}, "head dimension: the target {t} has 16, the source {s} has 8", ("[32, 64]", "[16, 64]")),
+    ],
+    ids=["width", "depth", "kv heads", "intermediate size", "head dimension"],
+)
+def test_source_of_another_shape(config: Any, what: str, shapes: tuple[str, str], pair: Pair, tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", **config)
+    message = one(pair.recipe(models=[{"model": source}]), tmp_path / "out")
+    assert message.startswith(what.format(t=pair.target, s=source))
+    assert re.search(r"language_model\.model\.layers\.0\.\S+ (\[\d+, \d+\])", message)[1] == shapes[0]
+    assert re.search(r" model\.layers\.0\.\S+ (\[\d+, \d+\])", message)[1] == shapes[1]
+    assert message.endswith("use a source with the same decoder shape")
+
+
+def test_source_of_other_heads_in_matrices_of_equal_shape(pair: Pair, tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    problems = refused(pair.recipe(models=[{"model": source}]), tmp_path / "out")
+    assert [problem.split(":")[0] for problem in problems] == [
+        "attention heads",
+        "key and value heads",
+        "head dimension",
+    ]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_source_of_another_family(family: str, pair: Pair, tmp_path: Path) -> None:
+    if family == "mistral":
+        from transformers import MistralConfig, MistralForCausalLM
+
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+        config = MistralConfig(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=64)
+        MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    else:
+        make_source(tmp_path / "source", family)
+    recipe = pair.recipe(models=[{"model": str(tmp_path / "source")}])
+    message = one(recipe, tmp_path / "out")
+    assert f"text decoder is 'llama' ({pair.target}/config.json), the source's {family!r} ({tmp_path}/sou" in message
+    assert (
+        "neurons of different families have no reason to correspond, use a source of the same family, or set "
+        in message
+    )
+    recipe["parameters"]["allow_family_mismatch"] = True
+    out, base = merge(recipe, tmp_path / "out"), read(pair.target)
+    edited = {target_name(site) for site in pair.neurons}
+    assert {name for name in base if not same_bits(out[name], base[name])} == edited
+
+
+def rewrite(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], object]:
+    return lambda folder: write(folder, change(read(folder)))
+
+
+def concatenate(tensors: dict[str, torch.Tensor], parts: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Replace matrices of every layer by one; `parts` maps the one to a pattern of the others."""
+    fused = dict(tensors)
+    for whole, pattern in parts.items():
+        for layer in range(3):
+            names = [name for name in tensors if re.fullmatch(rf"model\.layers\.{layer}\.{pattern}\.weight", name)]
+            fused[f"model.layers.{layer}.{whole}.weight"] = torch.cat([fused.pop(name) for name in sorted(names)])
+    return fused
+
+
+QKV = {"self_attn.qkv_proj": r"self_attn\.[qkv]_proj"}
+GATE_UP = {"mlp.gate_up_proj": r"mlp\.(gate|up)_proj"}
+
+
+def edit_config(**changes: Any) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return edit
+
+
+SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "fused qkv": (
+        rewrite(lambda t: concatenate(t, QKV)),
+        "has fused projections (model.layers.0.self_attn.qkv_proj.weight); SNRF needs separate q, k, v, up and down",
+    ),
+    "fused gate and up": (
+        rewrite(lambda t: concatenate(t, GATE_UP)),
+        "has fused projections (model.layers.0.mlp.gate_up_proj.weight); SNRF needs separate q, k, v, up and down",
+    ),
+    "fused qkv, gate and up": (
+        rewrite(lambda t: concatenate(t, QKV | GATE_UP)),
+        "_proj.weight); SNRF needs separate q, k, v, up and down weights, convert the checkpoint to that layout",
+    ),
+    "mixture of experts": (
+        rewrite(lambda t: t | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(2, 2)}),
+        "is a mixture of experts (model.layers.0.mlp.experts.0.up_proj.weight); SNRF needs dense",
+    ),
+    "quantised": (
+        rewrite(
+            lambda t: {
+                n.replace("weight", "qweight") if "_proj" in n else n: w.to(torch.int32) if "_proj" in n else w
+                for n, w in t.items()
+            }
+        ),
+        "is quantised (model.layers.0.self_attn.q_proj.qweight); merge the unquantised checkpoint",
+    ),
+    "integer weights": (
+        rewrite(lambda t: t | {UP: t[UP].to(torch.int8)}),
+        f"{UP} is stored as I8; SNRF needs F16, BF16",
+    ),
+    "a weight missing": (
+        rewrite(lambda t: {name: tensor for name, tensor in t.items() if name != UP}),
+        f"tensor {UP} is missing; SNRF needs all five projections in every one of the 3 layers",
+    ),
+    "another shape than config.json": (
+        rewrite(lambda t: t | {UP: t[UP][:90].contiguous()}),
+        f"{UP} has shape [90, 64], but config.json says [96, 64]",
+    ),
+    "another depth than config.json": (
+        edit_config(num_hidden_layers=4),
+        "config.json says 4 layers of width 64, but the tensors model.layers.* are 3 layers",
+    ),
+    "no sizes in config.json": (
+        lambda f: (f / "config.json").write_text('{"model_type": "other"}'),
+        "config.json: does not describe a text decoder with num_hidden_layers",
+    ),
+    "damaged config.json": (
+        lambda f: (f / "config.json").write_text("{"),
+        "config.json: not valid JSON (",
+    ),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read (No such file"),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "holds neither model.safetensors nor pytorch_model.bin nor an index of shards",
+    ),
+    "truncated weights": (
+        lambda f: os.truncate(f / "model.safetensors", os.path.getsize(f / "model.safetensors") - 1),
+        "model.safetensors: cannot be read (",
+    ),
+    "a shard missing": (
+        lambda f: (write(f, read(f), max_shard_size=30_000), next(f.glob("model-00002-of-*")).unlink()),
+        "the index names this shard, but the file is missing; get it again",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_source_that_cannot_be_used(kind: str, pair: Pair, tmp_path: Path) -> None:
+    damage, message = SOURCES[kind]
+    source = tmp_path / "source"
+    shutil.copytree(pair.source, source)
+    damage(source)
+    problem, *others = refused(pair.recipe(models=[{"model": str(source)}]), tmp_path / "out")
+    assert str(source) in problem
+    assert message in problem
+    assert len(others) == (kind == "no sizes in config.json")
+
+
+def test_target_that_cannot_be_used(pair: Pair, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(pair.target, target)
+    tensors = read(target)
+    lost = target_name(Site(1, "fwd.up"))
+    write(target, {name: tensor for name, tensor in tensors.items() if name != lost})
+    message = one(pair.recipe(base_model=str(target)), tmp_path / "out")
+    assert message.startswith(f"{target}: tensor {lost} is missing; SNRF needs all five projections")
+
+
+def test_remote_code_only_when_allowed(pair: Pair, tmp_path: Path) -> None:
+    target = make_target(tmp_path / "target", "minicpmv", "hub")
+    recipe = pair.recipe(base_model=str(target))
+    message = one(recipe, tmp_path / "out")
+    assert message.startswith(f"{target}: model_type 'minicpmv' is defined by code in the checkpoint")
+    assert message.endswith("look at the code, then pass --trust-remote-code")
+    merge(recipe, tmp_path / "out", "--trust-remote-code")
+
+
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+@pytest.mark.parametrize(
+    ("buffer", "name"),
+    [
+        (torch.tensor([True]), "BOOL"),
+        (torch.tensor([1], dtype=torch.uint8), "U8"),
+        (torch.tensor([1.0]).to(torch.float8_e4m3fn), "F8_E4M3"),
+    ],
+    ids=["bool", "uint8", "float8"],
+)
+def test_dtype_with_a_buffer_that_it_would_spoil(
+    buffer: torch.Tensor, name: str, key: str, pair: Pair, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(pair.target, target)
+    write(target, {**read(target), "vision_tower.buffer": buffer})
+    assert one(pair.recipe(base_model=str(target), **{key: "float32"}), tmp_path / "out") == (
+        f"{target}: tensor vision_tower.buffer of shape [1] is {name}, which mergekit would convert to float32; "
+        f"remove {key} from the recipe to keep every dtype as it is"
+    )
+
+
+def test_output_folder(pair: Pair, tmp_path: Path) -> None:
+    remedy = "the output folder is a model of the recipe; choose another folder"
+    for folder in (pair.target, pair.source):
+        assert one(write_out(pair, tmp_path), folder) == f"{folder}: {remedy}"
+    link = tmp_path / "link"
+    link.symlink_to(pair.target)
+    assert one(pair.recipe(), link) == f"{link}: {remedy}"
+    file = tmp_path / "file"
+    file.write_text("")
+    assert one(pair.recipe(), file) == f"{file}: the output path is a file; give a folder"
+    below = file / "out"
+    message = f"{below}: cannot be made, {file} is not a writable folder; choose another folder"
+    assert plan(pair.recipe(), below).problems == [message]
+
+
+def write_out(pair: Pair, folder: Path) -> Path:
+    """A recipe in a folder of its own, so that none appears beside the models."""
+    return write_recipe(folder / "recipe" / "snrf.yml", pair.recipe())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model-1.safetensors"],
+)
+def test_output_folder_with_other_weights(name: str, pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("other")
+    message = one(pair.recipe(), out)
+    assert message.startswith(f"{out / name}: the output folder holds other weights (1 file), which would be mixed up")
+    assert message.endswith("remove them or choose another folder")
+    assert (out / name).read_text() == "other"
+
+
+def test_a_model_that_is_no_earlier_merge_is_not_replaced(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.target, tmp_path / "other")
+    before = (tmp_path / "other" / "model.safetensors").read_bytes()
+    assert "model.safetensors: would be replaced, but the folder has no" in one(pair.recipe(), tmp_path / "other")
+    assert (tmp_path / "other" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", ["--out-shard-size 20000", "--no-safe-serialization"])
+def test_output_folder_with_an_earlier_merge_of_another_layout(flags: str, pair: Pair, tmp_path: Path) -> None:
+    before = merge(pair.recipe(source={"beta": 1.0}), tmp_path / "out")
+    assert "holds other weights" in one(pair.recipe(), tmp_path / "out", *flags.split())
+    assert_same(read(tmp_path / "out"), before)
+
+
+def test_adapter(pair: Pair, tmp_path: Path) -> None:
+    adapted = f"{pair.source}+{tmp_path / 'adapter'}"
+    message = one(pair.recipe(models=[{"model": adapted}]), tmp_path / "out")
+    assert message.startswith(f"{adapted}: the source has a LoRA adapter")
+    assert message.endswith("pass --lora-merge-cache DIR")
+    (tmp_path / "adapter").mkdir()
+    message = one(
+        pair.recipe(models=[{"model": adapted}]), tmp_path / "out", "--lora-merge-cache", str(tmp_path / "cache")
+    )
+    assert message.startswith(f"{adapted}: mergekit cannot merge the adapter into the source (")
+    assert message.endswith(f"check the adapter, and empty {tmp_path / 'cache'} before the next run")
+    message = one(pair.recipe(base_model=f"{pair.target}+{tmp_path / 'adapter'}"), tmp_path / "out")
+    assert "merge the adapter into a folder of its own first and name that folder" in message
+
+
+def test_all_problems_at_once(pair: Pair, tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", hidden_size=32, num_hidden_layers=2)
+    mask = tmp_path / "mask.safetensors"
+    write_mask(mask, NeuronSet({Site(9, "attn.k"): ones(32)}))
+    recipe = pair.recipe(
+        models=[{"model": source, "parameters": {"beta": 3, "rang": 4}}],
+        parameters={"masks": str(mask), "order": "svd", "allow_noop": 7},
+        tokenizer_source="union",
+        dtype="bf16",
+    )
+    problems = refused(recipe, tmp_path / "out")
+    expected = (
+        "'tokenizer_source' is not supported",
+        "parameter 'order' in parameters",
+        "parameter 'allow_noop' in parameters",
+        "parameter 'beta' in the parameters of",
+        "unknown parameter 'rang' in the parameters of",
+        "dtype: 'bf16' is not one of",
+        f"{mask}: tensor layers.9.attn.k lies outside",
+        "layers: the target",
+        "hidden size: the target",
+    )
+    assert len(problems) == len(expected)
+    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
+
+
+@pytest.fixture
+def damaged(pair: Pair, tmp_path: Path) -> dict[str, Any]:
+    """A recipe whose source has a NaN in the last tensor that a merge computes."""
+    source = tmp_path / "source"
+    shutil.copytree(pair.source, source)
+    tensors, name = read(source), source_name(Site(2, "fwd.up"))
+    tensors[name][3, 3] = float("nan")
+    write(source, tensors)
+    return pair.recipe(models=[{"model": str(source)}])
+
+
+NAN = f"{target_name(Site(2, 'fwd.up'))}: the source's tensor of shape [96, 64] holds NaN or infinite weights"
+
+
+@pytest.mark.parametrize("flags", ["", "--out-shard-size 10000", "--no-safe-serialization --out-shard-size 10000"])
+def test_weights_that_are_not_finite(flags: str, damaged: dict[str, Any], tmp_path: Path) -> None:
+    """Only a merge that is under way can see it: then no shard stays, nor a folder that was not there before."""
+    assert one(damaged, tmp_path / "out", *flags.split()).startswith(NAN)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert one(damaged, tmp_path / "out", *flags.split()).startswith(NAN)
+
+
+@pytest.mark.usefixtures("two_accelerators")
+def test_weights_that_are_not_finite_in_a_worker_thread(damaged: dict[str, Any], tmp_path: Path) -> None:
+    assert multi_gpu.get_torch_accelerator_count() == 2
+    assert one(damaged, tmp_path / "out", "--multi-gpu", "--out-shard-size", "10000").startswith(NAN)
+
+
+def test_traceback_only_with_vv(damaged: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
+    for recipe in (damaged, pair.recipe(base_model=None)):
+        for flags, error in (((), SystemExit), (("-v",), SystemExit), (("-vv",), SnrfError)):
+            result = run(recipe, tmp_path / "out", *flags)
+            assert type(result.exception) is error
+            assert result.exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_error_of_the_python_api(pair: Pair, tmp_path: Path) -> None:
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration.model_validate(pair.recipe(source={"rank": 99}))
+    with pytest.raises(SnrfError, match=r"k_proj\.weight: rank 99 exceeds"):
+        run_merge(config, str(tmp_path / "out"), MergeOptions())
+    assert not (tmp_path / "out").exists()
+
+
+def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
+    )
+
+
+def test_command_as_installed(pair: Pair, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe(source={"beta": 2, "rank": -1}, tokenizer_source="base"))
+    result = command(Path(sys.executable).with_name("mergekit-yaml"), recipe, tmp_path / "out")
+    assert (result.returncode, result.stdout) == (1, "")
+    lines = result.stderr.strip().splitlines()
+    lines = lines[lines.index("Error: the merge cannot run, there are 3 problems:") :]
+    assert [line[:5] for line in lines[1:]] == ["  1. ", "  2. ", "  3. "]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_shard_that_a_thread_is_writing_when_a_merge_fails(damaged: dict[str, Any], tmp_path: Path) -> None:
+    """A slow disk: shards under way are finished after the error, and removed then."""
+    program = (
+        "import sys, time\n"
+        "from mergekit.io.tensor_writer import TensorWriter\n"
+        "save = TensorWriter._save_st\n"
+        "TensorWriter._save_st = lambda *arguments: (time.sleep(0.3), save(*arguments), print('saved', flush=True))\n"
+        "from mergekit.scripts.run_yaml import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    recipe = write_recipe(tmp_path / "snrf.yml", damaged)
+    (tmp_path / "out").mkdir()
+    flags = ["--async-write", "--out-shard-size", "60000", "--quiet"]
+    result = command(sys.executable, "-c", program, recipe, tmp_path / "out", *flags)
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith(f"Error: {NAN}")
+    assert result.stdout.count("saved") > 1
+    assert files(tmp_path / "out") == {}

@@ -1,0 +1,569 @@
+"""Every variant of the update as a recipe: `mergekit-yaml` against numpy, `snrf patch` and `snrf lora` against it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from checkpoints import example_inputs, load, make_source, make_target, read, write
+from click.testing import CliRunner, Result
+from mergekit.io import LazyTensorLoader
+from numpy.typing import NDArray
+from pair import MODULES, Pair, assert_same, make_neurons, merge, one, plan, refused, same_bits, write_recipe
+from peft import PeftModel
+from torch import Tensor
+
+from mergekit_snrf.cli.snrf import main as snrf
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target with biases, its source, the source's base (another layout, so other names), and a mask."""
+
+    folder: Path
+    neurons: NeuronSet
+
+    def recipe(self, *, source: dict[str, Any] | None = None, top: dict[str, Any] | None = None) -> dict[str, Any]:
+        parameters = {"masks": str(self.folder / "mask.safetensors"), **(top or {})}
+        if parameters.get("source_base") is True:
+            parameters["source_base"] = str(self.folder / "base")
+        return {
+            "merge_method": "snrf",
+            "base_model": str(self.folder / "target"),
+            "models": [{"model": str(self.folder / "source"), "parameters": {"beta": 0.5, **(source or {})}}],
+            "parameters": parameters,
+        }
+
+
+PREFIXES = {"target": "model.layers", "source": "model.layers", "base": "model.language_model.layers"}
+
+
+def make_models(folder: Path, dtype: torch.dtype) -> Models:
+    make_target(folder / "target", "qwen2_5_vl", "hub", dtype=dtype)
+    make_source(folder / "source", "qwen2", dtype=dtype)
+    make_target(folder / "base", "qwen2_5_vl", "nested", dtype=dtype, seed=9)
+    neurons = make_neurons()
+    write_mask(folder / "mask.safetensors", neurons)
+    return Models(folder, neurons)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return make_models(tmp_path_factory.mktemp("float32"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return make_models(tmp_path_factory.mktemp("bfloat16"), torch.bfloat16)
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dare": {"top": {"update": "dare", "seed": 7}, "source": {"drop_rate": 0.6}},
+    "dare, not rescaled": {"top": {"update": "dare", "rescale": False}},
+    "dare, norm": {"top": {"update": "dare", "norm": "match"}, "source": {"drop_rate": 0.9}},
+    "norm": {"top": {"norm": "match"}, "source": {"rank": 3}},
+    "norm, mask-then-svd": {"top": {"norm": "match", "order": "mask-then-svd"}, "source": {"rank": 3}},
+    "energy": {"source": {"rank": 0, "energy": 0.6}},
+    "energy, mask-then-svd": {"top": {"order": "mask-then-svd"}, "source": {"rank": 6, "energy": 0.7}},
+    "source_base": {"top": {"source_base": True}},
+    "biases": {"top": {"biases": True}},
+    "all": {
+        "top": {"source_base": True, "biases": True, "norm": "match", "order": "mask-then-svd"},
+        "source": {"rank": 20, "energy": 0.5},
+    },
+    "dare, all": {
+        "top": {"source_base": True, "biases": True, "update": "dare", "seed": 4},
+        "source": {"drop_rate": 0.3},
+    },
+}
+
+
+def expected_step(delta: Array, member: Array, site: Site, top: dict[str, Any], source: dict[str, Any]) -> Array:
+    """Return M_S(Delta_r) in the variant of a recipe, as a whole matrix with one neuron a row, in float64."""
+    by_neuron = delta if site.projection != "fwd.down" else delta.T
+    masked = by_neuron * member[:, None]
+    if top.get("update") == "dare":
+        place = ["attn.q", "attn.k", "attn.v", "fwd.up", "fwd.down"].index(site.projection)
+        generator = np.random.RandomState([top.get("seed", 0), site.layer, place])
+        rate = source.get("drop_rate", 0.5)
+        step = np.zeros_like(masked)
+        step[member] = masked[member] * (generator.random_sample(masked[member].shape) >= rate)
+        step = step / (1 - rate) if top.get("rescale", True) else step
+    else:
+        what = masked if top.get("order") == "mask-then-svd" else by_neuron
+        left, values, right = np.linalg.svd(what, full_matrices=False)
+        rank = source.get("rank", 4)
+        if "energy" in source:
+            wanted = int(np.searchsorted(np.cumsum(values**2) / (values**2).sum(), source["energy"])) + 1
+            rank = min(wanted, rank or wanted)
+        step = (left[:, :rank] * values[:rank]) @ right[:rank] * member[:, None]
+    if top.get("norm") == "match":
+        step = step * np.linalg.norm(masked) / np.linalg.norm(step)
+    return step if site.projection != "fwd.down" else step.T
+
+
+def expected(models: Models, variant: dict[str, dict[str, Any]]) -> dict[str, Array]:
+    """Return every tensor that the recipe changes, in float64."""
+    top, source = variant.get("top", {}), variant.get("source", {})
+    weights = {role: read(models.folder / role) for role in ("target", "source", "base")}
+    changed = {}
+
+    def tensor(role: str, name: str) -> Array:
+        return weights[role][f"{PREFIXES[role]}.{name}"].double().numpy()
+
+    for site, member in models.neurons.items():
+        name = f"{site.layer}.{MODULES[site.projection][0]}"
+        minus = "base" if "source_base" in top else "target"
+        delta = tensor("source", f"{name}.weight") - tensor(minus, f"{name}.weight")
+        step = expected_step(delta, member.numpy(), site, top, source)
+        changed[f"model.layers.{name}.weight"] = tensor("target", f"{name}.weight") + 0.5 * step
+        if top.get("biases") and site.projection in ("attn.q", "attn.k", "attn.v"):
+            moved = (tensor("source", f"{name}.bias") - tensor(minus, f"{name}.bias")) * member.numpy()
+            changed[f"model.layers.{name}.bias"] = tensor("target", f"{name}.bias") + 0.5 * moved
+    return changed
+
+
+def neurons_that_stay(name: str, neurons: NeuronSet) -> Tensor:
+    layer, module = name.removeprefix("model.layers.").split(".", 1)
+    projection = next(p for p, (path, _, _) in MODULES.items() if module.startswith(path))
+    return ~neurons[Site(int(layer), projection)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_merge_equals_numpy(name: str, models: Models, tmp_path: Path) -> None:
+    variant = VARIANTS[name]
+    after, before = merge(models.recipe(**variant), tmp_path / "out"), read(models.folder / "target")
+    wanted = expected(models, variant)
+    assert after.keys() == before.keys()
+    assert {n for n, tensor in after.items() if not same_bits(tensor, before[n])} == wanted.keys()
+    for tensor_name, exact in wanted.items():
+        np.testing.assert_allclose(after[tensor_name].numpy(), exact, rtol=1e-5, atol=2e-5)
+        stay = neurons_that_stay(tensor_name, models.neurons)
+        down = tensor_name.endswith("down_proj.weight")
+        mine, old = ((t[tensor_name].mT if down else t[tensor_name]) for t in (after, before))
+        assert torch.equal(mine[stay], old[stay])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_patch_is_the_merge_byte_for_byte(name: str, rounded: Models, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", rounded.recipe(**VARIANTS[name]))
+    merged = merge(recipe, tmp_path / "mergekit" / "out")
+    result = CliRunner().invoke(snrf, ["patch", str(recipe), str(tmp_path / "patch" / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert_same(read(tmp_path / "patch" / "out"), merged)
+    for file in ("README.md", "mergekit_config.yml"):
+        assert (tmp_path / "patch" / "out" / file).read_bytes() == (tmp_path / "mergekit" / "out" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "biases" not in variant.get("top", {})])
+def test_adapter_equals_the_merge(name: str, models: Models, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS[name]))
+    merge(recipe, tmp_path / "merged")
+    result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    inputs = example_inputs(models.folder / "target")
+    with torch.no_grad():
+        wanted = load(tmp_path / "merged")(**inputs).logits
+        adapted = PeftModel.from_pretrained(load(models.folder / "target"), tmp_path / "adapter")
+        torch.testing.assert_close(adapted(**inputs).logits, wanted, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(load(models.folder / "target")(**inputs).logits, wanted, rtol=1e-2, atol=1e-2)
+
+
+def test_dare_depends_neither_on_shards_nor_on_workers(rounded: Models, tmp_path: Path) -> None:
+    wanted = merge(rounded.recipe(**VARIANTS["dare"]), tmp_path / "merged")
+    recipe = rounded.recipe(**VARIANTS["dare"])
+    for role in ("target", "source"):
+        shutil.copytree(rounded.folder / role, tmp_path / role)
+        write(tmp_path / role, read(tmp_path / role), max_shard_size=20_000)
+    recipe["base_model"], recipe["models"][0]["model"] = str(tmp_path / "target"), str(tmp_path / "source")
+    assert_same(merge(recipe, tmp_path / "sharded"), wanted)
+    path = write_recipe(tmp_path / "recipe.yml", recipe)
+    for workers in ("1", "4"):
+        result = CliRunner().invoke(
+            snrf, ["patch", str(path), str(tmp_path / workers), "--quiet", "--workers", workers]
+        )
+        assert result.exit_code == 0, result.output
+        assert_same(read(tmp_path / workers), wanted)
+
+
+def test_the_command_itself_and_its_log(models: Models, tmp_path: Path) -> None:
+    """`mergekit-yaml -v` in a process of its own, started beside the recipe, whose paths are relative."""
+    content = models.recipe(**VARIANTS["all"])
+    content["base_model"], content["models"][0]["model"] = "./target", "./source"
+    content["parameters"] |= {"masks": "mask.safetensors", "source_base": "./base"}
+    recipe = write_recipe(models.folder / "all.yml", content)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [Path(sys.executable).with_name("mergekit-yaml"), recipe, tmp_path / "out", "-v"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same(read(tmp_path / "out"), merge(models.recipe(**VARIANTS["all"]), tmp_path / "here"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| base | as of the merge |" in card
+    assert str(models.folder) not in card
+    edited = len(expected(models, VARIANTS["all"]))
+    assert f"{edited} tensors fused, " in done.stderr
+    assert "model.layers.0.self_attn.q_proj.bias: not truncated, rounding keeps 100 %" in done.stderr
+    assert done.stderr.count("model.layers.0.self_attn.q_proj.weight: gram, rank ") == 1
+
+
+def test_only_what_is_needed_is_read_of_the_base(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: set[tuple[str, str]] = set()
+    inner = LazyTensorLoader.get_tensor
+
+    def recorded(self: LazyTensorLoader, key: str, *args: Any, **kwargs: Any) -> Any:
+        asked.add((Path(self.index.base_path).name, key))
+        return inner(self, key, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyTensorLoader, "get_tensor", recorded)
+        merge(models.recipe(**VARIANTS["source_base"]), tmp_path / "out")
+    changed = expected(models, VARIANTS["source_base"])
+    needed = {("base", name.replace("model.layers", PREFIXES["base"])) for name in changed}
+    assert {(folder, name) for folder, name in asked if folder == "base"} == needed
+    assert {name for folder, name in asked if folder == "source"} == changed.keys()
+
+
+def test_damage_of_the_base_is_named(models: Models, tmp_path: Path) -> None:
+    shutil.copytree(models.folder / "base", tmp_path / "base")
+    name = f"{PREFIXES['base']}.0.self_attn.k_proj.weight"
+    tensors = read(tmp_path / "base")
+    write(tmp_path / "base", {n: torch.full_like(t, float("nan")) if n == name else t for n, t in tensors.items()})
+    message = one(models.recipe(top={"source_base": str(tmp_path / "base")}), tmp_path / "out")
+    assert message.startswith("model.layers.0.self_attn.k_proj.weight: the source_base's tensor of shape [32, 64] ")
+
+
+def with_top(**top: Any) -> dict[str, Any]:
+    return {"top": top}
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "update": (with_top(update="frank"), "update must be one of low-rank, dare, got 'frank'"),
+    "norm": (with_top(norm="frobenius"), "norm must be one of none, match, got 'frobenius'"),
+    "norm by layer": (with_top(norm=["match", "none"]), "parameter 'norm' in parameters must be one plain value"),
+    "seed": (with_top(update="dare", seed=-3), "seed must be in [0, 2**32), got -3"),
+    "seed text": (with_top(update="dare", seed="many"), "parameter 'seed' in parameters: 'many' is not valid"),
+    "rescale": (with_top(update="dare", rescale="perhaps"), "parameter 'rescale' in parameters: 'perhaps' is not"),
+    "biases": (with_top(biases="some"), "parameter 'biases' in parameters: 'some' is not valid"),
+    "drop_rate": (
+        {"top": {"update": "dare"}, "source": {"drop_rate": [0.5, 1.0]}},
+        "drop_rate must be in [0, 1), got 1.0",
+    ),
+    "energy": ({"source": {"rank": 0, "energy": 1}}, "energy must be in [0, 1), 1 being rank: 0, got 1"),
+    "energy by layer": (
+        {"source": {"rank": 0, "energy": [{"filter": "mlp", "value": -1}, {"value": 0.5}]}},
+        "energy must be in [0, 1), 1 being rank: 0, got -1",
+    ),
+    "energy without a limit": (
+        {"source": {"energy": 0.9}},
+        "parameter 'energy' needs 'rank', the largest rank that it may choose; write rank: 64, or rank: 0 for no limit",
+    ),
+    "rank with dare": (
+        {"top": {"update": "dare"}, "source": {"rank": 4}},
+        "parameter 'rank' has no effect with update: dare, which truncates nothing; remove it",
+    ),
+    "energy with dare": (
+        {"top": {"update": "dare"}, "source": {"energy": 0.5}},
+        "parameter 'energy' has no effect with update: dare, which truncates nothing; remove it",
+    ),
+    "order with dare": (
+        with_top(update="dare", order="svd-then-mask"),
+        "parameter 'order' has no effect with update: dare, which truncates nothing; remove it",
+    ),
+    "rescale with a matched norm": (
+        with_top(update="dare", norm="match", rescale=True),
+        "parameter 'rescale' has no effect with norm: match, which sets the norm; remove one",
+    ),
+    "drop_rate without dare": (
+        {"source": {"drop_rate": 0.5}},
+        "parameter 'drop_rate' has no effect without update: dare; remove it, or write update: dare",
+    ),
+    "seed without dare": (with_top(seed=0), "parameter 'seed' has no effect without update: dare; remove it"),
+    "rescale without dare": (with_top(rescale=True), "parameter 'rescale' has no effect without update: dare"),
+    "norm of full rank": (
+        {"top": {"norm": "match"}, "source": {"rank": 0}},
+        "parameter 'norm' has no effect with rank: 0, which truncates nothing; remove it, or give a rank",
+    ),
+    "order of full rank": (
+        {"top": {"order": "mask-then-svd"}, "source": {"rank": [0, 0.0]}},
+        "parameter 'order' has no effect with rank: 0, which truncates nothing; remove it, or give a rank",
+    ),
+    "update under models": ({"source": {"update": "dare"}}, "parameter 'update' is written under the model "),
+    "source_base under models": ({"source": {"source_base": "x"}}, "parameter 'source_base' is written under the mod"),
+    "source_base of nothing": (with_top(source_base=" "), "parameter 'source_base' in parameters: ' ' is not valid ("),
+    "source_base with two adapters": (
+        with_top(source_base="a+b+c"),
+        "parameter 'source_base' in parameters: 'a+b+c' is not valid (",
+    ),
+    "source_base of nowhere": (with_top(source_base="./none"), "./none: no such folder; give the folder of a checkpo"),
+    "source_base by layer": (with_top(source_base=["a", "b"]), "parameter 'source_base' in parameters must be one pla"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_in_the_recipe(mistake: str, models: Models, tmp_path: Path) -> None:
+    variant, message = MISTAKES[mistake]
+    assert message in one(models.recipe(**copy.deepcopy(variant)), tmp_path / "out")
+
+
+def test_what_only_looks_like_a_mistake(models: Models) -> None:
+    by_filter = [{"filter": "mlp", "value": 0}]
+    for variant in (
+        {"top": {"order": "mask-then-svd", "norm": "match"}, "source": {"rank": by_filter}},
+        {"top": {"order": "svd-then-mask", "norm": "none"}, "source": {"rank": 0}},
+        {"top": {"update": "low-rank"}, "source": {"rank": [0, 4]}},
+        {"top": {"update": "dare", "rank": None}, "source": {"drop_rate": [0.1, 0.9]}},
+        {"top": {"energy": [{"filter": "attn", "value": 0.5}], "rank": 8}},
+    ):
+        recipe = models.recipe(**variant)
+        recipe["parameters"] = {name: value for name, value in recipe["parameters"].items() if value is not None}
+        assert plan(recipe).problems == []
+
+
+def test_energy_by_filter(models: Models) -> None:
+    energy = [{"filter": "attn", "value": [0.2, 0.6]}]
+    found = {e.target_name: e.fusion for e in plan(models.recipe(source={"rank": 8, "energy": energy})).edits}
+    assert found["model.layers.1.self_attn.k_proj.weight"].energy == pytest.approx(0.4)
+    assert found["model.layers.1.mlp.up_proj.weight"].energy == 0
+
+
+def test_source_base_that_does_not_fit(models: Models, tmp_path: Path) -> None:
+    folder = models.folder
+    target, source = folder / "target", folder / "source"
+    assert "source_base is the base_model itself" in one(
+        models.recipe(top={"source_base": f"{target}/"}), tmp_path / "o"
+    )
+    assert "source_base is the source itself" in one(models.recipe(top={"source_base": str(source)}), tmp_path / "o")
+    llama = make_source(tmp_path / "llama", "llama", dtype=torch.float32)
+    message = one(models.recipe(top={"source_base": str(llama)}), tmp_path / "o")
+    assert message.startswith(f"source_base {llama} as the source: model type: the target's text decoder is 'qwen2'")
+    merge(models.recipe(top={"source_base": str(llama), "allow_family_mismatch": True}), tmp_path / "mixed")
+    small = make_source(tmp_path / "small", "qwen2", decoder={"intermediate_size": 48})
+    message = one(models.recipe(top={"source_base": str(small)}), tmp_path / "o")
+    assert message.startswith(f"source_base {small} as the source: intermediate size: the target ")
+    assert (
+        "the output folder is a model of the recipe"
+        in refused(models.recipe(top={"source_base": True}), folder / "base")[0]
+    )
+
+
+def test_base_with_the_names_of_another_model_besides_its_own(models: Models, tmp_path: Path) -> None:
+    shutil.copytree(models.folder / "base", tmp_path / "base")
+    extra = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2)}
+    write(tmp_path / "base", {**read(tmp_path / "base"), **extra})
+    message = one(models.recipe(top={"source_base": str(tmp_path / "base")}), tmp_path / "out")
+    assert "base: has a tensor model.layers.0.self_attn.q_proj.weight besides its decoder's model.lang" in message
+
+
+def test_biases_that_are_not_there(pair: Pair, models: Models, tmp_path: Path) -> None:
+    message = one(pair.recipe(parameters={"biases": True}), tmp_path / "out")
+    assert message == (
+        f"parameter 'biases' is true, but no masked neuron of {pair.target} that changes has a bias (this decoder has "
+        f"none, or none in the masked projections); remove it"
+    )
+    only_ffn = NeuronSet({site: member for site, member in models.neurons.items() if "fwd" in site.projection})
+    write_mask(tmp_path / "ffn.safetensors", only_ffn)
+    recipe = models.recipe(top={"biases": True, "masks": str(tmp_path / "ffn.safetensors")})
+    assert "none in the masked projections" in one(recipe, tmp_path / "out")
+    for role in ("source", "base"):
+        shutil.copytree(models.folder / role, tmp_path / role)
+        tensors = read(tmp_path / role)
+        name = f"{PREFIXES[role]}.0.self_attn.k_proj.bias"
+        write(tmp_path / role, {n: t for n, t in tensors.items() if n != name})
+        recipe = models.recipe(top={"biases": True, "source_base": True})
+        if role == "source":
+            recipe["models"][0]["model"] = str(tmp_path / role)
+        else:
+            recipe["parameters"]["source_base"] = str(tmp_path / role)
+        called = {"source": "source", "base": "source_base"}[role]
+        assert one(recipe, tmp_path / "out") == (
+            f"{tmp_path / role}: tensor {name} of the {called} is missing, but model.layers.0.self_attn.k_proj.bias of "
+            f"{models.folder / 'target'} has shape [32]; its bias cannot move, remove biases from the recipe"
+        )
+
+
+def test_adapter_refuses_biases(models: Models, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS["biases"]))
+    result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter")])
+    assert result.exit_code == 1
+    assert "cannot move the target's biases; remove it, or merge with mergekit-yaml or 'snrf patch'" in result.output
+    assert not (tmp_path / "adapter").exists()
+
+
+def planned(models: Models, folder: Path, variant: dict[str, Any], *options: str) -> Result:
+    recipe = write_recipe(folder / "recipe.yml", models.recipe(**variant))
+    return CliRunner().invoke(snrf, ["plan", str(recipe), *options])
+
+
+UPDATES = {
+    "dare": "beta 0.5, dare: drop_rate 0.6, seed 7",
+    "dare, not rescaled": "beta 0.5, dare: drop_rate 0.5, seed 0, not rescaled",
+    "dare, norm": "beta 0.5, dare: drop_rate 0.9, seed 0, norm match",
+    "norm": "beta 0.5, rank 3, svd-then-mask, norm match",
+    "energy": "beta 0.5, energy 0.6, rank at most 0 (0: no limit), svd-then-mask",
+    "energy, mask-then-svd": "beta 0.5, energy 0.7, rank at most 6, mask-then-svd",
+    "source_base": "beta 0.5, rank 4, svd-then-mask, Delta = source - source_base",
+    "biases": "beta 0.5, rank 4, svd-then-mask, biases",
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_plan_names_the_variant(name: str, models: Models, tmp_path: Path) -> None:
+    result = planned(models, tmp_path, VARIANTS[name])
+    assert result.exit_code == 0, result.output
+    assert f"update    {UPDATES[name]}\n" in result.stdout
+    # A neuron with a bias is one neuron.
+    total = next(line.split() for line in result.stdout.splitlines() if line.startswith("all "))
+    assert total[1:4] == [str(len(models.neurons)), str(models.neurons.count()), "960"]
+    biases = sum(name == "biases" and site.projection.startswith("attn") for site in models.neurons)
+    assert f"tensors   {len(models.neurons) + biases} edited, " in result.stdout
+    if name == "source_base":
+        sizes = [sum(t.nbytes for t in read(models.folder / role).values()) for role in ("source", "base")]
+        assert "of the source's {:.3g} kB and the source_base's {:.3g} kB\n".format(*(s / 1e3 for s in sizes)) in (
+            result.stdout
+        )
+        assert f"source_base  {models.folder / 'base'} (qwen2_5_vl, " in result.stdout
+
+
+@pytest.mark.parametrize("name", ["energy, mask-then-svd", "source_base", "biases", "dare"])
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_certificates_of_a_plan(name: str, dtype: str | None, rounded: Models, tmp_path: Path) -> None:
+    recipe = rounded.recipe(**VARIANTS[name]) | ({"dtype": dtype} if dtype else {})
+    path = write_recipe(tmp_path / "recipe.yml", recipe)
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(snrf, ["plan", str(path), "--certify", "--json", "--quiet"])
+    assert result.exit_code == 0, result.output
+    assert sorted(tmp_path.rglob("*")) == before
+    content = json.loads(result.stdout)
+    edited = {entry["target"]: entry for entry in content["tensors"]["edited"]}
+    exact, target, after = (
+        expected(rounded, VARIANTS[name]),
+        read(rounded.folder / "target"),
+        merge(path, tmp_path / "o"),
+    )
+    assert edited.keys() == exact.keys()
+    for tensor_name, entry in edited.items():
+        rounding, certificate = entry["rounding"], entry["certificate"]
+        step = exact[tensor_name] - target[tensor_name].double().numpy()
+        assert rounding["update"] == pytest.approx(np.linalg.norm(step), rel=1e-3)
+        lost = np.linalg.norm(after[tensor_name].double().numpy() - exact[tensor_name])
+        assert rounding["lost"] == pytest.approx(lost, rel=2e-2, abs=1e-4 * np.linalg.norm(step))
+        assert (rounding["lost"] < 1e-4 * rounding["update"]) is (dtype == "float32")
+        changed = after[tensor_name].float() != target[tensor_name].float()
+        assert rounding["changed"] == int(changed.sum())
+        if name == "dare" or tensor_name.endswith("bias"):
+            assert certificate is None
+            continue
+        assert certificate["method"] == "gram"
+        assert certificate["rank"] <= 6
+        if name == "energy, mask-then-svd":
+            assert certificate["captured"] >= 0.7 - 1e-6 or certificate["rank"] == 6
+    assert (
+        "certificate"
+        not in json.loads(CliRunner().invoke(snrf, ["plan", str(path), "--json"]).stdout)["tensors"]["edited"][0]
+    )
+
+
+def test_certificates_as_a_table(models: Models, tmp_path: Path) -> None:
+    result = planned(models, tmp_path, VARIANTS["biases"], "--certify", "--quiet")
+    assert result.exit_code == 0, result.output
+    rows = {
+        line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.startswith("model.layers.")
+    }
+    assert rows.keys() == expected(models, VARIANTS["biases"]).keys()
+    content = json.loads(planned(models, tmp_path, VARIANTS["biases"], "--certify", "--quiet", "--json").stdout)
+    for entry in content["tensors"]["edited"]:
+        row, certificate = rows[entry["target"]], entry["certificate"]
+        if certificate is None:
+            assert row == ["bias", *"------", "100.0", "%"]
+            continue
+        assert row[:5] == ["gram", "4", "1", f"{100 * certificate['captured']:.2f}", "%"]
+        assert row[5] == f"{certificate['est']:.1e}"
+    assert (
+        f"{len(rows)} tensors fused, {len(models.neurons)} of them truncated to rank 4, which captures "
+        in result.stdout
+    )
+    assert "rounding to the output's dtype takes 0% of the update's norm" in result.stdout
+    assert "bias: the whole difference of the masked elements" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "header", "method"),
+    [
+        ({"source": {"rank": 0}}, "method rank captured error deficit", "exact full 100.00 % 0 0"),
+        (VARIANTS["dare"], "method", "dare"),
+    ],
+    ids=["full rank", "dare"],
+)
+def test_table_of_updates_that_are_not_truncated(
+    changes: dict[str, Any], header: str, method: str, models: Models, tmp_path: Path
+) -> None:
+    result = planned(models, tmp_path, changes, "--certify", "--quiet")
+    lines = result.stdout[result.stdout.index("\ntensor ") :].split("\n\n")[0].strip().splitlines()
+    assert lines[0].split() == f"tensor {header} rounding keeps".split()
+    for line in lines[1:-1]:
+        assert line.split()[1:] == [*method.split(), "100.0", "%"]
+    assert lines[-1].startswith(f"{method.split()[0]}: M_S(Delta) ")
+    assert len(lines) == 2 + len(models.neurons)
+    entries = json.loads(planned(models, tmp_path, changes, "--certify", "--quiet", "--json").stdout)["tensors"][
+        "edited"
+    ]
+    assert {entry["method"] for entry in entries} == {method.split()[0]}
+
+
+def test_table_of_updates_of_which_some_are_truncated(models: Models, tmp_path: Path) -> None:
+    """Where a mask has fewer neurons than the rank, mask-then-svd has nothing to truncate."""
+    changes = {"source": {"rank": 6}, "top": {"order": "mask-then-svd"}}
+    result = planned(models, tmp_path, changes, "--certify", "--quiet")
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.startswith("model.layers.")}
+    few = {
+        f"model.layers.{site.layer}.{MODULES[site.projection][0]}.weight": int(member.sum()) <= 6
+        for site, member in models.neurons.items()
+    }
+    assert len(set(few.values())) == 2
+    for name, is_few in few.items():
+        assert rows[name][1:4] == (["exact", "full", "-"] if is_few else ["gram", "6", "1"])
+
+
+def test_a_plan_with_problems_is_not_certified(models: Models, tmp_path: Path) -> None:
+    result = planned(models, tmp_path, {"source": {"rank": 4000}}, "--certify", "--quiet")
+    assert result.exit_code == 1
+    assert "This merge cannot run:" in result.stdout
+    assert "captured" not in result.stdout
+
+
+def test_log_of_a_tensor_is_a_sentence(rounded: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        merge(rounded.recipe(source={"rank": 2}), tmp_path / "out")
+    content = json.loads(planned(rounded, tmp_path, {"source": {"rank": 2}}, "--certify", "--quiet", "--json").stdout)
+    for entry in content["tensors"]["edited"]:
+        (said,) = {r.message for r in caplog.records if r.message.startswith(f"{entry['target']}: ")}
+        certificate, rounding = entry["certificate"], entry["rounding"]
+        assert said == (
+            f"{entry['target']}: gram, rank 2, 1 pass, captures {100 * certificate['captured']:.1f} % of the energy, "
+            f"estimated error {certificate['est']:.0e}, rounding keeps "
+            f"{100 * (1 - rounding['lost'] / rounding['update']):.0f} %"
+        )
+
+
+def test_recipe_text_stays_as_it_was_written(models: Models, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS["all"]))
+    merge(recipe, tmp_path / "out")
+    assert yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text()) == yaml.safe_load(recipe.read_text())

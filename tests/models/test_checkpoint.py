@@ -1,0 +1,478 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+from test_maskfile import ask_hub, hub_of
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.checkpoint import ITEM_BYTES, Checkpoint, TensorHeader, open_checkpoint, weight_files
+
+CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+TENSORS = {
+    "embed.weight": torch.zeros(5, 8, dtype=torch.bfloat16),
+    "layers.0.weight": torch.zeros(3, 8, dtype=torch.float16),
+    "layers.1.weight": torch.zeros(2, 3),
+    "positions": torch.arange(7),
+    "flag": torch.tensor(True),
+}
+FIRST = {name: tensor for name, tensor in TENSORS.items() if not name.startswith("layers.1")}
+SECOND = {name: tensor for name, tensor in TENSORS.items() if name not in FIRST}
+EXPECTED = {
+    "embed.weight": ("BF16", (5, 8)),
+    "layers.0.weight": ("F16", (3, 8)),
+    "layers.1.weight": ("F32", (2, 3)),
+    "positions": ("I64", (7,)),
+    "flag": ("BOOL", ()),
+}
+
+
+def folder_of(path: Path, config: Any = CONFIG) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return path
+
+
+def sharded(path: Path, suffix: str = "safetensors", **places: Any) -> Path:
+    """Write two shards and their index; ``places`` overrides where the index says a tensor is."""
+    stem = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+    weight_map = {}
+    for number, tensors in enumerate((FIRST, SECOND), start=1):
+        file = f"model-{number:05}-of-00002.{suffix}"
+        if suffix == "safetensors":
+            save_file(tensors, path / file)
+        else:
+            torch.save(tensors, path / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": {**weight_map, **places}}
+    (path / f"{stem}.index.json").write_text(json.dumps(index))
+    return path
+
+
+def headers(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {name: (header.dtype, header.shape) for name, header in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards", "bin", "bin shards", "state_dict"])
+def test_headers_of_every_layout(tmp_path: Path, layout: str) -> None:
+    folder = folder_of(tmp_path / "model")
+    if layout == "one file":
+        save_file(TENSORS, folder / "model.safetensors")
+    elif layout == "bin":
+        torch.save(TENSORS, folder / "pytorch_model.bin")
+    elif layout == "state_dict":
+        torch.save({"state_dict": TENSORS, "epoch": 3}, folder / "pytorch_model.bin")
+    else:
+        sharded(folder, "safetensors" if layout == "shards" else "bin")
+    checkpoint = open_checkpoint(str(folder), trust_remote_code=True)
+    assert headers(checkpoint) == EXPECTED
+    assert {(folder / header.file).is_file() for header in checkpoint.tensors.values()} == {True}
+    assert len({header.file for header in checkpoint.tensors.values()}) == (2 if "shards" in layout else 1)
+    assert checkpoint.bytes == sum(tensor.numel() * tensor.element_size() for tensor in TENSORS.values())
+    assert (checkpoint.name, checkpoint.folder, checkpoint.trust_remote_code) == (str(folder), folder, True)
+    assert checkpoint.config == CONFIG
+    assert checkpoint.config_sha256 == hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    assert (checkpoint.model_type, checkpoint.needs_remote_code) == ("qwen2", False)
+
+
+def test_weights_are_not_read(tmp_path: Path) -> None:
+    folder, size = folder_of(tmp_path / "model"), 4 * 10**9
+    header = json.dumps({"a": {"shape": [50_000, 40_000], "dtype": "BF16", "data_offsets": [0, size]}}).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + size)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tensor = open_checkpoint(str(folder)).tensors["a"]
+    assert (tensor.parameters, tensor.bytes) == (size // 2, size)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_bytes_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    folder = folder_of(tmp_path / "model")
+    size = 6 * ITEM_BYTES[dtype]
+    header = json.dumps({"a": {"shape": [2, 3], "dtype": dtype, "data_offsets": [0, size]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    assert open_checkpoint(str(folder)).tensors == {"a": TensorHeader(dtype, (2, 3), "model.safetensors")}
+    assert open_checkpoint(str(folder)).bytes == size
+
+
+def test_an_index_wins_over_a_whole_file_and_safetensors_over_bin(tmp_path: Path) -> None:
+    folder = sharded(folder_of(tmp_path / "model"))
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
+    torch.save({"another": torch.zeros(1)}, folder / "pytorch_model.bin")
+    assert headers(open_checkpoint(str(folder))) == EXPECTED
+    (folder / "model.safetensors.index.json").unlink()
+    assert headers(open_checkpoint(str(folder))) == {"other": ("F32", (1,))}
+    (folder / "model.safetensors").unlink()
+    assert headers(open_checkpoint(str(folder))) == {"another": ("F32", (1,))}
+
+
+def test_a_tensor_in_two_shards_is_that_of_the_index(tmp_path: Path) -> None:
+    folder = sharded(folder_of(tmp_path / "model"))
+    save_file({**SECOND, "embed.weight": torch.zeros(9, 9)}, folder / "model-00002-of-00002.safetensors")
+    checkpoint = open_checkpoint(str(folder))
+    assert headers(checkpoint) == EXPECTED
+    assert checkpoint.tensors["embed.weight"].file == "model-00001-of-00002.safetensors"
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(SnrfError) as caught:
+        open_checkpoint(str(folder))
+    message = str(caught.value)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_missing_shard(tmp_path: Path, suffix: str) -> None:
+    folder = sharded(folder_of(tmp_path / "model"), suffix)
+    (folder / f"model-00002-of-00002.{suffix}").unlink()
+    shard = folder / f"model-00002-of-00002.{suffix}"
+    assert error_of(folder) == f"{shard}: the index names this shard, but the file is missing; get it again"
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_tensor_missing_from_its_shard(tmp_path: Path, suffix: str) -> None:
+    wrong = f"model-00002-of-00002.{suffix}"
+    folder = sharded(folder_of(tmp_path / "model"), suffix, **{"layers.0.weight": wrong})
+    assert error_of(folder) == (
+        f"{folder / wrong}: the index places tensor 'layers.0.weight' in this file, which does not hold it "
+        f"(1 such tensors); get the shard again"
+    )
+
+
+@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "./x", "x/", 3, None, []])
+def test_an_index_that_leaves_the_folder(tmp_path: Path, place: Any) -> None:
+    save_file(FIRST, tmp_path / "model.safetensors")
+    folder = sharded(folder_of(tmp_path / "model"), **{"layers.0.weight": place})
+    assert "'weight_map' does not map tensors to file names; get the index again" in error_of(folder)
+
+
+@pytest.mark.parametrize("place", ["", ".", "..", "x" * 300, "a\0b"])
+def test_an_index_that_names_no_file(tmp_path: Path, place: str) -> None:
+    folder = sharded(folder_of(tmp_path / "model"), **{"layers.0.weight": place})
+    assert re.search("the index names this shard, but the file is missing|does not map tensors", error_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xff", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "not a JSON object; the file is damaged, get it again"),
+        (b"null", "not a JSON object; the file is damaged, get it again"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
+def test_broken_json(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+    folder = sharded(folder_of(tmp_path / "model"))
+    (folder / file).write_bytes(content)
+    assert error_of(folder).startswith(f"{folder / file}: {message}")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": []}, {"weight_map": "x"}])
+def test_an_index_without_a_map(tmp_path: Path, index: Any) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert "'weight_map' does not map tensors to file names" in error_of(folder)
+
+
+def test_folders_without_weights_or_config(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert error_of(tmp_path / "empty") == (
+        f"{tmp_path}/empty/config.json: cannot be read (No such file or directory); "
+        f"{tmp_path}/empty is not a checkpoint folder"
+    )
+    folder = folder_of(tmp_path / "model")
+    (folder / "model-00001-of-00002.safetensors").touch()
+    assert "holds neither model.safetensors nor pytorch_model.bin nor an index of shards" in error_of(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04N.", bytes(64)])
+def test_damaged_weights(tmp_path: Path, file: str, content: bytes) -> None:
+    folder = folder_of(tmp_path / "model")
+    (folder / file).write_bytes(content)
+    assert re.match(
+        rf"{re.escape(str(folder / file))}: cannot be read \(.+\); get the file again or convert it to safetensors$",
+        error_of(folder),
+    )
+
+
+@pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), 3, None, {"state_dict": 3}, {5: torch.zeros(2)}])
+def test_a_bin_that_is_no_state_dict(tmp_path: Path, content: Any) -> None:
+    folder = folder_of(tmp_path / "model")
+    torch.save(content, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin: cannot be read (it does not map names to tensors)" in error_of(folder)
+
+
+class Exploit:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_bin_is_not_executed(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    torch.save({"a": torch.zeros(1), "b": Exploit(tmp_path / "executed")}, folder / "pytorch_model.bin")
+    assert "pytorch_model.bin: cannot be read" in error_of(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def outcome(folder: Path) -> Checkpoint | str:
+    try:
+        return open_checkpoint(str(folder))
+    except SnrfError as error:
+        return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_flipped_bytes_give_headers_or_one_error(tmp_path: Path, file: str) -> None:
+    folder = folder_of(tmp_path / "model")
+    if file == "model.safetensors":
+        save_file(TENSORS, folder / file)
+    else:
+        torch.save(TENSORS, folder / file)
+    good, dice, seen = (folder / file).read_bytes(), random.Random(4), set()
+    for _ in range(150):
+        damaged = bytearray(good)
+        for _ in range(dice.randint(1, 12)):
+            damaged[dice.randrange(min(len(good), 600))] = dice.randrange(256)
+        (folder / file).write_bytes(damaged)
+        checkpoint_or_message = outcome(folder)
+        seen.add(type(checkpoint_or_message))
+        assert isinstance(checkpoint_or_message, Checkpoint) or str(folder / file) in checkpoint_or_message
+    assert str in seen
+
+
+@pytest.mark.parametrize("name", ["", "model", "./model", "/no/such/model", "~/model", "a/b/c", "a/b/", "../model"])
+def test_names_that_are_no_model(name: str) -> None:
+    with pytest.raises(SnrfError, match=rf"^{re.escape(name)}: no such folder; give the folder of a checkpoint"):
+        open_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["owner/--model", "ow ner/model", "owner/" + "x" * 300, "a\0b/c"])
+def test_names_that_are_no_hub_id(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SnrfError, match=rf"^{re.escape(name)}: neither a local folder nor a model that the hub gives"):
+        open_checkpoint(name, cache_dir=str(tmp_path))
+
+
+def test_text_config_is_completed_by_transformers(tmp_path: Path) -> None:
+    text = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 7}
+
+    def text_config(config: dict[str, Any]) -> dict[str, Any]:
+        return dict(Checkpoint("model", None, {}, config, b"").text_config)
+
+    flat = text_config({"model_type": "qwen3", **text})
+    assert {key: flat[key] for key in text} == text
+    assert flat["head_dim"] == 128
+    nested = text_config({"model_type": "llava", "text_config": {"model_type": "llama", **text}})
+    assert {key: nested[key] for key in text} == text
+    assert nested["num_key_value_heads"] == 4
+    for key in ("text_config", "llm_config", "language_config"):
+        remote = text_config({"model_type": "unheard_of", key: {"model_type": "qwen3", **text}, "hidden_size": 1})
+        assert {name: remote[name] for name in text} == text
+        assert remote["head_dim"] == 128
+        assert text_config({"model_type": "unheard_of", key: {"model_type": "new", **text}}) == {
+            "model_type": "new",
+            **text,
+        }
+    assert text_config({"model_type": "unheard_of", **text}) == {"model_type": "unheard_of", **text}
+    assert text_config({"text_config": 5, **text}) == {"text_config": 5, **text}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2", "num_hidden_layers": "many"},
+        {"model_type": "llava", "text_config": 5},
+        {"model_type": "unheard_of", "llm_config": {"model_type": "qwen2", "num_hidden_layers": [1]}},
+    ],
+)
+def test_configs_that_transformers_refuses(config: dict[str, Any]) -> None:
+    with pytest.raises(SnrfError, match=r"^model/config\.json: transformers refuses this \w+ config") as caught:
+        Checkpoint("model", None, {}, config, b"").text_config  # noqa: B018
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "internvl_chat"}, {"model_type": ["qwen2"]}])
+def test_unknown_model_types_need_remote_code(config: dict[str, Any]) -> None:
+    assert Checkpoint("model", None, {}, config, b"").needs_remote_code
+
+
+SIDE_FILES = [
+    "LICENSE",
+    "LICENSE.txt",
+    "Notice.md",
+    "USE_POLICY.md",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "configuration_x.py",
+    "merges.txt",
+    "processor_config.json",
+    "qwen.tiktoken",
+    "sentencepiece.bpe",
+    "spiece.spm",
+    "tokenizer.json",
+    "tokenizer.model",
+]
+WEIGHTS = [
+    "MODEL.SAFETENSORS",
+    "consolidated.00.pth",
+    "model-00001-of-00002.safetensors",
+    "model.onnx",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "q4.gguf",
+]
+OTHERS = [".gitattributes", ".hidden.json", "README.md", "mergekit_config.yml", "picture.png"]
+
+
+def test_side_files_are_everything_small_that_belongs_to_the_model(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model")
+    for name in (*SIDE_FILES, *WEIGHTS, *OTHERS):
+        if not (folder / name).exists():
+            (folder / name).touch()
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "tokenizer.json").touch()
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "pytorch_model.bin.index.json").unlink()
+    save_file(TENSORS, folder / "model.safetensors")
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.side_files() == tuple(sorted(SIDE_FILES))
+    assert weight_files([*SIDE_FILES, *WEIGHTS, *OTHERS]) == tuple(sorted(WEIGHTS))
+
+
+def cached(cache: Path, files: dict[str, bytes], revision: str = "main") -> Path:
+    """Lay files out as huggingface_hub's cache does."""
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    root = cache / "models--owner--model"
+    (root / "refs").mkdir(parents=True, exist_ok=True)
+    (root / "refs" / revision).write_text(commit)
+    folder = root / "snapshots" / commit
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_a_model_in_the_cache(tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": save(TENSORS)}
+    folder = cached(tmp_path, files)
+    old = cached(tmp_path, {**files, "model.safetensors": save(FIRST)}, "old")
+    checkpoint = open_checkpoint("owner/model", cache_dir=str(tmp_path))
+    assert (checkpoint.name, checkpoint.folder, headers(checkpoint)) == ("owner/model", folder, EXPECTED)
+    checkpoint = open_checkpoint("owner/model", "old", cache_dir=str(tmp_path))
+    assert (checkpoint.revision, checkpoint.folder, len(checkpoint.tensors)) == ("old", old, len(FIRST))
+
+
+def index_of(weight_map: Any) -> bytes:
+    return json.dumps({"weight_map": weight_map}).encode()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "second.safetensors", "index and weights"])
+def test_an_incomplete_cache_asks_the_hub(tmp_path: Path, missing: str) -> None:
+    weight_map = {**dict.fromkeys(FIRST, "first.safetensors"), **dict.fromkeys(SECOND, "second.safetensors")}
+    files = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "model.safetensors.index.json": index_of(weight_map),
+        "first.safetensors": save(FIRST),
+        "second.safetensors": save(SECOND),
+    }
+    if missing == "index and weights":
+        del files["model.safetensors.index.json"]
+    else:
+        del files[missing]
+    cached(tmp_path, files)
+    with pytest.raises(SnrfError, match=r"^owner/model: neither a local folder nor a model that the hub gives"):
+        open_checkpoint("owner/model", cache_dir=str(tmp_path))
+
+
+def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
+    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": index_of(["a"])}
+    folder = cached(tmp_path, files)
+    with pytest.raises(SnrfError, match=rf"^{re.escape(str(folder))}/model\.safetensors\.index\.json: 'weight_map'"):
+        open_checkpoint("owner/model", cache_dir=str(tmp_path))
+
+
+def hub_files(tensors: dict[str, Tensor], **more: bytes) -> dict[str, bytes]:
+    small = {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}", "onnx/config.json": b"{}"}
+    return {**small, "model.safetensors": save(tensors), **more}
+
+
+def test_models_on_a_hub(tmp_path: Path) -> None:
+    shards = hub_files({}, **{"1.safetensors": save(FIRST), "2.safetensors": save(SECOND)})
+    weight_map = {**dict.fromkeys(FIRST, "1.safetensors"), **dict.fromkeys(SECOND, "2.safetensors")}
+    del shards["model.safetensors"]
+    shards["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    without = {name: content for name, content in hub_files({}).items() if name != "model.safetensors"}
+    repositories = {
+        "owner/model": {"main": hub_files(TENSORS), "v1": hub_files(FIRST)},
+        "owner/shards": {"main": shards},
+        "owner/bin": {"main": {**without, "pytorch_model.bin": b"weights"}},
+        "owner/broken": {"main": {**without, "model.safetensors": b"weights of a model"}},
+        "owner/bad_config": {"main": {**hub_files(FIRST), "config.json": b"["}},
+        "owner/empty": {"main": {}},
+    }
+    failing = ["owner/bin", "owner/broken", "owner/bad_config", "owner/empty", "owner/model@v2", "owner/nothing"]
+    with hub_of(repositories) as hub:
+        answers = ask_hub(hub.endpoint, tmp_path, "owner/model", "owner/model@v1", "owner/shards", *failing)
+    whole = answers["owner/model"]
+    assert whole["folder"] is None
+    assert {name: (dtype, tuple(shape)) for name, (dtype, shape, _) in whole["tensors"].items()} == EXPECTED
+    assert {file for _, _, file in whole["tensors"].values()} == {"model.safetensors"}
+    assert whole["config_sha256"] == hashlib.sha256(json.dumps(CONFIG).encode()).hexdigest()
+    assert whole["side_files"] == ["config.json", "tokenizer.json"]
+    assert (answers["owner/model@v1"]["revision"], answers["owner/model@v1"]["tensors"].keys()) == ("v1", FIRST.keys())
+    assert {name: file for name, (_, _, file) in answers["owner/shards"]["tensors"].items()} == weight_map
+
+    refused = "neither a local folder nor a model that the hub gives"
+    for name, message in {
+        "owner/bin": "owner/bin: has no safetensors weights on the hub; download it first (hf download owner/bin)",
+        "owner/broken": f"owner/broken: {refused} (SafetensorsParsingError: ",
+        "owner/bad_config": "not valid JSON",
+        "owner/empty": f"owner/empty: {refused} (RemoteEntryNotFoundError: 404 Client Error.); check the name,",
+        "owner/model@v2": f"owner/model: {refused} (RevisionNotFoundError: 404 Client Error.); check the name,",
+        "owner/nothing": f"owner/nothing: {refused} (RepositoryNotFoundError: 404 Client Error.); check the name,",
+    }.items():
+        assert answers[name].startswith("SnrfError: ")
+        assert message in answers[name]
+        assert "\n" not in answers[name]
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    with hub_of({}) as hub:
+        pass
+    (answer,) = ask_hub(hub.endpoint, tmp_path, "owner/model").values()
+    refused = "SnrfError: owner/model: neither a local folder nor a model that the hub gives (ConnectError: "
+    assert answer.startswith(refused)
+    assert answer.endswith("check the name, the network and the login (hf auth login)")

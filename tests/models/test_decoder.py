@@ -1,0 +1,461 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
+from mergekit_snrf.models.decoder import Decoder, DecoderShape, find_decoder, pairing_problems, site_of
+from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+
+TEXT = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 3,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 24,
+}
+SHAPE = DecoderShape(layers=3, hidden_size=16, heads=4, kv_heads=2, head_dim=4, intermediate_size=24)
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
+
+Headers = dict[str, TensorHeader]
+
+
+def headers(shapes: Mapping[str, tuple[int, ...]], dtype: str = "BF16") -> Headers:
+    return {name: TensorHeader(dtype, shape, "model.safetensors") for name, shape in shapes.items()}
+
+
+def stack(prefix: str = "model.layers.", shape: DecoderShape = SHAPE, dtype: str = "BF16") -> Headers:
+    """Return the headers of a whole text decoder, o_proj, gate_proj and norms included."""
+    attention, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    width, inner = shape.hidden_size, shape.intermediate_size
+    layer = {
+        "self_attn.q_proj.weight": (attention, width),
+        "self_attn.k_proj.weight": (kv, width),
+        "self_attn.v_proj.weight": (kv, width),
+        "self_attn.o_proj.weight": (width, attention),
+        "mlp.gate_proj.weight": (inner, width),
+        "mlp.up_proj.weight": (inner, width),
+        "mlp.down_proj.weight": (width, inner),
+        "input_layernorm.weight": (width,),
+    }
+    return headers({f"{prefix}{n}.{name}": s for n in range(shape.layers) for name, s in layer.items()}, dtype)
+
+
+def vision_tower(prefix: str = "vision_tower.encoder.layers.", layers: int = 3, width: int = 16) -> Headers:
+    """Return the headers of a SigLIP-like tower: q, k and v of its own, but fc1 and fc2 for an FFN."""
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+    return headers({f"{prefix}{n}.{name}.weight": (width, width) for n in range(layers) for name in names})
+
+
+def checkpoint(tensors: Headers, config: Mapping[str, Any] = TEXT, name: str = "model") -> Checkpoint:
+    return Checkpoint(name, None, tensors, config, json.dumps(config).encode())
+
+
+def error_of(tensors: Headers, config: Mapping[str, Any] = TEXT) -> str:
+    with pytest.raises(SnrfError) as caught:
+        find_decoder(checkpoint(tensors, config))
+    message = str(caught.value)
+    assert message.startswith("model")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "layers.",
+        "model.layers.",
+        "language_model.model.layers.",
+        "model.language_model.layers.",
+        "model.text_model.layers.",
+        "llm.model.layers.",
+    ],
+)
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
+def test_decoders_of_every_layout(prefix: str, dtype: str) -> None:
+    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
+    others = headers({"lm_head.weight": (9, 16), "mm.layers.0.weight": (1,)})
+    tensors = {**vision_tower(), **visual, **others, **stack(prefix, dtype=dtype)}
+    decoder = find_decoder(checkpoint(tensors))
+    assert decoder == Decoder(prefix, "qwen2", SHAPE)
+    for site in SHAPE.sites():
+        name = decoder.weight_name(site)
+        header = tensors[name]
+        assert header.shape[site.axis] == SHAPE.neurons(site.projection)
+        assert site_of(name) == site
+
+
+def test_sites_are_every_layer_and_projection() -> None:
+    assert SHAPE.sites() == [Site(layer, name) for layer in range(3) for name in PROJECTIONS]
+    assert {name: SHAPE.neurons(name) for name in PROJECTIONS} == {
+        "attn.q": 16,
+        "attn.k": 8,
+        "attn.v": 8,
+        "fwd.up": 24,
+        "fwd.down": 24,
+    }
+    assert SHAPE.repeats == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "lm_head.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.00.self_attn.q_proj.weight",
+        "model.layers.\u0660.self_attn.q_proj.weight",
+        "model.layers.self_attn.q_proj.weight",
+        "visual.blocks.0.mlp.up_proj.weight",
+        "model.layers.0.mlp.up_proj.weight.absmax",
+    ],
+)
+def test_names_of_other_weights(name: str) -> None:
+    with pytest.raises(SnrfError, match=r"is not a weight of a text decoder's attn\.q, attn\.k, attn\.v, fwd\.up, fwd"):
+        site_of(name)
+
+
+def test_a_vision_tower_of_the_decoders_depth_and_width_is_ignored() -> None:
+    siglip = vision_tower("vision_tower.vision_model.encoder.layers.", SHAPE.layers, SHAPE.hidden_size)
+    assert find_decoder(checkpoint({**siglip, **stack("language_model.model.layers.")})).prefix == (
+        "language_model.model.layers."
+    )
+    assert "no text decoder found" in error_of(siglip)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_config_tells_a_resampler_from_the_decoder(first: bool) -> None:
+    for resampler in (replace(SHAPE, layers=2), replace(SHAPE, hidden_size=32)):
+        perceiver = stack("model.connector.perceiver_resampler.layers.", resampler)
+        both = {**perceiver, **stack()} if first else {**stack(), **perceiver}
+        assert find_decoder(checkpoint(both)).prefix == "model.layers."
+
+
+def test_two_stacks_that_match_are_refused() -> None:
+    message = error_of({**stack("talker.model.layers."), **stack("thinker.model.layers.")})
+    assert message == (
+        "model: several text decoders match the configuration (talker.model.layers., thinker.model.layers.); "
+        "give a checkpoint with one"
+    )
+
+
+PHI3 = {
+    f"model.layers.{n}.{name}.weight": (4, 4)
+    for n in range(3)
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+}
+INTERNLM2 = {
+    f"language_model.model.layers.{n}.{name}.weight": (4, 4)
+    for n in range(3)
+    for name in ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+}
+FALCON = {f"transformer.h.{n}.self_attention.query_key_value.weight": (4, 4) for n in range(3)}
+GPT2 = {f"transformer.h.{n}.attn.c_attn.weight": (4, 4) for n in range(3)}
+GLM4 = {
+    f"model.layers.{n}.{name}.weight": (4, 4)
+    for n in range(3)
+    for name in (*MODULES[:3], "mlp.gate_up_proj", "mlp.down_proj")
+}
+
+
+FUSED_QKV = {
+    f"model.layers.{n}.{name}.weight": (4, 4)
+    for n in range(3)
+    for name in ("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "example"),
+    [
+        (PHI3, "model.layers.0.self_attn.qkv_proj.weight"),
+        (INTERNLM2, "language_model.model.layers.0.attention.wqkv.weight"),
+        (FALCON, "transformer.h.0.self_attention.query_key_value.weight"),
+        (GPT2, "transformer.h.0.attn.c_attn.weight"),
+        (GLM4, "model.layers.0.mlp.gate_up_proj.weight"),
+        (FUSED_QKV, "model.layers.0.self_attn.qkv_proj.weight"),
+    ],
+    ids=["phi3", "internlm2", "falcon", "gpt2", "glm4", "fused qkv"],
+)
+def test_fused_decoders_are_refused_by_name(shapes: dict[str, tuple[int, ...]], example: str) -> None:
+    message = error_of({**vision_tower(), **headers(shapes)})
+    assert message.startswith(f"model: has fused projections ({example}); SNRF needs separate q, k, v, up and down")
+
+
+def test_a_fused_vision_tower_is_no_obstacle() -> None:
+    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
+    assert find_decoder(checkpoint({**visual, **stack()})).prefix == "model.layers."
+
+
+@pytest.mark.parametrize(
+    "expert",
+    [
+        "model.layers.1.mlp.experts.0.up_proj.weight",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        "model.layers.1.mlp.shared_experts.up_proj.weight",
+        "language_model.model.layers.1.block_sparse_moe.gate.weight",
+    ],
+)
+def test_mixtures_of_experts_are_refused_by_name(expert: str) -> None:
+    attention = {name: header for name, header in stack().items() if ".mlp." not in name}
+    for dense in (attention, stack()):
+        assert error_of({**dense, **headers({expert: (4, 4)})}) == (
+            f"model: is a mixture of experts ({expert}); SNRF needs dense decoder layers, experts are not supported"
+        )
+
+
+@pytest.mark.parametrize("part", ["qweight", "weight_packed", "weight.absmax", "weight_scale"])
+def test_quantised_decoders_are_refused_by_name(part: str) -> None:
+    example = f"model.layers.0.self_attn.q_proj.{part}"
+    if part == "weight.absmax":
+        tensors = stack(shape=replace(SHAPE, hidden_size=1), dtype="U8")
+    else:
+        tensors = {name: header for name, header in stack().items() if not name.endswith("_proj.weight")}
+    assert error_of({**tensors, **headers({example: (4,)})}) == (
+        f"model: is quantised ({example}); merge the unquantised checkpoint and quantise the result"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E4M3", "F8_E5M2", "I32", "BOOL", "C64", "torch.float8_e4m3fn"])
+def test_weights_of_unusable_dtypes_are_refused_by_name(dtype: str) -> None:
+    for module in MODULES:
+        name = f"model.layers.1.{module}.weight"
+        tensors = stack()
+        message = error_of({**tensors, name: replace(tensors[name], dtype=dtype)})
+        assert message == (
+            f"model: {name} is stored as {dtype}; SNRF needs F16, BF16, F32, F64 weights, "
+            f"use the unquantised checkpoint"
+        )
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_missing_tensor_is_named(layer: int, module: str) -> None:
+    name = f"model.layers.{layer}.{module}.weight"
+    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
+    tensors = {**vision_tower(), **visual, **stack()}
+    del tensors[name]
+    assert error_of(tensors).startswith(f"model: tensor {name} is missing; SNRF needs all five projections in every")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_missing_layer_is_named(layer: int) -> None:
+    tensors = {name: header for name, header in stack().items() if f"layers.{layer}." not in name}
+    assert error_of(tensors).startswith(f"model: tensor model.layers.{layer}.mlp.down_proj.weight is missing;")
+
+
+def test_a_missing_last_layer_contradicts_the_config() -> None:
+    tensors = stack(shape=replace(SHAPE, layers=2))
+    perceiver = stack("model.perceiver.layers.", replace(SHAPE, layers=1, hidden_size=8))
+    assert error_of({**perceiver, **tensors}) == (
+        "model: config.json says 3 layers of width 16, but the tensors model.layers.* are 2 layers, "
+        "model.layers.0.self_attn.q_proj.weight of shape [16, 16]; config and weights are of different models"
+    )
+
+
+@pytest.mark.parametrize("spelling", ["00", "\u0660", "0x0", "-0", "100000"])
+def test_layer_numbers_are_plain(spelling: str) -> None:
+    tensors = {name.replace("layers.0.", f"layers.{spelling}."): header for name, header in stack().items()}
+    assert error_of(tensors).startswith("model: tensor model.layers.0.mlp.down_proj.weight is missing;")
+
+
+@pytest.mark.parametrize("shape", [(), (16,), (8,), (16, 8), (2, 16, 16)])
+@pytest.mark.parametrize("module", MODULES)
+def test_weights_of_another_shape_are_named(module: str, shape: tuple[int, ...]) -> None:
+    name = f"model.layers.0.{module}.weight"
+    tensors = stack()
+    message = error_of({**tensors, name: replace(tensors[name], shape=shape)})
+    assert f"{name} " in message
+    assert str(list(shape)) in message
+    assert "config and weights are of different models" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name", "expected"),
+    [
+        ("num_attention_heads", 8, "self_attn.k_proj", [4, 16]),
+        ("num_key_value_heads", 4, "self_attn.k_proj", [16, 16]),
+        ("num_key_value_heads", None, "self_attn.k_proj", [16, 16]),
+        ("head_dim", 8, "self_attn.q_proj", [32, 16]),
+        ("intermediate_size", 25, "mlp.up_proj", [25, 16]),
+    ],
+)
+def test_a_config_that_contradicts_the_shapes(key: str, value: Any, name: str, expected: list[int]) -> None:
+    config = {**TEXT, "model_type": "unheard_of", key: value}
+    assert f"model.layers.0.{name}.weight has shape " in error_of(stack(), config)
+    assert f"but config.json says {expected}" in error_of(stack(), config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": "three"},
+        {"num_hidden_layers": 0},
+        {"num_hidden_layers": -3},
+        {"num_hidden_layers": [3]},
+        {"num_hidden_layers": float("inf")},
+        {"num_hidden_layers": float("nan")},
+        {"hidden_size": None},
+        {"hidden_size": {}},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": None},
+        {"num_key_value_heads": 3},
+        {"num_key_value_heads": -1},
+        {"num_key_value_heads": 8},
+        {"head_dim": "wide"},
+        {"intermediate_size": [24, 24, 24]},
+    ],
+    ids=str,
+)
+def test_configs_without_a_text_decoder(change: dict[str, Any]) -> None:
+    message = error_of(stack(), {**TEXT, "model_type": "unheard_of", **change})
+    assert message.startswith(
+        "model/config.json: does not describe a text decoder with num_hidden_layers, hidden_size,"
+    )
+
+
+@pytest.mark.parametrize("missing", ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"])
+def test_configs_that_lack_a_field(missing: str) -> None:
+    config = {key: value for key, value in TEXT.items() if key not in (missing, "model_type")}
+    assert error_of(stack(), config).startswith("model/config.json: does not describe a text decoder")
+
+
+@pytest.mark.parametrize("layers", [9999, 10**6, 10**30])
+def test_absurd_depths_are_refused_at_once(layers: int) -> None:
+    config = {**TEXT, "model_type": "unheard_of", "num_hidden_layers": layers}
+    assert f"config.json says {layers} layers" in error_of(stack(), config)
+
+
+def test_checkpoints_without_a_decoder() -> None:
+    assert error_of({}, {**TEXT, "model_type": "unheard_of"}) == (
+        "model: no text decoder found, no tensor is called ...layers.N.self_attn.q_proj.weight with "
+        "...layers.N.mlp.up_proj.weight beside it; model_type 'unheard_of' is not supported"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "family"),
+    [
+        (TEXT, "qwen2"),
+        ({**TEXT, "model_type": "qwen3", "head_dim": 4}, "qwen3"),
+        ({**TEXT, "model_type": "llama"}, "llama"),
+        ({**TEXT, "model_type": "qwen2_vl"}, "qwen2"),
+        ({**TEXT, "model_type": "qwen2_5_vl"}, "qwen2"),
+        ({"model_type": "qwen2_5_vl", "text_config": {**TEXT, "model_type": "qwen2_5_vl_text"}}, "qwen2"),
+        ({"model_type": "qwen3_vl", "text_config": {**TEXT, "model_type": "qwen3_vl_text", "head_dim": 4}}, "qwen3"),
+        ({"model_type": "llava", "text_config": {**TEXT, "model_type": "llama"}}, "llama"),
+        ({"model_type": "idefics3", "text_config": {**TEXT, "model_type": "llama"}}, "llama"),
+        ({"model_type": "internvl_chat", "llm_config": TEXT}, "qwen2"),
+        ({"model_type": "gemma3", "text_config": {**TEXT, "model_type": "gemma3_text", "head_dim": 4}}, "gemma3"),
+        ({**TEXT, "model_type": "unheard_of_text"}, "unheard_of"),
+        ({**TEXT, "model_type": "minicpmv"}, "llama"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["model_type"],
+)
+def test_families(config: dict[str, Any], family: str) -> None:
+    assert find_decoder(checkpoint(stack(), config)) == Decoder("model.layers.", family, SHAPE)
+
+
+def test_families_of_flat_remote_code_show_in_biases_and_norms() -> None:
+    config = {**TEXT, "model_type": "minicpmv"}
+    first = "llm.model.layers.0.self_attn."
+    plain = stack("llm.model.layers.")
+    assert find_decoder(checkpoint(plain, config)).family == "llama"
+    biased = {**plain, **headers({f"{first}q_proj.bias": (16,)})}
+    assert find_decoder(checkpoint(biased, config)).family == "qwen2"
+    assert find_decoder(checkpoint({**plain, **headers({f"{first}q_norm.weight": (4,)})}, config)).family == "qwen3"
+
+
+def model(name: str, model_type: str = "unheard_of", **changes: int) -> Checkpoint:
+    shape = replace(SHAPE, **changes)
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+    }
+    return checkpoint(stack(f"{name}.layers.", shape), config, name)
+
+
+def test_equal_decoders_pair_whatever_surrounds_them() -> None:
+    target = model("target")
+    vlm = replace(target, tensors={**vision_tower(), **target.tensors, **headers({"lm_head.weight": (99, 16)})})
+    assert pairing_problems(vlm, model("source")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "example"),
+    [
+        ({"layers": 4}, "layers: the target target has 3, the source source has 4", "mlp.up_proj.weight [24, 16]"),
+        (
+            {"hidden_size": 32},
+            "hidden size: the target target has 16, the source source has 32",
+            "up_proj.weight [24, 32]",
+        ),
+        ({"heads": 8}, "attention heads: the target target has 4, the source source has 8", "q_proj.weight [32, 16]"),
+        (
+            {"kv_heads": 4},
+            "key and value heads: the target target has 2, the source source has 4",
+            "k_proj.weight [16, 16]",
+        ),
+        ({"head_dim": 8}, "head dimension: the target target has 4, the source source has 8", "k_proj.weight [16, 16]"),
+        (
+            {"intermediate_size": 25},
+            "intermediate size: the target target has 24, the source source has 25",
+            "[25, 16]",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_decoders_of_different_shapes_do_not_pair(changes: dict[str, int], what: str, example: str) -> None:
+    problems = pairing_problems(model("target"), model("source", **changes))
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{what} (target.layers.0.")
+    assert example in problems[0]
+    assert problems[0].endswith("use a source with the same decoder shape")
+
+
+def test_head_layouts_of_equal_weights_do_not_pair() -> None:
+    # 4 heads of 4 and 2 of them repeated, or 2 heads of 8 and one of them repeated: the same shapes of all weights.
+    target, source = model("target"), model("source", heads=2, kv_heads=1, head_dim=8)
+    shapes = [[header.shape for header in side.tensors.values()] for side in (target, source)]
+    assert shapes[0] == shapes[1]
+    assert [problem.partition(":")[0] for problem in pairing_problems(target, source)] == [
+        "attention heads",
+        "key and value heads",
+        "head dimension",
+    ]
+
+
+def test_every_difference_is_told_at_once() -> None:
+    problems = pairing_problems(model("target", "qwen2"), model("source", "llama", layers=2, intermediate_size=9))
+    assert [problem.partition(":")[0] for problem in problems] == ["layers", "intermediate size", "model type"]
+
+
+def test_families_do_not_pair_unless_told_to() -> None:
+    target, source = model("target", "qwen2"), model("source", "llama")
+    (problem,) = pairing_problems(target, source)
+    assert problem.startswith(
+        "model type: the target's text decoder is 'qwen2' (target/config.json), the source's 'llama' (source/config"
+    )
+    assert "allow_family_mismatch: true" in problem
+    assert pairing_problems(target, source, any_family=True) == []
+    assert pairing_problems(target, model("source", "llama", layers=2), any_family=True) != []
+
+
+def test_a_source_without_a_decoder_is_named() -> None:
+    source = replace(model("source"), tensors=vision_tower())
+    with pytest.raises(SnrfError, match=r"^source: no text decoder found"):
+        pairing_problems(model("target"), source)

@@ -1,0 +1,374 @@
+"""Edits of loaded models and state dicts against mergekit's own merge and against weights zeroed by hand."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target, read
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from torch import Tensor, nn
+
+import mergekit_snrf as snrf
+from mergekit_snrf import api
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fusion
+from mergekit_snrf.merge import install
+from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
+from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_dict
+from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.weights import LiveWeights, StateWeights, StoredWeights, weights_of
+from mergekit_snrf.neurons.maskfile import write_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+
+FAMILIES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub"), ("gemma3", "hub")]
+FUSION = Fusion(beta=0.7, rank=3)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that makes a pair of a family once: its folder and a mask of a third of the neurons."""
+    made: dict[str, tuple[Path, NeuronSet]] = {}
+
+    def pair(family: str, layout: str = "hub") -> tuple[Path, NeuronSet]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family)
+            make_target(folder / "target", family, layout)
+            make_source(folder / "source", SOURCE_OF[family])
+            shape = find_decoder(open_checkpoint(str(folder / "target"))).shape
+            generator = torch.Generator().manual_seed(3)
+            members = {s: torch.rand(shape.neurons(s.projection), generator=generator) < 1 / 3 for s in shape.sites()}
+            members[Site(1, "attn.v")][:] = False
+            write_mask(folder / "mask.safetensors", NeuronSet(members))
+            made[family] = folder, NeuronSet(members)
+        return made[family]
+
+    return pair
+
+
+def merge(folder: Path, out: str) -> nn.Module:
+    install()
+    (folder / "snrf.yml").write_text(
+        f"merge_method: snrf\nbase_model: target\nmodels:\n  - model: source\n"
+        f"    parameters: {{beta: {FUSION.beta}, rank: {FUSION.rank}}}\nparameters: {{masks: mask.safetensors}}\n"
+    )
+    result = CliRunner().invoke(mergekit_yaml, [str(folder / "snrf.yml"), str(folder / out), "--quiet"])
+    assert result.exit_code == 0, result.output
+    return load(folder / out)
+
+
+def copy_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("family", "layout"), FAMILIES)
+@pytest.mark.parametrize("kind", ["checkpoint", "model", "state dict"])
+def test_fused_model_is_the_merged_folder_and_undo_restores_it(
+    family: str, layout: str, kind: str, pairs: Any, tmp_path: Path
+) -> None:
+    folder, neurons = pairs(family, layout)
+    merged = merge(folder, "merged") if not (folder / "merged").exists() else load(folder / "merged")
+    model = load(folder / "target")
+    before = copy_of(model)
+    source: Any = {
+        "checkpoint": lambda: StoredWeights(open_checkpoint(str(folder / "source"))),
+        "model": lambda: load(folder / "source"),
+        "state dict": lambda: load(folder / "source").state_dict(),
+    }[kind]()
+    edit = fuse_model(model, source, neurons, FUSION)
+    assert_same(copy_of(model), copy_of(merged))
+    inputs = example_inputs(folder / "target")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, merged(**inputs).logits)
+    edit.undo()
+    assert_same(copy_of(model), before)
+    edit.undo()
+    assert_same(copy_of(model), before)
+
+
+@pytest.mark.parametrize(("family", "layout"), FAMILIES)
+def test_fused_state_dict_is_the_merged_folder(family: str, layout: str, pairs: Any) -> None:
+    folder, neurons = pairs(family, layout)
+    target, source = read(folder / "target"), read(folder / "source")
+    result = fuse_state_dict(target, source, neurons, FUSION)
+    if not (folder / "merged").exists():
+        merge(folder, "merged")
+    assert_same(result, read(folder / "merged"))
+    changed = {name for name in target if result[name] is not target[name]}
+    assert len(changed) == len(neurons.nonempty())
+    assert_same(fuse_state_dict(target, source, neurons), fuse_state_dict(target, source, neurons, Fusion()))
+
+
+def test_biases_and_source_base_move_as_float64_says(pairs: Any) -> None:
+    folder, neurons = pairs("qwen2_5_vl")
+    target, source = read(folder / "target"), read(folder / "source")
+    base = {name: tensor + 0.25 for name, tensor in source.items()}
+    fusion = Fusion(beta=0.5, rank=0)
+    result = fuse_state_dict(target, source, neurons, fusion, source_base=base, biases=True)
+    mine, theirs = StateWeights.of(target), StateWeights.of(source)
+    for site, member in neurons.nonempty().items():
+        for name, other in (
+            (mine.name(site), theirs.name(site)),
+            (mine.name(site)[:-6] + "bias", theirs.name(site)[:-6] + "bias"),
+        ):
+            if name not in target or (name.endswith("bias") and site.axis == 1):
+                continue
+            expected = target[name].double()
+            step = 0.5 * (source[other].double() - base[other].double())
+            keep = member if name.endswith("bias") or site.axis == 1 else member[:, None]
+            expected = torch.where(keep, expected + step, expected)
+            torch.testing.assert_close(result[name].double(), expected, rtol=2**-8, atol=1e-6)
+            assert not torch.equal(result[name], target[name])
+
+
+@pytest.mark.parametrize(("family", "layout"), FAMILIES)
+def test_deactivated_is_zeroed_by_hand(family: str, layout: str, pairs: Any) -> None:
+    folder, neurons = pairs(family, layout)
+    model, other = load(folder / "target"), load(folder / "target")
+    before = copy_of(model)
+    layers = find_live_decoder(other).layers
+    with torch.no_grad():
+        for neuron in neurons.neurons():
+            linear: Any = layers[neuron.site.layer].get_submodule(neuron.site.module)
+            if neuron.site.projection == "fwd.down":
+                linear.weight[:, neuron.index] = 0
+            else:
+                linear.weight[neuron.index] = 0
+                if linear.bias is not None:
+                    linear.bias[neuron.index] = 0
+    with deactivate(model, neurons):
+        assert_same(copy_of(model), copy_of(other))
+    assert_same(copy_of(model), before)
+
+
+def test_restored_after_an_exception(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model = load(folder / "target")
+    before = copy_of(model)
+    with pytest.raises(KeyboardInterrupt), deactivate(model, neurons):
+        raise KeyboardInterrupt
+    assert_same(copy_of(model), before)
+
+
+def test_restored_after_an_interrupt_in_the_middle(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, neurons = pairs("llava")
+    model = load(folder / "target")
+    before, write, calls = copy_of(model), Edit.write, iter([None] * 5)
+
+    def interrupted(edit: Edit, *arguments: Any) -> None:
+        write(edit, *arguments)
+        if next(calls, "late") == "late":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Edit, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deactivate(model, neurons)
+    assert_same(copy_of(model), before)
+
+
+def test_edits_nest(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model, source = load(folder / "target"), read(folder / "source")
+    before = copy_of(model)
+    with fuse_model(model, source, neurons, FUSION):
+        between = copy_of(model)
+        with deactivate(model, neurons.random(1)):
+            pass
+        assert_same(copy_of(model), between)
+    assert_same(copy_of(model), before)
+
+
+def test_edits_are_not_undone_out_of_order(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model, source = load(folder / "target"), read(folder / "source")
+    before = copy_of(model)
+    first = fuse_model(model, source, neurons, FUSION)
+    second = deactivate(model, neurons)
+    with pytest.raises(SnrfError, match="a later edit changed the same weights"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert_same(copy_of(model), before)
+
+
+def test_a_path_is_no_source(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    with pytest.raises(SnrfError, match="is a path; give open_checkpoint"):
+        fuse_model(load(folder / "target"), str(folder / "source"), neurons)  # type: ignore[arg-type]
+
+
+def test_a_damaged_source_leaves_the_model_as_it_was(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model, source = load(folder / "target"), read(folder / "source")
+    before = copy_of(model)
+    source[StateWeights.of(source).name(Site(2, "fwd.down"))][0, 0] = torch.nan
+    with pytest.raises(SnrfError, match=r"layers\.2\.mlp\.down_proj\.weight: the source's .* NaN"):
+        fuse_model(model, source, neurons, FUSION)
+    assert_same(copy_of(model), before)
+
+
+def test_fusion_by_site(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model, source = load(folder / "target"), read(folder / "source")
+    before = copy_of(model)
+    fuse_model(model, source, neurons, lambda site: Fusion(beta=float(site.layer == 2), rank=0))
+    after = copy_of(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(".layers.2." in name for name in changed)
+
+
+def test_masks_of_other_models_are_refused(pairs: Any) -> None:
+    folder, _ = pairs("llava")
+    model = load(folder / "target")
+    with pytest.raises(SnrfError, match=r"7 neurons at layers\.0\.attn\.q, but .* of shape \[64, 64\] has 64"):
+        deactivate(model, NeuronSet({Site(0, "attn.q"): torch.ones(7, dtype=torch.bool)}))
+    with pytest.raises(SnrfError, match="there is no layer 9"):
+        deactivate(model, NeuronSet({Site(9, "attn.q"): torch.ones(64, dtype=torch.bool)}))
+
+
+def test_models_that_are_not_in_memory_are_refused(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    model = load(folder / "target").to("meta")
+    with pytest.raises(SnrfError, match="not in memory; to edit the model, load it whole"):
+        deactivate(model, neurons)
+
+
+def test_a_model_that_was_cast_is_not_undone_wrongly() -> None:
+    linear = nn.Linear(3, 2)
+    edit = Edit()
+    edit.write(linear.weight, 0, torch.tensor([0]), 0.0)
+    linear.to(torch.bfloat16)
+    with pytest.raises(SnrfError, match=r"float32 on cpu is now torch.bfloat16"):
+        edit.undo()
+
+
+def test_missing_biases_and_decoders_are_named(pairs: Any) -> None:
+    folder, neurons = pairs("qwen2_5_vl")
+    target, source = read(folder / "target"), read(folder / "source")
+    without = {name: tensor for name, tensor in source.items() if not name.endswith("q_proj.bias")}
+    with pytest.raises(SnrfError, match=r"q_proj\.bias: the source has no such bias"):
+        fuse_state_dict(target, without, neurons, FUSION, biases=True)
+    with pytest.raises(SnrfError, match="no text decoder"):
+        fuse_state_dict({}, source, neurons, FUSION)
+    both = {**source, **{f"other.{name}": tensor for name, tensor in source.items()}}
+    with pytest.raises(SnrfError, match=r"several text decoders \(model.layers., other.model.layers.\)"):
+        weights_of(both)
+    with pytest.raises(SnrfError, match="has no tensor"):
+        StateWeights.of(source).weight(Site(9, "attn.q"))
+    stored = weights_of(open_checkpoint(str(folder / "source")))
+    with pytest.raises(SnrfError, match="has no tensor"):
+        stored.weight(Site(9, "attn.q"))
+    with pytest.raises(SnrfError, match="only on the hub"):
+        StoredWeights(Checkpoint("owner/model", None, {}, {}, b""))
+
+
+def test_weights_are_the_same_wherever_they_are(pairs: Any) -> None:
+    folder, _ = pairs("qwen2_5_vl")
+    live = weights_of(load(folder / "source"))
+    assert isinstance(live, LiveWeights)
+    for other in (weights_of(read(folder / "source")), weights_of(open_checkpoint(str(folder / "source")))):
+        for site in live.decoder.shape.sites():
+            assert torch.equal(live.weight(site), other.weight(site))
+            mine, theirs = live.bias(site), other.bias(site)
+            assert (mine is None) == (theirs is None)
+            assert mine is None or (theirs is not None and torch.equal(mine, theirs))
+
+
+def test_python_interface_names_are_those_of_api() -> None:
+    assert set(api.__all__) == snrf._API
+    assert all(getattr(snrf, name) is getattr(api, name) for name in api.__all__)
+    assert set(dir(snrf)) >= snrf._API
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = snrf.nothing
+
+
+def test_load_mask_checks_the_sha256(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    assert api.load_mask(folder / "mask.safetensors").neurons == neurons
+    with pytest.raises(SnrfError, match="get the mask that was meant"):
+        api.load_mask(folder / "mask.safetensors", sha256="0" * 64)
+
+
+def test_profile_takes_what_a_processor_returns(pairs: Any) -> None:
+    folder, _ = pairs("llava")
+    model, inputs = load(folder / "target"), example_inputs(folder / "target")
+    once = api.profile(model, [inputs])
+    twice = api.profile(model, [inputs, inputs])
+    without = api.profile(model, [{k: v for k, v in inputs.items() if k != "attention_mask"}])
+    site = Site(0, "attn.k")
+    assert twice.count == 2 * once.count
+    assert torch.equal(twice.sites[site].hits, 2 * once.sites[site].hits)
+    top = api.select([once], top_ratio=0.1)
+    assert top == api.select([twice], top_ratio=0.1) == api.select([without], top_ratio=0.1)
+    assert top.count() > 0
+    with pytest.raises(SnrfError, match="no tensor input_ids"):
+        api.profile(model, [{"text": "no"}])
+
+
+def test_profile_knows_what_was_measured(pairs: Any, tmp_path: Path) -> None:
+    folder, _ = pairs("llava")
+    model, inputs = load(folder / "target"), example_inputs(folder / "target")
+    screened = api.profile(model, [inputs], measure=api.Measure(screen=0.2))
+    assert screened.provenance.measure is not None
+    assert screened.provenance.measure["screen"] == 0.2
+    with pytest.raises(SnrfError, match="screen"):
+        api.select([screened], sigma=0.01)
+    api.write_profile(tmp_path / "p.safetensors", screened)
+    assert api.read_profile(tmp_path / "p.safetensors").provenance == screened.provenance
+    with pytest.raises(SnrfError, match="answer_mask"):
+        api.profile(model, [inputs], measure=api.Measure(tokens="answer"))
+
+
+def test_profile_leaves_every_module_in_its_mode(pairs: Any) -> None:
+    folder, _ = pairs("llava")
+    model = load(folder / "target").train()
+    frozen = find_live_decoder(model).layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    api.profile(model, [example_inputs(folder / "target")])
+    assert [module.training for module in model.modules()] == modes
+    assert not frozen.training
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"weight": "gradients"}, "weight must be one of paper, residual, gradient, got 'gradients'"),
+        ({"site": "o"}, "site must be one of pre_o, post_o"),
+        ({"screen": 1.5}, r"screen must be in \(0, 1\], got 1.5"),
+        ({"scoring": "released", "site": "post_o"}, "site has no meaning with scoring='released'"),
+    ],
+)
+def test_measures_that_mean_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(SnrfError, match=message):
+        api.Measure(**keys)
+
+
+def test_biases_of_an_offloaded_source(pairs: Any) -> None:
+    folder, neurons = pairs("qwen2_5_vl")
+    target, source = load(folder / "target"), load(folder / "source")
+    whole, offloaded = copy_of(target), cpu_offload(load(folder / "source"), torch.device("cpu"))
+    fuse_model(target, source, neurons, FUSION, biases=True)
+    expected = copy_of(target)
+    target.load_state_dict(whole)
+    fuse_model(target, offloaded, neurons, FUSION, biases=True)
+    assert_same(copy_of(target), expected)
+
+
+def test_python_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.chdir(root)
+    result = doctest.testfile(str(root / "docs/python.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert result.attempted > 20
+    assert result.failed == 0

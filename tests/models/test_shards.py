@@ -1,0 +1,275 @@
+"""Byte ranges of tensors, against the safetensors library and against whole-file writes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.shards import ByteRange, byte_ranges, overwrite_neurons, read_tensor
+
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+def write_raw(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
+    """Write a safetensors file by hand, whatever the header says."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype: Any = "F32", shape: Any = (2, 3), offsets: Any = (0, 24)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@st.composite
+def edits(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A weight, the same with random neurons changed, which neurons, and their axis."""
+    rows, columns, axis = draw(st.integers(0, 9)), draw(st.integers(0, 9)), draw(st.integers(0, 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    dtype = FLOATS[draw(st.sampled_from(sorted(FLOATS)))]
+    before, noise = (torch.randn(2, rows, columns, generator=generator, dtype=torch.float64)).to(dtype)
+    count = (rows, columns)[axis]
+    neurons = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
+    member = neurons[:, None] if axis == 0 else neurons[None]
+    return before, torch.where(member, noise, before), neurons, axis
+
+
+def test_ranges_and_tensors_are_those_of_the_library(scratch: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(5, 7, generator=generator).to(dtype) for name, dtype in FLOATS.items()}
+    save_file({**tensors, "ids": torch.arange(3), "flag": torch.ones(1, dtype=torch.bool)}, scratch / "all.safetensors")
+    ranges = byte_ranges(scratch / "all.safetensors")
+    assert ranges.keys() == tensors.keys()
+    content = (scratch / "all.safetensors").read_bytes()
+    for name, tensor in load_file(scratch / "all.safetensors").items():
+        if name in tensors:
+            where = ranges[name]
+            assert content[where.offset : where.offset + where.bytes] == bits(tensor)
+            assert read_tensor(where).dtype == tensor.dtype
+            assert torch.equal(read_tensor(where), tensor)
+
+
+def test_tensor_at_an_odd_offset(scratch: Path) -> None:
+    values = torch.tensor([[1.5, -2.0], [0.25, 3.0]])
+    header = {"flags": entry("U8", [3], [0, 3]), "weight": entry("F32", [2, 2], [3, 19])}
+    path = write_raw(scratch / "odd", header, b"\1\2\3" + bits(values))
+    (where,) = byte_ranges(path).values()
+    assert torch.equal(read_tensor(where), values)
+    assert overwrite_neurons(where, path, values * 2, torch.tensor([False, True]), 0) == 8
+    assert path.read_bytes().endswith(b"\1\2\3" + bits(torch.tensor([[1.5, -2.0], [0.5, 6.0]])))
+
+
+@given(edits())
+def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    before, after, neurons, axis = edit
+    neighbours = {"a": torch.full((3, 3), 7.0), "z": torch.full((3,), -7.0, dtype=torch.float16)}
+    save_file({**neighbours, "weight": before}, scratch / "before.safetensors")
+    save_file({**neighbours, "weight": after}, scratch / "after.safetensors")
+    where = byte_ranges(scratch / "before.safetensors")["weight"]
+    copy = scratch / "copy.safetensors"
+    copy.write_bytes((scratch / "before.safetensors").read_bytes())
+    written = overwrite_neurons(where, copy, after, neurons, axis)
+    assert copy.read_bytes() == (scratch / "after.safetensors").read_bytes()
+    changed = int(neurons.sum()) if axis == 0 else before.shape[0] * bool(neurons.any())
+    assert written == changed * before.shape[1] * before.element_size()
+
+
+def test_rows_are_written_run_by_run(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    neurons = torch.rand(200, generator=torch.Generator().manual_seed(1)) < 0.4
+    path = write_raw(scratch / "runs", {"w": entry("F32", [200, 2], [0, 1600])}, bytes(1600))
+    (where,) = byte_ranges(path).values()
+    calls, pwrite = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: calls.append(len(data)) or pwrite(file, data, at))
+    overwrite_neurons(where, path, torch.ones(200, 2), neurons, 0)
+    runs = [len(list(group)) for chosen, group in itertools.groupby(neurons.tolist()) if chosen]
+    assert calls == [8 * run for run in runs]
+    assert torch.equal(read_tensor(where)[:, 0] == 1, neurons)
+
+
+def test_short_reads_and_writes_go_on(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_raw(scratch / "short", {"w": entry("F32", [4, 5], [0, 80])}, bytes(80))
+    (where,) = byte_ranges(path).values()
+    values = torch.arange(20.0).view(4, 5)
+    pwrite, preadv = os.pwrite, os.preadv
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:7], at))
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:3]], at))
+    overwrite_neurons(where, path, values, torch.tensor([True, True, False, True]), 0)
+    values[2] = 0
+    assert torch.equal(read_tensor(where), values)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_empty_weight(scratch: Path, shape: tuple[int, int], axis: int) -> None:
+    path = write_raw(scratch / "empty", {"w": entry("BF16", shape, [0, 0])})
+    (where,) = byte_ranges(path).values()
+    assert read_tensor(where).shape == shape
+    assert overwrite_neurons(where, path, read_tensor(where), torch.ones(shape[axis], dtype=torch.bool), axis) == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_no_neurons_write_nothing(scratch: Path, axis: int) -> None:
+    path = write_raw(scratch / "none", {"w": entry("F32", [2, 3], [0, 24])}, bytes(24))
+    (where,) = byte_ranges(path).values()
+    assert overwrite_neurons(where, path, torch.ones(2, 3), torch.zeros((2, 3)[axis], dtype=torch.bool), axis) == 0
+    assert path.read_bytes().endswith(bytes(24))
+
+
+@pytest.mark.parametrize(
+    ("weight", "neurons", "axis"),
+    [
+        (torch.ones(2, 3, dtype=torch.float16), torch.ones(2, dtype=torch.bool), 0),
+        (torch.ones(3, 2), torch.ones(2, dtype=torch.bool), 0),
+        (torch.ones(2, 3), torch.ones(3, dtype=torch.bool), 0),
+        (torch.ones(2, 3), torch.ones(2, dtype=torch.bool), 1),
+    ],
+)
+def test_weight_that_does_not_fit_is_not_written(scratch: Path, weight: Tensor, neurons: Tensor, axis: int) -> None:
+    path = write_raw(scratch / "unfit", {"w": entry("F32", [2, 3], [0, 24])}, bytes(24))
+    (where,) = byte_ranges(path).values()
+    with pytest.raises(ValueError, match=r"expected torch.float32 of shape \[2, 3\]"):
+        overwrite_neurons(where, path, weight, neurons, axis)
+    assert path.read_bytes().endswith(bytes(24))
+
+
+def test_file_that_was_cut_short(scratch: Path) -> None:
+    path = write_raw(scratch / "cut", {"w": entry("F32", [2, 3], [0, 24])}, bytes(24))
+    (where,) = byte_ranges(path).values()
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(SnrfError, match="ends in the middle of a tensor"):
+        read_tensor(where)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        [],
+        {"w": None},
+        {"w": []},
+        {"w": {}},
+        {"w": entry(dtype=None), "v": 3},
+        {"w": entry(dtype=["F32"])},
+        {"w": entry(shape=None)},
+        {"w": entry(shape="23")},
+        {"w": entry(shape=[2, 4])},
+        {"w": entry(shape=[-2, -3])},
+        {"w": entry(shape=[2.0, 3.0])},
+        {"w": entry(shape=[True, 6])},
+        {"w": entry(shape=[2**32, 2**32], offsets=[0, 0])},
+        {"w": entry(shape=[10**30, 0, 10**30], offsets=[0, 4])},
+        {"w": entry(offsets=[0])},
+        {"w": entry(offsets=[0, 24, 24])},
+        {"w": entry(offsets=[24, 0])},
+        {"w": entry(offsets=[-24, 0])},
+        {"w": entry(offsets=[8, 32])},
+        {"w": entry(offsets=[0.0, 24.0])},
+        {"w": entry(offsets=[float("nan"), float("inf")])},
+        {"w": entry(offsets=["0", "24"])},
+    ],
+)
+def test_damaged_header(scratch: Path, header: Any) -> None:
+    path = write_raw(scratch / "damaged", header, bytes(24))
+    with pytest.raises(SnrfError, match=r"damaged: not a readable safetensors file \(.*\); get the file again"):
+        byte_ranges(path)
+
+
+@pytest.mark.parametrize("length", [25 + 8, 10**8 + 1, 2**62, 2**64 - 1])
+def test_header_length_beyond_the_file_or_the_format(scratch: Path, length: int) -> None:
+    path = write_raw(scratch / "long", b"{}", bytes(24), length=length)
+    if length == 10**8 + 1:
+        # A sparse file: long enough, but no header may be that long.
+        os.truncate(path, 2 * 10**8)
+    with pytest.raises(SnrfError, match="the header is longer than the file"):
+        byte_ranges(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0"])
+def test_file_shorter_than_its_length_field(scratch: Path, content: bytes) -> None:
+    (scratch / "tiny").write_bytes(content)
+    with pytest.raises(SnrfError, match="tiny: not a readable safetensors file"):
+        byte_ranges(scratch / "tiny")
+
+
+def test_missing_file(scratch: Path) -> None:
+    with pytest.raises(SnrfError, match=r"missing: cannot be read \(No such file"):
+        byte_ranges(scratch / "missing")
+
+
+def assert_inside(ranges: dict[str, ByteRange], path: Path) -> None:
+    for where in ranges.values():
+        assert 8 <= where.offset <= where.offset + where.bytes <= path.stat().st_size
+        assert tuple(read_tensor(where).shape) == where.shape
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_fuzzed_bytes_raise_snrf_errors_alone(scratch: Path, data: st.DataObject) -> None:
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, scratch / "good.safetensors")
+    content = bytearray((scratch / "good.safetensors").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = scratch / "fuzzed"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        ranges = byte_ranges(path)
+    except SnrfError:
+        return
+    assert_inside(ranges, path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["F32", "BF16"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+numbers = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, -1, 2**40]) | json_values, max_size=3)
+
+
+@given(
+    st.dictionaries(
+        st.text(max_size=3),
+        json_values
+        | st.fixed_dictionaries(
+            {
+                "dtype": st.sampled_from([*FLOATS, "I64", "?"]) | json_values,
+                "shape": numbers | json_values,
+                "data_offsets": numbers | json_values,
+            }
+        ),
+        max_size=3,
+    )
+    | json_values
+)
+@settings(max_examples=300)
+def test_fuzzed_headers_raise_snrf_errors_alone(scratch: Path, header: Any) -> None:
+    path = write_raw(scratch / "fuzzed-header", header, bytes(24))
+    try:
+        ranges = byte_ranges(path)
+    except SnrfError:
+        return
+    assert_inside(ranges, path)

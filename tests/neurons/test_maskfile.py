@@ -1,0 +1,522 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons.maskfile import (
+    Mask,
+    ModelProvenance,
+    Provenance,
+    local_path,
+    provenance_of_operation,
+    read_mask,
+    write_mask,
+)
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+
+examples = settings(max_examples=40)
+
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
+objects = st.dictionaries(texts, texts | st.integers() | st.lists(st.booleans(), max_size=2), max_size=2)
+models = st.builds(
+    ModelProvenance,
+    path=st.none() | texts,
+    revision=st.none() | texts,
+    model_type=st.none() | texts,
+    config_sha256=st.none() | st.text("0123456789abcdef", min_size=64, max_size=64),
+    probes=st.none() | objects,
+    card=st.none() | texts,
+)
+provenances = st.builds(
+    Provenance,
+    target=st.none() | models,
+    source=st.none() | models,
+    selection=st.none() | objects,
+    operation=st.none() | texts,
+    inputs=st.none() | st.lists(objects, max_size=2),
+    seed=st.none() | st.integers(0, 2**32 - 1),
+    versions=st.none() | st.dictionaries(texts, texts, max_size=2),
+    later_field=st.none() | objects,
+)
+members = st.lists(st.booleans(), min_size=1, max_size=40).map(torch.tensor)
+neuron_sets = st.dictionaries(
+    st.builds(Site, st.integers(0, 9999), st.sampled_from(list(PROJECTIONS))), members, max_size=6
+).map(NeuronSet)
+
+K0, DOWN = Site(0, "attn.k"), Site(14, "fwd.down")
+MASK = NeuronSet({K0: torch.tensor([True, False, True, False]), DOWN: torch.arange(9) > 6})
+
+
+class Hub(ThreadingHTTPServer):
+    """What of a hub's interface a download uses, on a free local port.
+
+    Attributes:
+        repositories: files by path, by revision, by owner/name.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, repositories: dict[str, dict[str, dict[str, bytes]]]) -> None:
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.repositories = repositories
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        url = self.path.partition("?")[0]
+        # A slash of the revision is quoted.
+        match = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(?:resolve|tree)/([^/]+)(?:/(.+))?", url)
+        repository, revision, file = [part and unquote(part) for part in match.groups()] if match else ("", "", None)
+        revisions = self.server.repositories.get(repository)
+        files = revisions.get(revision) if revisions else None
+        if revisions is None:
+            self.answer(404, error="RepoNotFound")
+        elif files is None:
+            self.answer(404, error="RevisionNotFound")
+        elif file is None:
+            listing = [{"type": "file", "path": path, "size": len(b), "oid": "0" * 40} for path, b in files.items()]
+            self.answer(200, json.dumps(listing).encode(), revision)
+        elif file not in files:
+            self.answer(404, revision=revision, error="EntryNotFound")
+        else:
+            self.answer(200, files[file], revision)
+
+    def answer(self, status: int, body: bytes = b"", revision: str = "", error: str = "") -> None:
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if span:
+            status, body = 206, body[int(span[1]) : int(span[2]) + 1]
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
+        if revision:
+            self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def hub_of(repositories: dict[str, dict[str, dict[str, bytes]]]) -> Iterator[Hub]:
+    with Hub(repositories) as hub:
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
+            thread.join()
+
+
+# huggingface_hub reads its settings when it is imported, and waits 23 s in all before it gives a hub up.
+ASK = """
+import json, sys, time
+from mergekit_snrf.errors import SnrfError
+
+def answer(reference):
+    if reference.startswith("hf://"):
+        from mergekit_snrf.neurons.maskfile import local_path
+        return str(local_path(reference))
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+    name, _, revision = reference.partition("@")
+    checkpoint = open_checkpoint(name, revision or None)
+    return {
+        "folder": checkpoint.folder and str(checkpoint.folder),
+        "tensors": {name: [header.dtype, header.shape, header.file] for name, header in checkpoint.tensors.items()},
+        "config_sha256": checkpoint.config_sha256,
+        "side_files": checkpoint.side_files(),
+        "revision": checkpoint.revision,
+    }
+
+time.sleep = lambda seconds: None
+answers = {}
+for reference in sys.argv[1:]:
+    try:
+        answers[reference] = answer(reference)
+    except SnrfError as error:
+        answers[reference] = f"SnrfError: {error}"
+print(json.dumps(answers))
+"""
+
+
+def ask_hub(endpoint: str, home: Path, *references: str) -> dict[str, Any]:
+    """Open the references in a new process that takes ``endpoint`` for the hub and keeps downloads in ``home``."""
+    inherited = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
+    environment = {
+        **inherited,
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    run = subprocess.run([sys.executable, "-c", ASK, *references], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("maskfile")
+
+
+@pytest.fixture(scope="module")
+def mask_bytes(folder: Path) -> bytes:
+    path = folder / "mask.safetensors"
+    write_mask(path, MASK, Provenance(seed=3, target=ModelProvenance(path="owner/model")))
+    return path.read_bytes()
+
+
+def crafted(key: str, tensor: dict[str, Any], data: bytes, snrf: str = "{}") -> bytes:
+    header = {"__metadata__": {"format": "snrf-mask", "version": "1", "snrf": snrf}, key: tensor}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+@examples
+@given(neurons=neuron_sets, provenance=provenances)
+def test_round_trip(folder: Path, neurons: NeuronSet, provenance: Provenance) -> None:
+    path = folder / "round.safetensors"
+    write_mask(path, neurons, provenance)
+    mask = read_mask(path)
+    assert mask.neurons == neurons
+    assert mask.provenance.model_dump(exclude_none=True) == provenance.model_dump(exclude_none=True)
+    assert mask.path == str(path)
+    before = path.read_bytes()
+    write_mask(path, mask.neurons, mask.provenance)
+    assert path.read_bytes() == before
+
+
+@examples
+@given(neurons=neuron_sets)
+def test_masks_are_plain_safetensors(folder: Path, neurons: NeuronSet) -> None:
+    write_mask(folder / "plain.safetensors", neurons)
+    found = load_file(folder / "plain.safetensors")
+    assert found.keys() == {site.key for site in neurons}
+    for site, member in neurons.items():
+        assert found[f"layers.{site.layer}.{site.projection}"].dtype == torch.bool
+        assert torch.equal(found[f"layers.{site.layer}.{site.projection}"], member)
+
+
+def test_an_empty_mask_is_a_valid_file(tmp_path: Path) -> None:
+    write_mask(tmp_path / "empty.safetensors", NeuronSet({K0: torch.zeros(4, dtype=torch.bool)}))
+    assert read_mask(tmp_path / "empty.safetensors").neurons == NeuronSet({})
+    # The file still knows the size of the layer.
+    assert load_file(tmp_path / "empty.safetensors")[K0.key].shape == (4,)
+    with safe_open(tmp_path / "empty.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "snrf-mask", "version": "1", "snrf": "{}"}
+
+
+WRITE = """
+import sys
+import torch
+from mergekit_snrf.neurons.maskfile import Provenance, write_mask
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+sites = {Site(layer, name) for layer in range(12) for name in PROJECTIONS}
+labels = {f"label{number}" for number in range(12)}
+provenance = Provenance(selection={label: 1 for label in labels}, **{label: label for label in labels})
+write_mask(sys.argv[1], NeuronSet({site: torch.arange(7) % 3 == site.layer % 3 for site in sites}), provenance)
+print([site.key for site in sites])
+"""
+
+
+def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
+    runs = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WRITE, str(tmp_path / seed)]
+        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    orders = {run.communicate()[0] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(orders) == 2
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("layers.007.attn.k", "does not name a layer and projection"),
+        ("layers.99999999999999999999.attn.k", "does not name a layer and projection"),
+        ("layers.10000.attn.k", r"layer 10000 is not in \[0, 10000\)"),
+        ("layers.0.attn.o", "unknown projection 'attn.o'"),
+        ("layers.0.attn.k.weight", "does not name a layer and projection"),
+        ("layers.\u0660.attn.k", "does not name a layer and projection"),
+        ("model.layers.0.self_attn.k_proj.weight", "does not name a layer and projection"),
+        ("", "does not name a layer and projection"),
+    ],
+)
+def test_tensors_of_unknown_places(tmp_path: Path, key: str, message: str) -> None:
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(crafted(key, {"dtype": "BOOL", "shape": [4], "data_offsets": [0, 4]}, b"\1\0\0\1"))
+    with pytest.raises(SnrfError, match=rf"mask\.safetensors: tensor .*{message}"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "got"),
+    [
+        ("U8", [8], r"torch\.uint8 of shape \[8\]"),
+        ("F32", [2], r"torch\.float32 of shape \[2\]"),
+        ("I64", [1], r"torch\.int64 of shape \[1\]"),
+        ("F8_E4M3", [8], r"torch\.float8_e4m3fn of shape \[8\]"),
+        ("BOOL", [2, 4], r"torch\.bool of shape \[2, 4\]"),
+        ("BOOL", [8, 1], r"torch\.bool of shape \[8, 1\]"),
+    ],
+)
+def test_tensors_that_are_no_masks(tmp_path: Path, dtype: str, shape: list[int], got: str) -> None:
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(crafted(K0.key, {"dtype": dtype, "shape": shape, "data_offsets": [0, 8]}, bytes(8)))
+    with pytest.raises(SnrfError, match=rf"mask\.safetensors: tensor 'layers\.0\.attn\.k' must be .* got {got}"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(("shape", "data"), [([], b"\1"), ([0], b"")])
+def test_scalars_and_empty_tensors_are_no_masks(tmp_path: Path, shape: list[int], data: bytes) -> None:
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(crafted(K0.key, {"dtype": "BOOL", "shape": shape, "data_offsets": [0, len(data)]}, data))
+    with pytest.raises(SnrfError, match=r"must be torch\.bool of shape \[neurons\]"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(
+    ("snrf", "field"),
+    [
+        ('{"seed": "many"}', "seed"),
+        ('{"seed": 1e400}', "seed"),
+        ('{"target": "Qwen/Qwen2.5-VL-7B-Instruct"}', "target"),
+        ('{"source": {"path": 5}}', "source.path"),
+        ('{"target": {"probes": []}}', "target.probes"),
+        ('{"inputs": {}}', "inputs"),
+        ('{"inputs": [1]}', "inputs.0"),
+        ('{"versions": {"torch": 2}}', "versions.torch"),
+        ('{"dtype": null, "operation": []}', "operation"),
+    ],
+)
+def test_provenance_of_the_wrong_kind_is_named(tmp_path: Path, snrf: str, field: str) -> None:
+    path = tmp_path / "mask.safetensors"
+    path.write_bytes(crafted(K0.key, {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, b"\1", snrf))
+    with pytest.raises(SnrfError, match=rf"mask\.safetensors: provenance key '{re.escape(field)}': ") as caught:
+        read_mask(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model_dump", "copy", "model_fields", "__class__", "__dict__", "__pydantic_extra__"])
+def test_unknown_provenance_does_no_harm(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "mask.safetensors"
+    snrf = json.dumps({name: 3, "target": {name: 3}, "seed": 5})
+    path.write_bytes(crafted(K0.key, {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, b"\1", snrf))
+    mask = read_mask(path)
+    assert mask.provenance.seed == 5
+    write_mask(path, mask.neurons, mask.provenance)
+    assert read_mask(path).provenance.model_dump(exclude_none=True) == json.loads(snrf)
+
+
+@settings(examples, max_examples=300)
+@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_masks_give_a_mask_or_one_error(
+    mask_bytes: bytes, folder: Path, changes: list[tuple[int, int]]
+) -> None:
+    path = folder / "damaged.safetensors"
+    damaged = bytearray(mask_bytes)
+    for position, byte in changes:
+        damaged[position % len(damaged)] = byte
+    path.write_bytes(damaged)
+    mask_or_message = outcome(path)
+    assert isinstance(mask_or_message, Mask) or mask_or_message.startswith(f"{path}: ")
+
+
+def outcome(path: Path) -> Mask | str:
+    """Return the mask, or the message of the one exception that may be raised."""
+    try:
+        return read_mask(path)
+    except SnrfError as error:
+        return str(error)
+
+
+def test_a_failed_write_leaves_the_old_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mask.safetensors"
+    write_mask(path, MASK)
+    before = path.read_bytes()
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_mask(path, NeuronSet({}))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.mark.parametrize("place", ["missing/mask.safetensors", "/proc/mask.safetensors", ""])
+def test_masks_that_cannot_be_written(tmp_path: Path, place: str) -> None:
+    with pytest.raises(SnrfError, match="cannot be written"):
+        write_mask(tmp_path / place, MASK)
+
+
+def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, beside, home = tmp_path / "work", tmp_path / "beside", tmp_path / "home"
+    for folder in (work, beside, home):
+        folder.mkdir()
+    (beside / "m.safetensors").touch()
+    (home / "h.safetensors").touch()
+    (beside / "link.safetensors").symlink_to(beside / "m.safetensors")
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HOME", str(home))
+    assert local_path("m.safetensors", (tmp_path, beside)) == beside / "m.safetensors"
+    assert local_path("link.safetensors", (beside,)) == beside / "m.safetensors"
+    assert local_path("../beside/m.safetensors") == beside / "m.safetensors"
+    assert local_path(str(beside / "m.safetensors")) == beside / "m.safetensors"
+    assert local_path("~/h.safetensors", (beside,)) == home / "h.safetensors"
+    (work / "m.safetensors").touch()
+    assert local_path("m.safetensors", (beside,)) == work / "m.safetensors"
+
+
+def test_missing_local_paths_name_where_was_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SnrfError) as caught:
+        local_path("m.safetensors", (tmp_path / "recipes", tmp_path))
+    places = f"{tmp_path}/m.safetensors and {tmp_path}/recipes/m.safetensors"
+    assert str(caught.value) == f"m.safetensors: no such file, looked for {places}; correct the path"
+
+
+@pytest.mark.parametrize("reference", ["x" * 300, "x/" * 3000, "a\0b", "~no-such-user/m.safetensors"])
+def test_paths_that_name_no_file(reference: str) -> None:
+    with pytest.raises(SnrfError, match=r"no such file, looked for .*; correct the path"):
+        local_path(reference)
+
+
+def test_folders_and_empty_text_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes" / "masks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for reference, folder in ((".", tmp_path), ("/", "/"), ("masks", tmp_path / "recipes" / "masks")):
+        with pytest.raises(SnrfError) as caught:
+            local_path(reference, ("recipes",))
+        message = f"{reference}: is a folder ({folder}), a file is needed; give the path of the file"
+        assert str(caught.value) == message
+    with pytest.raises(SnrfError, match=r"^the path of a file is empty; give a path, or hf://owner"):
+        local_path("", (tmp_path,))
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        "hf://",
+        "hf://owner",
+        "hf://owner/repo",
+        "hf://owner/repo/",
+        "hf://owner/repo@main",
+        "hf://owner/repo@/m.safetensors",
+        "hf:///repo/m.safetensors",
+        "hf://owner/re po/m.safetensors",
+        "hf://owner/repo@a@b/m.safetensors",
+        "hf://owner/repo/m@v1.safetensors",
+        "hf://owner/repo/folder",
+    ],
+)
+def test_malformed_hub_references(reference: str) -> None:
+    with pytest.raises(SnrfError, match=rf"{re.escape(reference)}: not a hub reference; the form is hf://owner/repo@"):
+        local_path(reference)
+
+
+def test_masks_on_a_hub(tmp_path: Path) -> None:
+    write_mask(tmp_path / "old.safetensors", MASK)
+    write_mask(tmp_path / "new.safetensors", MASK.random(1), Provenance(seed=1))
+    old, new = (tmp_path / "old.safetensors").read_bytes(), (tmp_path / "new.safetensors").read_bytes()
+    revisions = {
+        "main": {"masks/m.safetensors": new},
+        "v1.0": {"masks/m.safetensors": old},
+        "refs/pr/7": {"m.safetensors": old},
+        "a/branch": {"m.safetensors": new},
+    }
+    found = {
+        "hf://owner/repo/masks/m.safetensors": new,
+        "hf://owner/repo@main/masks/m.safetensors": new,
+        "hf://owner/repo@v1.0/masks/m.safetensors": old,
+        "hf://owner/repo@refs/pr/7/m.safetensors": old,
+        "hf://owner/repo@a%2Fbranch/m.safetensors": new,
+    }
+    failing = {
+        "hf://owner/repo/masks/n.safetensors": "RemoteEntryNotFoundError: 404",
+        "hf://owner/repo@v2/masks/m.safetensors": "RevisionNotFoundError: 404",
+        "hf://owner/other/masks/m.safetensors": "RepositoryNotFoundError: 404",
+        "hf://owner/--repo/m.safetensors": "HFValidationError: ",
+        "hf://owner/repo/../../../m.safetensors": "cannot contain a '..'",
+    }
+    home = tmp_path / "home"
+    with hub_of({"owner/repo": revisions}) as hub:
+        answers = ask_hub(hub.endpoint, home, *found, *failing)
+    for reference, content in found.items():
+        assert Path(answers[reference]).is_relative_to(home)
+        assert Path(answers[reference]).read_bytes() == content
+    for reference, reason in failing.items():
+        assert_one_sentence(answers[reference], reference, reason)
+
+    new_file = "hf://owner/repo@main/masks/new.safetensors"
+    unreachable = ask_hub(hub.endpoint, home, *found, new_file)
+    assert {reference: unreachable[reference] for reference in found} == {r: answers[r] for r in found}
+    assert_one_sentence(unreachable[new_file], new_file, "LocalEntryNotFoundError: ")
+
+
+def assert_one_sentence(answer: str, reference: str, reason: str) -> None:
+    assert answer.startswith(f"SnrfError: {reference}: cannot be downloaded (")
+    assert reason in answer
+    assert answer.endswith("check owner, repo, revision and path, or download the file and give its path")
+    assert "\n" not in answer
+
+
+def saved(path: Path, neurons: NeuronSet, **provenance: Any) -> Mask:
+    write_mask(path, neurons, Provenance(**provenance))
+    return read_mask(path)
+
+
+def test_provenance_of_an_operation(tmp_path: Path) -> None:
+    target, source = ModelProvenance(path="owner/target"), ModelProvenance(path="owner/source")
+    a = saved(tmp_path / "a", MASK, target=target, source=source)
+    b = saved(tmp_path / "b", MASK.random(1), target=target, source=ModelProvenance(path="owner/another"))
+    result = provenance_of_operation("subtract", [a, b, a], seed=9)
+    assert (result.target, result.source, result.operation, result.seed) == (target, None, "subtract", 9)
+    digests = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "ab"}
+    assert result.inputs == [{"file": name, "sha256": digests[name]} for name in "aba"]
+
+
+def test_read_members_are_independent_of_the_file(tmp_path: Path) -> None:
+    mask = saved(tmp_path / "a", MASK)
+    member: Tensor = mask.neurons[K0]
+    write_mask(tmp_path / "a", NeuronSet({K0: ~member}))
+    (tmp_path / "a").unlink()
+    assert torch.equal(member, MASK[K0])

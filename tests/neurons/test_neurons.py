@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import doctest
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons import sets as neurons
+from mergekit_snrf.neurons.sets import MAX_LAYERS, PROJECTIONS, Neuron, NeuronSet, Site, projection_named
+
+examples = settings(max_examples=50)
+
+LENGTHS = {"attn.q": 8, "attn.k": 4, "attn.v": 4, "fwd.up": 9, "fwd.down": 9}
+
+sites = st.builds(Site, st.integers(0, 3), st.sampled_from(list(PROJECTIONS)))
+
+
+@st.composite
+def neuron_sets(draw: st.DrawFn) -> NeuronSet:
+    chosen = draw(st.sets(sites, max_size=8))
+    return NeuronSet({site: draw(members(LENGTHS[site.projection])) for site in chosen})
+
+
+def members(length: int) -> st.SearchStrategy[Tensor]:
+    return st.lists(st.booleans(), min_size=length, max_size=length).map(torch.tensor)
+
+
+def names(neurons: NeuronSet) -> set[str]:
+    return {str(neuron) for neuron in neurons.neurons()}
+
+
+def subset(site: Site, *indices: int, length: int = 9) -> NeuronSet:
+    member = torch.zeros(length, dtype=torch.bool)
+    member[list(indices)] = True
+    return NeuronSet({site: member})
+
+
+def test_projections_are_those_of_the_paper() -> None:
+    assert {name: (projection.module, projection.axis) for name, projection in PROJECTIONS.items()} == {
+        "attn.q": ("self_attn.q_proj", 0),
+        "attn.k": ("self_attn.k_proj", 0),
+        "attn.v": ("self_attn.v_proj", 0),
+        "fwd.up": ("mlp.up_proj", 0),
+        "fwd.down": ("mlp.down_proj", 1),
+    }
+    assert [str(projection) for projection in PROJECTIONS.values()] == list(PROJECTIONS)
+
+
+def test_unknown_projection_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(SnrfError, match=r"unknown projection 'fwd\.gate'; .*attn\.q, attn\.k, attn\.v, fwd\.up"):
+        projection_named("fwd.gate")
+
+
+@examples
+@given(sites)
+def test_site_round_trip(site: Site) -> None:
+    assert Site.from_key(site.key) == site
+    assert str(site) == site.key == f"layers.{site.layer}.{site.projection}"
+    assert (site.axis, site.module) == (PROJECTIONS[site.projection].axis, PROJECTIONS[site.projection].module)
+
+
+@examples
+@given(sites, st.integers(0, 2**31))
+def test_neuron_round_trip(site: Site, index: int) -> None:
+    neuron = Neuron(site, index)
+    assert str(neuron) == f"{site.projection}.L{site.layer}.N{index}"
+    assert Neuron.parse(str(neuron)) == neuron
+
+
+def test_neuron_of_the_papers_figure() -> None:
+    assert Neuron.parse("fwd.up.L14.N12953") == Neuron(Site(14, "fwd.up"), 12953)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        "attn.k",
+        "layers.attn.k",
+        "layers.1.attn",
+        "layers.007.attn.k",
+        "layers.-1.attn.k",
+        "layers.1.5.attn.k",
+        "layers.1e3.attn.k",
+        "layers.1.attn.k ",
+        "layers.1.attn.k\n",
+        "layers.1.attn.k.weight",
+        "model.layers.1.attn.k",
+        "layers.1.ATTN.K",
+        "layers.\u0661.attn.k",
+        "layers.100000.attn.k",
+        "layers." + "9" * 5000 + ".attn.k",
+    ],
+)
+def test_malformed_keys_are_refused(key: str) -> None:
+    with pytest.raises(SnrfError, match=r"does not name a layer and projection"):
+        Site.from_key(key)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "L14.N1", "fwd.up.L14", "fwd.up.14.1", "fwd.up.L014.N1", "fwd.up.L1.N01", "x.L1.N1"]
+)
+def test_malformed_neuron_names_are_refused(name: str) -> None:
+    with pytest.raises(SnrfError, match=r"is not a neuron; expected e\.g\. 'fwd\.up\.L14\.N12953'"):
+        Neuron.parse(name)
+
+
+def test_sites_outside_every_model_are_refused() -> None:
+    assert Site(MAX_LAYERS - 1, "attn.q").layer == MAX_LAYERS - 1
+    for layer in (-1, MAX_LAYERS):
+        with pytest.raises(SnrfError, match=rf"layer {layer} is not in \[0, {MAX_LAYERS}\)"):
+            Site(layer, "attn.q")
+    with pytest.raises(SnrfError, match="unknown projection"):
+        Site(0, "mlp.up")
+    with pytest.raises(SnrfError, match="unknown projection"):
+        Site.from_key("layers.0.attn.o")
+    with pytest.raises(SnrfError, match="unknown projection"):
+        Neuron.parse("attn.o.L0.N0")
+
+
+@pytest.mark.parametrize(
+    ("member", "got"),
+    [
+        (torch.zeros(3), r"torch\.float32 of shape \[3\]"),
+        (torch.zeros(3, dtype=torch.uint8), r"torch\.uint8 of shape \[3\]"),
+        (torch.zeros(2, 3, dtype=torch.bool), r"torch\.bool of shape \[2, 3\]"),
+        (torch.tensor(True), r"torch\.bool of shape \[\]"),
+        (torch.zeros(0, dtype=torch.bool), r"torch\.bool of shape \[0\]"),
+    ],
+)
+def test_members_are_boolean_vectors(member: Tensor, got: str) -> None:
+    with pytest.raises(SnrfError, match=rf"layers\.0\.attn\.k: .* got {got}"):
+        NeuronSet({Site(0, "attn.k"): member})
+
+
+@examples
+@given(neuron_sets(), neuron_sets())
+def test_algebra_is_that_of_pythons_sets(a: NeuronSet, b: NeuronSet) -> None:
+    before = {site: member.clone() for site, member in a.items()}
+    assert names(a & b) == names(a) & names(b)
+    assert names(a | b) == names(a) | names(b)
+    assert names(a - b) == names(a) - names(b)
+    assert (a == b) == (names(a) == names(b))
+    assert all(torch.equal(a[site], member) for site, member in before.items())
+
+
+@examples
+@given(neuron_sets(), neuron_sets(), neuron_sets())
+def test_laws_of_the_algebra(a: NeuronSet, b: NeuronSet, c: NeuronSet) -> None:
+    assert (a - b) | (a & b) == a
+    assert a & (b | c) == (a & b) | (a & c)
+    assert a - (b | c) == (a - b) & (a - c)
+    assert a & b == b & a
+    assert a | b == b | a
+    assert a | a == a & a == a
+    assert (a - a).count() == 0
+
+
+@examples
+@given(neuron_sets())
+def test_counts_and_order(a: NeuronSet) -> None:
+    listed = list(a.neurons())
+    assert all(first < second for first, second in pairwise(listed))
+    assert a.count() == len(listed) == len(names(a))
+    assert sum(a.count(site) for site in a) == a.count()
+    assert a.nonempty().keys() == {neuron.site for neuron in listed}
+    assert list(a) == sorted(a)
+    assert len(a) == len(list(a))
+    assert repr(a) == f"NeuronSet({len(listed)} neurons at {len(a.nonempty())} sites)"
+
+
+def test_an_absent_site_is_an_empty_set() -> None:
+    site, other = Site(0, "fwd.up"), Site(1, "fwd.up")
+    a = subset(site, 2)
+    with_empty = NeuronSet({site: a[site], other: torch.zeros(9, dtype=torch.bool)})
+    assert with_empty == a
+    assert a.count(other) == with_empty.count(other) == 0
+    assert other not in a
+    assert a & subset(other, 2) == NeuronSet({})
+    assert a - subset(other, 2) == a
+
+
+def test_sets_equal_only_sets_of_the_same_model() -> None:
+    site = Site(0, "attn.q")
+    assert subset(site, 1, length=4) != subset(site, 1, length=5)
+    assert subset(site, 1) != {"attn.q.L0.N1"}
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(subset(site, 1))
+
+
+@pytest.mark.parametrize("operation", [NeuronSet.__and__, NeuronSet.__or__, NeuronSet.__sub__])
+def test_sets_of_different_models_do_not_combine(operation: Callable[[NeuronSet, NeuronSet], NeuronSet]) -> None:
+    a, b = subset(Site(3, "attn.k"), 1, length=4), subset(Site(3, "attn.k"), 1, length=16)
+    with pytest.raises(SnrfError, match=r"layers\.3\.attn\.k: cannot combine .* one has 4 neurons .* the other 16"):
+        operation(a, b)
+    with pytest.raises(SnrfError, match=r"layers\.3\.attn\.k: cannot combine .* one has 16 neurons .* the other 4"):
+        operation(b, a)
+
+
+@examples
+@given(neuron_sets(), st.integers(0, 2**32 - 1))
+def test_random_keeps_every_count(a: NeuronSet, seed: int) -> None:
+    drawn = a.random(seed)
+    assert drawn.keys() == a.keys()
+    for site, member in a.items():
+        assert drawn[site].shape == member.shape
+        assert drawn[site].dtype == torch.bool
+        assert drawn.count(site) == a.count(site)
+
+
+@examples
+@given(neuron_sets(), neuron_sets(), st.integers(0, 2**32 - 1))
+def test_random_depends_on_seed_site_and_count_alone(a: NeuronSet, b: NeuronSet, seed: int) -> None:
+    drawn = a.random(seed)
+    assert drawn == a.random(seed)
+    for site, member in a.items():
+        alone = NeuronSet({site: member.flip(0)}).random(seed)
+        assert torch.equal(alone[site], drawn[site])
+    both = {**b, **a}
+    together = NeuronSet(both).random(seed)
+    assert all(torch.equal(together[site], drawn[site]) for site in a)
+
+
+def test_random_stream_is_frozen() -> None:
+    drawn = NeuronSet({Site(14, "fwd.up"): torch.arange(64) < 16, Site(2, "attn.k"): torch.arange(24) < 5}).random(7)
+    assert {site.key: np.packbits(member.numpy()).tobytes().hex() for site, member in drawn.items()} == {
+        "layers.2.attn.k": "480806",
+        "layers.14.fwd.up": "9404284a88060822",
+    }
+
+
+def test_random_differs_between_seeds_layers_and_projections() -> None:
+    half = torch.arange(256) < 128
+    everywhere = NeuronSet({Site(layer, name): half for layer in range(3) for name in PROJECTIONS})
+    draws = [member for seed in range(4) for member in everywhere.random(seed).values()]
+    assert len({member.numpy().tobytes() for member in draws}) == 4 * 3 * len(PROJECTIONS)
+
+
+def test_random_draws_every_neuron_equally_often() -> None:
+    site, seeds, length, count = Site(1, "attn.q"), 400, 10, 3
+    a = NeuronSet({site: torch.arange(length) < count})
+    hits = torch.stack([a.random(seed)[site] for seed in range(seeds)]).sum(0)
+    expected, deviation = seeds * count / length, (seeds * count / length * (1 - count / length)) ** 0.5
+    assert (hits - expected).abs().max() < 4 * deviation
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_out_of_range_are_refused(seed: int) -> None:
+    with pytest.raises(SnrfError, match=rf"seed must be in \[0, 2\*\*32\), got {seed}"):
+        NeuronSet({}).random(seed)
+
+
+def test_examples_in_the_docstrings() -> None:
+    result = doctest.testmod(neurons)
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import struct
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons.maskfile import ModelProvenance
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import (
+    EDGES,
+    Profile,
+    ProfileProvenance,
+    SiteProfile,
+    edge_ranks,
+    read_profile,
+    select,
+    top_rank,
+    write_profile,
+)
+
+KEY, UP = Site(0, "attn.k"), Site(0, "fwd.up")
+
+
+def site_profile(ranks: list[list[int]], impacts: list[list[float]] | None = None) -> SiteProfile:
+    """The statistics of one site from its ranks [probes][neurons]."""
+    table = torch.tensor(ranks)
+    values = torch.tensor(impacts) if impacts else 1.0 / table
+    bounds = torch.tensor(edge_ranks(EDGES, table.shape[1]))
+    bins = torch.nn.functional.one_hot(torch.searchsorted(bounds, table), len(EDGES))
+    return SiteProfile(
+        values.amin(0), (table.amax(0) / table.shape[1]).float(), values.mean(0), bins.sum(0).to(torch.int32)
+    )
+
+
+def profile(**sites: list[list[int]]) -> Profile:
+    """A profile of layer 0, with ranks by projection: ``attn_k=[[1, 2], [2, 1]]``."""
+    parts = {Site(0, name.replace("_", ".")): site_profile(ranks) for name, ranks in sites.items()}
+    return Profile(parts, len(next(iter(sites.values()))))
+
+
+def chosen(neurons: NeuronSet, site: Site = KEY) -> list[int]:
+    return neurons[site].nonzero().flatten().tolist()
+
+
+def rewrite(path: Path, content: dict) -> None:
+    """Replace the JSON object in the metadata of a profile file."""
+    metadata = {"format": "snrf-profile", "version": "1", "snrf": json.dumps(content)}
+    save_file(load_file(path), path, metadata=metadata)
+
+
+def metadata(path: Path) -> dict:
+    raw = path.read_bytes()
+    return json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])["__metadata__"]
+
+
+def test_file_comes_back_as_it_was_written(tmp_path):
+    provenance = ProfileProvenance(
+        side="target", model=ModelProvenance(path="owner/model", model_type="llama"), seed=3, fingerprint="f" * 64
+    )
+    written = replace(profile(attn_k=[[1, 3, 2], [3, 1, 2]], fwd_up=[[2, 1], [2, 1]]), provenance=provenance)
+    path = tmp_path / "m.target.profile.safetensors"
+    write_profile(path, written)
+    first = path.read_bytes()
+    back = read_profile(path)
+    assert back.provenance == provenance
+    assert (back.count, back.edges, back.path) == (2, EDGES, str(path))
+    assert back.sites.keys() == written.sites.keys()
+    for site, statistics in back.sites.items():
+        for name in ("min_impact", "max_rank", "mean_impact", "hits", "ranks"):
+            assert torch.equal(getattr(statistics, name), getattr(written.sites[site], name))
+    write_profile(path, back)
+    assert path.read_bytes() == first
+
+
+def test_file_has_the_names_of_the_format_and_states_its_bins(tmp_path):
+    path = tmp_path / "p.safetensors"
+    write_profile(path, profile(attn_k=[[1, 2]]))
+    names = {f"layers.0.attn.k.{name}" for name in ("min_impact", "max_rank", "mean_impact", "hits")}
+    assert load_file(path).keys() == names
+    found = metadata(path)
+    assert (found["format"], found["version"]) == ("snrf-profile", "1")
+    assert json.loads(found["snrf"])["edges"][:3] == ["0.001", "0.0015", "0.002"]
+
+
+def test_edges_are_evenly_spaced_in_the_logarithm_up_to_rounding():
+    shares = [float(edge) for edge in EDGES]
+    assert all(1.3 < b / a < 1.7 for a, b in itertools.pairwise(shares))
+
+
+@given(neurons=st.integers(1, 30_000), ratio=st.decimals(0, 1, places=4))
+def test_top_ratio_counts_as_the_decimal_number_it_is(neurons, ratio):
+    assert top_rank(float(ratio), neurons) == (Fraction(ratio) * neurons).__floor__()
+
+
+@given(neurons=st.integers(1, 2**23), data=st.data())
+def test_rank_comes_back_from_a_float32_share(neurons, data):
+    rank = data.draw(st.integers(1, neurons))
+    share = torch.tensor(rank, dtype=torch.float32) / neurons
+    assert round(float(share.double()) * neurons) == rank
+
+
+@pytest.mark.parametrize("neurons", [10, 30, 70, 110, 190, 18_944])
+def test_tenth_of_the_neurons_is_a_tenth_whatever_float32_rounds_to(neurons):
+    ranks = [list(range(1, neurons + 1))]
+    found = select([profile(attn_k=ranks)], top_ratio=0.1)
+    assert chosen(found) == list(range(neurons // 10))
+    assert chosen(select([profile(attn_k=ranks)], top_ratio=1.0)) == list(range(neurons))
+    assert found.count()
+    assert not select([profile(attn_k=ranks)], top_ratio=0).count()
+
+
+def test_neuron_must_be_at_the_top_of_every_probe():
+    found = select([profile(attn_k=[[1, 2, 3, 4], [2, 3, 1, 4], [1, 2, 4, 3]])], top_ratio=0.5)
+    assert chosen(found) == [0]
+
+
+def test_ratio_by_group_and_by_projection():
+    ranks = {name: [[1, 2, 3, 4]] for name in ("attn_q", "attn_k", "attn_v", "fwd_up", "fwd_down")}
+    found = select([profile(**ranks)], top_ratio={"attn": 0.5, "attn.k": 0.25, "fwd": 1})
+    counts = {site.projection: found.count(site) for site in found}
+    assert counts == {"attn.q": 2, "attn.k": 1, "attn.v": 2, "fwd.up": 4, "fwd.down": 4}
+
+
+def test_sigma_is_a_least_impact_on_every_probe():
+    impacts = [[0.5, 0.05, 2.0], [0.05, 0.049, 1.0]]
+    found = Profile({KEY: site_profile([[2, 3, 1], [2, 3, 1]], impacts)}, 2)
+    # float32(0.05) lies above 0.05 and float32(0.049) below.
+    assert chosen(select([found], sigma=0.05)) == [0, 2]
+    assert chosen(select([found], sigma={"attn": 1.0})) == [2]
+
+
+def test_profiles_intersect_as_in_eq_6():
+    one = profile(attn_k=[[1, 2, 3, 4], [2, 1, 3, 4]])
+    other = profile(attn_k=[[4, 1, 2, 3]])
+    assert chosen(select([one, other], top_ratio=0.5)) == [1]
+    # the elementwise maximum of the ranks, and the minimum of the impacts
+    ranks = torch.maximum(one.sites[KEY].ranks, other.sites[KEY].ranks)
+    assert chosen(select([one, other], top_ratio=0.75)) == (ranks <= 3).nonzero().flatten().tolist()
+    least = torch.minimum(one.sites[KEY].min_impact, other.sites[KEY].min_impact)
+    assert chosen(select([one, other], sigma=0.3)) == (least >= 0.3).nonzero().flatten().tolist()
+
+
+RANKS = [[1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 4, 2, 3, 5, 6, 7, 8, 9, 10], [1, 4, 3, 2, 5, 6, 7, 8, 9, 10]]
+
+
+@pytest.mark.parametrize(
+    ("at_least", "expected"),
+    [
+        (1, [0, 1, 2, 3]),
+        (2, [0, 2, 3]),
+        (3, [0, 2]),
+        (1.0, [0, 2]),
+        (0.67, [0, 2]),
+        (0.66, [0, 2, 3]),
+        (0.3, [0, 1, 2, 3]),
+    ],
+)
+def test_at_least_counts_probes_or_a_share_of_them(at_least, expected):
+    assert chosen(select([profile(attn_k=RANKS)], top_ratio=0.3, at_least=at_least)) == expected
+
+
+def test_at_least_is_exact_at_the_edges_and_cautious_between_them(caplog):
+    with caplog.at_level(logging.WARNING):
+        exact = select([profile(attn_k=RANKS)], top_ratio=0.3, at_least=2)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        # 4 of 10 neurons lie between the edges 0.3 and 0.5: rank 4 cannot be told from rank 5
+        between = select([profile(attn_k=RANKS)], top_ratio=0.4, at_least=2)
+    assert between == exact
+    assert "top_ratio 0.4 is rounded down to 0.3" in caplog.text
+    # but every probe is exact, whatever the ratio
+    assert chosen(select([profile(attn_k=RANKS)], top_ratio=0.4, at_least=1.0)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({}, "give exactly one"),
+        ({"top_ratio": 0.1, "sigma": 1.0}, "give exactly one"),
+        ({"top_ratio": 1.5}, r"share in \[0, 1\] such as 0.1, got 1.5"),
+        ({"top_ratio": -0.1}, "must be a number that is not negative, got -0.1"),
+        ({"sigma": float("nan")}, "must be a number that is not negative"),
+        ({"top_ratio": {"attn": 0.1, "ffn": 0.1}}, "'ffn' is none of attn, fwd, attn.q"),
+        ({"top_ratio": {"fwd": 0.1}}, "no value for attn.k; add attn or attn.k"),
+        ({"sigma": 1.0, "at_least": 2}, "needs top_ratio"),
+        ({"top_ratio": 0.1, "at_least": 4}, "more probes than the profile's 3"),
+        ({"top_ratio": 0.1, "at_least": 1.5}, "at_least is a share"),
+        ({"top_ratio": 0.1, "at_least": 0}, "at_least is a share"),
+    ],
+)
+def test_impossible_rule_is_refused(rule, message):
+    with pytest.raises(SnrfError, match=message):
+        select([profile(attn_k=RANKS)], **rule)
+
+
+def test_profiles_of_other_shapes_are_refused():
+    with pytest.raises(SnrfError, match=r"layers\.0\.attn\.k: one.* has 2 neurons there and two.* has 3"):
+        select(
+            [replace(profile(attn_k=[[1, 2]]), path="one"), replace(profile(attn_k=[[1, 2, 3]]), path="two")], sigma=0
+        )
+    with pytest.raises(SnrfError, match="has 0 neurons there"):
+        select([profile(attn_k=[[1, 2]]), profile(attn_k=[[1, 2]], fwd_up=[[1, 2]])], sigma=0)
+    with pytest.raises(SnrfError, match="at least one profile"):
+        select([], sigma=0)
+
+
+def test_mask_file_is_no_profile(tmp_path):
+    path = tmp_path / "mask.safetensors"
+    save_file(
+        {"layers.0.attn.k": torch.ones(3, dtype=torch.bool)}, path, metadata={"format": "snrf-mask", "version": "1"}
+    )
+    with pytest.raises(SnrfError, match=r"a snrf-profile file is needed.*make one with snrf-profile"):
+        read_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("layers.0.attn.k.hits", torch.zeros(2, len(EDGES), dtype=torch.int32), "does not add up to the 1 probes"),
+        ("layers.0.attn.k.hits", torch.ones(2, 3, dtype=torch.int32), "has 3 bins for 19 edges"),
+        ("layers.0.attn.k.max_rank", torch.tensor([0.5, 1.5]), r"not in \(0, 1\]"),
+        ("layers.0.attn.k.max_rank", torch.tensor([0.5, torch.nan]), r"not in \(0, 1\]"),
+        ("layers.0.attn.k.min_impact", torch.tensor([0.5, torch.nan]), "negative, infinite or NaN"),
+        ("layers.0.attn.k.min_impact", torch.tensor([0.5, 1.0, 2.0]), "must be torch.float32 of shape"),
+        ("layers.0.attn.k.mean_impact", torch.tensor([1, 2]), "must be torch.float32 of shape"),
+        ("layers.0.attn.x.mean_impact", torch.tensor([1.0, 2.0]), "unknown projection 'attn.x'"),
+        ("layers.0.attn.k.median", torch.tensor([1.0, 2.0]), "none of the statistics"),
+    ],
+)
+def test_file_with_an_impossible_tensor_is_refused(tmp_path, name, tensor, message):
+    path = tmp_path / "p.safetensors"
+    write_profile(path, profile(attn_k=[[1, 2]]))
+    header = metadata(path)
+    save_file({**load_file(path), name: tensor}, path, metadata=header)
+    with pytest.raises(SnrfError, match=message) as caught:
+        read_profile(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": None}, "lacks 'count' or 'edges'"),
+        ({"count": 0}, "at least one probe"),
+        ({"edges": [*EDGES[:-1], "0.9"]}, "must rise from above 0 to 1"),
+        ({"edges": [*EDGES[:-1], "x"]}, "must rise from above 0 to 1"),
+        ({"seed": "many"}, "provenance key 'seed': must be a whole number, got 'many'; make the profile again"),
+    ],
+)
+def test_file_with_impossible_metadata_is_refused(tmp_path, change, message):
+    path = tmp_path / "p.safetensors"
+    write_profile(path, profile(attn_k=[[1, 2]]))
+    rewrite(path, {**json.loads(metadata(path)["snrf"]), **change})
+    with pytest.raises(SnrfError, match=message):
+        read_profile(path)
+
+
+def test_file_without_one_of_the_four_is_refused(tmp_path):
+    path = tmp_path / "p.safetensors"
+    write_profile(path, profile(attn_k=[[1, 2]]))
+    header = metadata(path)
+    tensors = load_file(path)
+    del tensors["layers.0.attn.k.hits"]
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(SnrfError, match=r"'layers\.0\.attn\.k\.hits' is missing"):
+        read_profile(path)

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.profiling.result.profilefile import EDGES, select, write_profile
+from mergekit_snrf.profiling.result.statistics import Statistics, ranks
+
+QUERY, UP, DOWN = Site(0, "attn.q"), Site(2, "fwd.up"), Site(2, "fwd.down")
+NEURONS = {QUERY: 5, UP: 7}
+
+# Every nonnegative float32: subnormal, tiny, huge, and ties on purpose.
+IMPACTS = st.one_of(
+    st.floats(0, float(np.finfo(np.float32).max), width=32),
+    st.sampled_from([0.0, -0.0, 1e-30, 1e30, 1.0, 1.0 + 2**-23, float(np.finfo(np.float32).max), 2.0**-149]),
+)
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> dict[Site, Tensor]:
+    probes = draw(st.integers(1, 12))
+    return {
+        site: torch.from_numpy(draw(arrays.arrays(np.float32, (probes, neurons), elements=IMPACTS)))
+        for site, neurons in NEURONS.items()
+    }
+
+
+def measured(corpus: dict[Site, Tensor]) -> Statistics:
+    statistics = Statistics(NEURONS)
+    statistics.update(corpus)
+    return statistics
+
+
+def file_of(statistics: Statistics, folder: Path) -> bytes:
+    path = folder / "p.profile.safetensors"
+    write_profile(path, statistics.profile())
+    return path.read_bytes()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(corpus=corpora(), data=st.data())
+def test_any_shards_in_any_order_give_the_bytes_of_one_run(corpus, data, tmp_path):
+    probes = len(corpus[QUERY])
+    shards = data.draw(st.lists(st.integers(0, 3), min_size=probes, max_size=probes))
+    order = data.draw(st.permutations(range(probes)))
+    parts = [Statistics(NEURONS) for _ in range(4)]
+    for probe in order:
+        parts[shards[probe]].update({site: values[probe : probe + 1] for site, values in corpus.items()})
+    # One shard comes back from a file, as after a resume.
+    parts[1] = Statistics.from_state(parts[1].state(), parts[1].probes)
+    merged = Statistics(NEURONS)
+    for part in data.draw(st.permutations(parts)):
+        merged.merge(part)
+    whole = measured(corpus)
+    assert file_of(merged, tmp_path) == file_of(whole, tmp_path)
+    assert all(torch.equal(merged.state()[key], tensor) for key, tensor in whole.state().items())
+
+
+@settings(max_examples=100)
+@given(corpus=corpora())
+def test_statistics_are_what_exact_arithmetic_over_the_whole_corpus_gives(corpus):
+    profile = measured(corpus).profile()
+    for site, values in corpus.items():
+        rows = values.tolist()
+        neurons = len(rows[0])
+        found = profile.sites[site]
+        # rank 1 is the greatest; Python's sort is stable, so of equal impacts the lower index comes first
+        expected = [
+            [sorted(range(neurons), key=lambda k: -row[k]).index(n) + 1 for n in range(neurons)] for row in rows
+        ]
+        assert found.min_impact.tolist() == [min(column) for column in zip(*rows, strict=True)]
+        assert found.ranks.tolist() == [max(column) for column in zip(*expected, strict=True)]
+        assert found.max_rank.tolist() == [np.float32(rank) / np.float32(neurons) for rank in found.ranks.tolist()]
+        for neuron, column in enumerate(zip(*rows, strict=True)):
+            mean = sum(map(Fraction, column)) / len(column)
+            assert float(found.mean_impact[neuron]) == pytest.approx(float(mean), rel=2**-23, abs=2**-149)
+        for neuron, column in enumerate(zip(*expected, strict=True)):
+            shares = [Fraction(rank, neurons) for rank in column]
+            counted = [sum(share <= Fraction(edge) for share in shares) for edge in EDGES]
+            assert found.hits[neuron].cumsum(0).tolist() == counted
+
+
+def test_reducing_over_processes_is_merging():
+    corpora = [{QUERY: torch.rand(probes, 5), UP: torch.rand(probes, 7)} for probes in (3, 2)]
+    here, there, merged = measured(corpora[0]), measured(corpora[1]), measured(corpora[0])
+    merged.merge(measured(corpora[1]))
+    sent: list[Tensor] = []
+    there.reduce(lambda tensor, operation: sent.append(tensor.clone()))
+    combine = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
+    here.reduce(lambda tensor, operation: tensor.copy_(combine[operation](tensor, sent.pop(0))))
+    assert (sent, here.probes) == ([], 5)
+    assert all(torch.equal(here.state()[key], tensor) for key, tensor in merged.state().items())
+
+
+def test_sums_of_1e30_and_1e_30_lose_nothing():
+    site = Site(0, "attn.v")
+    statistics = Statistics({site: 1})
+    for value in [1e30] + [1e-30] * 3:
+        statistics.update({site: torch.tensor([[value]])})
+    digits = statistics.state()["layers.0.attn.v.total"][:, 0].tolist()
+    total = sum(digit * 2 ** (31 * place) for place, digit in enumerate(digits)) * Fraction(1, 2**149)
+    assert total == Fraction(float(np.float32(1e30))) + 3 * Fraction(float(np.float32(1e-30)))
+
+
+def test_largest_sums_carry_without_overflow():
+    site, largest = Site(0, "attn.v"), float(np.finfo(np.float32).max)
+    statistics = Statistics({site: 2})
+    statistics.update({site: torch.full((4096, 2), largest)})
+    for _ in range(12):
+        statistics.merge(Statistics.from_state(statistics.state(), statistics.probes))
+    assert statistics.probes == 4096 * 2**12
+    assert statistics.profile().sites[site].mean_impact.tolist() == [largest, largest]
+
+
+def test_mean_of_equal_impacts_is_that_impact():
+    site = Site(0, "attn.v")
+    values = torch.tensor([[0.1, 1e-38, 2.0**-149, 0.0]])
+    statistics = Statistics({site: 4})
+    statistics.update({site: values.expand(7, 4)})
+    assert torch.equal(statistics.profile().sites[site].mean_impact, values[0])
+
+
+def test_ties_are_broken_by_index():
+    assert ranks(torch.tensor([[2.0, 5.0, 2.0, 5.0, 2.0]])).tolist() == [[3, 1, 4, 2, 5]]
+    assert ranks(torch.tensor([[0.0, -0.0, 0.0]])).tolist() == [[1, 2, 3]]
+
+
+def test_fwd_down_is_stored_with_the_statistics_of_fwd_up():
+    corpus = {QUERY: torch.rand(3, 5), UP: torch.rand(3, 7)}
+    profile = measured(corpus).profile()
+    assert list(profile.sites) == [QUERY, DOWN, UP]
+    assert profile.sites[DOWN] is profile.sites[UP]
+    assert Statistics({UP: 7, DOWN: 7}).neurons == {UP: 7}
+
+
+def test_every_probe_counts_as_in_eq_5():
+    corpus = {QUERY: torch.tensor([[5.0, 4, 3, 2, 1], [5, 4, 1, 2, 3], [5, 1, 4, 3, 2]]), UP: torch.rand(3, 7)}
+    profile = measured(corpus).profile()
+    per_probe = [set(row.topk(3).indices.tolist()) for row in corpus[QUERY]]
+    chosen = select([profile], top_ratio=0.6)[QUERY].nonzero().flatten().tolist()
+    assert set(chosen) == set.intersection(*per_probe) == {0}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 1e300])
+def test_impossible_impact_is_refused_and_nothing_is_added(bad):
+    statistics = Statistics(NEURONS)
+    good = {QUERY: torch.ones(2, 5, dtype=torch.float64), UP: torch.ones(2, 7, dtype=torch.float64)}
+    statistics.update(good)
+    before = statistics.state()
+    good[UP][1, 3] = bad
+    with pytest.raises(SnrfError, match=r"layers\.2\.fwd\.up: an impact is negative, infinite or NaN"):
+        statistics.update(good)
+    assert statistics.probes == 2
+    assert all(torch.equal(tensor, before[key]) for key, tensor in statistics.state().items())
+
+
+def test_wrong_sites_and_shapes_are_refused():
+    statistics = Statistics(NEURONS)
+    with pytest.raises(SnrfError, match=r"layers\.2\.fwd\.up: impacts must be given for exactly the measured sites"):
+        statistics.update({QUERY: torch.ones(2, 5)})
+    with pytest.raises(SnrfError, match=r"\[probes, neurons\] = \[2, 7\], got \[1, 7\]"):
+        statistics.update({QUERY: torch.ones(2, 5), UP: torch.ones(1, 7)})
+    with pytest.raises(SnrfError, match="different models"):
+        statistics.merge(Statistics({QUERY: 6, UP: 7}))
+    with pytest.raises(SnrfError, match="at least one probe"):
+        statistics.profile()
+
+
+def test_damaged_state_is_refused():
+    state = measured({QUERY: torch.rand(3, 5), UP: torch.rand(3, 7)}).state()
+    key = "layers.0.attn.q.total"
+    with pytest.raises(SnrfError, match=r"layers\.0\.attn\.q\.total' is missing"):
+        Statistics.from_state({name: tensor for name, tensor in state.items() if name != key}, 3)
+    with pytest.raises(
+        SnrfError, match=r"total' must be torch.int32 of shape \[10, 5\], got torch.int32 of shape \[9, 5\]"
+    ):
+        Statistics.from_state({**state, key: state[key][1:]}, 3)
