@@ -40,7 +40,7 @@ import torch
 import transformers
 from machine import bar, bars_text, describe, write_json
 
-from mergekit_snrf.profiling import impact_compiled
+from mergekit_snrf.profiling.impact import compiled as impact_compiled
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiling.measure.meter import Measure, Meter
 from mergekit_snrf.profiling.result.profilefile import SCREENED, top_rank

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hub import ask_hub, hub_of
 from safetensors.torch import save, save_file
-from test_maskfile import ask_hub, hub_of
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load, make_source
-from profiler.brute_force import ATTENTION, Layer, norms, text_layer, to_dtype
-from profiler.test_capture import left_padded
-from profiler.test_impact import assert_close, error, random_inputs
-from profiler.test_run import ENVIRONMENT, FILES, command, profiled, write_config, write_probes
+from profiling.brute_force import ATTENTION, Layer, norms, text_layer, to_dtype
+from profiling.test_capture import left_padded
+from profiling.test_impact import assert_close, error, random_inputs
+from profiling.test_run import ENVIRONMENT, FILES, command, profiled, write_config, write_probes
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.profiling import impact_compiled
+from mergekit_snrf.profiling.impact import compiled as impact_compiled
 from mergekit_snrf.profiling.impact.layer import AttentionInputs, AttentionScores, Readout, attention_impact
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.result.profilefile import read_profile

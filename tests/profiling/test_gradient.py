@@ -11,7 +11,7 @@ import brute_force
 import pytest
 import torch
 from checkpoints import example_inputs, load, make_source, make_target
-from profiler.test_capture import Batch, hooks, left_padded, oracle
+from profiling.test_capture import Batch, hooks, left_padded, oracle
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError

@@ -6,12 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from profiler.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
+from profiling.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergekit_snrf.profiling import impact_products
+from mergekit_snrf.profiling.impact import products as impact_products
 from mergekit_snrf.profiling.impact.inputs import full_precision
 from mergekit_snrf.profiling.impact.layer import (
     AttentionInputs,

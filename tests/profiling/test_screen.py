@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from profiler.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
+from profiling.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import Site

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import load, make_source
-from profiler.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
-from profiler.test_capture import left_padded
+from profiling.brute_force import ATTENTION, Layer, image_layer, norms, text_layer, to_dtype
+from profiling.test_capture import left_padded
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.profiling import impact_sdpa
+from mergekit_snrf.profiling.impact import sdpa as impact_sdpa
 from mergekit_snrf.profiling.impact.layer import AttentionInputs, Readout, attention_impact
 from mergekit_snrf.profiling.measure.meter import Meter
 
