@@ -24,7 +24,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_processor
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import Site
-from mergekit_snrf.profiling.settings import load_profile_config
+from mergekit_snrf.profiling.settings import load_profile_config, model_ref
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEAD_DIM = 128
@@ -311,8 +311,8 @@ def test_remote_code_takes_no_image_probes(pair: Pair, tmp_path: Path) -> None:
     shutil.copy(pair.path / "profile.yml", tmp_path)
     replaced(tmp_path / "profile.yml", pair.profiled or pair.target, str(target))
     config = load_profile_config(tmp_path / "profile.yml")
-    with pytest.raises(SnrfError, match="has no image processor, but its probes have images"):
-        load_processor(config.target, trust_remote_code=True)
+    with pytest.raises(SnrfError, match="has no image processor"):
+        load_processor(model_ref(config.target, trust_remote_code=True), images=True)
     assert "sends images only through processors" in pair.page
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +15,9 @@ from mergekit_snrf.cli.common import (
     silence_progress,
 )
 from mergekit_snrf.cli.study import loaded, report
+
+if TYPE_CHECKING:
+    from mergekit_snrf.models.reference import Dtype
 
 
 @click.command()
@@ -47,7 +50,7 @@ def ablate(
     draws: int,
     seed: int,
     device: str | None,
-    dtype: str,
+    dtype: Dtype,
     trust_remote_code: bool,
     json_file: str | None,
 ) -> None:
@@ -56,11 +59,12 @@ def ablate(
     Weights and biases are zeroed in memory. An evaluation named in Python runs with your rights; read it first.
     """
     from mergekit_snrf.evidence import ablate as ablation
-    from mergekit_snrf.evidence.evaluation import load_evaluation, load_model
+    from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.files import container
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
+    from mergekit_snrf.models.reference import ModelRef
     from mergekit_snrf.neurons.maskfile import local_path, read_mask
 
     check_outputs(json_file)
@@ -76,7 +80,7 @@ def ablate(
     silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = loaded(
-        load_model, model, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        ModelRef(model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code), settings
     )
     study = ablation.ablate(
         subject,

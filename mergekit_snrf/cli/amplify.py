@@ -129,7 +129,8 @@ def amplify(
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.neurons.sets import Neuron
-    from mergekit_snrf.profiling.probes.batches import load_model, load_rows
+    from mergekit_snrf.profiling.probes.rows import load_rows
+    from mergekit_snrf.profiling.settings import model_ref
 
     with reworded(_OPTIONS):
         own, config = amplification.load_probes_config(
@@ -166,7 +167,9 @@ def amplify(
     with reworded(_OPTIONS):
         rows = load_rows(own, config)
         subject, processor = loaded(
-            load_model, own, settings, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            model_ref(own, device=device, dtype=dtype, trust_remote_code=trust_remote_code),
+            settings,
+            images=own.probes.images is not None,
         )
         result = amplification.amplify(
             rows,

@@ -59,6 +59,7 @@ def model_options(function: _F) -> _F:
         click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one."),
         click.option(
             "--dtype",
+            type=click.Choice(("auto", "float32", "bfloat16", "float16", "float64")),
             default="auto",
             show_default=True,
             help="Of the weights: auto is that of the recipe, if it sets one, or of the checkpoint.",

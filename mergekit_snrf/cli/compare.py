@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -23,6 +23,7 @@ from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Study
+    from mergekit_snrf.models.reference import Dtype
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ def _from_recipe(
     linear_betas: str,
     drop_rate: float,
     device: str | None,
-    dtype: str,
+    dtype: Dtype,
     trust_remote_code: bool,
     transformers_cache: str | None,
     lora_merge_cache: str | None,
@@ -179,9 +180,10 @@ def _from_recipe(
     from mergekit_snrf.evidence.ablate import least_important, read_profile_of
     from mergekit_snrf.evidence.compare import compare as run
     from mergekit_snrf.evidence.controls import averaged, build_rows
-    from mergekit_snrf.evidence.evaluation import load_evaluation, load_model
+    from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.recipes import open_base, open_recipe
     from mergekit_snrf.files import container
+    from mergekit_snrf.models.reference import ModelRef
 
     options = MergeOptions(
         transformers_cache=transformers_cache,
@@ -212,12 +214,13 @@ def _from_recipe(
     silence_progress()
     evaluation = load_evaluation(reference)
     model, processor = loaded(
-        load_model,
-        str(opened.target_folder),
+        ModelRef(
+            model=str(opened.target_folder),
+            device=device,
+            dtype=cast("Dtype", opened.dtype) if dtype == "auto" else dtype,
+            trust_remote_code=trust_remote_code,
+        ),
         settings,
-        device=device,
-        dtype=opened.dtype if dtype == "auto" else dtype,
-        trust_remote_code=trust_remote_code,
     )
     chosen = build_rows(
         opened.merge,

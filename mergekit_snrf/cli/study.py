@@ -2,61 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.cli.common import table
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mergekit_snrf.evidence.results import Study
-
-_LOADING = {
-    "set trust_remote_code: true to allow it": "give --trust-remote-code to allow it",
-    "use device_map: auto, a smaller dtype, or device: cpu": "use a smaller --dtype, or --device cpu",
-    "use device: cpu": "use --device cpu",
-}
-"""Remedies of the profiler, which speaks of the keys of its file, and those of the commands."""
+    from mergekit_snrf.models.reference import ModelRef
 
 
-def loaded(
-    load: Callable[..., tuple[PreTrainedModel, Any]], of: Any, settings: dict[str, Any], **options: Any
-) -> tuple[PreTrainedModel, Any]:
-    """Load a model with its processor, and note how it was loaded.
-
-    Args:
-        load: ``evaluation.load_model`` or ``profiler.probes.load_model``.
-        of: what to load.
-        settings: of the result; how the model was loaded is added.
-        options: device, dtype and trust_remote_code.
+def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = None) -> tuple[PreTrainedModel, Any]:
+    """Load a model with its processor, and write into ``settings`` how it was loaded.
 
     Raises:
-        SnrfError: as ``load``, with the options of the command for the keys of profile.yml; or a weight is not finite,
-            with which every answer would be nonsense.
+        SnrfError: as ``load_model``, with the command's options.
     """
-    with reworded(_LOADING):
-        model, processor = load(of, **options)
-    _check_finite(model)
+    from mergekit_snrf.models import loading
+
+    with naming(option):
+        model, processor = loading.load_model(ref, images=images)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     return model, processor
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    import torch
-
-    for name, weight in model.named_parameters():
-        if weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16) or weight.is_meta:
-            continue
-        # Both ends are NaN where one weight is, and no copy is made.
-        if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise SnrfError(
-                f"{model.name_or_path}: weight {name} holds NaN or infinity in {dtype}; get the checkpoint again, or "
-                f"choose another --dtype"
-            )
 
 
 @contextmanager

@@ -188,32 +188,6 @@ def evaluate(
     return scores
 
 
-def load_model(
-    name: str, *, device: str | None = None, dtype: str = "auto", trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, Any]:
-    """Load a model with its processor, or with its tokenizer if it has no image processor.
-
-    Args:
-        name: a folder or a hub id.
-        device: such as ``cuda:0``; None: cuda if there is one, else cpu.
-        dtype: of the weights; ``auto`` is that of the checkpoint.
-        trust_remote_code: run code that lies in the checkpoint.
-
-    Raises:
-        SnrfError: as ``profiler.loading.load_model``.
-    """
-    from mergekit_snrf.models.checkpoint import open_checkpoint
-    from mergekit_snrf.models.loading import load_model as load
-    from mergekit_snrf.profiling.settings import ProbesConfig, SideConfig
-
-    files = open_checkpoint(name, trust_remote_code=trust_remote_code).files
-    sees = any(file in files for file in ("processor_config.json", "preprocessor_config.json"))
-    # The loader wants to know of the probes only whether they have images.
-    probes = ProbesConfig(dataset=name, question="question", images="images" if sees else None)
-    side = SideConfig(model=name, probes=probes)
-    return load(side, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
 def _from_entry_point(reference: str, name: str) -> Any:
     points = entry_points(group=ENTRY_POINTS)
     for point in points:

@@ -59,7 +59,7 @@ from mergekit_snrf.profiling.request import (
 )
 from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile
 from mergekit_snrf.profiling.result.statistics import Statistics
-from mergekit_snrf.profiling.settings import ProfileConfig
+from mergekit_snrf.profiling.settings import ProfileConfig, model_ref
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +162,8 @@ def run(
         models = ranks.from_first(check_models(config) if ranks.first else {})
         for name in SIDES:
             # Loading the weights of the first side can take long before the second has its say.
-            check_rendering(side_of(config, name), trust_remote_code=config.trust_remote_code)
+            side = side_of(config, name)
+            check_rendering(side, model_ref(side, trust_remote_code=config.trust_remote_code))
         job = _Job(config, Path(mask), folder, resume, memory_budget, journal_seconds, progress, device, ranks)
         profiles: dict[SideName, Profile] = {}
         seconds: dict[SideName, float] = {}
@@ -200,7 +201,8 @@ def dry_run(config: ProfileConfig, *, folder: str | os.PathLike[str] | None = No
     for name in SIDES:
         side = side_of(config, name)
         rows = load_rows(side, config, None if folder is None else Path(folder))
-        processor = load_processor(side, trust_remote_code=config.trust_remote_code)
+        model = model_ref(side, trust_remote_code=config.trust_remote_code)
+        processor = load_processor(model, images=side.probes.images is not None)
         probes = prepare(rows, processor, side, config)
         lines.append(f"{name}: {len(probes)} probes of {side.probes.dataset} through {side.model}")
         for probe in probes.probes[:shown]:
@@ -244,13 +246,14 @@ class _Job:
                 journals.delete()
                 logger.info("%s: was finished before", name)
             return finished, True
-        model, processor = load_model(
+        ref = model_ref(
             side,
             device=None if self.config.device_map is not None else self.device,
             dtype=self.config.dtype,
             device_map=self.config.device_map,
             trust_remote_code=self.config.trust_remote_code,
         )
+        model, processor = load_model(ref, images=side.probes.images is not None)
         with _memory_explained(name, self.config):
             probes = prepare(rows, processor, side, self.config, model)
             meter = Meter(

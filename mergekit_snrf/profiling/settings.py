@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.sets import PROJECTIONS
 from mergekit_snrf.profiling.probes.template import template_fields
 
@@ -261,6 +262,11 @@ class ProfileConfig(_Section):
         """
         given = {key: value for key, value in values.items() if value is not None}
         return _validated({**self.model_dump(exclude_unset=True), **given}, "profile options")
+
+
+def model_ref(side: SideConfig, **options: Any) -> ModelRef:
+    """Return the model of a side, with dtype, device, device_map and trust_remote_code as given."""
+    return ModelRef(model=side.model, revision=side.revision, gguf_file=side.gguf_file, **options)
 
 
 def answer_column(side: SideConfig, config: ProfileConfig) -> str | None:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mergekit_snrf.cli.snrf import main
-from mergekit_snrf.evidence import evaluation
 from mergekit_snrf.evidence.results import Study, read_result
+from mergekit_snrf.models import loading
 from mergekit_snrf.neurons.maskfile import ModelProvenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, write_profile
@@ -152,7 +152,7 @@ def never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: Any, **keys: Any) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(evaluation, "load_model", fail)
+    monkeypatch.setattr(loading, "load_model", fail)
 
 
 @pytest.mark.usefixtures("never_loaded")
@@ -253,7 +253,7 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(
     assert done.stderr.startswith(
         f"Error: {tmp_path / 'model'}: weight model.language_model.layers.1.mlp.up_proj.weight "
     )
-    assert "holds NaN or infinity in " in done.stderr
+    assert "has NaN or infinite values in " in done.stderr
     assert done.stderr.count("\n") == 1
 
 

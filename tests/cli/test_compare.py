@@ -18,8 +18,10 @@ from click.testing import CliRunner, Result
 from mergekit_snrf.cli import compare as command
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.evidence import controls
-from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation, load_model
+from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
 from mergekit_snrf.evidence.results import Study, read_result
+from mergekit_snrf.models.loading import load_model
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile, write_profile
@@ -98,7 +100,7 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     )
     assert merged.returncode == 0, merged.stderr
     for name, folder in (("SNRF", tmp_path / "merged"), ("target", BOARD / "target")):
-        scores = evaluate(load_evaluation(EVAL), *load_model(str(folder), device="cpu"))
+        scores = evaluate(load_evaluation(EVAL), *load_model(ModelRef(model=str(folder), device="cpu"), images=None))
         for metric, items in scores.items():
             assert rows[name].metrics[metric].mean.estimate == pytest.approx(items.mean)
             assert rows[name].metrics[metric].malformed == items.malformed_rate
@@ -160,7 +162,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mergekit_snrf.evidence.evaluation.load_model", load)
+    monkeypatch.setattr("mergekit_snrf.models.loading.load_model", load)
 
 
 @pytest.mark.usefixtures("no_model")

@@ -28,9 +28,10 @@ from mergekit_snrf.evidence.amplify import (
 from mergekit_snrf.evidence.results import read_result, write_result
 from mergekit_snrf.evidence.tokens import Classifier
 from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.sets import PROJECTIONS, Neuron, NeuronSet, Site
-from mergekit_snrf.profiling.probes.batches import load_model, load_rows, prepare
-from mergekit_snrf.profiling.settings import ProfileConfig, SideConfig
+from mergekit_snrf.profiling.probes.batches import load_rows, prepare
+from mergekit_snrf.profiling.settings import ProfileConfig, SideConfig, model_ref
 
 pytest.importorskip("datasets")
 
@@ -64,7 +65,7 @@ class Asked:
         self.probes_file = folder / "probes.jsonl"
         self.probes_file.write_text("".join(json.dumps({"question": text}) + "\n" for text in QUESTIONS))
         self.side, self.config = self.configured(max_new_tokens=12)
-        self.model, self.processor = load_model(self.side, device="cpu", dtype="float64")
+        self.model, self.processor = load_model(model_ref(self.side, device="cpu", dtype="float64"), images=False)
         self.rows = load_rows(self.side, self.config)
 
     def configured(self, **options: Any) -> tuple[SideConfig, ProfileConfig]:

@@ -12,7 +12,9 @@ import torch
 from checkpoints import load, make_source
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.evaluation import Evaluation, Items, evaluate, load_evaluation, load_model
+from mergekit_snrf.evidence.evaluation import Evaluation, Items, evaluate, load_evaluation
+from mergekit_snrf.models.loading import load_model
+from mergekit_snrf.models.reference import ModelRef
 
 SCRIPT = """
 from dataclasses import dataclass
@@ -196,11 +198,11 @@ def test_items_check_their_lengths_and_average_over_tasks() -> None:
 
 def test_models_load_with_a_processor_or_a_tokenizer(tmp_path: Path) -> None:
     source = make_source(tmp_path / "source", "qwen2")
-    model, processor = load_model(str(BOARD / "target"), device="cpu", dtype="float32")
+    model, processor = load_model(ModelRef(model=str(BOARD / "target"), device="cpu", dtype="float32"), images=None)
     assert hasattr(processor, "image_processor")
     assert model.dtype == torch.float32
     assert not model.training
-    loaded, tokenizer = load_model(str(source), device="cpu")
+    loaded, tokenizer = load_model(ModelRef(model=str(source), device="cpu"), images=None)
     assert not hasattr(tokenizer, "image_processor")
     reference = load(source).state_dict()
     assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.state_dict().items())

@@ -32,10 +32,11 @@ from transformers import (
 )
 
 from mergekit_snrf.cli.snrf import main
-from mergekit_snrf.evidence.evaluation import load_model
 from mergekit_snrf.evidence.results import Amplification, Study, read_result
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.models.edits import fuse_model
+from mergekit_snrf.models.loading import load_model
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
@@ -340,8 +341,8 @@ def test_fusion_of_the_planted_neurons_restores_the_lost_skill_and_of_random_one
 def test_one_end_of_the_planted_units_is_not_enough(planted: Path) -> None:
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
 
-    model, processor = load_model(str(planted / "lacking"), device="cpu")
-    source, _ = load_model(str(planted / "source"), device="cpu")
+    model, processor = load_model(ModelRef(model=str(planted / "lacking"), device="cpu"), images=None)
+    source, _ = load_model(ModelRef(model=str(planted / "source"), device="cpu"), images=None)
     evaluation = load_evaluation(str(planted / "eval.yml"))
 
     def metrics(neurons: NeuronSet, fusion: Fusion) -> dict[str, float]:

@@ -21,13 +21,14 @@ from processors import PROCESSORS, WITHOUT_TEMPLATE, example_image, processor_mi
 
 from mergekit_snrf.cli.profile import main
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import load_model, load_rows, probe_batches
+from mergekit_snrf.profiling.probes.batches import load_rows, probe_batches
 from mergekit_snrf.profiling.result.profilefile import read_profile, select
 from mergekit_snrf.profiling.run import profile_model, run
-from mergekit_snrf.profiling.settings import load_profile_config
+from mergekit_snrf.profiling.settings import load_profile_config, model_ref
 
 FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safetensors")
 
@@ -121,7 +122,7 @@ def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_model
     config = load_profile_config(path)
     expected: dict[Site, set[int]] = {}
     for side in (config.target, config.source):
-        model, processor = load_model(side, device="cpu")
+        model, processor = load_model(model_ref(side, device="cpu"), images=side.probes.images is not None)
         meter = Meter(model)
         for batch in probe_batches(load_rows(side, config, folder), model, processor, side, config, device="cpu"):
             for site, impacts in meter.impacts(batch).items():
@@ -358,7 +359,7 @@ def test_profile_model_measures_batches_of_your_own(pair, tmp_path):
     path = write_config(folder)
     profiled(path, tmp_path)
     config = load_profile_config(path)
-    model, processor = load_model(config.source, device="cpu")
+    model, processor = load_model(model_ref(config.source, device="cpu"), images=False)
     rows = load_rows(config.source, config, folder)
     batches = probe_batches(rows, model, processor, config.source, config, device="cpu")
     profile = profile_model(model, batches).profile()

@@ -1,7 +1,7 @@
 """From the rows of a dataset to batches that a model takes: rendered prompts, and the answers behind them.
 
     rows = load_rows(side, config)
-    model, processor = load_model(side, device="cpu")
+    model, processor = load_model(model_ref(side, device="cpu"), images=False)
     for batch in probe_batches(rows, model, processor, side, config, device="cpu"):
         model(**batch.inputs)
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import find_device, load_model, load_processor
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.profiling.probes.answers import (
     Answer,
     accepted,
@@ -136,14 +137,14 @@ def render(row: Row, processor: Any, side: SideConfig) -> str:
         raise SnrfError(f"{side.probes.dataset}: row {row.number}: {error}") from None
 
 
-def check_rendering(side: SideConfig, *, trust_remote_code: bool = False) -> None:
+def check_rendering(side: SideConfig, model: ModelRef) -> None:
     """Check, without loading weights, that a side's model can be given prompts.
 
     Raises:
         SnrfError: its tokenizer or processor cannot be loaded, there is neither a chat template nor a template, or
             nothing is known to stand for an image.
     """
-    Renderer(load_processor(side, trust_remote_code=trust_remote_code), side)
+    Renderer(load_processor(model, images=side.probes.images is not None), side)
 
 
 def prepare(

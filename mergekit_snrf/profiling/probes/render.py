@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.profiling.probes.rows import Row
 from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
 from mergekit_snrf.profiling.settings import SideConfig
@@ -113,11 +114,6 @@ class Renderer:
             segments += [None] if index else []
             segments += [text] if text.strip() else []
         return segments
-
-
-def tokenizer_of(processor: Any) -> Any:
-    """Return the tokenizer of a processor, or the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
 
 
 def apply_chat_template(processor: Any, chat_template: str | None, content: Any) -> str:
