@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_dict
-from mergekit_snrf.neurons.maskfile import Mask, check_sha256, local_path, read_mask, write_mask
+from mergekit_snrf.neurons.maskfile import Mask, read_mask, write_mask
 from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
 from mergekit_snrf.profiling.measure.meter import Batch, Measure
 from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile

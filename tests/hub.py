@@ -99,7 +99,7 @@ from mergekit_snrf.errors import SnrfError
 
 def answer(reference):
     if reference.startswith("hf://"):
-        from mergekit_snrf.neurons.maskfile import local_path
+        from mergekit_snrf.files.references import local_path
         return str(local_path(reference))
     from mergekit_snrf.models.checkpoint import open_checkpoint
     name, _, revision = reference.partition("@")

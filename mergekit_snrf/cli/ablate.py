@@ -61,11 +61,12 @@ def ablate(
     from mergekit_snrf.evidence import ablate as ablation
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.results import write_result
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import references
+    from mergekit_snrf.files.references import local_path
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.models.reference import ModelRef
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     check_outputs(json_file)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
@@ -76,7 +77,7 @@ def ablate(
     if profile_file is not None:
         profile = ablation.read_profile_of(checkpoint, profile_file)
         ablation.least_important(profile, mask.neurons)
-        settings |= {"profile": profile.path, "profile_sha256": container.sha256(profile.path)}
+        settings |= {"profile": profile.path, "profile_sha256": references.sha256(profile.path)}
     silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = loaded(
@@ -91,7 +92,7 @@ def ablate(
         draws=draws,
         seed=seed,
         name=model,
-        mask_sha256=container.sha256(mask.path),
+        mask_sha256=references.sha256(mask.path),
         settings=settings,
         progress=not is_quiet(),
     )

@@ -217,7 +217,8 @@ def _listed(file: str | None) -> list[Neuron]:
 def _masked(file: str | None, pick: int | None, seed: int, shape: DecoderShape | None, model: str) -> list[Neuron]:
     from mergekit_snrf.evidence.ablate import check_mask
     from mergekit_snrf.evidence.amplify import pick_neurons
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     if file is None:
         return []

@@ -16,15 +16,16 @@ def card(mask_file: str, out: str | None) -> None:
 
     Everything is read from the file.
     """
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import references, writing
+    from mergekit_snrf.files.references import local_path
     from mergekit_snrf.merge.cards import mask_card
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     path = local_path(mask_file)
-    text = mask_card(read_mask(path), sha256=container.sha256(path))
+    text = mask_card(read_mask(path), sha256=references.sha256(path))
     if out is None:
         click.echo(text, nl=False)
         return
-    with container.replacing(out) as file:
+    with writing.replacing(out) as file:
         file.write(text.encode(errors="replace"))
     click.echo(out)

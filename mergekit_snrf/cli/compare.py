@@ -182,7 +182,7 @@ def _from_recipe(
     from mergekit_snrf.evidence.controls import averaged, build_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.recipes import open_base, open_recipe
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import references
     from mergekit_snrf.models.reference import ModelRef
 
     options = MergeOptions(
@@ -200,7 +200,7 @@ def _from_recipe(
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
         least = least_important(averaged(read), opened.merge.neurons)
-        settings["profiles"] = {profile.path: container.sha256(profile.path) for profile in read}
+        settings["profiles"] = {profile.path: references.sha256(profile.path) for profile in read}
     elif "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")

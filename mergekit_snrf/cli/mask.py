@@ -29,7 +29,8 @@ def mask() -> None:
 
 
 def _read(reference: str) -> Mask:
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     return read_mask(local_path(reference))
 
@@ -51,12 +52,13 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 @command_options
 def show(mask_file: str, layers: bool, as_json: bool) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import references
+    from mergekit_snrf.files.references import local_path
     from mergekit_snrf.merge.cards import provenance_rows
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     path = local_path(mask_file)
-    content, digest = read_mask(path), container.sha256(path)
+    content, digest = read_mask(path), references.sha256(path)
     counts = content.neurons.by_projection()
     provenance = content.provenance.model_dump(mode="json", exclude_none=True)
     if as_json:
@@ -89,7 +91,8 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
     @click.argument("out", type=click.Path(dir_okay=False))
     @command_options
     def command(masks: tuple[str, ...], out: str) -> None:
-        from mergekit_snrf.neurons.maskfile import local_path, provenance_of_operation, read_mask, write_mask
+        from mergekit_snrf.files.references import local_path
+        from mergekit_snrf.neurons.maskfile import provenance_of_operation, read_mask, write_mask
 
         if len(masks) < 2:
             raise click.UsageError("give at least two masks and the output file")
@@ -123,7 +126,8 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     """
     import torch
 
-    from mergekit_snrf.neurons.maskfile import Provenance, local_path, provenance_of_operation, read_mask, write_mask
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import Provenance, provenance_of_operation, read_mask, write_mask
     from mergekit_snrf.neurons.sets import NeuronSet
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
@@ -164,13 +168,13 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 @command_options
 def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
     """Convert the released code's JSON to a mask, with the correct rows for grouped-query attention."""
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import references
     from mergekit_snrf.neurons.maskfile import Provenance, write_mask
     from mergekit_snrf.neurons.released import read_released
 
     shape, target = _shape(model)
     neurons = read_released(json_file, shape, "rows" if kv_indices == "rows" else "repeated")
-    source = {"file": Path(json_file).name, "sha256": container.sha256(json_file)}
+    source = {"file": Path(json_file).name, "sha256": references.sha256(json_file)}
     write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
     click.echo(f"{out}: {neurons.count()} neurons")
 
@@ -182,10 +186,10 @@ def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
 @command_options
 def export(mask_file: str, json_file: str, model: str) -> None:
     """Convert a mask to the released code's JSON."""
-    from mergekit_snrf.files import container
+    from mergekit_snrf.files import writing
     from mergekit_snrf.neurons.released import released_json
 
     content = released_json(_read(mask_file).neurons, _shape(model)[0])
-    with container.replacing(json_file) as file:
+    with writing.replacing(json_file) as file:
         file.write(json.dumps(content).encode())
     click.echo(f"{json_file}: {sum(len(i) for layers in content.values() for i in layers.values())} indices")

@@ -47,7 +47,7 @@ def overlap(
     """
     from mergekit_snrf.evidence.overlap import overlaps
     from mergekit_snrf.evidence.results import OverlapPairs, write_result
-    from mergekit_snrf.neurons.maskfile import local_path
+    from mergekit_snrf.files.references import local_path
     from mergekit_snrf.profiling.result.profilefile import read_profile
 
     if len(profiles) < 2:

@@ -27,8 +27,9 @@ def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[s
     """
     from mergekit_snrf.evidence import report as html
     from mergekit_snrf.evidence.results import read_result
-    from mergekit_snrf.files import container
-    from mergekit_snrf.neurons.maskfile import local_path, read_mask
+    from mergekit_snrf.files import writing
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import read_mask
     from mergekit_snrf.profiling.result.profilefile import read_profile
 
     mask = read_mask(local_path(mask_file))
@@ -37,6 +38,6 @@ def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[s
         [read_profile(local_path(reference)) for reference in profiles],
         [read_result(path) for path in results],
     )
-    with container.replacing(out) as file:
+    with writing.replacing(out) as file:
         file.write(page.encode())
     click.echo(out)

@@ -54,8 +54,9 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
 
     One profile gives the neurons of one model, the profiles of target and source the shared ones.
     """
-    from mergekit_snrf.files import container
-    from mergekit_snrf.neurons.maskfile import Provenance, local_path, write_mask
+    from mergekit_snrf.files import references
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import Provenance, write_mask
     from mergekit_snrf.profiling.result.profilefile import read_profile
     from mergekit_snrf.profiling.result.profilefile import select as select_neurons
 
@@ -73,7 +74,7 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
         source=sides.get("source"),
         selection={name: value for name, value in rule.items() if value is not None},
         operation="select",
-        inputs=[{"file": path.name, "sha256": container.sha256(path)} for path in paths],
+        inputs=[{"file": path.name, "sha256": references.sha256(path)} for path in paths],
         seed=contents[0].provenance.seed,
     )
     write_mask(out, neurons, provenance)

@@ -27,8 +27,9 @@ from mergekit_snrf.evidence.intervals import (
     spoken,
 )
 from mergekit_snrf.evidence.results import Condition, Contrast, Study
+from mergekit_snrf.files.references import local_path
 from mergekit_snrf.models.edits import deactivate
-from mergekit_snrf.neurons.maskfile import Mask, local_path
+from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.profiling.result.profilefile import Profile, read_profile
 

@@ -23,7 +23,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
 from mergekit_snrf.evidence.wording import percent, printable, quoted, scale
-from mergekit_snrf.files import container
+from mergekit_snrf.files import writing
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 
 if TYPE_CHECKING:
@@ -378,6 +378,6 @@ def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, 
     contents = {".svg": f"{svg(figure, title, text, name)}\n".encode(), ".png": image.getvalue()}
     paths = {Path(folder) / f"{name}{suffix}": content for suffix, content in contents.items()}
     for path, content in paths.items():
-        with container.replacing(path) as file:
+        with writing.replacing(path) as file:
             file.write(content)
     return list(paths)

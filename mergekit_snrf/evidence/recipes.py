@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
-from mergekit_snrf.files import container
+from mergekit_snrf.files import references
 from mergekit_snrf.merge.plan import plan_merge
 from mergekit_snrf.merge.tensors import local_folder, wider_dtype
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
@@ -89,7 +89,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
         target_folder=local_folder(plan.target, options),
         dtype=name or "auto",
         mask=str(plan.mask_path),
-        mask_sha256=container.sha256(plan.mask_path),
+        mask_sha256=references.sha256(plan.mask_path),
         any_family=bool(plan.recipe.value("allow_family_mismatch")),
         warnings=warnings,
         settings={**settings, "config_sha256": plan.target.config_sha256},

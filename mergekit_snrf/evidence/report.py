@@ -23,7 +23,7 @@ from mergekit_snrf.evidence.results import (
     SiteOverlap,
     Study,
 )
-from mergekit_snrf.files import container
+from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.profiling.result.profilefile import Profile
@@ -101,7 +101,7 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    digest = container.sha256(mask.path)
+    digest = references.sha256(mask.path)
     draw = _Drawer()
     sections = [_mask_section(mask, draw)]
     computed = _from_profiles(mask, profiles)

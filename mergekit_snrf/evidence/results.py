@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, problem
-from mergekit_snrf.files import container
+from mergekit_snrf.files import writing
 from mergekit_snrf.neurons.sets import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
@@ -283,7 +283,7 @@ def write_result(path: str | os.PathLike[str], result: Result) -> None:
         SnrfError: the file cannot be written.
     """
     text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    with container.replacing(path) as file:
+    with writing.replacing(path) as file:
         file.write(text.encode())
 
 

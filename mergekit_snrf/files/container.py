@@ -1,90 +1,32 @@
-"""Deterministic, validated safetensors files: what mask and profile files have in common.
+"""Deterministic, validated safetensors files: what mask, profile and journal files have in common.
 
-The safetensors library reads; the header is written here, because the library serialises ``__metadata__`` in
-hash order, and equal inputs must give equal bytes.
+The safetensors library reads; the header is written here, because the library writes ``__metadata__`` in hash
+order, and equal inputs must give equal bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.writing import replacing
 
 _MAX_DEPTH = 100
 """What is nested deeper cannot be written again: pydantic gives up at 255 levels."""
 
-_DTYPES = {torch.bool: "BOOL", torch.float32: "F32", torch.int32: "I32"}
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits.
-
-    Raises:
-        SnrfError: the file cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if _HAS_DIGEST else _digest(file)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SnrfError(f"{path}: cannot be read ({reason}); correct the path") from None
-
-
-_HAS_DIGEST = hasattr(hashlib, "file_digest")
-
-
-def _digest(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
-
-    Raises:
-        SnrfError: the folder does not exist or cannot be written, or the disk is full.
-    """
-    if not os.fspath(path):
-        raise SnrfError("the path of the file to write is empty; give one")
-    path = Path(path)
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    except (OSError, ValueError) as error:
-        raise _not_written(path, error) from None
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _not_written(path, error) from None
-        raise
-
-
-def _not_written(path: Path, error: Exception) -> SnrfError:
-    reason = getattr(error, "strerror", None) or error
-    return SnrfError(f"{path}: cannot be written ({reason}); choose a file in a folder that is writable and has space")
+_DTYPES = {
+    **{torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"},
+    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"},
+}
 
 
 def write(
@@ -112,7 +54,7 @@ def write(
     # Wide dtypes first keeps every tensor aligned to its element size.
     for key in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):
         tensor = tensors[key].detach().cpu().contiguous()
-        blob = tensor.numpy().tobytes()
+        blob = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         header[key] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -141,21 +83,19 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
     path = Path(path)
     if not os.path.isfile(path):
         reason = "is not a file" if os.path.exists(path) else "does not exist"
-        raise SnrfError(f"{path}: {reason}; give the path of a {file_format} file")
+        raise SnrfError(path, reason, f"give the path of a {file_format} file")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(path, metadata, file_format, version)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
-        raise SnrfError(
-            f"{path}: not a readable safetensors file ({error}); it is damaged or truncated, get it again"
-        ) from None
+        what = f"not a readable safetensors file ({first_line(error)})"
+        raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
     for key, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-            raise SnrfError(
-                f"{path}: tensor {key!r} holds bytes that are not booleans; the file is damaged, get it again"
-            )
+            what = f"tensor {key!r} holds bytes that are not booleans"
+            raise SnrfError(path, what, "the file is damaged, get it again")
     try:
         content = json.loads(metadata.get("snrf", "{}"))
         json.dumps(content, ensure_ascii=False).encode()
@@ -163,8 +103,9 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
         content = None
     if not isinstance(content, dict) or _depth(content) > _MAX_DEPTH:
         raise SnrfError(
-            f"{path}: the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep; "
-            f"the file is damaged, get it again"
+            path,
+            f"the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep",
+            "the file is damaged, get it again",
         )
     return tensors, content
 
@@ -181,15 +122,11 @@ def _depth(value: object) -> int:
 def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
     found = metadata.get("format")
     if found != file_format:
-        raise SnrfError(
-            f"{path}: a {file_format} file is needed, but its metadata says format={found!r}; "
-            f"{_MAKERS.get(file_format, 'give another file')}"
-        )
+        what = f"a {file_format} file is needed, but its metadata says format={found!r}"
+        raise SnrfError(path, what, _MAKERS.get(file_format, "give another file"))
     if metadata.get("version") != str(version):
-        raise SnrfError(
-            f"{path}: {file_format} version {metadata.get('version')!r} is not supported, only {version}; "
-            f"update mergekit-snrf"
-        )
+        what = f"{file_format} version {metadata.get('version')!r} is not supported, only {version}"
+        raise SnrfError(path, what, "update mergekit-snrf")
 
 
 _MAKERS = {

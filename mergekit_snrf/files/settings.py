@@ -1,11 +1,9 @@
-"""The base of the package's small types, which YAML validates and Python constructs with keywords."""
-
-from __future__ import annotations
+"""The base of the package's small types of settings."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A frozen set of named values; unknown names are errors."""
+    """Settings that YAML validates and Python constructs with keywords; immutable, without unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mergekit_snrf import __version__
-from mergekit_snrf.files import container
+from mergekit_snrf.files import markdown, references
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 PAPER = "https://arxiv.org/abs/2602.19058"
 _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
-_MAX_CELL = 300
-# Backslash first: the others are written with it. Hubs make links of bare addresses.
-_ESCAPED = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "[": "\\[", "!": "\\!", "://": "&#58;//", "www.": "www&#46;"}
 # Provenance fields that may be paths.
 _PATHS = ("path", "file", "dataset")
 # A name that YAML reads as the same text without quotes.
@@ -90,7 +87,9 @@ def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, in
 def mask_card(mask: Mask, *, sha256: str) -> str:
     """Return a README for a mask file."""
     mask = _without_folders(mask)
-    target, source = (_line((side and side.path) or "") for side in (mask.provenance.target, mask.provenance.source))
+    target, source = (
+        markdown.line((side and side.path) or "") for side in (mask.provenance.target, mask.provenance.source)
+    )
     name, usual = Path(mask.path).name, Fusion()
     recipe = {
         "merge_method": "snrf",
@@ -102,11 +101,11 @@ def mask_card(mask: Mask, *, sha256: str) -> str:
         name,
         f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
         f"booleans for mergekit-snrf.",
-        _table(
+        markdown.table(
             ("projection", "layers", "neurons", "of", "share"),
             [(name, *counts, _share(*counts[1:])) for name, counts in mask.neurons.by_projection().items()],
         ),
-        _table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
+        markdown.table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",
         f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
@@ -182,7 +181,7 @@ def _changes(plan: MergePlan) -> list[str]:
     rows = [(name, tensors, changed, of, _share(changed, of)) for name, (tensors, changed, of) in plan.counts().items()]
     return [
         "## What was changed",
-        _table(("projection", "tensors", "neurons", "of", "share"), rows),
+        markdown.table(("projection", "tensors", "neurons", "of", "share"), rows),
         f"Update: {plan.update}.",
     ]
 
@@ -190,9 +189,9 @@ def _changes(plan: MergePlan) -> list[str]:
 def _mask_of(plan: MergePlan) -> list[str]:
     if plan.mask is None or plan.mask_path is None:
         return []
-    digest = container.sha256(plan.mask_path)
+    digest = references.sha256(plan.mask_path)
     rows = [("file", f"`{plan.mask_path.name}`"), ("sha256", f"`{digest}`"), ("neurons", plan.mask.neurons.count())]
-    return ["## Neurons", _table(("", ""), [*rows, *provenance_rows(_without_folders(plan.mask))])]
+    return ["## Neurons", markdown.table(("", ""), [*rows, *provenance_rows(_without_folders(plan.mask))])]
 
 
 def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[str, ...]) -> list[str]:
@@ -209,7 +208,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, packages: tuple[st
         f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}",
         f"with this as `snrf.yml`{named}, and the mask of the sha256 above where it says:",
         f"```yaml\n{shared.rstrip()}\n```",
-        _table(("model", "revision", "sha256 of config.json"), models),
+        markdown.table(("model", "revision", "sha256 of config.json"), models),
     ]
 
 
@@ -308,25 +307,6 @@ def _plain(values: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _table(header: tuple[object, ...], rows: list[Any]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(value: object) -> str:
-    """Return text for a cell; what comes from a file cannot leave it, nor put HTML or links on the page."""
-    text = _line(str(value))
-    for mark, escaped in _ESCAPED.items():
-        text = text.replace(mark, escaped)
-    return text
-
-
-def _line(text: str) -> str:
-    """Return printable text on one line, and not too much of it."""
-    text = "".join(mark for mark in " ".join(text.split()) if mark.isprintable())
-    return text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
-
-
 def _document(
     name: str,
     *parts: str,
@@ -344,5 +324,4 @@ def _document(
         "pipeline_tag": task,
         "tags": ["mergekit", *tags],
     }
-    kept = {key: value for key, value in front.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" + "\n\n".join([f"# {name}", *parts]) + "\n"
+    return markdown.document(name, parts, front)

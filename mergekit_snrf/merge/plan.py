@@ -13,7 +13,8 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.checks import (
     check_chat_template,
@@ -29,7 +30,7 @@ from mergekit_snrf.merge.recipe import Recipe, default, read_recipe
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.models.weights import bias_name
-from mergekit_snrf.neurons.maskfile import Mask, check_sha256, local_path, read_mask
+from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 
 
@@ -226,7 +227,8 @@ def plan_merge(
             plan.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
             expected = str(_tolerant(recipe, "masks_sha256"))
             if expected:
-                check_sha256(plan.mask_path, expected)
+                with naming({"sha256": "masks_sha256"}):
+                    check_sha256(plan.mask_path, expected)
             plan.mask = read_mask(plan.mask_path)
     check_output(plan, config, options, out_path)
     check_dtypes(plan, config)

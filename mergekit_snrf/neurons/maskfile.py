@@ -8,18 +8,16 @@ rows (columns for fwd.down), so that a mask checks itself against any checkpoint
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_snrf.errors import SnrfError, problem
-from mergekit_snrf.files import container
+from mergekit_snrf.files import container, references
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
@@ -123,68 +121,6 @@ def check_replaceable(path: str | os.PathLike[str]) -> None:
         ) from None
 
 
-# As in huggingface_hub's file system: a slash in a revision is %2F, but for its own refs/pr/N and refs/convert/NAME.
-_HUB = re.compile(
-    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?/(?P<file>[^@]+\.[\w]+)",
-    re.ASCII,
-)
-
-
-def local_path(reference: str, folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
-    """Return the local file that ``reference`` names, downloading it from the hub when it is ``hf://...``.
-
-    Args:
-        reference: a path, or ``hf://owner/repo@revision/path/in/repo`` (the revision is optional).
-        folders: where to look for a relative path after the working folder, such as the recipe's folder.
-
-    Raises:
-        SnrfError: the reference is empty or malformed, or the file does not exist or cannot be downloaded.
-    """
-    if not reference:
-        raise SnrfError("the path of a file is empty; give a path, or hf://owner/repo@revision/path")
-    if not reference.startswith("hf://"):
-        candidates = [Path(os.path.expanduser(reference))]
-        if not candidates[0].is_absolute():
-            candidates += [Path(folder) / reference for folder in folders]
-        candidates = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
-        for candidate in candidates:
-            if os.path.isfile(candidate):
-                return candidate.resolve()
-        folder = next((candidate for candidate in candidates if os.path.isdir(candidate)), None)
-        if folder is not None:
-            raise SnrfError(f"{reference}: is a folder ({folder}), a file is needed; give the path of the file")
-        places = " and ".join(map(str, candidates))
-        raise SnrfError(f"{reference}: no such file, looked for {places}; correct the path")
-    match = _HUB.fullmatch(reference)
-    if match is None:
-        raise SnrfError(f"{reference}: not a hub reference; the form is hf://owner/repo@revision/path")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        revision = match["revision"] and unquote(match["revision"])
-        downloaded = hf_hub_download(match["repo"], match["file"], revision=revision)
-    except Exception as error:
-        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-        raise SnrfError(
-            f"{reference}: cannot be downloaded ({reason}); check owner, repo, revision and path, or download "
-            f"the file and give its path"
-        ) from None
-    return Path(downloaded)
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ``SnrfError`` where a file is not the expected one."""
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", expected):
-        raise SnrfError(f"masks_sha256 must be 64 hexadecimal digits, got {expected!r}; 'snrf mask show' prints them")
-    found = container.sha256(path)
-    if found != expected.lower():
-        raise SnrfError(
-            f"{path}: sha256 is {found}, but masks_sha256 is {expected}; "
-            f"get the mask that was meant, or update masks_sha256"
-        )
-
-
 def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:
     """Describe a mask made from other masks: the operation, and file name and sha256 of every input in order.
 
@@ -199,6 +135,6 @@ def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: A
         target=common("target"),
         source=common("source"),
         operation=operation,
-        inputs=[{"file": Path(mask.path).name, "sha256": container.sha256(mask.path)} for mask in inputs],
+        inputs=[{"file": Path(mask.path).name, "sha256": references.sha256(mask.path)} for mask in inputs],
         **details,
     )

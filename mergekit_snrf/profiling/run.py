@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files import container
+from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.profiling import memory
@@ -434,7 +434,7 @@ def _mask_provenance(
         source=source.model,
         selection={**config.select.model_dump(exclude_none=True), "measure": target.measure},
         operation="profile",
-        inputs=[{"file": f"{name} profile", "sha256": container.sha256(profile_path(mask, name))} for name in SIDES],
+        inputs=[{"file": f"{name} profile", "sha256": references.sha256(profile_path(mask, name))} for name in SIDES],
         seed=config.seed,
         dtype=target.dtype if len(dtypes) == 1 else f"{target.dtype} (target), {source.dtype} (source)",
         versions=target.versions,

@@ -21,7 +21,7 @@ from mergekit_snrf.evidence.overlap import overlaps, total
 from mergekit_snrf.evidence.report import report
 from mergekit_snrf.evidence.results import Amplification, OverlapPairs, Study, write_result
 from mergekit_snrf.evidence.wording import without_folders
-from mergekit_snrf.files import container
+from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 from mergekit_snrf.profiling.result.profilefile import Profile, select, write_profile
@@ -94,7 +94,7 @@ def mask(tmp_path: Path) -> Mask:
 
 @pytest.fixture
 def full(mask: Mask) -> str:
-    digest = container.sha256(mask.path)
+    digest = references.sha256(mask.path)
     return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification()])
 
 
@@ -134,7 +134,7 @@ def test_full_report(full: str, mask: Mask) -> None:
         "What single neurons promote",
         "Where the mask comes from",
     ]
-    assert container.sha256(mask.path) in page.said("code")
+    assert references.sha256(mask.path) in page.said("code")
     for study in (ablation(), comparison()):
         assert page.said("p").count(study.verdict[0]) == 1
     cells = page.said("td")
@@ -422,7 +422,7 @@ def snrf(*arguments: str) -> Result:
 def folder(tmp_path: Path, mask: Mask, monkeypatch: pytest.MonkeyPatch) -> Path:
     for profile in PROFILES:
         write_profile(tmp_path / f"{profile.path}.profile", profile)
-    write_result(tmp_path / "ablation.json", ablation(container.sha256(mask.path)))
+    write_result(tmp_path / "ablation.json", ablation(references.sha256(mask.path)))
     write_result(tmp_path / "amplification.json", amplification())
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -20,7 +20,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli.common import load_recipe
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.files import container
+from mergekit_snrf.files import references
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.cards import mask_card, merge_card, portable, provenance_rows
 from mergekit_snrf.merge.plan import plan_merge
@@ -53,11 +53,11 @@ def test_card_says_what_is_in_the_file(tmp_path: Path) -> None:
     target = ModelProvenance(path="owner/vlm", revision="abc", model_type="llava", probes={"count": 7, "sha256": "12"})
     source = ModelProvenance(path="owner/llm")
     write_mask(path, NEURONS, Provenance(target=target, source=source, selection={"top_ratio": 0.1}, seed=3))
-    card = mask_card(read_mask(path), sha256=container.sha256(path))
+    card = mask_card(read_mask(path), sha256=references.sha256(path))
     assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm"]
     rows = rows_of(card)
     assert ["attn.k", "1", "2", "4", "50.00 %"] in rows
-    assert ["sha256", f"`{container.sha256(path)}`"] in rows
+    assert ["sha256", f"`{references.sha256(path)}`"] in rows
     assert ["target", "owner/vlm, revision abc, llava"] in rows
     assert ["target's probes", "count 7, sha256 12"] in rows
     assert ["selection", "top_ratio 0.1"] in rows
@@ -67,7 +67,7 @@ def test_card_says_what_is_in_the_file(tmp_path: Path) -> None:
     (source_entry,) = recipe["models"]
     assert source_entry == {"model": "owner/llm", "parameters": {"beta": 0.5, "rank": 4}}
     assert source_entry["parameters"] == {name: default(name) for name in ("beta", "rank")}
-    assert recipe["parameters"] == {"masks": "m.safetensors", "masks_sha256": container.sha256(path)}
+    assert recipe["parameters"] == {"masks": "m.safetensors", "masks_sha256": references.sha256(path)}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_card_of_a_merge_says_what_was_done(name: str, merged: Path) -> None:
     rows = rows_of(card)
     assert ["attn.q", "1", "7", "192", "3.65 %"] in rows
     assert ["fwd.down", "1", "5", "288", "1.74 %"] in rows
-    assert ["sha256", f"`{container.sha256(merged / 'mask.safetensors')}`"] in rows
+    assert ["sha256", f"`{references.sha256(merged / 'mask.safetensors')}`"] in rows
     assert ["source's probes", "count 7"] in rows
     assert ["selection", "top_ratio 0.25"] in rows
     assert "Update: beta 0.5, rank 3, svd-then-mask." in card

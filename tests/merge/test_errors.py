@@ -44,7 +44,7 @@ def test_sha256_of_the_mask(pair: Pair, tmp_path: Path) -> None:
 
     right = hashlib.sha256(pair.mask.read_bytes()).hexdigest()
     message = one(pair.recipe(parameters={"masks_sha256": "0" * 64}), tmp_path / "out")
-    assert message.startswith(f"{pair.mask}: sha256 is {right}, but masks_sha256 is {'0' * 64}; get the mask ")
+    assert message.startswith(f"{pair.mask}: masks_sha256: must be {right}, got {'0' * 64}; ")
     merge(pair.recipe(parameters={"masks_sha256": right.upper()}), tmp_path / "out")
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hub import ask_hub, hub_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -24,7 +23,6 @@ from mergekit_snrf.neurons.maskfile import (
     Mask,
     ModelProvenance,
     Provenance,
-    local_path,
     provenance_of_operation,
     read_mask,
     write_mask,
@@ -255,123 +253,6 @@ def test_a_failed_write_leaves_the_old_mask(tmp_path: Path, monkeypatch: pytest.
         write_mask(path, NeuronSet({}))
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == [path.name]
-
-
-@pytest.mark.parametrize("place", ["missing/mask.safetensors", "/proc/mask.safetensors", ""])
-def test_masks_that_cannot_be_written(tmp_path: Path, place: str) -> None:
-    with pytest.raises(SnrfError, match="cannot be written"):
-        write_mask(tmp_path / place, MASK)
-
-
-def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, beside, home = tmp_path / "work", tmp_path / "beside", tmp_path / "home"
-    for folder in (work, beside, home):
-        folder.mkdir()
-    (beside / "m.safetensors").touch()
-    (home / "h.safetensors").touch()
-    (beside / "link.safetensors").symlink_to(beside / "m.safetensors")
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("HOME", str(home))
-    assert local_path("m.safetensors", (tmp_path, beside)) == beside / "m.safetensors"
-    assert local_path("link.safetensors", (beside,)) == beside / "m.safetensors"
-    assert local_path("../beside/m.safetensors") == beside / "m.safetensors"
-    assert local_path(str(beside / "m.safetensors")) == beside / "m.safetensors"
-    assert local_path("~/h.safetensors", (beside,)) == home / "h.safetensors"
-    (work / "m.safetensors").touch()
-    assert local_path("m.safetensors", (beside,)) == work / "m.safetensors"
-
-
-def test_missing_local_paths_name_where_was_looked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SnrfError) as caught:
-        local_path("m.safetensors", (tmp_path / "recipes", tmp_path))
-    places = f"{tmp_path}/m.safetensors and {tmp_path}/recipes/m.safetensors"
-    assert str(caught.value) == f"m.safetensors: no such file, looked for {places}; correct the path"
-
-
-@pytest.mark.parametrize("reference", ["x" * 300, "x/" * 3000, "a\0b", "~no-such-user/m.safetensors"])
-def test_paths_that_name_no_file(reference: str) -> None:
-    with pytest.raises(SnrfError, match=r"no such file, looked for .*; correct the path"):
-        local_path(reference)
-
-
-def test_folders_and_empty_text_are_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "recipes" / "masks").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    for reference, folder in ((".", tmp_path), ("/", "/"), ("masks", tmp_path / "recipes" / "masks")):
-        with pytest.raises(SnrfError) as caught:
-            local_path(reference, ("recipes",))
-        message = f"{reference}: is a folder ({folder}), a file is needed; give the path of the file"
-        assert str(caught.value) == message
-    with pytest.raises(SnrfError, match=r"^the path of a file is empty; give a path, or hf://owner"):
-        local_path("", (tmp_path,))
-
-
-@pytest.mark.parametrize(
-    "reference",
-    [
-        "hf://",
-        "hf://owner",
-        "hf://owner/repo",
-        "hf://owner/repo/",
-        "hf://owner/repo@main",
-        "hf://owner/repo@/m.safetensors",
-        "hf:///repo/m.safetensors",
-        "hf://owner/re po/m.safetensors",
-        "hf://owner/repo@a@b/m.safetensors",
-        "hf://owner/repo/m@v1.safetensors",
-        "hf://owner/repo/folder",
-    ],
-)
-def test_malformed_hub_references(reference: str) -> None:
-    with pytest.raises(SnrfError, match=rf"{re.escape(reference)}: not a hub reference; the form is hf://owner/repo@"):
-        local_path(reference)
-
-
-def test_masks_on_a_hub(tmp_path: Path) -> None:
-    write_mask(tmp_path / "old.safetensors", MASK)
-    write_mask(tmp_path / "new.safetensors", MASK.random(1), Provenance(seed=1))
-    old, new = (tmp_path / "old.safetensors").read_bytes(), (tmp_path / "new.safetensors").read_bytes()
-    revisions = {
-        "main": {"masks/m.safetensors": new},
-        "v1.0": {"masks/m.safetensors": old},
-        "refs/pr/7": {"m.safetensors": old},
-        "a/branch": {"m.safetensors": new},
-    }
-    found = {
-        "hf://owner/repo/masks/m.safetensors": new,
-        "hf://owner/repo@main/masks/m.safetensors": new,
-        "hf://owner/repo@v1.0/masks/m.safetensors": old,
-        "hf://owner/repo@refs/pr/7/m.safetensors": old,
-        "hf://owner/repo@a%2Fbranch/m.safetensors": new,
-    }
-    failing = {
-        "hf://owner/repo/masks/n.safetensors": "RemoteEntryNotFoundError: 404",
-        "hf://owner/repo@v2/masks/m.safetensors": "RevisionNotFoundError: 404",
-        "hf://owner/other/masks/m.safetensors": "RepositoryNotFoundError: 404",
-        "hf://owner/--repo/m.safetensors": "HFValidationError: ",
-        "hf://owner/repo/../../../m.safetensors": "cannot contain a '..'",
-    }
-    home = tmp_path / "home"
-    with hub_of({"owner/repo": revisions}) as hub:
-        answers = ask_hub(hub.endpoint, home, *found, *failing)
-    for reference, content in found.items():
-        assert Path(answers[reference]).is_relative_to(home)
-        assert Path(answers[reference]).read_bytes() == content
-    for reference, reason in failing.items():
-        assert_one_sentence(answers[reference], reference, reason)
-
-    new_file = "hf://owner/repo@main/masks/new.safetensors"
-    unreachable = ask_hub(hub.endpoint, home, *found, new_file)
-    assert {reference: unreachable[reference] for reference in found} == {r: answers[r] for r in found}
-    assert_one_sentence(unreachable[new_file], new_file, "LocalEntryNotFoundError: ")
-
-
-def assert_one_sentence(answer: str, reference: str, reason: str) -> None:
-    assert answer.startswith(f"SnrfError: {reference}: cannot be downloaded (")
-    assert reason in answer
-    assert answer.endswith("check owner, repo, revision and path, or download the file and give its path")
-    assert "\n" not in answer
 
 
 def saved(path: Path, neurons: NeuronSet, **provenance: Any) -> Mask:

@@ -1,0 +1,94 @@
+"""References to files: local paths and ``hf://owner/repo@revision/path``, and their sha256."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.reading import open_regular
+
+# As in huggingface_hub's file system: a slash in a revision is %2F, except in its own refs/pr/N and refs/convert/NAME.
+_HUB = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[^/@]+))?/(?P<file>[^@]+\.[\w]+)",
+    re.ASCII,
+)
+_FORM = "hf://owner/repo@revision/path"
+
+
+def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
+    """Return the local file that ``reference`` names, downloading it from the hub when it is ``hf://...``.
+
+    Args:
+        reference: a path, or ``hf://owner/repo@revision/path/in/repo`` (the revision is optional).
+        folders: where to look for a relative path after the working folder, such as the recipe's folder.
+
+    Raises:
+        SnrfError: the reference is empty or malformed, or the file does not exist or cannot be downloaded.
+    """
+    reference = os.fspath(reference)
+    if not reference:
+        raise SnrfError(None, "the path of a file is empty", f"give a path, or {_FORM}")
+    return _downloaded(reference) if reference.startswith("hf://") else _found(reference, folders)
+
+
+def _found(reference: str, folders: tuple[str | os.PathLike[str], ...]) -> Path:
+    candidates = [Path(os.path.expanduser(reference))]
+    if not candidates[0].is_absolute():
+        candidates += [Path(folder) / reference for folder in folders]
+    candidates = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
+    for candidate in candidates:
+        if os.path.isfile(candidate):
+            return candidate.resolve()
+    for candidate in candidates:
+        if os.path.exists(candidate):
+            what = "is a folder" if os.path.isdir(candidate) else "is not a regular file"
+            raise SnrfError(reference, f"{what} ({candidate})", "give the path of a file")
+    raise SnrfError(reference, f"no such file, looked for {' and '.join(map(str, candidates))}", "correct the path")
+
+
+def _downloaded(reference: str) -> Path:
+    match = _HUB.fullmatch(reference)
+    if match is None:
+        raise SnrfError(reference, "not a hub reference", f"the form is {_FORM}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(match["repo"], match["file"], revision=match["revision"] and unquote(match["revision"]))
+        )
+    except Exception as error:
+        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
+        raise SnrfError(
+            reference,
+            f"cannot be downloaded ({type(error).__name__}: {first_line(error)})",
+            "check owner, repo, revision and path, or download the file and give its path",
+        ) from None
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Return the sha256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        SnrfError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
+    """Raise ``SnrfError`` where a file is not the expected one."""
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", expected):
+        what = f"must be 64 hexadecimal digits, got {expected!r}"
+        raise SnrfError(None, what, "'snrf mask show' prints those of a mask", field="sha256")
+    found = sha256(path)
+    if found != expected.lower():
+        raise SnrfError(
+            path, f"must be {found}, got {expected}", "get the file that was meant, or correct it", field="sha256"
+        )

@@ -1,0 +1,101 @@
+"""Writing a file as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mergekit_snrf.errors import SnrfError, os_reason
+
+_REMEDY = "choose a file in a folder that is writable and has space"
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
+
+    Of a symlink, the file that it names is replaced. A device such as ``/dev/null`` or a FIFO is written to.
+
+    Raises:
+        SnrfError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    target = _target(path)
+    if target is None:
+        with _through(path) as file:
+            yield file
+        return
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, target)
+    except BaseException as error:
+        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _not_written(path, error) from None
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 text as ``replacing`` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ``SnrfError`` where ``replacing`` could not write a file, before the work whose result it holds."""
+    target = _target(path)
+    if target is None:
+        return
+    if target.is_dir():
+        raise SnrfError(path, "is a folder", "give the path of a file")
+    if not target.parent.is_dir():
+        raise SnrfError(path, f"cannot be written (there is no folder {target.parent})", _REMEDY)
+    if not os.access(target.parent, os.W_OK):
+        raise SnrfError(path, f"cannot be written (the folder {target.parent} is read-only)", _REMEDY)
+
+
+def _target(path: str | os.PathLike[str]) -> Path | None:
+    """Return the file to replace, with symlinks resolved; None for a device or FIFO, which is written to."""
+    if not os.fspath(path):
+        raise SnrfError(None, "the path of the file to write is empty", "give one")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except (OSError, ValueError) as error:
+        raise _not_written(path, error) from None
+    if stat.S_ISSOCK(mode) or stat.S_ISBLK(mode):
+        raise SnrfError(path, "is not a regular file", _REMEDY)
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return None
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+@contextmanager
+def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    try:
+        # Without a reader, opening a FIFO would wait forever.
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.set_blocking(descriptor, True)
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+    except OSError as error:
+        raise _not_written(path, error) from None
+
+
+def _not_written(path: str | os.PathLike[str], error: Exception) -> SnrfError:
+    return SnrfError(path, f"cannot be written ({os_reason(error)})", _REMEDY)
