@@ -22,6 +22,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/merge/test_families.py --update-families
