@@ -29,7 +29,7 @@ import torch
 from machine import bar, bars_text, describe, write_json
 from torch import Tensor
 
-from mergekit_snrf.fusion.lowrank import certified_rows, certified_subspace, gram
+from mergekit_snrf.fusion.lowrank import Certificate, certified_factors, certified_subspace, gram
 
 # Neurons are rows, as the merge sees them: fwd.down is a transposed view.
 SHAPES = {"q": (3584, 3584), "kv": (512, 3584), "up": (18944, 3584), "down": (3584, 18944), "4096": (4096, 4096)}
@@ -37,6 +37,12 @@ QUICK = ("q", "kv")
 RANKS = (4, 16, 64)
 BARS = {"q": 25.0, "up": 15.0}
 ERROR, DEFICIT = 1e-3, 1e-6
+
+
+def certified_rows(delta: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Certificate]:
+    """Return the masked rows of the truncated difference, as a merge forms them, and their certificate."""
+    left, right, certificate = certified_factors(delta, rank, rows)
+    return (right if left is None else left @ right), certificate
 
 
 def hartley(vectors: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse_bias, masked_update
+from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
@@ -170,10 +170,11 @@ class Merge:
             base = None if self.source_base is None else self.source_base.bias(site)
             if ours is None or theirs is None or (self.source_base is not None and base is None):
                 raise SnrfError(f"{name}: is missing in one of the models; remove biases from the recipe")
-            fused = fuse_bias(
+            fused = fuse(
                 ours,
                 theirs.to(ours.device),
                 self.neurons[site],
+                0,
                 fusion,
                 name=name,
                 source_base=None if base is None else base.to(ours.device),

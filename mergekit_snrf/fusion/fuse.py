@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,87 +11,109 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
-from mergekit_snrf.fusion.updates import Update, dropped, low_rank, matched, working_dtype
+from mergekit_snrf.fusion.updates import Update, dropped, low_rank, working_dtype
 from mergekit_snrf.neurons.sets import Site
 
-Order = Literal["svd-then-mask", "mask-then-svd"]
-ORDERS: tuple[str, ...] = get_args(Order)
-UpdateKind = Literal["low-rank", "dare"]
-UPDATES: tuple[str, ...] = get_args(UpdateKind)
-Norm = Literal["none", "match"]
-NORMS: tuple[str, ...] = get_args(Norm)
+ORDERS = ("svd-then-mask", "mask-then-svd")
+UPDATES = ("low-rank", "dare")
 # Elements that are converted at a time.
 _PANEL = 2**20
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of ``Fusion`` means and which values it takes; documentation and recipes are made from it.
+
+    Attributes:
+        meaning: one clause.
+        least: the smallest value; None: there is none.
+        most: the largest value.
+        below: a number that every value is below.
+        choices: the only values.
+        by_tensor: whether tensors of one merge may differ in it.
+    """
+
+    meaning: str
+    least: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    by_tensor: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value is in range; NaN is not."""
+        if self.choices:
+            return value in self.choices
+        low = self.least is None or value >= self.least
+        return low and (self.most is None or value <= self.most) and (self.below is None or value < self.below)
+
+    @property
+    def range(self) -> str:
+        """The values in words, empty where every value of the type is one."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.least is None:
+            return ""
+        if self.below is not None:
+            return f"in [{self.least:g}, {self.below:.10g})"
+        return f"at least {self.least:g}" if self.most is None else f"in [{self.least:g}, {self.most:g}]"
+
+
+def _setting(default: Any, meaning: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(meaning, **limits)})
 
 
 @dataclass(frozen=True)
 class Fusion:
     """How strongly, at which rank and in which variant a tensor is fused.
 
-    Attributes:
-        beta: strength of the update, in [0, 1] (Eq. 11).
-        rank: rank r of the update; 0 means full rank. With ``energy`` the largest rank that is taken, 0: no limit.
-        order: ``svd-then-mask`` is Eq. 10 then Eq. 11; ``mask-then-svd`` truncates the masked difference, the
-            order that the bound of Appendix B is proved for.
-        update: ``low-rank``, or ``dare``: M_S(Delta) with elements dropped at random; rank and order have no part
-            in it.
-        drop_rate: share of the elements that DARE drops, in [0, 1).
-        seed: of DARE's draw, in [0, 2**32).
-        rescale: whether DARE multiplies what is kept by 1 / (1 - drop_rate).
-        norm: ``match`` rescales the update to ||M_S(Delta)||_F.
-        energy: the rank is the smallest that captures this share of ||Delta||_F^2 (``mask-then-svd``: of
-            ||M_S(Delta)||_F^2), in [0, 1); 0 means that ``rank`` is the rank.
-
     Raises:
-        SnrfError: a value is out of range, or values exclude each other.
+        SnrfError: a value is out of range.
     """
 
-    beta: float = 0.5
-    rank: int = 4
-    order: str = "svd-then-mask"
-    update: str = "low-rank"
-    drop_rate: float = 0.5
-    seed: int = 0
-    rescale: bool = True
-    norm: str = "none"
-    energy: float = 0.0
+    beta: float = _setting(0.5, "strength of the update (Eq. 11)", least=0, most=1, by_tensor=True)
+    rank: int = _setting(4, "rank of the update (Eq. 10); 0: full rank", least=0, by_tensor=True)
+    order: str = _setting(
+        ORDERS[0], "truncate before or after the neurons are chosen (Appendix B: after)", choices=ORDERS
+    )
+    update: str = _setting(
+        UPDATES[0],
+        "dare drops elements at random instead of truncating",
+        choices=UPDATES,
+    )
+    drop_rate: float = _setting(0.5, "share of the elements that dare drops", least=0, below=1, by_tensor=True)
+    seed: int = _setting(0, "of dare's draw", least=0, below=2**32)
+    rescale: bool = _setting(True, "dare multiplies what it keeps by 1 / (1 - drop_rate)")
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.beta <= 1.0:
-            raise SnrfError(f"beta must be in [0, 1] (Eq. 11), got {self.beta}")
-        if self.rank < 0:
-            raise SnrfError(f"rank must be 0 (full rank) or positive, got {self.rank}")
-        for name, value, known in (
-            ("order", self.order, ORDERS),
-            ("update", self.update, UPDATES),
-            ("norm", self.norm, NORMS),
-        ):
-            if value not in known:
-                raise SnrfError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if not 0.0 <= self.drop_rate < 1.0:
-            raise SnrfError(f"drop_rate must be in [0, 1), got {self.drop_rate}")
-        if not 0 <= self.seed < 2**32:
-            raise SnrfError(f"seed must be in [0, 2**32), got {self.seed}")
-        if not 0.0 <= self.energy < 1.0:
-            raise SnrfError(f"energy must be in [0, 1), 1 being rank: 0, got {self.energy}")
-        if self.update == "dare" and self.energy:
-            raise SnrfError(
-                "energy chooses the rank of a low-rank update, which update: dare is not; remove one of them"
-            )
+        for name, setting in settings().items():
+            value = getattr(self, name)
+            if not setting.accepts(value):
+                shown = repr(value) if isinstance(value, str) else value
+                raise SnrfError(None, f"must be {setting.range}, got {shown}", field=name)
+
+    def of_bias(self) -> Fusion:
+        """Return how the bias beside a weight is fused: at the same strength and, having no rank, as a whole."""
+        return Fusion(beta=self.beta, rank=0)
 
     def check_rank(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check the rank against a weight's shape.
-
-        With ``energy`` the rank is a limit only, and DARE has none: then any fits.
+        """Check the rank against a weight's shape; DARE has no rank.
 
         Raises:
             SnrfError: the rank exceeds the smaller side.
         """
-        if self.update == "low-rank" and not self.energy and self.rank > min(shape):
+        if self.update == "low-rank" and self.rank > min(shape):
             raise SnrfError(
-                f"{name}: rank {self.rank} exceeds the smaller side of shape {list(shape)}; use at most "
-                f"{min(shape)}, or rank: 0 for the full-rank update"
+                name,
+                f"{self.rank} exceeds the smaller side of shape {list(shape)}",
+                f"use at most {min(shape)}, or 0 for the full-rank update",
+                field="rank",
             )
+
+
+def settings() -> dict[str, Setting]:
+    """Return what every field of ``Fusion`` means and which values it takes."""
+    return {entry.name: entry.metadata["setting"] for entry in fields(Fusion)}
 
 
 @dataclass(frozen=True)
@@ -109,6 +131,14 @@ class Rounding:
     lost: float
     weights: int
     changed: int
+
+
+class Fused(NamedTuple):
+    """A fused tensor, the certificate of its truncation (None: not truncated), and what rounding left of the update."""
+
+    tensor: Tensor
+    certificate: Certificate | None
+    rounding: Rounding
 
 
 def masked_update(
@@ -138,37 +168,37 @@ def masked_update(
             is NaN or infinite.
         ValueError: DARE without ``site``.
     """
-    _check_shapes(name, target, source, source_base, dimensions=2)
+    _check_shapes(name, target, source, source_base)
     if len(neurons) != target.shape[axis]:
         raise SnrfError(
-            f"{name}: the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
-            f"{target.shape[axis]}; use a mask of this model"
+            name,
+            f"the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
+            f"{target.shape[axis]}",
+            "use a mask of this model",
         )
     fusion.check_rank(name, tuple(target.shape))
     delta = _delta(name, target, source, source_base)
     by_neuron = delta if axis == 0 else delta.mT
     selected = neurons.to(delta.device).nonzero().flatten()
     if fusion.update == "low-rank":
-        update = low_rank(
-            by_neuron, selected, fusion.rank, mask_first=fusion.order == "mask-then-svd", energy=fusion.energy
-        )
-    elif site is None:
+        return low_rank(by_neuron, selected, fusion.rank, mask_first=fusion.order == "mask-then-svd")
+    if site is None:
         raise ValueError(f"{name}: update 'dare' draws by layer and projection; pass site")
-    else:
-        update = dropped(by_neuron, selected, fusion.drop_rate, fusion.seed, site, rescale=fusion.rescale)
-    return matched(update, by_neuron) if fusion.norm == "match" else update
+    return dropped(by_neuron, selected, fusion.drop_rate, fusion.seed, site, rescale=fusion.rescale)
 
 
-def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None, *, dimensions: int) -> None:
-    if target.shape != source.shape or target.ndim != dimensions:
+def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> None:
+    if target.shape != source.shape or target.ndim != 2:
         raise SnrfError(
-            f"{name}: target has shape {list(target.shape)} and source {list(source.shape)}; SNRF needs two "
-            f"{'matrices' if dimensions == 2 else 'vectors'} of one shape"
+            name,
+            f"target has shape {list(target.shape)} and source {list(source.shape)}",
+            "SNRF needs two tensors of one shape",
         )
     if source_base is not None and source_base.shape != source.shape:
         raise SnrfError(
-            f"{name}: source has shape {list(source.shape)} and source_base {list(source_base.shape)}; give the model "
-            f"that the source was trained from"
+            name,
+            f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}",
+            "use the model that the source was trained from",
         )
 
 
@@ -188,11 +218,12 @@ def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None
     for which, tensor in (("target", target), ("source", source), ("source_base", source_base)):
         if tensor is not None and not _is_finite(tensor):
             raise SnrfError(
-                f"{name}: the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights; the "
-                f"checkpoint is damaged, get it again or leave these neurons out of the mask"
+                name,
+                f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights",
+                "the checkpoint is damaged; download it again, or remove these neurons from the mask",
             )
     other = "target" if source_base is None else "source_base"
-    raise SnrfError(f"{name}: the difference of source and {other} overflows {dtype}; check both")
+    raise SnrfError(name, f"the difference of source and {other} overflows {dtype}", "check both checkpoints")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -201,19 +232,20 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def fuse(
-    target: Float[Tensor, "rows columns"],
-    source: Float[Tensor, "rows columns"],
+    target: Float[Tensor, "rows ..."],
+    source: Float[Tensor, "rows ..."],
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
     *,
     name: str = "weight",
-    source_base: Float[Tensor, "rows columns"] | None = None,
+    source_base: Float[Tensor, "rows ..."] | None = None,
     site: Site | None = None,
-) -> Float[Tensor, "rows columns"]:
+) -> Float[Tensor, "rows ..."]:
     """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype; args as ``masked_update``.
 
-    Neurons outside the mask are bit-identical to the target's.
+    A bias, whose axis is 0, is a matrix of one column and is fused as ``Fusion.of_bias`` says. Neurons outside the
+    mask are bit-identical to the target's.
 
     Raises:
         SnrfError: as ``masked_update``, or the result overflows the dtype.
@@ -226,73 +258,33 @@ def fuse(
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    return fuse_and_report(target, source, neurons, axis, fusion, name=name, source_base=source_base, site=site)[0]
+    return fuse_and_report(target, source, neurons, axis, fusion, name=name, source_base=source_base, site=site).tensor
 
 
 def fuse_and_report(
-    target: Float[Tensor, "rows columns"],
-    source: Float[Tensor, "rows columns"],
+    target: Float[Tensor, "rows ..."],
+    source: Float[Tensor, "rows ..."],
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
     *,
     name: str = "weight",
-    source_base: Float[Tensor, "rows columns"] | None = None,
+    source_base: Float[Tensor, "rows ..."] | None = None,
     site: Site | None = None,
-) -> tuple[Float[Tensor, "rows columns"], Certificate | None, Rounding]:
+) -> Fused:
     """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update.
 
-    The certificate is None where nothing was truncated. Raises as ``fuse``.
+    Raises as ``fuse``.
     """
+    if target.ndim == 1:
+        base = None if source_base is None else source_base.unsqueeze(-1)
+        columns = target.unsqueeze(1), source.unsqueeze(-1)
+        fused = fuse_and_report(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
+        return fused._replace(tensor=fused.tensor.squeeze(1))
     update = masked_update(target, source, neurons, axis, fusion, name=name, source_base=source_base, site=site)
     result = target.clone()
     rounding = _add(result if axis == 0 else result.mT, update.selected, update.rows() * fusion.beta, name)
-    return result, update.certificate, rounding
-
-
-def fuse_bias(
-    target: Float[Tensor, " neurons"],
-    source: Float[Tensor, " neurons"],
-    neurons: Bool[Tensor, " neurons"],
-    fusion: Fusion,
-    *,
-    name: str = "bias",
-    source_base: Float[Tensor, " neurons"] | None = None,
-) -> Float[Tensor, " neurons"]:
-    """Return b_tgt + beta * M_S(b_src - b_tgt), the bias of the masked row neurons, as a new tensor.
-
-    A vector has no rank: the whole difference is taken, whatever the variant. Args and dtypes as ``masked_update``.
-
-    Raises:
-        SnrfError: as ``fuse``.
-
-    >>> import torch
-    >>> fuse_bias(torch.zeros(2), torch.ones(2), torch.tensor([True, False]), Fusion(beta=0.5))
-    tensor([0.5000, 0.0000])
-    """
-    return fuse_bias_and_report(target, source, neurons, fusion, name=name, source_base=source_base)[0]
-
-
-def fuse_bias_and_report(
-    target: Float[Tensor, " neurons"],
-    source: Float[Tensor, " neurons"],
-    neurons: Bool[Tensor, " neurons"],
-    fusion: Fusion,
-    *,
-    name: str = "bias",
-    source_base: Float[Tensor, " neurons"] | None = None,
-) -> tuple[Float[Tensor, " neurons"], Rounding]:
-    """Return the result of ``fuse_bias``, and what rounding leaves of the update. Raises as it does."""
-    _check_shapes(name, target, source, source_base, dimensions=1)
-    if len(neurons) != len(target):
-        raise SnrfError(
-            f"{name}: the mask has {len(neurons)} neurons, but the bias has {len(target)}; use a mask of this model"
-        )
-    delta = _delta(name, target, source, source_base)
-    selected = neurons.to(delta.device).nonzero().flatten()
-    result = target.clone()
-    rounding = _add(result.unsqueeze(1), selected, delta[selected].unsqueeze(1) * fusion.beta, name)
-    return result, rounding
+    return Fused(result, update.certificate, rounding)
 
 
 def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Rounding:
@@ -302,7 +294,7 @@ def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Roundi
     fused = exact.to(by_neuron.dtype)
     if not _is_finite(fused):
         raise SnrfError(
-            f"{name}: the fused weights overflow {by_neuron.dtype}; merge in a wider dtype or with a lower beta"
+            name, f"the fused weights overflow {by_neuron.dtype}", "merge in a wider dtype or with a lower beta"
         )
     by_neuron[selected] = fused
     return Rounding(

@@ -182,14 +182,6 @@ def certified_factors(
     return torch.cat([matrix[part] @ basis for part in parts]), basis.mT, certificate
 
 
-def certified_rows(
-    matrix: Float[Tensor, "rows columns"], rank: int, rows: Int[Tensor, " selected"]
-) -> tuple[Float[Tensor, "selected columns"], Certificate]:
-    """Return the product of ``certified_factors``, and the certificate. Raises as it does."""
-    left, right, certificate = certified_factors(matrix, rank, rows)
-    return (right if left is None else left @ right), certificate
-
-
 def _tall(matrix: Tensor) -> Tensor:
     return matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix
 

@@ -52,9 +52,6 @@ SPEC = MergeMethodSpec(
         ParameterSpec(
             "rescale", bool, ParameterScope.SHARED, True, description="dare multiplies the rest by 1 / (1 - drop_rate)"
         ),
-        ParameterSpec(
-            "norm", str, ParameterScope.SHARED, "none", description="or match: rescale to the norm of M_S(Delta)"
-        ),
         ParameterSpec("biases", bool, ParameterScope.SHARED, False, description="the neurons' biases move, too"),
         ParameterSpec(
             "source_base",
@@ -75,13 +72,6 @@ SPEC = MergeMethodSpec(
         ),
         ParameterSpec("beta", float, ParameterScope.NON_BASE, 0.5, description="strength of the update (Eq. 11)"),
         ParameterSpec("rank", _Rank, ParameterScope.NON_BASE, 4, description="rank of the update, 0 for full rank"),
-        ParameterSpec(
-            "energy",
-            float,
-            ParameterScope.NON_BASE,
-            0.0,
-            description="the smallest rank with this share of ||Delta||_F^2, rank being the largest, 0 for no limit",
-        ),
     ),
 )
 

@@ -145,20 +145,13 @@ class MergePlan:
         how = self.edits[0].fusion
         said = [f"beta {_span([edit.fusion.beta for edit in self.edits])}"]
         fusions = [edit.fusion for edit in self.edits if not edit.is_bias] or [how]
-        ranks = [fusion.rank for fusion in fusions]
         if how.update == "dare":
-            rescaled = "" if how.rescale or how.norm == "match" else ", not rescaled"
+            rescaled = "" if how.rescale else ", not rescaled"
             rates = _span([fusion.drop_rate for fusion in fusions])
             said.append(f"dare: drop_rate {rates}, seed {how.seed}{rescaled}")
-        elif any(fusion.energy for fusion in fusions):
-            said.append(f"energy {_span([fusion.energy for fusion in fusions])}")
-            said.append(f"rank at most {_span(ranks)}{' (0: no limit)' if 0 in ranks else ''}")
         else:
-            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}")
-        if how.update != "dare":
-            said.append(how.order)
-        if how.norm == "match":
-            said.append("norm match")
+            ranks = [fusion.rank for fusion in fusions]
+            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}, {how.order}")
         if self.source_base is not None:
             said.append("Delta = source - source_base")
         if any(edit.is_bias for edit in self.edits):

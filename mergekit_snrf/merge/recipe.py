@@ -22,7 +22,7 @@ _SPECS: Mapping[str, ParameterSpec] = {parameter.name: parameter for parameter i
 _PLAIN = tuple(parameter.name for parameter in SPEC.shared_parameters)
 _FUSION = tuple(entry.name for entry in fields(Fusion))
 _OF_DARE = ("drop_rate", "seed", "rescale")
-_OF_LOW_RANK = ("rank", "energy", "order")
+_OF_LOW_RANK = ("rank", "order")
 
 
 @dataclass(frozen=True)
@@ -178,23 +178,13 @@ def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: 
     if value("update") == "dare":
         for name in filter(written, _OF_LOW_RANK):
             problems.append(f"parameter {name!r} has no effect with update: dare, which truncates nothing; remove it")
-        if written("rescale") and value("norm") == "match":
-            problems.append("parameter 'rescale' has no effect with norm: match, which sets the norm; remove one")
         return
     for name in filter(written, _OF_DARE):
         problems.append(f"parameter {name!r} has no effect without update: dare; remove it, or write update: dare")
-    if written("energy"):
-        if not written("rank"):
-            problems.append(
-                "parameter 'energy' needs 'rank', the largest rank that it may choose; write rank: 64, or rank: 0 for "
-                "no limit"
-            )
-        return
-    for name, without_effect in (("order", "mask-then-svd"), ("norm", "match")):
-        if full_rank and value(name) == without_effect:
-            problems.append(
-                f"parameter {name!r} has no effect with rank: 0, which truncates nothing; remove it, or give a rank"
-            )
+    if full_rank and value("order") == "mask-then-svd":
+        problems.append(
+            "parameter 'order' has no effect with rank: 0, which truncates nothing; remove it, or give a rank"
+        )
 
 
 def stray_keys(content: Any) -> list[str]:

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, Rounding, fuse_and_report, fuse_bias_and_report
+from mergekit_snrf.fusion.fuse import Fused, Fusion, Rounding, fuse_and_report
 from mergekit_snrf.fusion.lowrank import Certificate
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
@@ -35,15 +35,12 @@ def fuse_tensor(
     site: Site,
     fusion: Fusion,
     name: str,
-) -> tuple[Tensor, Certificate | None, Rounding]:
+) -> Fused:
     """Fuse a weight, or the bias beside it; all arguments as in ``fuse_and_report``.
 
     Raises:
         SnrfError: as ``fuse_and_report``.
     """
-    if target.ndim == 1:
-        fused, rounding = fuse_bias_and_report(target, source, member, fusion, name=name, source_base=source_base)
-        return fused, None, rounding
     return fuse_and_report(target, source, member, site.axis, fusion, name=name, source_base=source_base, site=site)
 
 

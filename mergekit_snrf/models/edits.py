@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse, fuse_bias
+from mergekit_snrf.fusion.fuse import Fusion, fuse
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.live import find_live_decoder
@@ -199,7 +199,7 @@ def _fused(
         name = bias_name(name)
         new = _bias(theirs, site, bias, name, "source")
         old = None if base is None else _bias(base, site, bias, name, "source_base")
-        yield site, fused, fuse_bias(bias, new, member, how, name=name, source_base=old)
+        yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:

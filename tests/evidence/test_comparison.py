@@ -60,7 +60,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "source_base": ({"source_base": "base"}, {"rank": 0}, {}),
     "dare": ({"update": "dare", "seed": 5}, {"rank": None, "drop_rate": 0.3}, {}),
-    "order": ({"order": "mask-then-svd", "norm": "match"}, {}, {}),
+    "order": ({"order": "mask-then-svd"}, {}, {}),
     "dtype": ({}, {}, {"dtype": "float32"}),
 }
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked_rows import certified_rows
 from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_snrf.fusion.lowrank import (
-    certified_rows,
     certified_subspace,
     frobenius_norm,
     gram,

@@ -16,9 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masked_rows import certified_rows
 from numpy.typing import NDArray
 
-from mergekit_snrf.fusion.lowrank import Certificate, certified_rows, certified_subspace, frobenius_norm
+from mergekit_snrf.fusion.lowrank import Certificate, certified_subspace, frobenius_norm
 
 Array = NDArray[np.float64]
 RANKS = (4, 16, 64)

@@ -1,4 +1,4 @@
-"""The variants of the update against float64 numpy: DARE, matched norms, ranks by energy, a source's base, biases."""
+"""The variants of the update against float64 numpy: DARE, a source's base, biases."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from mergekit_snrf.fusion.fuse import (
     Fusion,
     fuse,
     fuse_and_report,
-    fuse_bias,
-    fuse_bias_and_report,
     masked_update,
 )
-from mergekit_snrf.fusion.updates import energy_rank
+from mergekit_snrf.fusion.fuse import settings as settings_of_fusion
 from mergekit_snrf.neurons.sets import Site
 
 examples = settings(max_examples=60)
@@ -86,20 +84,17 @@ def drawn(fusion: Fusion, site: Site, shape: tuple[int, int]) -> Array:
     return kept / (1 - fusion.drop_rate) if fusion.rescale else kept.astype(float)
 
 
-@pytest.mark.parametrize("norm", ["none", "match"])
 @pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("projection", ["attn.v", "fwd.down"])
-def test_dare_equals_numpy(projection: str, dtype: torch.dtype, rescale: bool, norm: str) -> None:
+def test_dare_equals_numpy(projection: str, dtype: torch.dtype, rescale: bool) -> None:
     site = Site(7, projection)
     target, source = pair((24, 40), (dtype, dtype))
     neurons = some(target.shape[site.axis])
-    how = Fusion(0.5, update="dare", drop_rate=0.7, seed=11, rescale=rescale, norm=norm)
+    how = Fusion(0.5, update="dare", drop_rate=0.7, seed=11, rescale=rescale)
     delta = rows_of(float64(source) - float64(target), neurons, site.axis)
     step = delta * drawn(how, site, delta.shape)
     assert 0.6 < (step == 0).mean() < 0.8
-    if norm == "match":
-        step *= np.linalg.norm(delta) / np.linalg.norm(step)
     result, certificate, rounding = fuse_and_report(target, source, neurons, site.axis, how, site=site)
     assert_added(result, target, neurons, site.axis, 0.5 * step)
     assert certificate is None
@@ -157,126 +152,6 @@ def test_dare_without_site() -> None:
         fuse(weight, weight, some(4), 0, Fusion(update="dare"), name="w")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_matched_norm_equals_numpy(axis: int, order: str, dtype: torch.dtype) -> None:
-    target, source = pair((30, 50), (dtype, dtype))
-    neurons = some(target.shape[axis])
-    delta = float64(source) - float64(target)
-    masked = rows_of(delta, neurons, axis)
-    step = truncated(masked, 3) if order == "mask-then-svd" else rows_of(truncated(delta, 3), neurons, axis)
-    factor = np.linalg.norm(masked) / np.linalg.norm(step)
-    assert factor > 1.2
-    result, certificate, rounding = fuse_and_report(target, source, neurons, axis, Fusion(0.5, 3, order, norm="match"))
-    assert_added(result, target, neurons, axis, 0.5 * factor * step)
-    assert certificate is not None
-    assert rounding.update == pytest.approx(0.5 * np.linalg.norm(masked), rel=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e18])
-@pytest.mark.parametrize("order", ORDERS)
-def test_matched_norm_of_every_scale(order: str, scale: float) -> None:
-    delta = torch.from_numpy(scale * matrix_of(np.arange(1, 21) ** -0.5, (30, 40))).float()
-    for axis in (0, 1):
-        neurons = some(delta.shape[axis])
-        how = Fusion(1.0, 2, order, norm="match")
-        rows = masked_update(torch.zeros_like(delta), delta, neurons, axis, how).rows()
-        wanted = np.linalg.norm(rows_of(float64(delta), neurons, axis))
-        assert np.linalg.norm(float64(rows)) == pytest.approx(wanted, rel=1e-5)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_an_update_of_zero_stays_zero_when_its_norm_is_matched(axis: int) -> None:
-    generator = np.random.default_rng(2)
-    shape = (600, 520) if axis == 0 else (520, 600)
-    neurons = some(600)
-    # The masked neurons have a difference of their own, to which the leading direction is orthogonal.
-    by_neuron = np.zeros((600, 520))
-    by_neuron[~neurons.numpy()] = 100 * np.outer(generator.standard_normal(400), np.eye(520)[0])
-    by_neuron[neurons.numpy(), 1:] = 0.01 * generator.standard_normal((200, 519))
-    delta = torch.from_numpy(by_neuron if axis == 0 else by_neuron.T).float()
-    assert delta.shape == shape
-    zero = torch.zeros_like(delta)
-    for matrix, where in ((delta, neurons), (zero, neurons), (delta, torch.zeros(600, dtype=torch.bool))):
-        for how in (Fusion(1.0, 1, norm="match"), Fusion(1.0, 1)):
-            rows = float64(masked_update(zero, matrix, where, axis, how).rows())
-            assert rows.shape == (int(where.sum()), 520)
-            assert np.abs(rows).max(initial=0.0) <= 1e-5
-    everything = Fusion(1.0, update="dare", drop_rate=0.999, norm="match")
-    few = torch.arange(3) == 0
-    rows = masked_update(torch.zeros(3, 4), torch.ones(3, 4), few, 0, everything, site=Site(0, "attn.q")).rows()
-    assert torch.equal(rows, torch.zeros(1, 4))
-
-
-SPECTRA = {
-    "power law": lambda index: index**-0.5,
-    "steep": lambda index: index**-2.0,
-    "low rank and noise": lambda index: np.where(index <= 20, 1.0, 1e-2),
-    "low rank": lambda index: np.where(index <= 5, 1.0 / index, 0.0),
-    "exponential": lambda index: 0.97**index,
-}
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (700, 600), (560, 900)], ids=str)
-def test_rank_by_energy_equals_numpy(spectrum: str, shape: tuple[int, int]) -> None:
-    values = SPECTRA[spectrum](np.arange(1.0, min(shape) + 1))
-    shares = np.cumsum(values**2) / (values**2).sum()
-    matrix = matrix_of(values, shape)
-    for rank in (1, 2, 5, 17, 30):
-        # Between what rank - 1 and rank hold; where that is nothing, the share is reached before.
-        if shares[rank - 1] - (shares[rank - 2] if rank > 1 else 0) < 1e-4 or shares[rank - 1] > 1 - 1e-5:
-            continue
-        energy = (shares[rank - 1] + (shares[rank - 2] if rank > 1 else 0)) / 2
-        for scale in (1e-20, 1.0, 1e18):
-            single = torch.from_numpy(scale * matrix).float()
-            assert energy_rank(single, energy, min(shape)) == rank
-            assert energy_rank(single.mT, energy, rank) == rank
-            assert energy_rank(single, energy, max(1, rank - 1)) == max(1, rank - 1)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("side", [40, 530])
-def test_fusion_by_energy_is_that_of_the_rank_it_finds(side: int, axis: int, order: str) -> None:
-    target = torch.zeros(side, side + 30)
-    source = torch.from_numpy(matrix_of(np.arange(1.0, side + 1) ** -1.0, (side, side + 30))).float()
-    neurons = some(target.shape[axis])
-    delta = float64(source)
-    what = rows_of(delta, neurons, axis) if order == "mask-then-svd" else delta
-    shares = np.cumsum(np.linalg.svd(what, compute_uv=False) ** 2) / np.linalg.norm(what) ** 2
-    rank = int(np.searchsorted(shares, 0.9)) + 1
-    assert rank > 2
-    found, certificate, _ = fuse_and_report(target, source, neurons, axis, Fusion(1.0, 0, order, energy=0.9))
-    expected, other, _ = fuse_and_report(target, source, neurons, axis, Fusion(1.0, rank, order))
-    assert torch.equal(found, expected)
-    assert certificate == other
-    assert certificate is not None
-    assert certificate.rank == rank
-    assert certificate.captured == pytest.approx(shares[rank - 1], abs=1e-5)
-    capped, certificate, _ = fuse_and_report(target, source, neurons, axis, Fusion(1.0, 2, order, energy=0.9))
-    assert torch.equal(capped, fuse(target, source, neurons, axis, Fusion(1.0, 2, order)))
-    assert certificate is not None
-    assert certificate.captured < 0.9
-    # A limit beyond the smaller side is none.
-    assert torch.equal(fuse(target, source, neurons, axis, Fusion(1.0, 4000, order, energy=0.9)), found)
-
-
-def test_rank_by_energy_of_extreme_tensors() -> None:
-    zero, everything = torch.zeros(6, 5), torch.ones(6, dtype=torch.bool)
-    assert torch.equal(fuse(zero, zero, everything, 0, Fusion(energy=0.9)), zero)
-    for order in ORDERS:
-        nothing = fuse(zero, torch.ones(6, 5), ~everything, 0, Fusion(1.0, 0, order, energy=0.9))
-        assert torch.equal(nothing, zero)
-        # One row of one rank: all of it.
-        one = everything & (torch.arange(6) == 2)
-        assert torch.equal(fuse(zero, torch.ones(6, 5), one, 0, Fusion(1.0, 0, order, energy=0.5))[2], torch.ones(5))
-    # A flat spectrum needs a share of the ranks that is the share of the energy.
-    flat, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((640, 600)))
-    assert energy_rank(torch.from_numpy(flat).float(), 0.5 + 1e-4, 600) == 301
-
-
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.float32, torch.float16, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("axis", [0, 1])
@@ -296,13 +171,6 @@ def test_base_of_the_source_equals_numpy(axis: int, order: str, dtypes: tuple[to
     )
 
 
-def fuse_either(target: Tensor, source: Tensor, base: Tensor) -> Tensor:
-    """Fuse weights or biases."""
-    if target.ndim == 1:
-        return fuse_bias(target, source, some(4), Fusion(), name="w", source_base=base)
-    return fuse(target, source, some(4), 0, Fusion(rank=1), name="w", source_base=base)
-
-
 @pytest.mark.parametrize("which", ["target", "source", "source_base"])
 def test_weights_that_are_not_finite_are_named(which: str) -> None:
     for shape in ((4, 3), (4,)):
@@ -311,13 +179,13 @@ def test_weights_that_are_not_finite_are_named(which: str) -> None:
         message = rf"^w: the {which}'s tensor of shape \[4.*\] holds NaN or infinite weights; "
         target, source, base = tensors.values()
         with pytest.raises(SnrfError, match=message):
-            fuse_either(target, source, base)
+            fuse(target, source, some(4), 0, Fusion(rank=1), name="w", source_base=base)
     big = torch.full((2, 3), 3e38)
     with pytest.raises(SnrfError, match=r"^w: the difference of source and source_base overflows torch\.float32"):
         fuse(torch.ones(2, 3), big, some(2), 0, Fusion(rank=1), name="w", source_base=-big)
 
 
-@pytest.mark.parametrize("variant", [Fusion(0.5), Fusion(0.5, update="dare", norm="match"), Fusion(0.5, energy=0.5)])
+@pytest.mark.parametrize("variant", [Fusion(0.5), Fusion(0.5, update="dare"), Fusion(0.5, 0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bias_equals_numpy(dtype: torch.dtype, variant: Fusion) -> None:
     target, source, base = pair((30,), (dtype, dtype, torch.float32))
@@ -325,9 +193,10 @@ def test_bias_equals_numpy(dtype: torch.dtype, variant: Fusion) -> None:
     before = target.clone()
     for other in (None, base):
         step = 0.5 * (float64(source) - float64(target if other is None else other))[neurons.numpy()]
-        result, rounding = fuse_bias_and_report(target, source, neurons, variant, source_base=other)
+        result, certificate, rounding = fuse_and_report(target, source, neurons, 0, variant, source_base=other)
         assert_added(result, target, neurons, 0, step)
-        assert torch.equal(result, fuse_bias(target, source, neurons, variant, source_base=other))
+        assert certificate is None
+        assert torch.equal(result, fuse(target, source, neurons, 0, variant, source_base=other))
         assert rounding.update == pytest.approx(np.linalg.norm(step), rel=1e-5)
         assert (rounding.weights, rounding.changed) == (10, int((result != target).sum()))
         lost = float64(result)[neurons.numpy()] - (float64(target)[neurons.numpy()] + step)
@@ -335,42 +204,40 @@ def test_bias_equals_numpy(dtype: torch.dtype, variant: Fusion) -> None:
     assert torch.equal(target, before)
 
 
-def test_bias_that_does_not_fit() -> None:
-    four, five, mask = torch.ones(4), torch.ones(5), torch.ones(4, dtype=torch.bool)
-    cases: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
-        ((four, five, mask), {}, "w: target has shape [4] and source [5]; SNRF needs two vectors of one shape"),
-        ((four, four, mask), {"source_base": five}, "w: source has shape [4] and source_base [5]; give the model"),
-        ((five, five, mask), {}, "w: the mask has 4 neurons, but the bias has 5; use a mask of this model"),
-        ((torch.ones(4, 1), four, mask), {}, "w: target has shape [4, 1] and source [4]; SNRF needs two vectors"),
+@pytest.mark.parametrize("shape", [(4,), (4, 3)])
+def test_tensors_that_do_not_fit(shape: tuple[int, ...]) -> None:
+    ones, longer, mask = torch.ones(shape), torch.ones(5, *shape[1:]), torch.ones(4, dtype=torch.bool)
+    cases: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
+        ((ones, longer, mask), {}, "target has shape"),
+        ((ones, torch.ones(4, 3, 2), mask), {}, "target has shape"),
+        ((ones, ones, mask), {"source_base": longer}, "source has shape"),
+        ((longer, longer, mask), {}, "the mask has 4 neurons, but axis 0 of shape [5"),
     ]
     for arguments, named, message in cases:
-        with pytest.raises(SnrfError, match=f"^{re.escape(message)}"):
-            fuse_bias(*arguments, Fusion(), name="w", **named)
+        with pytest.raises(SnrfError, match=f"^w: {re.escape(message)}"):
+            fuse(*arguments, 0, Fusion(rank=1), name="w", **named)
     with pytest.raises(SnrfError, match=r"^w: the fused weights overflow torch\.float16"):
-        fuse_bias(torch.zeros(4).half(), torch.full((4,), 1e9), mask, Fusion(), name="w")
-    with pytest.raises(SnrfError, match=r"^w: source has shape \[4, 3\] and source_base \[4, 2\]; give the model"):
-        fuse(torch.ones(4, 3), torch.ones(4, 3), mask, 0, Fusion(), name="w", source_base=torch.ones(4, 2))
+        fuse(torch.zeros(shape).half(), torch.full(shape, 1e9), mask, 0, Fusion(rank=1), name="w")
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("field", "values", "range_"),
     [
-        ({"update": "frank"}, "update must be one of low-rank, dare, got 'frank'"),
-        ({"norm": "l2"}, "norm must be one of none, match, got 'l2'"),
-        ({"drop_rate": 1.0}, "drop_rate must be in [0, 1), got 1.0"),
-        ({"drop_rate": -0.1}, "drop_rate must be in [0, 1), got -0.1"),
-        ({"drop_rate": math.nan}, "drop_rate must be in [0, 1), got nan"),
-        ({"seed": -1}, "seed must be in [0, 2**32), got -1"),
-        ({"seed": 2**32}, "seed must be in [0, 2**32), got 4294967296"),
-        ({"energy": 1.0}, "energy must be in [0, 1), 1 being rank: 0, got 1.0"),
-        ({"energy": -0.5}, "energy must be in [0, 1), 1 being rank: 0, got -0.5"),
-        ({"energy": math.nan}, "energy must be in [0, 1), 1 being rank: 0, got nan"),
-        ({"energy": 0.5, "update": "dare"}, "energy chooses the rank of a low-rank update, which update: dare is not"),
+        ("beta", (1.5, -0.1, math.nan, math.inf), "in [0, 1]"),
+        ("rank", (-1,), "at least 0"),
+        ("order", ("svd",), "one of svd-then-mask, mask-then-svd"),
+        ("update", ("frank",), "one of low-rank, dare"),
+        ("drop_rate", (1.0, -0.1, math.nan), "in [0, 1)"),
+        ("seed", (-1, 2**32), "in [0, 4294967296)"),
     ],
 )
-def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(SnrfError, match=f"^{re.escape(message)}"):
-        Fusion(**values)
+def test_values_out_of_range(field: str, values: tuple[Any, ...], range_: str) -> None:
+    assert settings_of_fusion()[field].range == range_
+    for value in values:
+        with pytest.raises(SnrfError) as raised:
+            Fusion(**{field: value})
+        assert (raised.value.field, raised.value.what[:14]) == (field, f"must be {range_}"[:14])
+        assert str(raised.value).endswith(f"must be {range_}, got {value!r}")
 
 
 def test_mask_then_svd_finds_what_the_leading_directions_hide() -> None:

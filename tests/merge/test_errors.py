@@ -502,7 +502,7 @@ def test_error_of_the_python_api(pair: Pair, tmp_path: Path) -> None:
     from mergekit.options import MergeOptions
 
     config = MergeConfiguration.model_validate(pair.recipe(source={"rank": 99}))
-    with pytest.raises(SnrfError, match=r"k_proj\.weight: rank 99 exceeds"):
+    with pytest.raises(SnrfError, match=r"k_proj\.weight: rank: 99 exceeds"):
         run_merge(config, str(tmp_path / "out"), MergeOptions())
     assert not (tmp_path / "out").exists()
 

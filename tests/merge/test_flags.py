@@ -144,8 +144,7 @@ def test_accelerator_refuses_mixed_devices(accelerator: Accelerator) -> None:
     [
         ({"rank": 0}, {}),
         ({"rank": 4}, {"order": ORDERS[0]}),
-        ({"rank": 4}, {"order": ORDERS[1], "norm": "match"}),
-        ({"rank": 0, "energy": 0.5}, {}),
+        ({"rank": 4}, {"order": ORDERS[1]}),
         ({"rank": None, "drop_rate": 0.7}, {"update": "dare", "seed": 3}),
     ],
 )
@@ -160,7 +159,7 @@ def test_device_of_the_maths(
     assert result.exit_code == 0, result.output
     assert_same(read(tmp_path / "device"), expected)
     assert accelerator.operations >= {"aten::sub", "aten::index_put_", "aten::nonzero"}
-    assert ("aten::_linalg_eigh" in accelerator.operations) is (source["rank"] == 4 or "energy" in source)
+    assert ("aten::_linalg_eigh" in accelerator.operations) is (source["rank"] == 4)
 
 
 def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:
