@@ -10,23 +10,15 @@ forward pass, so every ratio to them is stated to their advantage:
   weights without it, as [heads, dim, tokens, tokens]; timed on a few layers and scaled to all;
 - brute force: zero one row of q_proj or k_proj and run the attention module again; timed on a few neurons of one layer
   and scaled to all of them.
-
-Beside them stand the impacts with ``screen: 0.3``, in time and in which attn.q and attn.k neurons are the top tenth of
-each layer. Random weights are the hard case for that: their impacts differ by little more than chance.
-
-The impacts with ``compile: true`` are timed in the same rounds, and their ratio is the median over the rounds. What
-compiling takes is stated apart: all of it, the compiler's processes too, with an empty cache.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,11 +32,8 @@ import torch
 import transformers
 from machine import bar, bars_text, describe, write_json
 
-from mergekit_snrf.profiling.impact import compiled as impact_compiled
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
-from mergekit_snrf.profiling.measure.meter import Measure, Meter
-from mergekit_snrf.profiling.result.profilefile import SCREENED, top_rank
-from mergekit_snrf.profiling.result.statistics import ranks
+from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.run import profile_model
 
 
@@ -61,14 +50,13 @@ def load_file(name: str, path: Path) -> ModuleType:
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-BRUTE_FORCE = Path(__file__).parents[1] / "tests" / "profiler" / "brute_force.py"
+BRUTE_FORCE = Path(__file__).parents[1] / "tests" / "profiling" / "brute_force.py"
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": {"head_dim": 8},
     "Mistral": {"sliding_window": 4},
 }
-SCREEN, TOP_RATIO = 0.3, 0.1
 FLOAT32_BAR, FLOAT64_BAR = 1e-5, 1e-12
 GROWTH_PROBES = (8, 32)
 # Peaks of one process differ by a few MB from run to run; probes that were kept would add far more.
@@ -191,21 +179,6 @@ def brute_force(attention: nn.Module, call: tuple[Any, dict[str, Any]], neurons:
         linear.weight[row] = kept
 
 
-def compiling_seconds() -> float:
-    """Compile the inner loops of the float32 kernel, and return the CPU time of this process and of compilers."""
-    with tempfile.TemporaryDirectory() as folder:
-        kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        try:
-            start = sum(os.times()[:4])
-            impact_compiled.compile_kernel(torch.float32)
-            return sum(os.times()[:4]) - start
-        finally:
-            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-            if kept is not None:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept
-
-
 def measure_time(
     model: nn.Module, tokens: int, rounds: int, layers: int, neurons: int, limit_bytes: int
 ) -> dict[str, list[float]]:
@@ -220,8 +193,7 @@ def measure_time(
     with hooked(model, layers) as seen:
         forward(model, batch)
     attention = model.model.layers[0].self_attn
-    meter, screened = Meter(model), Meter(model, Measure(screen=SCREEN))
-    compiled_meter = Meter(model, compile=True)
+    meter = Meter(model)
 
     def released() -> None:
         for found in seen:
@@ -236,17 +208,9 @@ def measure_time(
     def impacts() -> None:
         meter.impacts(batch)
 
-    def screen() -> None:
-        screened.impacts(batch)
-
-    def compiled() -> None:
-        compiled_meter.impacts(batch)
-
     # The first batch of a meter also checks every layer, and the first call of each method fills buffers.
     impacts()
-    screen()
-    compiled()
-    names = ("forward", "impacts", "screened", "compiled", "released", "brute_force")
+    names = ("forward", "impacts", "released", "brute_force")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
         released()
@@ -255,31 +219,10 @@ def measure_time(
         for _ in range(rounds):
             seconds["forward"].append(cpu_seconds(plain, 3))
             seconds["impacts"].append(cpu_seconds(impacts))
-            seconds["screened"].append(cpu_seconds(screen))
-            seconds["compiled"].append(cpu_seconds(compiled))
             seconds["released"].append(cpu_seconds(released) * depth / layers)
             # The one run of the whole module counts as one more neuron.
             seconds["brute_force"].append(cpu_seconds(brute) * total / (neurons + 1))
     return seconds
-
-
-def screen_recall(model: nn.Module, tokens: int, probes: int) -> dict[str, int]:
-    """Return how many attn.q and attn.k neurons are the top tenth of their layer, and how many of them a screen loses.
-
-    Both have equally many, so that none lost means equal sets.
-    """
-    meter, screened = Meter(model), Meter(model, Measure(screen=SCREEN))
-    found = {"probes": probes, "top": 0, "lost": 0}
-    for number in range(probes):
-        batch = probe(number, tokens, model.config.vocab_size)
-        exact, estimated = meter.impacts(batch), screened.impacts(batch)
-        for site in exact:
-            if site.projection in SCREENED:
-                last = top_rank(TOP_RATIO, exact[site].shape[1])
-                top = ranks(exact[site]) <= last
-                found["top"] += int(top.sum())
-                found["lost"] += int((top & (ranks(estimated[site]) > last)).sum())
-    return found
 
 
 def peak_mb(function: Callable[[], object]) -> float:
@@ -359,7 +302,6 @@ def bars(
     single: dict[int, dict[str, float] | None],
     growth_mb: float | None,
     errors: dict[str, dict[str, float]],
-    recall: dict[int, dict[str, int]],
 ) -> list[dict[str, Any]]:
     """Return the promises that this run can judge; those of time and memory are made for 512 tokens."""
     found = []
@@ -368,10 +310,7 @@ def bars(
             bar("impacts / forward pass at 512 tokens", ratios[512]["impacts_per_forward"], 12),
             bar("released / impacts at 512 tokens", ratios[512]["released_per_impacts"], 3, least=True),
             bar("brute force / impacts at 512 tokens", ratios[512]["brute_force_per_impacts"], 20, least=True),
-            bar(f"impacts with screen: {SCREEN} / impacts at 512 tokens", ratios[512]["screened_per_impacts"], 0.6),
         ]
-        lost = recall[512]["lost"]
-        found.append(bar(f"neurons of the top {TOP_RATIO} that screen: {SCREEN} loses at 512 tokens", lost, 0))
     memory = single.get(512)
     if memory is not None:
         found.append(bar("extra MB at 512 tokens", memory["extra_mb"], 100))
@@ -433,9 +372,7 @@ def main(
     )
     click.echo("impacts include their forward pass; net are the same without it")
     click.echo("tokens  forward  impacts   released  brute force  impacts/fwd (net)  released/imp  brute/imp  extra MB")
-    compiling = compiling_seconds()
-    click.echo(f"compile: true takes {compiling:.1f} s to compile, once a run")
-    seconds, ratios, recall = {}, {}, {}
+    seconds, ratios = {}, {}
     figures: dict[str, list[float]] = {}
     for tokens in lengths:
         timed = measure_time(model, tokens, rounds, layers, neurons, released_mb * 10**6)
@@ -446,10 +383,6 @@ def main(
             "net_impacts_per_forward": found["impacts"] / found["forward"] - 1,
             "released_per_impacts": found["released"] / found["impacts"],
             "brute_force_per_impacts": found["brute_force"] / found["impacts"],
-            "screened_per_impacts": found["screened"] / found["impacts"],
-            "compiled_per_impacts": statistics.median(
-                one / other for one, other in zip(timed["compiled"], timed["impacts"], strict=True)
-            ),
         }
         need = single.get(tokens)
         click.echo(
@@ -458,12 +391,6 @@ def main(
             f"  {row['released_per_impacts']:11.2f}x  {row['brute_force_per_impacts']:8.1f}x  "
             f"{'-' if need is None else format(need['extra_mb'], '.1f'):>8}"
         )
-        lost = recall[tokens] = screen_recall(model, tokens, rounds)
-        click.echo(
-            f"        screen: {SCREEN}: {found['screened']:.2f} s, {row['screened_per_impacts']:.2f}x impacts; "
-            f"{lost['lost']} of the {lost['top']} top neurons of attn.q and attn.k in {lost['probes']} probes lost"
-        )
-        click.echo(f"        compile: true: {found['compiled']:.2f} s, {row['compiled_per_impacts']:.2f}x impacts")
     few, many = growth or (None, None)
     growth_mb = None if few is None or many is None else many["extra_mb"] - few["extra_mb"]
     if few is not None and many is not None:
@@ -476,7 +403,7 @@ def main(
     errors = exactness()
     for name, error in errors.items():
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
-    verdicts = bars(ratios, single, growth_mb, errors, recall)
+    verdicts = bars(ratios, single, growth_mb, errors)
     click.echo(f"\n{bars_text(verdicts)}")
     if json_path:
         write_json(
@@ -489,8 +416,6 @@ def main(
             scaled_from={"released_layers": layers, "brute_force_neurons": neurons},
             seconds=seconds,
             ratios=ratios,
-            screen=recall,
-            compiling_seconds=compiling,
             memory=[found for found in [*single.values(), *growth] if found is not None],
             errors=errors,
         )

@@ -6,7 +6,6 @@ with mean a b / n and variance a b (n - a) (n - b) / (n^2 (n - 1)).
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +19,6 @@ from mergekit_snrf.profiling.result.profilefile import PerProjection, Profile, s
 
 CURVE_RATIOS: tuple[float, ...] = tuple(percent / 100 for percent in range(1, 51))
 """Top ratios of a curve."""
-
-logger = logging.getLogger(__name__)
 
 
 def chance(neurons: int, first: int, second: int) -> tuple[float, float]:
@@ -112,9 +109,8 @@ def overlaps(
     """Return the overlap of every two profiles, in order; the rule is that of ``profilefile.select``.
 
     Args:
-        curve: also compute the overlap over top ratios, up to the least share that a profile was screened for. With
-            ``at_least`` these are the bin edges up to 0.5 that the profiles have in common, since hits are counted
-            between edges; otherwise ``CURVE_RATIOS``.
+        curve: also compute the overlap over top ratios. With ``at_least`` these are the bin edges up to 0.5 that the
+            profiles have in common, since hits are counted between edges; otherwise ``CURVE_RATIOS``.
 
     Raises:
         SnrfError: the profiles are of different shapes, or ``select`` refuses the rule.
@@ -139,11 +135,6 @@ def _curves(profiles: Sequence[Profile], at_least: float | None) -> dict[tuple[i
         rule["at_least"] = at_least
         common = set.intersection(*({float(edge) for edge in profile.edges} for profile in profiles))
         ratios = sorted(edge for edge in common if edge <= CURVE_RATIOS[-1])
-    screens = [(profile.provenance.measure or {}).get("screen") for profile in profiles]
-    known = min((screen for screen in screens if screen is not None), default=1)
-    if known < ratios[-1]:
-        logger.warning("the curve ends at top ratio %s, up to which a profile was screened", known)
-        ratios = [ratio for ratio in ratios if ratio <= known]
     points: defaultdict[tuple[int, int], list[OverlapPoint]] = defaultdict(list)
     for ratio in ratios:
         point_rule = {"top_ratio": ratio, **rule}

@@ -10,7 +10,7 @@ import torch
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.profiling.impact.heads import QUERY_ROWS, block_size
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, block_size
 
 DEFAULT_SHARE = 0.5
 """Share of the free memory that profiling may use beside the model, unless a budget is given."""
@@ -20,9 +20,6 @@ STATISTICS_BYTES = 164
 
 LIBRARY_BYTES = 2**25
 """What the libraries that compute products keep for themselves, measured with oneDNN and MKL on a CPU."""
-
-COMPILER_BYTES = 2**27
-"""What torch.compile keeps for itself, measured on a CPU."""
 
 _SMALLEST_BLOCK = 2**16
 _UNITS = {

@@ -57,7 +57,7 @@ def side_of(config: ProfileConfig, name: SideName) -> SideConfig:
 
 def measure_of(config: ProfileConfig) -> Measure:
     """Return what the configuration asks to measure."""
-    return Measure(config.scoring, config.weight, config.site, config.tokens, config.screen)
+    return Measure(config.scoring, config.weight, config.site, config.tokens)
 
 
 def stem_of(mask: str | os.PathLike[str], side: SideName) -> Path:
@@ -179,8 +179,6 @@ def request_of(
         content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
         digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     kernel: dict[str, Any] = {} if config.backend == "auto" else {"backend": config.backend}
-    if config.compile:
-        kernel["compile"] = True
     return {
         **kernel,
         "model": {

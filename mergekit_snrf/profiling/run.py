@@ -263,7 +263,6 @@ class _Job:
                 name=side.model,
                 block_bytes=block,
                 backend=self.config.backend,
-                compile=self.config.compile,
             )
             done = self._measure(name, model, processor, probes, meter, journals, block)
         dtype = str(model.dtype).removeprefix("torch.")
@@ -398,8 +397,6 @@ class _Job:
         )
         if meter.measure.weight == "gradient":
             needed += gradient_bytes(meter.decoder.shape, probes, tokens, dtype=dtype)
-        if self.config.compile:
-            needed += memory.COMPILER_BYTES + block
         logger.debug(
             "%s: %d probes of up to %d tokens use at most %d MB beside the model%s",
             name, probes, tokens, needed / 1e6, "" if budget is None else f", {budget / 1e6:.0f} MB are allowed",

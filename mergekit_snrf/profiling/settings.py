@@ -178,12 +178,8 @@ class ProfileConfig(_Section):
         scoring: the exact impact (Eq. 14), or the score of the paper's released code.
         weight: weight of the positions: all one, by the residual stream, or by a gradient.
         site: compare the attention output before or after o_proj.
-        screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; it must
-            hold every top_ratio that is ever taken from the profile. None: the exact impact of all.
         backend: what computes the impacts of attn.q and attn.k: ``blocked``, ``sdpa``, or ``auto`` for the one that
             suits the device. They agree up to rounding.
-        compile: let torch.compile make the inner loops of ``blocked``, on a CPU with a C++ compiler and for models
-            without q/k norms and soft caps. The impacts agree up to rounding.
         batch_size: probes in a batch.
         token_limit: a probe of more tokens is left out and counted, never cut.
         dtype: of the model's weights; ``auto`` is that of the checkpoint.
@@ -203,9 +199,7 @@ class ProfileConfig(_Section):
     scoring: Literal["exact", "released"] = "exact"
     weight: Literal["paper", "residual", "gradient"] = "paper"
     site: Literal["pre_o", "post_o"] = "pre_o"
-    screen: _Ratio | None = None
     backend: Literal["auto", "blocked", "sdpa"] = "auto"
-    compile: Annotated[bool, Field(strict=True)] = False
     batch_size: _Count = 8
     token_limit: _Count | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
@@ -235,23 +229,9 @@ class ProfileConfig(_Section):
                         f"answer is {{by: column}}, but no column is named for the {name}; add column to answer, or "
                         f"answer to {name}.probes"
                     )
-        for key in ("weight", "site", "screen", "backend", "compile"):
+        for key in ("weight", "site", "backend"):
             if self.scoring == "released" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no meaning with scoring: released; remove it")
-        if self.compile and self.backend == "sdpa":
-            raise ValueError("compile has no effect with backend: sdpa; remove one of them")
-        if self.screen is not None:
-            if self.select.sigma is not None:
-                raise ValueError(
-                    "screen goes with top_ratio, not with sigma: most impacts of attn.q and attn.k would be estimates; "
-                    "remove one of them"
-                )
-            ratios = [self.select.ratio(name) for name in ("attn.q", "attn.k")]
-            if any(ratio is not None and ratio > self.screen for ratio in ratios):
-                raise ValueError(
-                    f"screen: {self.screen} keeps fewer neurons than select takes; set it to at least the largest "
-                    f"top_ratio of attn.q and attn.k, three times that is a safe choice"
-                )
         return self
 
     def override(self, **values: Any) -> ProfileConfig:

@@ -162,13 +162,6 @@ def test_curve_with_at_least_keeps_to_the_edges(pair: list[Profile], caplog: pyt
     assert overlap.curve[-2].shared == len(first & second)
 
 
-def test_curve_ends_where_a_profile_was_screened(pair: list[Profile], caplog: pytest.LogCaptureFixture) -> None:
-    screened = profile_of(RANKS["source"], "source", measure={"screen": 0.2})
-    (overlap,) = overlaps([pair[0], screened], top_ratio=0.1, curve=True)
-    assert overlap.curve[-1].rule == {"top_ratio": 0.2}
-    assert "0.2, up to which" in caplog.text
-
-
 def test_identical_profiles_share_everything(pair: list[Profile]) -> None:
     (overlap,) = overlaps([pair[0], pair[0]], top_ratio=0.2)
     counts = total(overlap.sites)

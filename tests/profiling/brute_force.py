@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mergekit_snrf.profiling.impact.layer import AttentionInputs
+from mergekit_snrf.profiling.impact.inputs import AttentionInputs
 
 ATTENTION = ("q_proj", "k_proj", "v_proj")
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
@@ -75,10 +75,8 @@ class Layer:
         return torch.stack(changes)
 
 
-def norms(differences: Tensor, weights: Tensor, metric: Tensor | None = None) -> Tensor:
-    """Return the impacts ``sqrt(sum_i w_i ||y_i - y'_i||_G^2)`` [batch, neurons]; G is given by its rows g."""
-    if metric is not None:
-        differences = differences @ metric.to(differences).mT
+def norms(differences: Tensor, weights: Tensor) -> Tensor:
+    """Return the impacts ``sqrt(sum_i w_i ||y_i - y'_i||^2)`` [batch, neurons]."""
     squares = differences.square().sum(-1)
     return torch.where(weights > 0, squares * weights, 0.0).sum(-1).sqrt().mT
 

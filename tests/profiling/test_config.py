@@ -63,7 +63,6 @@ tokens: answer
 scoring: exact
 weight: residual
 site: post_o
-screen: 0.5
 backend: sdpa
 batch_size: 4
 token_limit: 2048
@@ -73,7 +72,7 @@ trust_remote_code: true
 """
     config = load(tmp_path, text)
     assert (config.tokens, config.scoring, config.weight, config.site) == ("answer", "exact", "residual", "post_o")
-    assert (config.screen, config.backend, config.batch_size, config.token_limit) == (0.5, "sdpa", 4, 2048)
+    assert (config.backend, config.batch_size, config.token_limit) == ("sdpa", 4, 2048)
     assert (config.dtype, config.device, config.trust_remote_code) == ("float32", "cuda:1", True)
     assert answer_column(config.target, config) == "solution"
     assert answer_column(config.source, config) == "answer"
@@ -85,17 +84,9 @@ trust_remote_code: true
 def test_what_is_not_written_has_a_default(tmp_path: Path) -> None:
     config = load(tmp_path, SIDES)
     assert (config.answer.by, config.select.top_ratio, config.limit, config.seed) == ("model", 0.1, None, 0)
-    assert (config.tokens, config.scoring, config.weight, config.site, config.screen) == (
-        "all",
-        "exact",
-        "paper",
-        "pre_o",
-        None,
-    )
+    assert (config.tokens, config.scoring, config.weight, config.site) == ("all", "exact", "paper", "pre_o")
     assert (config.dtype, config.device, config.device_map, config.trust_remote_code) == ("auto", None, None, False)
     assert answer_column(config.source, config) is None
-    assert config.compile is False
-    assert load(tmp_path, SIDES + "compile: true\n").compile is True
 
 
 @pytest.mark.parametrize(("text", "sigma"), [("1e-3", 1e-3), ("0.05", 0.05), ("2", 2.0), ("0", 0.0)])
@@ -111,10 +102,8 @@ WRONG = {
     "value of tokens": ("tokens: some", ["'tokens'", "'all' or 'answer'", "'some'"]),
     "value of scoring": ("scoring: fast", ["'scoring'", "'exact' or 'released'"]),
     "value of backend": ("backend: fast", ["'backend'", "'auto', 'blocked' or 'sdpa'"]),
-    "compile as text": ("compile: fast", ["'compile'", "boolean", "'fast'"]),
-    "compile with sdpa": ("backend: sdpa\ncompile: true", ["compile has no effect with backend: sdpa"]),
-    "compiled released scores": ("scoring: released\ncompile: true", ["compile has no meaning with scoring"]),
-    "screen and sigma": ("screen: 0.3\nselect: {sigma: 0.1}", ["screen goes with top_ratio, not with sigma"]),
+    "screen of earlier versions": ("screen: 0.3", ["unknown key 'screen'"]),
+    "compile of earlier versions": ("compile: true", ["unknown key 'compile'"]),
     "backend of released scores": ("scoring: released\nbackend: sdpa", ["backend has no meaning with scoring"]),
     "value of weight": ("weight: big", ["'weight'", "'paper', 'residual' or 'gradient'"]),
     "value of site": ("site: middle", ["'site'", "'pre_o' or 'post_o'"]),
@@ -138,7 +127,6 @@ WRONG = {
     "tokens and column": ("answer: {by: column, column: a, max_new_tokens: 3}", ["'answer'", "max_new_tokens"]),
     "no column": ("answer: {by: column}", ["no column is named for the target", "target.probes"]),
     "released": ("scoring: released\nweight: residual", ["weight has no meaning with scoring: released"]),
-    "screen": ("screen: 0.05", ["screen: 0.05 keeps fewer neurons"]),
     "two devices": ("device: cpu\ndevice_map: auto", ["device and device_map exclude each other"]),
     "template": ("template: '{q.__class__}'", ["'target.template'", "plain name of a column"]),
     "trust": ("trust_remote_code: 'yes'", ["'trust_remote_code'", "boolean"]),

@@ -12,18 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergekit_snrf.profiling.impact import products as impact_products
-from mergekit_snrf.profiling.impact.inputs import full_precision
+from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, full_precision
 from mergekit_snrf.profiling.impact.layer import (
-    AttentionInputs,
     AttentionScores,
-    Readout,
     attention_impact,
     attention_output,
     column_norms,
     ffn_impact,
-    released_attention_scores,
-    released_ffn_scores,
 )
+from mergekit_snrf.profiling.impact.released import released_attention_scores, released_ffn_scores
 
 WINDOWED = {"head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 CAPPED = WINDOWED | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}
@@ -81,20 +78,16 @@ def test_every_neuron_equals_zeroing_it_in_the_real_module(
 ) -> None:
     layer = family(name)
     huge = 10 if "400" in name else 1
-    metric = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     o_weight, down = layer.attention.o_proj.weight, layer.mlp.down_proj.weight
     readouts = {
         "pre_o": None,
         "post_o": Readout.of(o_weight, layer.inputs.heads, layer.inputs.kv_heads),
-        "metric": Readout.of(o_weight, layer.inputs.heads, layer.inputs.kv_heads, metric),
     }
     for site, readout in readouts.items():
-        g = metric if site == "metric" else None
-        position = "pre_o" if site == "pre_o" else "post_o"
-        expected = [norms(differences(name, p, position), layer.counted, g) for p in (*ATTENTION, "up_proj")]
-        expected += [norms(differences(name, "down_proj", "post_o"), layer.counted, g)]
+        expected = [norms(differences(name, p, site), layer.counted) for p in (*ATTENTION, "up_proj")]
+        expected += [norms(differences(name, "down_proj", "post_o"), layer.counted)]
         for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-            ffn = ffn_impact(layer.hidden.to(dtype), column_norms(down.to(dtype), g), layer.counted)
+            ffn = ffn_impact(layer.hidden.to(dtype), column_norms(down.to(dtype)), layer.counted)
             actual = [*attention_impact(to_dtype(layer.inputs, dtype), readout=readout), ffn, ffn]
             assert all(scores.dtype == dtype and scores.isfinite().all() for scores in actual)
             errors = [error(one, other) for one, other in zip(actual, expected, strict=True)]
@@ -368,15 +361,6 @@ def test_a_dead_neuron_has_no_impact() -> None:
         assert (projection > 1e-3 * projection.amax()).sum() == projection.numel() - 2
 
 
-def test_columns_are_measured_by_the_metric_of_its_rows() -> None:
-    generator = torch.Generator().manual_seed(6)
-    rows = torch.randn(3, 12, generator=generator, dtype=torch.float64)
-    down = torch.randn(12, 7, generator=generator, dtype=torch.float64)
-    expected = torch.einsum("ok,op,pk->k", down, rows.mT @ rows, down).sqrt()
-    torch.testing.assert_close(column_norms(down, rows), expected, rtol=1e-12, atol=0)
-    torch.testing.assert_close(column_norms(down), down.norm(dim=0), rtol=1e-14, atol=0)
-
-
 @pytest.mark.parametrize(
     "name", ["Llama, 2 heads a kv head", "Qwen3, q_norm and k_norm", "Qwen2.5-VL, M-RoPE with an image"]
 )
@@ -444,10 +428,6 @@ def test_arguments_that_do_not_fit_the_inputs_are_refused() -> None:
         attention_impact(inputs, block_bytes=0)
     with pytest.raises(ValueError, match="o_proj weight must have shape"):
         Readout.of(torch.ones(8, 64), 5, 2)
-    with pytest.raises(ValueError, match=r"metric must have shape \[rank, 8\]"):
-        Readout.of(torch.ones(8, 64), 4, 2, torch.ones(3, 7))
-    with pytest.raises(ValueError, match=r"metric must have shape \[rank, 8\]"):
-        column_norms(torch.ones(8, 4), torch.ones(3, 7))
     with pytest.raises(ValueError, match=r"got \[2, 3, 5\] and \[8, 4\]"):
         ffn_impact(torch.ones(2, 3, 5), torch.ones(8, 4))
     with pytest.raises(ValueError, match="up must have shape"):

@@ -204,6 +204,24 @@ def test_impossible_rule_is_refused(rule, message):
         select([profile(attn_k=RANKS)], **rule)
 
 
+@pytest.mark.parametrize(
+    ("rule", "refused"),
+    [
+        ({"top_ratio": 0.1}, True),
+        ({"sigma": 0.0}, True),
+        ({"top_ratio": {"attn.q": 0, "attn.k": 0, "fwd": 0.5}}, False),
+    ],
+)
+def test_estimates_of_a_screened_profile_are_never_selected(rule, refused):
+    ranks = {name: [[1, 2]] for name in ("attn_q", "attn_k", "fwd_up")}
+    screened = replace(profile(**ranks), provenance=ProfileProvenance(measure={"screen": 0.3}), path="old")
+    if refused:
+        with pytest.raises(SnrfError, match=r"old: was made with screen: 0\.3.*attn\.k and attn\.q are estimates"):
+            select([screened], **rule)
+    else:
+        assert chosen(select([screened], **rule), UP) == [0]
+
+
 def test_profiles_of_other_shapes_are_refused():
     with pytest.raises(SnrfError, match=r"layers\.0\.attn\.k: one.* has 2 neurons there and two.* has 3"):
         select(

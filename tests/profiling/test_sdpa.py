@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.profiling.impact import sdpa as impact_sdpa
-from mergekit_snrf.profiling.impact.layer import AttentionInputs, Readout, attention_impact
+from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout
+from mergekit_snrf.profiling.impact.layer import attention_impact
 from mergekit_snrf.profiling.measure.meter import Meter
 
 WINDOWED = {"head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -82,7 +83,7 @@ def inputs_of(tokens: int = 150, **fields: object) -> AttentionInputs:
     return AttentionInputs(query, key, value, 16, 0.25, angle.cos(), angle.sin(), **fields)  # type: ignore[arg-type]
 
 
-def test_padding_weights_and_a_screen_give_what_the_blocked_kernel_gives() -> None:
+def test_padding_and_weights_give_what_the_blocked_kernel_gives() -> None:
     key_mask = torch.ones(2, 150)
     key_mask[0, :37] = 0
     key_mask[1, 140:] = 0
@@ -94,11 +95,10 @@ def test_padding_weights_and_a_screen_give_what_the_blocked_kernel_gives() -> No
         for name in ("query", "key", "value")
     }
     for counted in (None, weights, answer):
-        for screen in (None, 0.3):
-            expected = attention_impact(inputs, counted, screen=screen, backend="blocked")
-            actual = attention_impact(replace(inputs, **dirt), counted, screen=screen, backend="sdpa")
-            for one, other in zip(actual, expected, strict=True):
-                assert error(one, other) <= 2e-6
+        expected = attention_impact(inputs, counted, backend="blocked")
+        actual = attention_impact(replace(inputs, **dirt), counted, backend="sdpa")
+        for one, other in zip(actual, expected, strict=True):
+            assert error(one, other) <= 2e-6
 
 
 def test_probes_without_holes_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,9 +126,9 @@ class AttentionInputs:
 
 @dataclass(frozen=True)
 class Readout:
-    """How a change of the attention output counts after o_proj (site post_o), ``||R dY|| = ||W_o dY||_G``.
+    """How a change of the attention output counts after o_proj (site post_o), ``||R dY|| = ||W_o dY||``.
 
-    Small factors R with ``R^T R = W_o^T G W_o``, made once a layer by ``Readout.of``.
+    Small factors R with ``R^T R = W_o^T W_o``, made once a layer by ``Readout.of``.
 
     Attributes:
         heads: R of each query head, for attn.q.
@@ -142,19 +142,8 @@ class Readout:
 
     @staticmethod
     @torch.no_grad()
-    def of(
-        weight: Float[Tensor, "hidden heads*value_dim"],
-        heads: int,
-        kv_heads: int,
-        metric: Float[Tensor, "rank hidden"] | None = None,
-    ) -> Readout:
-        """Return the factors for the weight of o_proj.
-
-        Args:
-            weight: ``o_proj.weight``.
-            heads: number of query heads.
-            kv_heads: number of key heads.
-            metric: rows g with G = sum of g g^T, for example gradients; None for the 2-norm.
+    def of(weight: Float[Tensor, "hidden heads*value_dim"], heads: int, kv_heads: int) -> Readout:
+        """Return the factors for ``o_proj.weight`` with so many query and key heads.
 
         Raises:
             ValueError: the shapes do not fit together.
@@ -165,11 +154,6 @@ class Readout:
                 f"heads, got {list(weight.shape)}"
             )
         weight = weight.to(working_dtype(weight))
-        if metric is not None:
-            if metric.ndim != 2 or metric.shape[1] != weight.shape[0]:
-                raise ValueError(f"metric must have shape [rank, {weight.shape[0]}], got {list(metric.shape)}")
-            with full_precision(weight.device.type):
-                weight = metric.to(weight) @ weight
         n, value_dim = heads // kv_heads, weight.shape[1] // heads
         per_head = weight.unflatten(1, (heads, value_dim)).transpose(0, 1)
         per_group = weight.unflatten(1, (kv_heads, n * value_dim)).transpose(0, 1)

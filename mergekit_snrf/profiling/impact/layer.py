@@ -3,7 +3,7 @@
 Eq. 14 removes a neuron by zeroing its weight row and its bias, and compares the output of the attention before
 ``o_proj`` (site pre_o) or after it (site post_o), or the output of the FFN after ``down_proj``, in the 2-norm over
 the counted positions: ``impact = sqrt(sum_i w_i ||y_i - y'_i||^2)``. Here all neurons of a layer are removed, one
-at a time, from what one forward pass captured. No model and no hook is needed; ``impact_heads`` has the derivation.
+at a time, from what one forward pass captured, without model or hooks; ``heads`` has the derivation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.compiled import compiled_changing
-from mergekit_snrf.profiling.impact.heads import block_size, head_groups
+from mergekit_snrf.profiling.impact.blocks import block_size
+from mergekit_snrf.profiling.impact.heads import HeadGroup, head_groups
 from mergekit_snrf.profiling.impact.inputs import (
     AttentionInputs,
     Readout,
@@ -24,21 +24,7 @@ from mergekit_snrf.profiling.impact.inputs import (
     position_weights,
     working_dtype,
 )
-from mergekit_snrf.profiling.impact.screen import Screened
 from mergekit_snrf.profiling.impact.sdpa import Backend, sdpa_squares, uses_sdpa
-
-__all__ = [
-    "AttentionInputs",
-    "AttentionScores",
-    "Backend",
-    "Readout",
-    "attention_impact",
-    "attention_output",
-    "column_norms",
-    "ffn_impact",
-    "released_attention_scores",
-    "released_ffn_scores",
-]
 
 
 class AttentionScores(NamedTuple):
@@ -56,17 +42,12 @@ def attention_impact(
     readout: Readout | None = None,
     block_bytes: int | None = None,
     *,
-    screen: float | None = None,
     backend: Backend = "auto",
-    compile: bool = False,
 ) -> AttentionScores:
     """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14).
 
     Exact up to rounding: the score of every attended pair is changed by every neuron and goes through the
     softmax again, in blocks that stay in the cache. Key positions that no counted row attends to are not visited.
-
-    With ``screen`` that is done for the top share of attn.q and of attn.k that a first-order estimate finds. The
-    others get their estimate, clipped below the least exact impact of the probe and projection.
 
     Args:
         inputs: the captured layer; bfloat16 and float16 are computed in float32.
@@ -74,48 +55,53 @@ def attention_impact(
             nothing. None counts the positions of ``inputs.key_mask``, or all.
         readout: measure after o_proj (site post_o); None measures before it (site pre_o).
         block_bytes: size of a block of changed scores. Results agree for all sizes up to rounding.
-        screen: share in (0, 1] of the attn.q and attn.k neurons to measure exactly; None is all, without estimates.
-        backend: ``blocked`` for the kernel of ``impact_heads``, ``sdpa`` for that of ``impact_sdpa``, ``auto`` for
-            the one that suits the device. They agree up to rounding.
-        compile: let torch.compile make the inner loop of ``blocked`` on a CPU; see ``impact_compiled``.
+        backend: ``blocked`` for the kernel of ``heads``, ``sdpa`` for fused attention, ``auto`` for the one that
+            suits the device. They agree up to rounding.
 
     Returns:
         Impacts, not squared. attn.k and attn.v count real rows: their effect on all query heads that read them.
 
     Raises:
-        ValueError: weights or readout do not fit the inputs, a weight is negative, the screen is no share, the
-            inputs are nothing for the backend, or the backend has nothing to compile.
+        ValueError: weights, readout or backend do not fit the inputs, or a weight is negative.
     """
-    if screen is not None and not 0 < screen <= 1:
-        raise ValueError(f"screen must be in (0, 1], got {screen}")
-    if compile and backend == "sdpa":
-        raise ValueError("backend: sdpa has nothing to compile; use backend: auto or blocked")
     sdpa = uses_sdpa(inputs, backend)
     if readout is not None and readout.heads.shape[::2] != (inputs.heads, inputs.value_dim):
         raise ValueError(
             f"readout is for {readout.heads.shape[0]} heads of size {readout.heads.shape[2]}, the inputs have "
             f"{inputs.heads} of size {inputs.value_dim}"
         )
+    squares = sums_of(
+        inputs,
+        weights,
+        block_bytes,
+        lambda group: sdpa_squares(group, readout) if sdpa else group.impact_squares(readout),
+    )
+    return AttentionScores(*(square.sqrt().to(working_dtype(inputs.query)) for square in squares))
+
+
+GroupSums = tuple[Float[Tensor, "n head_dim"], Float[Tensor, " head_dim"], Float[Tensor, " value_dim"]]
+
+
+def sums_of(
+    inputs: AttentionInputs,
+    weights: Float[Tensor, "batch tokens"] | None,
+    block_bytes: int | None,
+    sums: Callable[[HeadGroup], GroupSums],
+) -> AttentionScores:
+    """Return what ``sums`` gives for the query, key and value neurons of every group of heads, float64."""
     weights = position_weights(weights, inputs.key_mask, inputs.query)
-    query = inputs.query.new_zeros(inputs.query.shape[::2], dtype=torch.float64)
-    key = query.new_zeros(inputs.key.shape[::2])
-    value = query.new_zeros(inputs.value.shape[::2])
+    query, key, value = (
+        projection.new_zeros(projection.shape[::2], dtype=torch.float64)
+        for projection in (inputs.query, inputs.key, inputs.value)
+    )
     with full_precision(inputs.query.device.type):
         for item, counted in enumerate(weights):
-            screened = None if screen is None else Screened.of(inputs, item, counted, readout, screen)
             for group in head_groups(inputs, item, counted, block_bytes):
-                kept = None if screened is None else screened.kept(group.index)
-                if sdpa:
-                    q, k, v = sdpa_squares(group, readout, kept)
-                else:
-                    q, k, v = group.impact_squares(readout, kept, compiled_changing(group) if compile else None)
+                q, k, v = sums(group)
                 query[item].view(inputs.kv_heads, -1)[group.index] = q.flatten()
                 key[item].view(inputs.kv_heads, -1)[group.index] = k
                 value[item].view(inputs.kv_heads, -1)[group.index] = v
-            if screened is not None:
-                query[item], key[item] = screened.filled(query[item], key[item])
-    dtype = working_dtype(inputs.query)
-    return AttentionScores(query.sqrt().to(dtype), key.sqrt().to(dtype), value.sqrt().to(dtype))
+    return AttentionScores(query, key, value)
 
 
 @torch.no_grad()
@@ -144,46 +130,8 @@ def attention_output(
             for group in head_groups(inputs, item, counted):
                 for block in group.blocks:
                     attended = torch.stack([group.attend(block, base) for base in group.base_scores(block)], 1)
-                    output[item, group.rows[block.start : block.stop], group.index] = attended + group.value_mean
+                    output[item, group.rows[block.rows], group.index] = attended + group.value_mean
     return output.flatten(2)
-
-
-@torch.no_grad()
-def released_attention_scores(
-    inputs: AttentionInputs,
-    weights: Float[Tensor, "batch tokens"] | None = None,
-    block_bytes: int | None = None,
-) -> AttentionScores:
-    """Return the attention scores that the paper's released code ranks by. They are not Eq. 14.
-
-    - attn.q: squared change of the attention weights (Eq. 20), summed over positions, when column k of the
-      ROTATED queries times column k of the rotated keys is taken from the scores. That is no weight row of the
-      model: RoPE spreads a row over two columns. V plays no part.
-    - attn.k: the same numbers (the released code has one score for both), summed over the query heads that read the
-      key row.
-    - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.
-
-    Args:
-        inputs: the captured layer.
-        weights: how much each query position counts; None counts the positions of ``inputs.key_mask``, or all.
-        block_bytes: as for ``attention_impact``.
-
-    Raises:
-        ValueError: the weights do not fit the inputs, or one is negative.
-    """
-    weights = position_weights(weights, inputs.key_mask, inputs.query)
-    query = inputs.query.new_zeros(inputs.query.shape[::2], dtype=torch.float64)
-    key = query.new_zeros(inputs.key.shape[::2])
-    value = query.new_zeros(inputs.value.shape[::2])
-    with full_precision(inputs.query.device.type):
-        for item, counted in enumerate(weights):
-            for group in head_groups(inputs, item, counted, block_bytes):
-                q, v = group.released_sums()
-                query[item].view(inputs.kv_heads, -1)[group.index] = q.flatten()
-                key[item].view(inputs.kv_heads, -1)[group.index] = q.sum(0)
-                value[item].view(inputs.kv_heads, -1)[group.index] = v
-    dtype = working_dtype(inputs.query)
-    return AttentionScores(query.to(dtype), key.to(dtype), value.to(dtype))
 
 
 @torch.no_grad()
@@ -211,53 +159,19 @@ def ffn_impact(
             f"got {list(hidden.shape)} and {list(down.shape)}"
         )
     norms = column_norms(down) if down.ndim == 2 else down
-    squares = _sum_over_positions(hidden, weights, torch.square)
+    squares = sum_over_positions(hidden, weights, torch.square)
     return (squares.sqrt() * norms.to(squares)).to(working_dtype(hidden))
 
 
 @torch.no_grad()
-def column_norms(
-    down: Float[Tensor, "hidden intermediate"], metric: Float[Tensor, "rank hidden"] | None = None
-) -> Float[Tensor, " intermediate"]:
-    """Return ``||W_down[:, k]||_G`` for every column k, float64.
-
-    Args:
-        down: ``down_proj.weight``.
-        metric: rows g with G = sum of g g^T; None for the 2-norm.
-
-    Raises:
-        ValueError: the shapes do not fit together.
-    """
-    if metric is not None:
-        if down.ndim != 2 or metric.ndim != 2 or metric.shape[1] != down.shape[0]:
-            raise ValueError(f"metric must have shape [rank, {down.shape[0]}], got {list(metric.shape)}")
-        dtype = working_dtype(down)
-        with full_precision(down.device.type):
-            down = metric.to(down.device, dtype) @ down.to(dtype)
+def column_norms(down: Float[Tensor, "hidden intermediate"]) -> Float[Tensor, " intermediate"]:
+    """Return ``||W_down[:, k]||`` for every column k of ``down_proj.weight``, float64."""
     step = max(1, block_size(down.device, None) // (8 * max(1, down.shape[1])))
     squares = sum(rows.double().square().sum(0) for rows in down.split(step))
     return torch.as_tensor(squares, dtype=torch.float64, device=down.device).sqrt()
 
 
-@torch.no_grad()
-def released_ffn_scores(
-    up: Float[Tensor, "batch tokens intermediate"], weights: Float[Tensor, "batch tokens"] | None = None
-) -> Float[Tensor, "batch intermediate"]:
-    """Return the released code's score of fwd.up and fwd.down alike: sum over positions of ``|up_proj(x)|``.
-
-    Args:
-        up: output of up_proj.
-        weights: how much each position counts, 0 on padding; None counts all.
-
-    Raises:
-        ValueError: the shapes do not fit together, or a weight is negative.
-    """
-    if up.ndim != 3:
-        raise ValueError(f"up must have shape [batch, tokens, intermediate], got {list(up.shape)}")
-    return _sum_over_positions(up, weights, torch.abs).to(working_dtype(up))
-
-
-def _sum_over_positions(
+def sum_over_positions(
     tensor: Float[Tensor, "batch tokens width"],
     weights: Float[Tensor, "batch tokens"] | None,
     function: Callable[[Tensor], Tensor],

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ONEDNN_ROWS = (8, 16, 32, 64)
-"""Numbers of rows of a block that oneDNN multiplies; QUERY_ROWS and those of the screen are among them."""
+ONEDNN_ROWS = (8, 16, 32)
+"""Numbers of rows of a block that oneDNN multiplies; QUERY_ROWS is the largest."""
 
 
 def product(weights: Float[Tensor, "*dims rows keys"], values: Float[Tensor, "width keys"]) -> Tensor:

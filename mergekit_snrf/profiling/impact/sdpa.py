@@ -8,7 +8,6 @@ slower for that. It was tested on CPUs only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.heads import HeadGroup, Kept, Side, energy
+from mergekit_snrf.profiling.impact.heads import HeadGroup, Side, energy
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout
 
 Backend = Literal["auto", "blocked", "sdpa"]
@@ -26,7 +25,7 @@ def uses_sdpa(inputs: AttentionInputs, backend: Backend) -> bool:
     """Return whether fused attention is asked for: by name, or by ``auto`` on a CUDA device where it applies.
 
     Raises:
-        ValueError: it is asked for by name, and does not apply: it knows no cap of the scores.
+        ValueError: it is asked for by name, and the scores are capped, which it cannot do.
     """
     if backend == "sdpa" and inputs.softcap is not None:
         raise ValueError("fused attention cannot cap the scores; use backend: auto or blocked")
@@ -34,25 +33,24 @@ def uses_sdpa(inputs: AttentionInputs, backend: Backend) -> bool:
 
 
 def sdpa_squares(
-    group: HeadGroup, readout: Readout | None, kept: Kept | None = None
+    group: HeadGroup, readout: Readout | None
 ) -> tuple[Float[Tensor, "n head_dim"], Float[Tensor, " head_dim"], Float[Tensor, " value_dim"]]:
     """Return the squared impacts of a group's neurons as ``HeadGroup.impact_squares`` does."""
     heads, head_dim = group.query.rotated.shape[1:]
-    every = torch.arange(head_dim, device=group.values.device)
-    kept = kept or Kept([every] * heads, every)
+    neurons = torch.arange(head_dim, device=group.values.device)
     attention = _Attention(group)
     query = group.values.new_zeros(heads, head_dim, dtype=torch.float64)
     key = query.new_zeros(head_dim)
     queries = group.query.rotated.transpose(0, 1)
     outputs = attention(queries[None], attention.key[None, None])[0]
-    for head, neurons in enumerate(kept.query):
+    for head in range(heads):
         for dims in attention.batches(neurons, 1):
             changed = _without(group.query, head, dims, group.partner)
             change = attention(changed[:, None], attention.key[None, None])[:, 0] - outputs[head]
             if readout is not None:
                 change = change @ readout.heads[group.index * heads + head].to(change).mT
             query[head, dims] = energy(change, group.weights)
-    for dims in attention.batches(kept.key, heads):
+    for dims in attention.batches(neurons, heads):
         changed = _without(group.key, 0, dims, group.partner)[:, attention.keys]
         change = (attention(queries[None], changed[:, None]) - outputs).transpose(1, 2).flatten(2)
         if readout is not None:
@@ -67,7 +65,7 @@ class _Attention:
     def __init__(self, group: HeadGroup) -> None:
         mask = group.values.new_full((len(group.rows), group.values.shape[1]), -torch.inf)
         for block in group.blocks:
-            mask[block.start : block.stop, block.first : block.last] = block.bias(group.values)
+            mask[block.rows, block.keys] = block.bias(group.values)
         seen = (mask > -torch.inf).any(0).nonzero()
         self.keys = slice(int(seen[0]), int(seen[-1]) + 1)
         mask = mask[:, self.keys]
@@ -92,10 +90,9 @@ class _Attention:
             **self._mask,
         )
 
-    def batches(self, neurons: Int[Tensor, " kept"], heads: int) -> Iterator[Int[Tensor, " dims"]]:
+    def batches(self, neurons: Int[Tensor, " head_dim"], heads: int) -> tuple[Int[Tensor, " dims"], ...]:
         """Split neurons into batches whose heads and outputs are not larger than the group's buffer."""
-        if len(neurons):
-            yield from neurons.split(max(1, self._batch // heads))
+        return neurons.split(max(1, self._batch // heads))
 
 
 def _without(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, get_args, get_type_hints
@@ -16,17 +15,16 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import find_live_decoder, weight_of
 from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.profiling.impact.inputs import Readout
 from mergekit_snrf.profiling.impact.layer import (
     AttentionScores,
-    Backend,
-    Readout,
     attention_impact,
     attention_output,
     column_norms,
     ffn_impact,
-    released_attention_scores,
-    released_ffn_scores,
 )
+from mergekit_snrf.profiling.impact.released import released_attention_scores, released_ffn_scores
+from mergekit_snrf.profiling.impact.sdpa import Backend
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
 from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradients
 
@@ -36,9 +34,6 @@ CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3
 It tells a layer that is called in an unknown way, which is off by about one, from rounding, which large scores
 amplify: the model rounds queries and keys to its own dtype after RoPE, the impact does not.
 """
-
-
-logger = logging.getLogger(__name__)
 
 
 class Batch(Protocol):
@@ -61,7 +56,7 @@ class Batch(Protocol):
         """Where a token belongs to the answer."""
 
 
-_DEFAULTS: dict[str, Any] = {"weight": "paper", "site": "pre_o", "screen": None}
+_DEFAULTS: dict[str, Any] = {"weight": "paper", "site": "pre_o"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +70,6 @@ class Measure:
             states feel a change there.
         site: compare the attention output before or after o_proj.
         tokens: count every position, or those of the answer.
-        screen: share of the attn.q and attn.k neurons that a first-order estimate keeps for the exact impact; None is
-            all of them.
 
     Raises:
         SnrfError: a value is unknown, or has no meaning beside another.
@@ -86,17 +79,14 @@ class Measure:
     weight: Literal["paper", "residual", "gradient"] = "paper"
     site: Literal["pre_o", "post_o"] = "pre_o"
     tokens: Literal["all", "answer"] = "all"
-    screen: float | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(Measure).items():
             value, known = getattr(self, name), get_args(kind)
-            if name != "screen" and value not in known:
+            if value not in known:
                 raise SnrfError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-            if self.scoring == "released" and name in ("weight", "site", "screen") and value != _DEFAULTS[name]:
+            if self.scoring == "released" and name in ("weight", "site") and value != _DEFAULTS[name]:
                 raise SnrfError(f"{name} has no meaning with scoring='released'; leave it out")
-        if self.screen is not None and not 0 < self.screen <= 1:
-            raise SnrfError(f"screen must be in (0, 1], got {self.screen}")
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings for a profile file."""
@@ -116,10 +106,9 @@ class Meter:
         name: of the model, for messages.
         block_bytes: size of a block of changed scores; None is the default of the device.
         backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
-        compile: let torch.compile make the inner loop of ``blocked``, on a CPU.
 
     Raises:
-        SnrfError: the model has no text decoder that the profiler knows, or the backend has nothing to compile.
+        SnrfError: the model has no text decoder that the profiler knows.
     """
 
     def __init__(
@@ -131,18 +120,12 @@ class Meter:
         name: str | None = None,
         block_bytes: int | None = None,
         backend: Backend = "auto",
-        compile: bool = False,
     ) -> None:
-        if compile and backend == "sdpa":
-            raise SnrfError("compile has no effect with backend: sdpa; use backend: auto or blocked")
         self.model = model
         self.measure = measure
         self.decoder = find_live_decoder(model, shape, name=name)
         self._block_bytes = block_bytes
         self._backend = backend
-        self._compile = compile
-        if compile and any(parameter.device.type != "cpu" for parameter in model.parameters()):
-            logger.warning("%s: compile: true has no effect on layers that are not on a CPU", self.decoder.model)
         self._column_norms: dict[int, Tensor] = {}
         self._checked = False
 
@@ -249,9 +232,7 @@ class Meter:
             weights,
             readout,
             self._block_bytes,
-            screen=self.measure.screen,
             backend=self._backend,
-            compile=self._compile,
         )
 
     def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:

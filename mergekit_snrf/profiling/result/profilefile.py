@@ -13,8 +13,8 @@ Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]
 decimal strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient
 statistic for Eq. 5 with any threshold or top ratio, and for Eq. 6.
 
-Where the provenance's ``measure`` has a ``screen``, that share of attn.q and of attn.k was measured on each probe. The
-impacts of the others are estimates, clipped below the least that was measured: they rank behind all that were.
+Where ``measure`` has a ``screen``, an earlier version made the profile, and most of its impacts of attn.q and attn.k
+are estimates; ``select`` refuses to choose these neurons from it.
 """
 
 from __future__ import annotations
@@ -51,9 +51,6 @@ EDGES: tuple[str, ...] = (
 
 MAX_NEURONS = 2**23
 """Up to this many neurons a float32 rank share gives its rank back exactly."""
-
-SCREENED = frozenset({"attn.q", "attn.k"})
-"""Projections in which a profile with ``screen: 0.3`` knows the impacts of the top 0.3 of each probe only."""
 
 _STATISTICS = {
     "min_impact": torch.float32,
@@ -263,7 +260,7 @@ def select(
 
     Raises:
         SnrfError: a value is out of range, a projection has no value, the profiles are of different shapes, or one
-            was screened and does not hold the impacts or ranks that the selection needs.
+            was screened.
     """
     if not profiles:
         raise SnrfError("a selection needs at least one profile")
@@ -303,19 +300,13 @@ def select(
 def _check_screen(profile: Profile, rule: str, values: Mapping[str, float]) -> None:
     """Refuse a selection that would rest on the estimates of a screened profile."""
     screen = (profile.provenance.measure or {}).get("screen")
-    if screen is None:
-        return
-    for projection in sorted(SCREENED & values.keys()):
-        if rule == "sigma":
-            raise SnrfError(
-                f"{profile.path}: was made with screen: {screen}, so that most impacts of attn.q and attn.k are "
-                f"estimates that sigma cannot be compared with; select by top_ratio, or profile without screen"
-            )
-        if Fraction(str(values[projection])) > Fraction(str(screen)):
-            raise SnrfError(
-                f"{profile.path}: was made with screen: {screen}, so top_ratio {values[projection]:g} of {projection} "
-                f"asks for ranks that were only estimated; lower it to {screen}, or profile with a larger screen"
-            )
+    estimated = [name for name in ("attn.k", "attn.q") if name in values and (rule == "sigma" or values[name] > 0)]
+    if screen is not None and estimated:
+        raise SnrfError(
+            profile.path,
+            f"was made with screen: {screen}, so most impacts of {' and '.join(estimated)} are estimates",
+            "make the profile again",
+        )
 
 
 def _covered_bins(edges: tuple[str, ...], neurons: int, ratio: float, cut: dict[float, str]) -> int:

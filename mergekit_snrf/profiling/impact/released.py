@@ -1,0 +1,76 @@
+"""The scores that the paper's released code ranks neurons by, in place of Eq. 14."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, energy
+from mergekit_snrf.profiling.impact.inputs import AttentionInputs, working_dtype
+from mergekit_snrf.profiling.impact.layer import AttentionScores, GroupSums, sum_over_positions, sums_of
+from mergekit_snrf.profiling.impact.products import product
+
+
+@torch.no_grad()
+def released_attention_scores(
+    inputs: AttentionInputs,
+    weights: Float[Tensor, "batch tokens"] | None = None,
+    block_bytes: int | None = None,
+) -> AttentionScores:
+    """Return the attention scores that the paper's released code ranks by. They are not Eq. 14.
+
+    - attn.q: squared change of the attention weights (Eq. 20), summed over positions, when column k of the
+      ROTATED queries times column k of the rotated keys is taken from the scores. That is no weight row of the
+      model: RoPE spreads a row over two columns. V plays no part.
+    - attn.k: the same numbers (the released code has one score for both), summed over the query heads that read the
+      key row.
+    - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.
+
+    Args:
+        inputs: the captured layer.
+        weights: how much each query position counts; None counts the positions of ``inputs.key_mask``, or all.
+        block_bytes: as for ``attention_impact``.
+
+    Raises:
+        ValueError: the weights do not fit the inputs, or one is negative.
+    """
+    sums = sums_of(inputs, weights, block_bytes, _group_sums)
+    return AttentionScores(*(one.to(working_dtype(inputs.query)) for one in sums))
+
+
+@torch.no_grad()
+def released_ffn_scores(
+    up: Float[Tensor, "batch tokens intermediate"], weights: Float[Tensor, "batch tokens"] | None = None
+) -> Float[Tensor, "batch intermediate"]:
+    """Return the released code's score of fwd.up and fwd.down alike: sum over positions of ``|up_proj(x)|``.
+
+    Args:
+        up: output of up_proj.
+        weights: how much each position counts, 0 on padding; None counts all.
+
+    Raises:
+        ValueError: the shapes do not fit together, or a weight is negative.
+    """
+    if up.ndim != 3:
+        raise ValueError(f"up must have shape [batch, tokens, intermediate], got {list(up.shape)}")
+    return sum_over_positions(up, weights, torch.abs).to(working_dtype(up))
+
+
+def _group_sums(group: HeadGroup) -> GroupSums:
+    """Return the sums for the columns of the rotated queries, the keys and the values of one group, float64."""
+    heads, head_dim = group.query.rotated.shape[1:]
+    query = group.values.new_zeros(heads, head_dim, dtype=torch.float64)
+    value = query.new_zeros(len(group.values))
+    keys = group.key.rotated.permute(1, 2, 0).contiguous()
+    columns = [Removal(q[None] * group.scaling, keys) for q in group.query.rotated.permute(1, 2, 0).contiguous()]
+    for block in group.blocks:
+        weights = group.weights[block.rows]
+        for head, base in enumerate(group.base_scores(block)):
+            attention = group.softmax(base.clone(), block)
+            output = product(attention, group.values[:, block.keys]) + group.value_mean
+            value += (weights @ output.abs()).double()
+            for dims in group.dim_slices(block):
+                changed = group.changed(block, base, columns[head], dims)
+                query[head, dims] += energy(changed.sub_(attention), weights)
+    return query, query.sum(0), value
