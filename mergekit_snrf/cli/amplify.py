@@ -130,10 +130,9 @@ def amplify(
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.neurons.sets import Neuron
     from mergekit_snrf.profiling.probes.rows import load_rows
-    from mergekit_snrf.profiling.settings import model_ref
 
     with reworded(_OPTIONS):
-        own, config = amplification.load_probes_config(
+        asked = amplification.load_asked(
             probes_file,
             model,
             question=question,
@@ -156,27 +155,26 @@ def amplify(
     classifier = load_classifier(reference)
     settings: dict[str, object] = {"mask": mask_file, "pick": pick} if mask_file is not None else {}
     shape = None
-    if own.gguf_file is None:
-        checkpoint = open_checkpoint(model, own.revision, trust_remote_code=trust_remote_code)
+    if asked.model.gguf_file is None:
+        checkpoint = open_checkpoint(model, asked.model.revision, trust_remote_code=trust_remote_code)
         shape = find_decoder(checkpoint).shape
         settings["config_sha256"] = checkpoint.config_sha256
-    neurons = [*map(Neuron.parse, names), *_listed(names_file), *_masked(mask_file, pick, config.seed, shape, model)]
+    masked = _masked(mask_file, pick, asked.source.seed, shape, model)
+    neurons = [*map(Neuron.parse, names), *_listed(names_file), *masked]
     if shape is not None:
         amplification.check_neurons(neurons, shape, model)
     silence_progress()
     with reworded(_OPTIONS):
-        rows = load_rows(own, config)
+        how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        rows = load_rows(asked.source, answers=False)
         subject, processor = loaded(
-            model_ref(own, device=device, dtype=dtype, trust_remote_code=trust_remote_code),
-            settings,
-            images=own.probes.images is not None,
+            asked.model.model_copy(update=how), settings, images=asked.source.images is not None
         )
         result = amplification.amplify(
             rows,
             subject,
             processor,
-            own,
-            config,
+            asked,
             neurons,
             factor,
             sampling=sampling,

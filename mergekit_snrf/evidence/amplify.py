@@ -31,18 +31,14 @@ from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron
 from mergekit_snrf.evidence.tokens import Classifier, math_share, rank_tokens, token_text
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.loading import tokenizer_of
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
 from mergekit_snrf.profiling.probes.answers import Answer, generate_answers
 from mergekit_snrf.profiling.probes.batches import Probes, encode, prepare, probes_sha256
-from mergekit_snrf.profiling.probes.render import tokenizer_of
 from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.probes.template import template_fields
-from mergekit_snrf.profiling.settings import (
-    AnswerConfig,
-    ProfileConfig,
-    SideConfig,
-    load_profile_config,
-)
+from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeSource
+from mergekit_snrf.profiling.settings import SideName, load_profile_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +177,26 @@ def pick_neurons(neurons: NeuronSet, count: int | None, seed: int = 0) -> list[N
     return [every[place] for place in sorted(np.random.RandomState([seed]).permutation(len(every))[:count])]
 
 
-def load_probes_config(
+@dataclass(frozen=True)
+class Asked:
+    """What a model is asked, and how.
+
+    Attributes:
+        model: which model.
+        source: of the probes.
+        rule: of the generated answers.
+        batch_size: answers generated at once.
+        token_limit: tokens of a probe with its answer, at most.
+    """
+
+    model: ModelRef
+    source: ProbeSource
+    rule: AnswerRule
+    batch_size: int = 8
+    token_limit: int | None = None
+
+
+def load_asked(
     path: str | os.PathLike[str],
     model: str,
     *,
@@ -193,8 +208,8 @@ def load_probes_config(
     limit: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
-) -> tuple[SideConfig, ProfileConfig]:
-    """Say of a data file, or of one side of a profile.yml, how it becomes probes of ``model`` with its own answers.
+) -> Asked:
+    """Return how a data file, or one side of a profile.yml, becomes probes of ``model`` with its own answers.
 
     Args:
         path: a .jsonl, .json, .parquet or .csv file, or a profile.yml.
@@ -211,34 +226,31 @@ def load_probes_config(
     from pydantic import ValidationError
 
     path = Path(path)
-    known: dict[str, Any] = {}
-    values: dict[str, Any]
+    ref: dict[str, Any] = {"model": model}
+    given = {"limit": limit, "seed": seed, "template": template}
+    values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    tokens, size, token_limit = NEW_TOKENS, 8, None
     if path.suffix in (".yml", ".yaml"):
         if question is not None or images is not None:
-            raise SnrfError(f"{path}: names its columns itself; leave out question and images")
+            raise SnrfError(path, "names its columns itself", "leave out question and images")
         config = load_profile_config(path)
-        chosen = config.source if side == "source" else config.target
-        known = {key: getattr(config, key) for key in ("limit", "batch_size", "seed", "token_limit")}
-        tokens = config.answer.max_new_tokens if "max_new_tokens" in config.answer.model_fields_set else NEW_TOKENS
+        name: SideName = "source" if side == "source" else "target"
+        own = config.model_of(name)
+        if "max_new_tokens" in config.answer.model_fields_set:
+            tokens = config.answer.max_new_tokens
+        size, token_limit = config.batch_size, config.token_limit
         # A revision and a GGUF file are those of the profile's own model.
-        same = Path(chosen.model).absolute() == Path(model).absolute()
-        own = {"revision": chosen.revision, "gguf_file": chosen.gguf_file} if same else {}
-        values = {**own, "template": template or chosen.template, "probes": chosen.probes}
+        if Path(own.model).absolute() == Path(model).absolute():
+            ref |= {"revision": own.revision, "gguf_file": own.gguf_file}
+        values = {**config.probes_of(name).model_dump(), **values}
     else:
         if side is not None:
-            raise SnrfError(f"{path}: is no profile.yml, so it has no sides; leave out side")
+            raise SnrfError(path, "is not a profile.yml, so it has no sides", "leave out side")
         column = question or (None if template else "question")
-        if column is None and images is None and not template_fields(template or ""):
-            raise SnrfError(f"{path}: template {template!r} names no column, so that every prompt would be the same")
-        tokens = NEW_TOKENS
-        values = {"template": template, "probes": {"dataset": str(path), "question": column, "images": images}}
-    given = {"limit": limit, "batch_size": batch_size, "seed": seed}
-    known |= {key: value for key, value in given.items() if value is not None}
+        values |= {"dataset": str(path), "question": column, "images": images}
     try:
-        made = SideConfig(model=model, **values)
-        return made, ProfileConfig(
-            target=made, source=made, answer=AnswerConfig(max_new_tokens=max_new_tokens or tokens), **known
-        )
+        source, rule = ProbeSource(**values), AnswerRule(max_new_tokens=max_new_tokens or tokens)
+        return Asked(ModelRef(**ref), source, rule, batch_size or size, token_limit)
     except ValidationError as error:
         raise SnrfError(f"{path}: {problem(error.errors()[0])}") from None
 
@@ -247,7 +259,7 @@ def generate_amplified(
     probes: Probes,
     model: PreTrainedModel,
     processor: Any,
-    config: ProfileConfig,
+    asked: Asked,
     neurons: Sequence[Neuron],
     factor: float,
     sampling: Sampling | None = None,
@@ -258,14 +270,14 @@ def generate_amplified(
 
     The plain answer to a probe comes before the amplified ones. Rows of a batch do not see each other; an answer
     depends on its batch by the rounding of the model's own arithmetic only. A sample's random numbers depend on the
-    configuration's seed, the probe's row number, the sample and the token's position only: they are the same with every
+    source's seed, the probe's row number, the sample and the token's position only: they are the same with every
     neuron amplified and with none.
 
     Args:
         probes: of ``prepare``.
         model: in eval mode.
         processor: of the model.
-        config: for answer, batch_size and seed.
+        asked: for rule, batch_size and seed.
         neurons: all different.
         factor: lambda.
         sampling: None: greedy.
@@ -283,14 +295,14 @@ def generate_amplified(
         for neuron in (None, *neurons)
     ]
     with tqdm(total=len(jobs), unit="answer", disable=not progress) as bar:
-        for start in range(0, len(jobs), config.batch_size):
-            batch = jobs[start : start + config.batch_size]
+        for start in range(0, len(jobs), asked.batch_size):
+            batch = jobs[start : start + asked.batch_size]
             inputs = encode(probes, [probe for probe, _, _ in batch], model, model.device)
             chosen = [neuron for _, _, neuron in batch]
             keys = [(probe.row.number, sample) for probe, sample, _ in batch]
             temperature = sampling.temperature if sampling.samples else None
-            with amplified(model, chosen, factor), _logits(model, chosen, keys, factor, config.seed, temperature):
-                answers = generate_answers(model, processor, inputs, config.answer.max_new_tokens)
+            with amplified(model, chosen, factor), _logits(model, chosen, keys, factor, asked.source.seed, temperature):
+                answers = generate_answers(model, processor, inputs, asked.rule.max_new_tokens)
             for (probe, sample, neuron), answer in zip(batch, answers, strict=True):
                 yield Generation(probe.row.number, sample, neuron, answer)
             bar.update(len(batch))
@@ -347,8 +359,7 @@ def amplify(
     rows: Rows,
     model: PreTrainedModel,
     processor: Any,
-    side: SideConfig,
-    config: ProfileConfig,
+    asked: Asked,
     neurons: Sequence[Neuron],
     factor: float = 10.0,
     *,
@@ -371,8 +382,7 @@ def amplify(
         rows: of ``load_rows``.
         model: in eval mode.
         processor: of the model.
-        side: of the rows.
-        config: for answer, batch_size, token_limit and seed.
+        asked: of the rows, for rule, batch_size, token_limit and seed.
         neurons: at least one.
         factor: lambda of Eq. 7.
         sampling: None: one greedy answer a probe.
@@ -394,15 +404,21 @@ def amplify(
         raise SnrfError(f"factor must be a finite number, got {factor}")
     if min(top, min_count, keep) < 1:
         raise SnrfError(f"top, min_count and keep must be at least 1, got {top}, {min_count} and {keep}")
-    probes = prepare(rows, processor, side, config, model)
+    probes = prepare(
+        rows,
+        processor,
+        rule=asked.rule,
+        batch_size=asked.batch_size,
+        token_limit=asked.token_limit,
+        config=model.config,
+        model=asked.model.model,
+    )
     tokenizer = tokenizer_of(processor)
     special = set(tokenizer.all_special_ids)
     text_of = cache(lambda token: token_text(tokenizer, token))
     tallies: dict[Neuron | None, _Tally] = {neuron: _Tally() for neuron in (None, *neurons)}
     plain: dict[tuple[int, int], Answer] = {}
-    for generation in generate_amplified(
-        probes, model, processor, config, neurons, factor, sampling, progress=progress
-    ):
+    for generation in generate_amplified(probes, model, processor, asked, neurons, factor, sampling, progress=progress):
         tally, answer, key = tallies[generation.neuron], generation.answer, (generation.number, generation.sample)
         tally.tokens.update(text_of(token) for token in answer.ids if token not in special)
         tally.ended += answer.ended
@@ -429,16 +445,16 @@ def amplify(
     return Amplification(
         model=name or str(model.config.name_or_path),
         factor=factor,
-        probes=side.probes.dataset,
+        probes=asked.source.dataset,
         count=len(probes),
-        seed=config.seed,
+        seed=asked.source.seed,
         classifier=None if classifier is None else classifier.name,
         neurons=found,
         math_neuron_ratio=None if classifier is None else len(mathematical) / len(found),
         plain_math_share=None if classifier is None else _share(without.tokens, classifier),
         settings={
             "probes_sha256": probes_sha256(probes),
-            "max_new_tokens": config.answer.max_new_tokens,
+            "max_new_tokens": asked.rule.max_new_tokens,
             "samples": sampling.samples,
             "temperature": sampling.temperature if sampling.samples else None,
             "generations": len(probes) * (sampling.samples or 1),

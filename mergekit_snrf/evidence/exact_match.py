@@ -36,8 +36,8 @@ from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.evidence.evaluation import Items, Role
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
 from mergekit_snrf.profiling.probes.template import template_fields
-from mergekit_snrf.profiling.settings import DATA_SUFFIXES, AnswerConfig, ProbesConfig, ProfileConfig, SideConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -136,8 +136,8 @@ class ExactMatchConfig(_Section):
 @dataclass(frozen=True)
 class _Metric:
     config: MetricConfig
-    side: SideConfig
-    profile: ProfileConfig
+    rule: AnswerRule
+    batch_size: int
     rows: Rows
     pattern: regex.Pattern[str] | None
     expected: Mapping[int, str | Decimal]
@@ -217,11 +217,11 @@ def normalised(answer: str) -> str | Decimal:
 
 
 def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
-    probes = prepare(metric.rows, processor, metric.side, metric.profile, model)
+    probes = prepare(metric.rows, processor, rule=metric.rule, batch_size=metric.batch_size, config=model.config)
     if probes.bad:
         raise SnrfError(f"{probes.bad[0]}; every row must be asked, or models are not comparable")
     answers: dict[int, str] = {}
-    for batch in probe_batches(probes, model, processor, metric.side, metric.profile, device=model.device):
+    for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
     extracted = {number: extract(metric.pattern, text) for number, text in sorted(answers.items())}
     return Items(
@@ -240,17 +240,16 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
         raise SnrfError(f"data: {metric.data!r} must end in one of {', '.join(DATA_SUFFIXES)}")
     if not data.is_file():
         raise SnrfError(f"data: there is no file {data}; correct the path, which is relative to the evaluation's file")
-    probes = ProbesConfig(dataset=str(data), question=metric.question, images=metric.images, answer=metric.answer)
-    side = SideConfig(model="the model", probes=probes, template=metric.template)
-    known = ProfileConfig(
-        target=side,
-        source=side,
-        answer=AnswerConfig(by="column"),
+    source = ProbeSource(
+        dataset=str(data),
+        question=metric.question,
+        images=metric.images,
+        answer=metric.answer,
+        template=metric.template,
         limit=config.limit,
         seed=config.seed,
-        batch_size=config.batch_size,
     )
-    rows = load_rows(side, known)
+    rows = load_rows(source, answers=True)
     if rows.bad:
         raise SnrfError(f"{rows.name}: {rows.bad[0]}; mend or remove it")
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None
@@ -260,8 +259,8 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
         found = extract(pattern, answer)
         expected[row.number] = normalised(answer if found is None else found)
     asked = replace(rows, rows=tuple(replace(row, answer=None) for row in rows.rows))
-    generated = known.model_copy(update={"answer": AnswerConfig(max_new_tokens=config.max_new_tokens)})
-    return _Metric(metric, side, generated, asked, pattern, expected)
+    rule = AnswerRule(max_new_tokens=config.max_new_tokens)
+    return _Metric(metric, rule, config.batch_size, asked, pattern, expected)
 
 
 def _read_config(path: Path) -> ExactMatchConfig:

@@ -40,7 +40,7 @@ def load_model(ref: ModelRef, *, images: bool | None) -> tuple[PreTrainedModel, 
         options["device_map"] = ref.device_map
     processor = load_processor(ref, images=images)
     with _explained(ref, "model"):
-        auto = _model_class(ref, _load_config(ref))
+        auto = _model_class(ref, load_config(ref))
         model, report = auto.from_pretrained(ref.model, output_loading_info=True, **options, **ref.origin)
         missing = sorted(map(str, report.get("missing_keys") or ()))
         if missing:
@@ -133,7 +133,12 @@ def _has_image_processor(ref: ModelRef) -> bool:
     return any(name in files for name in ("processor_config.json", "preprocessor_config.json"))
 
 
-def _load_config(ref: ModelRef) -> PretrainedConfig:
+def load_config(ref: ModelRef) -> PretrainedConfig:
+    """Return the model's configuration as transformers reads it, also of a GGUF file.
+
+    Raises:
+        SnrfError: it cannot be loaded.
+    """
     from transformers import AutoConfig
 
     with _explained(ref, "configuration"):

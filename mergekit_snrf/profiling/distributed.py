@@ -40,7 +40,7 @@ class Ranks:
         return list(work[self.rank :: self.world])
 
     def from_first(self, value: T) -> T:
-        """Return what rank 0 gives, after all ranks have come here."""
+        """Return the value of rank 0, after all ranks have called this."""
         if self.world == 1:
             return value
         values = [value]
@@ -48,7 +48,7 @@ class Ranks:
         return values[0]
 
     def all(self, value: T) -> list[T]:
-        """Return what every rank gives, by rank."""
+        """Return the values of all ranks, by rank."""
         if self.world == 1:
             return [value]
         values: list[T] = [value] * self.world
@@ -64,7 +64,7 @@ class Ranks:
         """Return the device of this rank: with several CUDA devices, each local rank has its own.
 
         Raises:
-            SnrfError: one device of several was named for all ranks.
+            SnrfError: all ranks would share one CUDA device.
         """
         if self.world == 1:
             return name
@@ -72,7 +72,9 @@ class Ranks:
         if device.type != "cuda":
             return str(device)
         if device.index is not None:
-            raise SnrfError(f"device {name!r} would be shared by {self.world} processes; use device: cuda, one each")
+            raise SnrfError(
+                None, f"{name!r} would be shared by {self.world} processes", "use cuda for one each", field="device"
+            )
         local = int(os.environ.get("LOCAL_RANK", self.rank))
         return f"cuda:{local % max(1, torch.cuda.device_count())}"
 
@@ -81,7 +83,7 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """Join the other processes of the run, if torchrun or accelerate launch started several.
 
-    Statistics are small and exact on the CPU, so they travel over gloo, whatever the models run on.
+    Statistics are small and lie on the CPU, so they travel over gloo, whatever device the models run on.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -1,14 +1,15 @@
-"""The journal of an unfinished run: what was measured so far, so that ``--resume`` goes on from there.
+"""The journal of an unfinished run: what was measured so far, to resume from there.
 
-Every process keeps one file beside the mask, ``<mask>.<side>.journal-<rank>.safetensors``, replaced at once or not at
-all: the exact state of its statistics, the numbers of the groups of probes in them, and what the run was asked for.
-A run resumes with any number of processes.
+Every process keeps one file beside the mask, ``<mask>.<side>.journal-<rank>.safetensors``, which is replaced
+atomically: the exact state of its statistics, the numbers of the groups of probes in them, and the run's settings.
+A run can be resumed with any number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from mergekit_snrf.profiling.measure.meter import Batch
 from mergekit_snrf.profiling.result.statistics import Statistics
 
 JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 1
+
+# A journal of a large model takes seconds to write; this share of the time is enough.
+_SHARE = 0.05
 
 
 @dataclass
@@ -83,7 +87,7 @@ class Journals:
 
     Args:
         stem: path of the mask without suffix, with the side: ``folder/mask.target``.
-        request: what the run was asked for; a journal of another request is refused.
+        request: everything that the result depends on; a journal of another request is an error.
     """
 
     def __init__(self, stem: Path, request: Mapping[str, Any]) -> None:
@@ -128,18 +132,18 @@ class Journals:
         whole = Progress(statistics)
         parts = sorted(((path, self._read(path)) for path in self.files()), key=lambda part: -len(part[1].done))
         for path, part in parts:
-            # A run that was resumed writes all it found to one journal before it deletes the others.
+            # A resumed run writes all that it found to one journal before it deletes the others.
             if part.done <= whole.done:
                 continue
             if part.done & whole.done:
-                raise SnrfError(f"{path}: overlaps with another journal of the run; delete them to start anew")
+                raise SnrfError(path, "overlaps with another journal of the run", "delete them to start again")
             if part.statistics.neurons != statistics.neurons:
-                raise SnrfError(f"{path}: is of a model of another shape; delete it to start anew")
+                raise SnrfError(path, "belongs to a model of another shape", "delete it to start again")
             whole.merge(part)
         return whole
 
     def delete(self, keep: int | None = None) -> None:
-        """Delete all journals but that of rank ``keep``, and what killed processes have half written."""
+        """Delete all journals except that of rank ``keep``, and the partial files of killed processes."""
         abandoned = self._stem.parent.glob(f".{_journals(self._stem)}.*.partial")
         for path in [*self.files(), *abandoned]:
             if keep is None or path != self.path(keep):
@@ -149,11 +153,12 @@ class Journals:
         tensors, content = container.read(path, file_format=JOURNAL_FORMAT, version=JOURNAL_VERSION)
         try:
             request = content["request"]
-            different = difference(request, self._request)
-            if different is not None:
+            different = differences(request, self._request)
+            if different:
                 raise SnrfError(
-                    f"{path}: is the journal of another run, {different}; ask for the same again, or delete the "
-                    f"journal to start anew"
+                    path,
+                    f"is the journal of another run: {', '.join(different)}",
+                    "use the same settings, or delete the journal to start again",
                 )
             done, tally = int(content["done"], 16), dict(content["tally"])
             tally["digest"] = int(tally["digest"], 16)
@@ -165,7 +170,31 @@ class Journals:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, SnrfError):
                 raise
-            raise SnrfError(f"{path}: the journal is damaged ({error!r}); delete it to start anew") from None
+            raise SnrfError(path, f"the journal is damaged ({error!r})", "delete it to start again") from None
+
+
+class JournalWriter:
+    """Writes the journal of one process every few seconds, and less often where that takes long.
+
+    Args:
+        journals: of the side.
+        rank: of the process.
+        seconds: time between two writes; 0: after every group.
+    """
+
+    def __init__(self, journals: Journals, rank: int, seconds: float) -> None:
+        self._journals, self._rank, self._seconds = journals, rank, seconds
+        self._interval, self._written = seconds, time.monotonic()
+
+    def write(self, progress: Progress, *, now: bool = False) -> None:
+        """Write the journal if it is time to, or ``now``."""
+        start = time.monotonic()
+        if not now and start - self._written < self._interval:
+            return
+        self._journals.write(self._rank, progress)
+        self._written = time.monotonic()
+        if self._interval:
+            self._interval = max(self._seconds, (self._written - start) / _SHARE)
 
 
 def journals_of(stem: Path) -> list[Path]:
@@ -178,12 +207,13 @@ def _journals(stem: Path) -> str:
     return f"{escaped}.journal-*.safetensors"
 
 
-def difference(was: Any, now: Any, key: str = "") -> str | None:
-    """Return the first difference of two JSON values, as ``seed was 0 and is 1``; None if they are equal."""
+def differences(was: Any, now: Any, key: str = "") -> list[str]:
+    """Return the differences of two JSON values, such as ``seed was 0 and is 1``."""
     if isinstance(was, dict) and isinstance(now, dict):
-        for name in sorted({*was, *now}):
-            found = difference(was.get(name), now.get(name), f"{key}.{name}" if key else name)
-            if found is not None:
-                return found
-        return None
-    return None if was == now else f"{key or 'request'} was {was!r} and is {now!r}"
+        names = sorted({*was, *now})
+        return [
+            found
+            for name in names
+            for found in differences(was.get(name), now.get(name), f"{key}.{name}" if key else name)
+        ]
+    return [] if was == now else [f"{key or 'request'} was {was!r} and is {now!r}"]

@@ -1,4 +1,4 @@
-"""What a profiling run is asked for, checked before anything is loaded, and written down for resume and provenance."""
+"""The settings of a profiling run: checked before a model is loaded, and written down for resume and provenance."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, naming, os_reason
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
-from mergekit_snrf.neurons.maskfile import check_replaceable
-from mergekit_snrf.profiling.journal import journals_of
-from mergekit_snrf.profiling.measure.meter import Measure
+from mergekit_snrf.models.loading import load_config
+from mergekit_snrf.models.reference import ModelRef
+from mergekit_snrf.neurons.maskfile import ModelProvenance, check_replaceable
+from mergekit_snrf.profiling.journal import Tally, differences, journals_of
+from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.settings import ProfileConfig, SideConfig
-
-SideName = Literal["target", "source"]
-SIDES: tuple[SideName, ...] = ("target", "source")
+from mergekit_snrf.profiling.probes.source import ProbeColumns
+from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
+from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideConfig, SideName, model_keys
 
 _PACKAGES = ("mergekit-snrf", "torch", "transformers")
 
@@ -34,30 +35,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before it is loaded.
+    """A model's headers and small files, read before its weights.
 
     Attributes:
-        name: folder or hub id, for messages.
         shape: of its text decoder.
         config_sha256: of its config.json, None for GGUF.
         content_sha256: of the names and shapes of its tensors and of its small files, such as the tokenizer.
     """
 
-    name: str
     shape: DecoderShape
     model_type: str
     config_sha256: str | None = None
     content_sha256: str | None = None
-
-
-def side_of(config: ProfileConfig, name: SideName) -> SideConfig:
-    """Return one of the two sides."""
-    return config.target if name == "target" else config.source
-
-
-def measure_of(config: ProfileConfig) -> Measure:
-    """Return what the configuration asks to measure."""
-    return Measure(config.scoring, config.weight, config.site, config.tokens)
 
 
 def stem_of(mask: str | os.PathLike[str], side: SideName) -> Path:
@@ -67,44 +56,43 @@ def stem_of(mask: str | os.PathLike[str], side: SideName) -> Path:
 
 
 def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
-    """Return where the profile of one side lies, ``folder/mask.target.profile.safetensors``."""
+    """Return the path of the profile of one side, ``folder/mask.target.profile.safetensors``."""
     stem = stem_of(mask, side)
     return stem.with_name(f"{stem.name}.profile.safetensors")
 
 
 def check_output(mask: str | os.PathLike[str], *, resume: bool) -> None:
-    """Check that the mask can be written, and that no unfinished run would be lost.
+    """Check that the mask can be written and no unfinished run would be lost.
 
     Raises:
-        SnrfError: it cannot, or there are journals and ``resume`` is not asked for.
+        SnrfError: it cannot be written, or there are journals and ``resume`` is False.
     """
     if not os.fspath(mask):
-        raise SnrfError("the path of the mask to write is empty; give one such as mask.safetensors")
+        raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")
     path = Path(mask)
     if path.is_dir():
-        raise SnrfError(
-            f"{path}: is a folder; give the path of the mask file to write, such as {path / 'mask.safetensors'}"
-        )
+        raise SnrfError(path, "is a folder", f"use the path of a mask file, such as {path / 'mask.safetensors'}")
     if path.suffix != ".safetensors":
-        raise SnrfError(f"{path}: the name of a mask file must end in .safetensors")
+        raise SnrfError(path, "is not the name of a mask file", "use a name that ends in .safetensors")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise SnrfError(
-            f"{path}: cannot be written ({error.strerror or error}); choose a folder that exists and is writable"
-        ) from None
+        what = f"cannot be written ({os_reason(error)})"
+        raise SnrfError(path, what, "choose a folder that exists and is writable") from None
     check_replaceable(path)
     unfinished = [file for side in SIDES for file in journals_of(stem_of(mask, side))]
     if unfinished and not resume:
         raise SnrfError(
-            f"{unfinished[0]}: an unfinished run lies here; add --resume to go on with it, or delete its journals "
-            f"({stem_of(mask, 'target').stem}.*.journal-*.safetensors) to start anew"
+            unfinished[0],
+            "is the journal of an unfinished run",
+            f"resume the run, or delete its journals ({stem_of(mask, 'target').stem}.*.journal-*.safetensors)",
+            field="resume",
         )
 
 
 def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
-    """Read the headers of both models and check that their neurons pair.
+    """Return the headers of both models, whose decoders have the same shape.
 
     Raises:
         SnrfError: a model cannot be read, has no usable text decoder, or the two have different shapes.
@@ -112,39 +100,34 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
     checkpoints: dict[SideName, Checkpoint] = {}
     models: dict[SideName, ModelInfo] = {}
     for name in SIDES:
-        side = side_of(config, name)
-        if side.gguf_file is not None:
-            models[name] = _gguf_info(side)
-            continue
-        checkpoint = open_checkpoint(side.model, side.revision, trust_remote_code=config.trust_remote_code)
+        ref = config.model_of(name)
+        with naming(model_keys(name)):
+            if ref.gguf_file is not None:
+                models[name] = _gguf_info(ref)
+                continue
+            checkpoint = open_checkpoint(ref.model, ref.revision, trust_remote_code=ref.trust_remote_code)
+            shape = find_decoder(checkpoint).shape
         checkpoints[name] = checkpoint
-        shape = find_decoder(checkpoint).shape
-        models[name] = ModelInfo(
-            side.model, shape, checkpoint.model_type, checkpoint.config_sha256, _content_sha256(checkpoint)
-        )
+        models[name] = ModelInfo(shape, checkpoint.model_type, checkpoint.config_sha256, _content_sha256(checkpoint))
     if len(checkpoints) == 2:
         target, source = checkpoints["target"], checkpoints["source"]
         problems = pairing_problems(target, source, any_family=True)
         if problems:
-            raise SnrfError("; ".join(problems))
+            raise SnrfError(None, "; ".join(map(str, problems)))
         for problem in pairing_problems(target, source):
             logger.warning("%s", problem)
     elif models["target"].shape != models["source"].shape:
         raise SnrfError(
-            f"the target {models['target'].name} has the decoder {models['target'].shape}, the source "
-            f"{models['source'].name} has {models['source'].shape}; use a source with the same decoder shape"
+            config.source.model,
+            f"the decoder has the shape {models['source'].shape}, that of {config.target.model} has "
+            f"{models['target'].shape}",
+            "use a source with the same decoder shape",
         )
     return models
 
 
-def _gguf_info(side: SideConfig) -> ModelInfo:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(side.model, gguf_file=side.gguf_file, revision=side.revision)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise SnrfError(f"{side.model}/{side.gguf_file}: cannot be read as GGUF ({reason}); check the path") from None
+def _gguf_info(ref: ModelRef) -> ModelInfo:
+    config = load_config(ref)
     heads = config.num_attention_heads
     shape = DecoderShape(
         layers=config.num_hidden_layers,
@@ -154,7 +137,7 @@ def _gguf_info(side: SideConfig) -> ModelInfo:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         intermediate_size=config.intermediate_size,
     )
-    return ModelInfo(side.model, shape, config.model_type)
+    return ModelInfo(shape, config.model_type)
 
 
 def _content_sha256(checkpoint: Checkpoint) -> str:
@@ -173,7 +156,7 @@ def request_of(
 
     Paths are as the user wrote them: those found beside profile.yml are relative to it.
     """
-    side = side_of(config, name)
+    side = config.side(name)
     digest = hashlib.sha256()
     for row in rows.rows:
         content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
@@ -198,7 +181,7 @@ def request_of(
         "dtype": config.dtype,
         "device": device,
         "block_bytes": block,
-        "measure": measure_of(config).provenance(),
+        "measure": config.measure.provenance(),
         "versions": versions(),
     }
 
@@ -208,20 +191,55 @@ def fingerprint(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def probes_provenance(config: ProfileConfig, name: SideName, folder: Path | None) -> dict[str, Any]:
-    """Return where the probes of one side come from."""
-    side = side_of(config, name)
-    found = {**_probes(side, folder), "limit": config.limit, "template": side.template}
-    return {key: value for key, value in found.items() if value is not None}
+def changes(was: ProfileProvenance, request: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a request that differ from those of a finished profile, as far as it records them."""
+    model, probes = was.model or ModelProvenance(), (was.model and was.model.probes) or {}
+    columns = [name for name in ProbeColumns.model_fields if name != "answer"]
+    before = {
+        "model": {"path": model.path, "config_sha256": model.config_sha256, "revision": model.revision},
+        "probes": {name: probes.get(name) for name in columns},
+        "answer": {key: value for key, value in probes.get("answer", {}).items() if key != "cut"},
+        **{key: probes.get(key) for key in ("limit", "template")},
+        **{key: getattr(was, key) for key in ("seed", "dtype", "measure", "versions")},
+    }
+    now = {
+        "model": {key: request["model"][key] for key in before["model"]},
+        "probes": {name: request["probes"].get(name) for name in columns},
+        **{key: request[key] for key in before if key not in ("model", "probes")},
+    }
+    if now["model"]["revision"] is None:  # Then the profile records the commit that was found.
+        before["model"]["revision"] = None
+    if now["dtype"] == "auto":  # Then it records the checkpoint's.
+        before["dtype"] = "auto"
+    return differences(before, now)
+
+
+def probes_provenance(
+    config: ProfileConfig, name: SideName, folder: Path | None, probes: Probes, tally: Tally
+) -> dict[str, Any]:
+    """Return where the probes of one side come from, and how many there are."""
+    side = config.side(name)
+    origin = {**_probes(side, folder), "limit": config.limit, "template": side.template}
+    answer = config.answer.model_dump(exclude_none=True)
+    return {
+        **{key: value for key, value in origin.items() if value is not None},
+        "answer": {**answer, "cut": tally.cut} if answer["by"] == "model" else answer,
+        "count": len(probes),
+        "left_out": len(probes.bad),
+        "tokens": tally.tokens,
+        "answer_tokens": tally.answer_tokens,
+        "sha256": probes_sha256(probes),
+        "tokens_sha256_sum": f"{tally.digest:064x}",
+    }
 
 
 def model_path(config: ProfileConfig, name: SideName, folder: Path | None) -> str:
     """Return a model's path or hub id as the user wrote it."""
-    return _written(side_of(config, name).model, folder)
+    return _written(config.side(name).model, folder)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that the numbers come from."""
+    """Return the versions of the packages that the numbers depend on."""
     return {package: torch.__version__ if package == "torch" else version(package) for package in _PACKAGES}
 
 

@@ -25,10 +25,11 @@ from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import load_rows, probe_batches
+from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches
 from mergekit_snrf.profiling.result.profilefile import read_profile, select
 from mergekit_snrf.profiling.run import profile_model, run
-from mergekit_snrf.profiling.settings import load_profile_config, model_ref
+from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName, load_profile_config
+from mergekit_snrf.profiling.side import side_probes, side_rows
 
 FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safetensors")
 
@@ -114,6 +115,12 @@ def invoke(path: Path, out: Path, *options: str) -> Result:
     return CliRunner().invoke(main, [str(path), str(out), *options])
 
 
+def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any, Iterator[ProbeBatch]]:
+    probes = side_probes(config, name, side_rows(config, name, folder))
+    model, processor = load_model(config.model_of(name), images=probes.rows.source.images is not None)
+    return model, probe_batches(probes, model, processor, rule=config.answer, device="cpu")
+
+
 def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_models(pair, tmp_path):
     folder = pair("llava")
     ratios = {"attn": 0.5, "attn.v": 0.25, "fwd": 0.3}
@@ -121,10 +128,10 @@ def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_model
     profiled(path, tmp_path)
     config = load_profile_config(path)
     expected: dict[Site, set[int]] = {}
-    for side in (config.target, config.source):
-        model, processor = load_model(model_ref(side, device="cpu"), images=side.probes.images is not None)
+    for name in SIDES:
+        model, found = batches_of(config, name, folder)
         meter = Meter(model)
-        for batch in probe_batches(load_rows(side, config, folder), model, processor, side, config, device="cpu"):
+        for batch in found:
             for site, impacts in meter.impacts(batch).items():
                 ratio = ratios.get(site.projection, ratios[site.projection.split(".")[0]])
                 for probe in impacts:
@@ -269,7 +276,7 @@ def test_resume_skips_a_finished_side_and_does_not_load_its_model(pair, tmp_path
     path = write_config(pair("llama"))
     whole = profiled(path, tmp_path)
     (tmp_path / "m.safetensors").unlink()
-    monkeypatch.setattr("mergekit_snrf.profiling.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert profiled(path, tmp_path, resume=True) == whole
 
 
@@ -341,7 +348,7 @@ def test_changed_dataset_is_refused_on_resume(pair, tmp_path, monkeypatch):
 
 
 def test_dry_run_prints_three_probes_of_each_side_and_loads_no_model(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     path = write_config(pair("llava"), "llava", answer={"by": "column", "column": "answer"})
     result = CliRunner().invoke(main, [str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
@@ -358,9 +365,7 @@ def test_profile_model_measures_batches_of_your_own(pair, tmp_path):
     path = write_config(folder)
     profiled(path, tmp_path)
     config = load_profile_config(path)
-    model, processor = load_model(model_ref(config.source, device="cpu"), images=False)
-    rows = load_rows(config.source, config, folder)
-    batches = probe_batches(rows, model, processor, config.source, config, device="cpu")
+    model, batches = batches_of(config, "source", folder)
     profile = profile_model(model, batches).profile()
     saved = read_profile(tmp_path / FILES[2])
     assert profile.count == saved.count == 8
@@ -422,7 +427,7 @@ def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
     ],
 )
 def test_what_cannot_be_done_is_said_before_a_model_is_loaded(keys, message, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     result = invoke(write_config(pair("llama"), **keys), tmp_path / "m.safetensors")
     assert result.exit_code == 1
     assert message in result.output
@@ -430,7 +435,7 @@ def test_what_cannot_be_done_is_said_before_a_model_is_loaded(keys, message, pai
 
 
 def test_a_missing_chat_template_of_the_source_is_told_before_the_target_is_profiled(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     shutil.copytree(pair("llama"), tmp_path / "pair")
     for file in ("chat_template.jinja", "tokenizer_config.json"):
         path = tmp_path / "pair" / "source" / file
@@ -468,7 +473,7 @@ def test_mask_that_cannot_be_written_is_told_before_a_model_is_read(mask, messag
 
 
 def test_models_of_different_depth_are_told_from_their_headers(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.run.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     folder = pair("llama")
     other = make_source(tmp_path / "source", "llama")
     config = json.loads((other / "config.json").read_text())

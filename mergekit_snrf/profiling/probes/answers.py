@@ -13,10 +13,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.profiling.probes.render import tokenizer_of
+from mergekit_snrf.models.loading import tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Where configurations keep the tokens that stand for an image, a video or a sound, or announce one.
 _PLACEHOLDERS = (
@@ -39,9 +39,9 @@ class Answer:
     ended: bool = True
 
 
-def placeholder_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the tokens that stand for images, videos or sounds, which no answer may hold."""
-    found = (getattr(model.config, name, None) for name in _PLACEHOLDERS)
+def placeholder_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the tokens that stand for images, videos or sounds, which no answer may contain."""
+    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
     return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
 
 
@@ -58,8 +58,8 @@ def generate_answers(
 ) -> list[Answer]:
     """Generate the model's own answers to a batch of left-padded prompts.
 
-    Greedy: the most probable token at every step, whatever the checkpoint's generation config says of sampling,
-    penalties or beams. Tokens that stand for an image are never generated, since none follows them.
+    Greedy: the most probable token at every step, whatever sampling, penalties or beams the checkpoint's generation
+    config sets. Tokens that stand for an image are never generated, because no image follows them.
 
     Args:
         model: in eval mode.
@@ -75,7 +75,10 @@ def generate_answers(
     generate: Any = getattr(model, "generate", None)
     if not callable(generate):
         raise SnrfError(
-            f"{type(model).__name__} cannot generate answers; use answer: {{by: column, column: ...}} in profile.yml"
+            str(model.config.name_or_path) or None,
+            f"{type(model).__name__} cannot generate answers",
+            "read the answers from a column of the data set",
+            field="by",
         )
     ends, tokenizer = end_ids(model, processor), tokenizer_of(processor)
     greedy = GenerationConfig(
@@ -86,7 +89,7 @@ def generate_answers(
         eos_token_id=list(ends) or None,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        suppress_tokens=list(placeholder_ids(model)) or None,
+        suppress_tokens=list(placeholder_ids(model.config)) or None,
     )
     with _generation_config(model, greedy):
         sequences = generate(**inputs, generation_config=greedy)

@@ -1,12 +1,13 @@
-"""From the rows of a dataset to batches that a model takes: rendered prompts, and the answers behind them.
+"""From the rows of a data set to batches that a model takes: rendered prompts, and the answers behind them.
 
-    rows = load_rows(side, config)
-    model, processor = load_model(model_ref(side, device="cpu"), images=False)
-    for batch in probe_batches(rows, model, processor, side, config, device="cpu"):
+    rows = load_rows(source, answers=False)
+    model, processor = load_model(ModelRef(model="Qwen/Qwen2.5-Math-7B"), images=False)
+    probes = prepare(rows, processor, rule=AnswerRule(), batch_size=8, config=model.config)
+    for batch in probe_batches(probes, model, processor, rule=AnswerRule(), device="cpu"):
         model(**batch.inputs)
 
-Which rows, which probes share a batch, and the order of the batches depend on the dataset, the processor and the
-configuration only, not on how many processes share the work or on where a run was interrupted.
+Which rows, which probes share a batch, and the order of the batches depend on the data set, the processor and the
+settings only, not on the number of processes that share the work or on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.loading import find_device, load_model, load_processor
-from mergekit_snrf.models.reference import ModelRef
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.profiling.probes.answers import (
     Answer,
     accepted,
@@ -32,29 +32,12 @@ from mergekit_snrf.profiling.probes.answers import (
     placeholder_ids,
     with_positions,
 )
-from mergekit_snrf.profiling.probes.render import Renderer, RenderError, tokenizer_of
-from mergekit_snrf.profiling.probes.rows import BadRow, Row, Rows, load_rows, report_bad
-from mergekit_snrf.profiling.settings import ProfileConfig, SideConfig
+from mergekit_snrf.profiling.probes.render import Renderer
+from mergekit_snrf.profiling.probes.rows import BadRow, Row, RowError, Rows, report_bad
+from mergekit_snrf.profiling.probes.source import AnswerRule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-__all__ = [
-    "BadRow",
-    "Probe",
-    "ProbeBatch",
-    "Probes",
-    "Row",
-    "Rows",
-    "find_device",
-    "load_model",
-    "load_processor",
-    "load_rows",
-    "prepare",
-    "probe_batches",
-    "probes_sha256",
-    "render",
-]
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Within a generated batch, probes of less than this share of the longest one's tokens go into a batch of their own.
 _EVEN = 0.85
@@ -125,88 +108,72 @@ class ProbeBatch:
     ended: tuple[bool, ...]
 
 
-def render(row: Row, processor: Any, side: SideConfig) -> str:
-    """Return the prompt of one row, up to where the answer begins.
-
-    Raises:
-        SnrfError: the row cannot be rendered, or there is neither a chat template nor a template.
-    """
-    try:
-        return Renderer(processor, side).render(row)
-    except RenderError as error:
-        raise SnrfError(f"{side.probes.dataset}: row {row.number}: {error}") from None
-
-
-def check_rendering(side: SideConfig, model: ModelRef) -> None:
-    """Check, without loading weights, that a side's model can be given prompts.
-
-    Raises:
-        SnrfError: its tokenizer or processor cannot be loaded, there is neither a chat template nor a template, or
-            nothing is known to stand for an image.
-    """
-    Renderer(load_processor(model, images=side.probes.images is not None), side)
-
-
 def prepare(
-    rows: Rows, processor: Any, side: SideConfig, config: ProfileConfig, model: PreTrainedModel | None = None
+    rows: Rows,
+    processor: Any,
+    *,
+    rule: AnswerRule,
+    batch_size: int,
+    token_limit: int | None = None,
+    config: PretrainedConfig | None = None,
+    model: str | None = None,
 ) -> Probes:
-    """Render all rows, count their tokens and group them by length.
+    """Return the rows as rendered prompts, with their number of tokens, grouped by length.
 
-    A row whose prompt and answer (with ``by: model`` its longest possible answer) take more tokens than
-    ``token_limit`` or than the model has positions is bad: nothing is ever cut.
+    A row is bad if its prompt and answer (a generated one: the longest possible) take more tokens than
+    ``token_limit`` or than the model has positions: nothing is ever cut.
 
     Args:
         rows: of ``load_rows``.
-        processor: of ``load_model`` or ``load_processor``.
-        side: the model's side of profile.yml.
-        config: for answer, token_limit and batch_size.
-        model: for the number of positions and the tokens that only images may use; None checks neither.
+        processor: of the model, or its tokenizer.
+        rule: where the answers come from.
+        batch_size: probes in a group, at most.
+        token_limit: tokens of prompt and answer, at most.
+        config: of the model, for its number of positions and the tokens that stand for images; None checks neither.
+        model: name of the model, for messages.
 
     Raises:
-        SnrfError: more than 5 % of the rows are bad, or there is neither a chat template nor a template.
+        SnrfError: more than 5 % of the rows are bad, or the model has no usable chat template.
     """
-    renderer = Renderer(processor, side)
-    limit, what = _limit(config, model)
-    reserved = set(placeholder_ids(model)) if model is not None else set()
+    renderer = Renderer(processor, rows.source, model=model)
+    reserved = set() if config is None else set(placeholder_ids(config))
+    tokenizer = _Tokenizer(rows, renderer, rule, _limit(token_limit, config), reserved)
     probes: list[Probe] = []
     bad: list[BadRow] = []
     for row in rows.rows:
         try:
-            probes.append(_probe(row, rows, renderer, config, limit, what, reserved))
-        except RenderError as error:
-            bad.append(BadRow(row.number, str(error)))
+            probes.append(tokenizer.probe(row))
+        except RowError as error:
+            bad.append(BadRow(row.number, error))
     report_bad(rows.name, bad, len(rows) + len(rows.bad), before=rows.bad)
     order = sorted(range(len(probes)), key=lambda index: (-probes[index].length, index))
-    groups = [tuple(order[start : start + config.batch_size]) for start in range(0, len(order), config.batch_size)]
+    groups = [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     everything = tuple(sorted((*rows.bad, *bad), key=lambda entry: entry.number))
     return Probes(rows, tuple(probes), everything, tuple(groups), renderer)
 
 
 def probe_batches(
-    rows: Rows | Probes,
+    probes: Probes,
     model: PreTrainedModel,
     processor: Any,
-    side: SideConfig,
-    config: ProfileConfig,
     *,
+    rule: AnswerRule,
     device: str | torch.device,
     groups: Collection[int] | None = None,
 ) -> Iterator[ProbeBatch]:
-    """Iterate over the batches of one side, with the model's own greedy answers or those of the dataset.
+    """Iterate over the batches of some probes, with the model's own greedy answers or those of the data set.
 
     Args:
-        rows: of ``load_rows``, or already prepared.
+        probes: of ``prepare``.
         model: in eval mode, on ``device``.
         processor: of the model.
-        side: the model's side of profile.yml.
-        config: for answer, token_limit and batch_size.
-        device: where the inputs shall lie.
+        rule: where the answers come from.
+        device: of the inputs.
         groups: indices of the groups of ``Probes.groups`` to make batches of; None: all.
 
     Raises:
-        SnrfError: as ``prepare``, or the model cannot generate.
+        SnrfError: the model cannot generate.
     """
-    probes = rows if isinstance(rows, Probes) else prepare(rows, processor, side, config, model)
     for group, positions in enumerate(probes.groups):
         if groups is not None and group not in groups:
             continue
@@ -215,7 +182,7 @@ def probe_batches(
         inputs: dict[str, Tensor] = {}
         if len(answers) < len(members):
             inputs = encode(probes, members, model, device)
-            answers = generate_answers(model, processor, inputs, config.answer.max_new_tokens)
+            answers = generate_answers(model, processor, inputs, rule.max_new_tokens)
         for part in _even_parts([m.tokens + len(a.ids) for m, a in zip(members, answers, strict=True)]):
             chosen = [members[index] for index in part]
             whole = bool(inputs) and part == list(range(len(members)))
@@ -233,48 +200,64 @@ def probes_sha256(probes: Probes) -> str:
     return digest.hexdigest()
 
 
-def _limit(config: ProfileConfig, model: PreTrainedModel | None) -> tuple[int | None, str]:
+@dataclass(frozen=True)
+class _Limit:
+    tokens: int | None
+    reason: str
+    field: str | None
+
+
+def _limit(token_limit: int | None, config: PretrainedConfig | None) -> _Limit:
     positions = None
-    if model is not None:
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if config.token_limit is not None and (positions is None or config.token_limit <= positions):
-        return config.token_limit, f"the token_limit of {config.token_limit}"
-    return positions, f"the model's {positions} positions"
+    if config is not None:
+        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if token_limit is not None and (positions is None or token_limit <= positions):
+        return _Limit(token_limit, f"the token_limit of {token_limit}", "token_limit")
+    return _Limit(positions, f"the model's {positions} positions", None)
 
 
-def _probe(
-    row: Row,
-    rows: Rows,
-    renderer: Renderer,
-    config: ProfileConfig,
-    limit: int | None,
-    what: str,
-    reserved: set[int],
-) -> Probe:
-    prompt = renderer.render(row)
-    try:
-        encoded = _tokenize(renderer, [prompt], [rows.images(row)])
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError) as error:
-        raise RenderError(f"the processor refuses it ({str(error).strip().splitlines()[0]})") from None
-    ids = encoded["input_ids"][0]
-    if not row.images and reserved.intersection(ids.tolist()):
-        raise RenderError("the prompt holds a token that stands for an image, but the row has none")
-    answer = None
-    if row.answer is not None:
-        tokenizer = tokenizer_of(renderer.processor)
-        answer = Answer(
-            tuple(tokenizer(row.answer, add_special_tokens=False, truncation=False, verbose=False).input_ids)
-        )
-        if reserved.intersection(answer.ids):
-            raise RenderError("the answer holds a token that stands for an image")
-    longest = config.answer.max_new_tokens if answer is None else len(answer.ids)
-    if limit is not None and len(ids) + longest > limit:
-        most = "up to " if answer is None else ""
-        raise RenderError(
-            f"{len(ids)} tokens and an answer of {most}{longest} exceed {what}"
-            + ("; lower answer.max_new_tokens" if answer is None and len(ids) < limit else "")
-        )
-    return Probe(row, prompt, len(ids), answer)
+@dataclass(frozen=True)
+class _Tokenizer:
+    """Makes a probe of a row."""
+
+    rows: Rows
+    renderer: Renderer
+    rule: AnswerRule
+    limit: _Limit
+    reserved: set[int]
+
+    def probe(self, row: Row) -> Probe:
+        prompt = self.renderer.render(row)
+        try:
+            encoded = _tokenize(self.renderer, [prompt], [self.rows.images(row)])
+        except SnrfError:
+            raise
+        except Exception as error:  # Processors raise all kinds of errors, also where a setting of theirs is missing.
+            reason = f"the processor fails with {type(error).__name__}: {first_line(error)}"
+            raise RowError(reason, "check its processor files", model=self.renderer.model) from None
+        ids = encoded["input_ids"][0]
+        if not row.images and self.reserved.intersection(ids.tolist()):
+            raise RowError("the prompt contains a token that stands for an image, but the row has no image")
+        answer = self._answer(row)
+        longest = self.rule.max_new_tokens if answer is None else len(answer.ids)
+        if self.limit.tokens is not None and len(ids) + longest > self.limit.tokens:
+            lower = answer is None and len(ids) < self.limit.tokens
+            raise RowError(
+                f"{len(ids)} tokens and an answer of {'up to ' if answer is None else ''}{longest} exceed "
+                f"{self.limit.reason}",
+                "lower it" if lower else "use shorter prompts",
+                field="max_new_tokens" if lower else self.limit.field,
+            )
+        return Probe(row, prompt, len(ids), answer)
+
+    def _answer(self, row: Row) -> Answer | None:
+        if row.answer is None:
+            return None
+        tokenizer = tokenizer_of(self.renderer.processor)
+        ids = tokenizer(row.answer, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        if self.reserved.intersection(ids):
+            raise RowError("the answer contains a token that stands for an image")
+        return Answer(tuple(ids))
 
 
 def _tokenize(renderer: Renderer, prompts: Sequence[str], images: Sequence[list[Any]]) -> dict[str, Tensor]:

@@ -1,90 +1,107 @@
-"""A row as the text that a model reads: its own chat template, or the side's format string."""
+"""A row as the text that a model reads: by its own chat template, or by a format string."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.models.loading import tokenizer_of
-from mergekit_snrf.profiling.probes.rows import Row
+from mergekit_snrf.profiling.probes.rows import Row, RowError
+from mergekit_snrf.profiling.probes.source import ProbeSource
 from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
-from mergekit_snrf.profiling.settings import SideConfig
+
+MAX_SECONDS = 5.0
+"""CPU time that a chat template may take for one prompt."""
+MAX_MEMORY = 2**30
+"""Bytes that a chat template may use for one prompt."""
+MAX_PROMPT = 10_000_000
+"""Characters that one prompt may have."""
 
 _SENTINEL = "QUESTION"
-
-
-class RenderError(Exception):
-    """Why one row cannot be rendered."""
+_OWN_TEMPLATE = "write a template, such as '{question}'"
 
 
 class Renderer:
-    """Writes the prompts of one side, by its template or by its model's chat template.
+    """Writes prompts, by the template of the probe source or by the model's chat template.
 
     Attributes:
         processor: the model's processor, or its tokenizer.
-        marker: the text that stands for one image in a prompt, before the processor expands it; None without images.
-        adds_special_tokens: whether the tokenizer shall add its own to a prompt, such as the begin of the text. As in
+        model: name of the model, for messages.
+        marker: the text that marks one image in a prompt, before the processor expands it; None without images.
+        adds_special_tokens: whether the tokenizer adds its own to a prompt, such as the begin of the text. As in
             transformers: a tokenizer's chat template has written them all, a processor's may leave the begin of
             the text to the tokenizer, and a format string leaves them all.
     """
 
-    def __init__(self, processor: Any, side: SideConfig) -> None:
-        """Find the chat template and what stands for an image.
+    def __init__(self, processor: Any, source: ProbeSource, *, model: str | None = None) -> None:
+        """Find the chat template and what marks an image, and render a sample.
+
+        Args:
+            processor: the model's processor, or its tokenizer.
+            source: of the rows.
+            model: name of the model; None: where its tokenizer was loaded from.
 
         Raises:
-            SnrfError: there is neither a chat template nor a template, or nothing is known to stand for an image.
+            SnrfError: there is neither a chat template nor a template, the chat template fails, or nothing marks an
+                image.
         """
-        self.processor, self.side = processor, side
+        self.processor, self.source = processor, source
+        self.model = model or str(getattr(tokenizer_of(processor), "name_or_path", "") or "the model")
         self._chat_template = _chat_template(processor)
-        if side.template is None and self._chat_template is None:
+        if source.template is None and self._chat_template is None:
+            raise SnrfError(self.model, "has no chat template", _OWN_TEMPLATE, field="template")
+        self.marker = self._image_marker() if source.images is not None else None
+        if self.marker is None and source.images is not None:
             raise SnrfError(
-                f"{side.model}: has no chat template; set template for this side of profile.yml, a format string "
-                f"over the columns such as '{{question}}'"
-            )
-        self.marker = _image_marker(processor, self._chat_template) if side.probes.images is not None else None
-        if self.marker is None and side.probes.images is not None:
-            raise SnrfError(
-                f"{side.model}: neither its processor nor its chat template says what stands for an image; "
-                f"image probes need a vision-language model with its processor files"
+                self.model,
+                "neither its processor nor its chat template defines what marks an image",
+                "use a vision-language model with its processor files",
+                field="images",
             )
         try:
-            self.adds_special_tokens = self._leaves_special_tokens()
-        except RenderError as error:
-            raise SnrfError(f"{side.model}: {error}") from None
+            sample = source.template or self._chat(Row(0, {}, _SENTINEL))
+        except RowError as error:
+            raise SnrfError(error.model, str(error), error.remedy, field=error.field) from None
+        self.adds_special_tokens = self._leaves_special_tokens(sample)
 
     def render(self, row: Row) -> str:
         """Return the prompt of a row, up to where the answer begins; every image is one ``marker``.
 
         Raises:
-            RenderError: placeholders and images differ in number, or the chat template drops the question.
+            RowError: placeholders and images differ in number, or the chat template drops the question.
+            SnrfError: the chat template takes too much time or memory.
         """
-        prompt = self._fill(row) if self.side.template is not None else self._chat(row)
+        prompt = self._fill(row) if self.source.template is not None else self._chat(row)
         token = getattr(self.processor, "image_token", None)
         token = token if isinstance(token, str) and token else self.marker
         if self.marker is not None and token and prompt.count(token) != len(row.images):
-            raise RenderError(f"the prompt holds {prompt.count(token)} times {token!r} for {len(row.images)} image(s)")
+            raise RowError(f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)")
         return prompt
 
-    def _leaves_special_tokens(self) -> bool:
+    def _leaves_special_tokens(self, sample: str) -> bool:
         tokenizer = tokenizer_of(self.processor)
-        if self.side.template is None and tokenizer is self.processor:
+        if self.source.template is None and tokenizer is self.processor:
             return False
-        sample = self.side.template
-        if sample is None:
-            sample = self._chat(Row(0, {}, _SENTINEL))
         begin = getattr(tokenizer, "bos_token", None)
         return not (begin and sample.startswith(begin))
 
     def _fill(self, row: Row) -> str:
-        prompt = fill_template(self.side.template or "", row.fields)
+        prompt = fill_template(self.source.template or "", row.fields)
         if prompt.count(IMAGE) != len(row.images):
-            raise RenderError(
-                f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row"
+            raise RowError(
+                f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row",
+                "write one for each image",
+                field="template",
             )
         return prompt.replace(IMAGE, self.marker) if self.marker is not None else prompt
 
     def _chat(self, row: Row) -> str:
-        segments = self._segments(row)
+        segments = _segments(row)
         texts = [segment for segment in segments if segment is not None]
         parts = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in segments]
         # Templates of text models take a string, those of vision-language models a list of parts; many take both.
@@ -94,45 +111,69 @@ class Renderer:
         if tokenizer_of(self.processor) is self.processor:
             forms.reverse()
         for content in forms:
-            prompt = apply_chat_template(self.processor, self._chat_template, content)
+            prompt = self._apply(content)
             if all(text.strip() in prompt for text in texts) and repr(parts[0]) not in prompt:
                 return prompt
         what = "the question or its images" if row.images else "the question"
-        raise RenderError(f"the chat template leaves out {what}; set template for this side of profile.yml")
+        raise self._template_error(f"the chat template leaves out {what}")
 
-    def _segments(self, row: Row) -> list[str | None]:
-        """Return the question's texts, with None where an image goes: where the question says so, else in front."""
-        if not row.images:
-            return [row.question]
-        texts = row.question.split(IMAGE)
-        if len(texts) == 1:
-            return [*[None] * len(row.images), row.question]
-        if len(texts) - 1 != len(row.images):
-            raise RenderError(f"the question has {len(texts) - 1} {IMAGE} for {len(row.images)} image(s) of the row")
-        segments: list[str | None] = []
-        for index, text in enumerate(texts):
-            segments += [None] if index else []
-            segments += [text] if text.strip() else []
-        return segments
+    def _apply(self, content: Any) -> str:
+        """Return one user message as the chat template writes it, up to where the answer begins."""
+        try:
+            with _limited():
+                prompt = self.processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    chat_template=self._chat_template,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+        except _TooLongError:
+            what = f"the chat template takes more than {MAX_SECONDS:g} seconds for one prompt"
+            raise SnrfError(self.model, what, _OWN_TEMPLATE, field="template") from None
+        except MemoryError:
+            what = f"the chat template takes more than {MAX_MEMORY >> 30} GiB of memory for one prompt"
+            raise SnrfError(self.model, what, _OWN_TEMPLATE, field="template") from None
+        except Exception as error:  # Templates are programs, which fail in all ways.
+            raise self._template_error(f"the chat template fails ({first_line(error)})") from None
+        if len(prompt) > MAX_PROMPT:
+            what = f"the chat template writes {len(prompt)} characters, more than {MAX_PROMPT}"
+            raise SnrfError(self.model, what, _OWN_TEMPLATE, field="template")
+        return prompt
+
+    def _template_error(self, reason: str) -> RowError:
+        return RowError(reason, _OWN_TEMPLATE, field="template", model=self.model)
+
+    def _image_marker(self) -> str | None:
+        """Return what a chat template writes for an image, such as the token with the marks around it."""
+        if self._chat_template is not None and tokenizer_of(self.processor) is not self.processor:
+            text = {"type": "text", "text": _SENTINEL}
+            try:
+                without = self._apply([text])
+                with_image = self._apply([{"type": "image"}, text])
+            except RowError:
+                without = with_image = ""
+            start = next((i for i, (a, b) in enumerate(zip(without, with_image, strict=False)) if a != b), len(without))
+            marker = with_image[start : len(with_image) - len(without) + start].strip()
+            if marker and without[start:] and with_image.endswith(without[start:]):
+                return marker
+        token = getattr(self.processor, "image_token", None)
+        return token if isinstance(token, str) and token else None
 
 
-def apply_chat_template(processor: Any, chat_template: str | None, content: Any) -> str:
-    """Return one user message as the chat template writes it, up to where the answer begins.
-
-    Raises:
-        RenderError: the template refuses the message.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise RenderError(f"the chat template fails ({error})") from None
+def _segments(row: Row) -> list[str | None]:
+    """Return the question's texts, with None where an image goes: where the question marks it, else in front."""
+    if not row.images:
+        return [row.question]
+    texts = row.question.split(IMAGE)
+    if len(texts) == 1:
+        return [*[None] * len(row.images), row.question]
+    if len(texts) - 1 != len(row.images):
+        raise RowError(f"the question has {len(texts) - 1} {IMAGE} for {len(row.images)} image(s) of the row")
+    segments: list[str | None] = []
+    for index, text in enumerate(texts):
+        segments += [None] if index else []
+        segments += [text] if text.strip() else []
+    return segments
 
 
 def _chat_template(processor: Any) -> str | None:
@@ -145,18 +186,43 @@ def _chat_template(processor: Any) -> str | None:
     return None
 
 
-def _image_marker(processor: Any, chat_template: str | None) -> str | None:
-    """Return what a chat template writes for an image, such as the token with the marks around it."""
-    if chat_template is not None and tokenizer_of(processor) is not processor:
-        text = {"type": "text", "text": _SENTINEL}
-        try:
-            without = apply_chat_template(processor, chat_template, [text])
-            with_image = apply_chat_template(processor, chat_template, [{"type": "image"}, text])
-        except RenderError:
-            without = with_image = ""
-        start = next((i for i, (a, b) in enumerate(zip(without, with_image, strict=False)) if a != b), len(without))
-        marker = with_image[start : len(with_image) - len(without) + start].strip()
-        if marker and without[start:] and with_image.endswith(without[start:]):
-            return marker
-    token = getattr(processor, "image_token", None)
-    return token if isinstance(token, str) and token else None
+class _TooLongError(BaseException):
+    """A chat template did not end in time. Not an ``Exception``, which the template's library might catch."""
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Limit CPU time and memory of the block, in the main thread of a Unix process.
+
+    Chat templates come with checkpoints and may loop for ever or fill the memory; transformers' sandbox limits neither.
+    """
+    if not hasattr(signal, "SIGVTALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource
+
+    def stop(*_: Any) -> None:
+        raise _TooLongError
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        _limit_memory(limits)
+        signal.setitimer(signal.ITIMER_VIRTUAL, MAX_SECONDS)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def _limit_memory(limits: tuple[int, int]) -> None:
+    import resource
+
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        wanted = pages * resource.getpagesize() + MAX_MEMORY
+        if limits[0] == resource.RLIM_INFINITY or wanted < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (wanted, limits[1]))
+    except (OSError, ValueError, IndexError):
+        pass  # No such file outside Linux.

@@ -1,9 +1,8 @@
-"""Rows of a dataset that become probes: questions, answers and images, and the rows that cannot be used."""
+"""The rows of a data set: the draw, their text, answers and images, and the rows that cannot be used."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
+from mergekit_snrf.profiling.probes.images import BadImage, decode, image_folders, read_image
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource
 from mergekit_snrf.profiling.probes.template import template_fields
-from mergekit_snrf.profiling.settings import DATA_SUFFIXES, ProbesConfig, ProfileConfig, SideConfig, answer_column
 
 if TYPE_CHECKING:
     import datasets
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BAD_SHARE = 0.05
-"""More bad rows than this share of all is an error."""
+"""A larger share of bad rows is an error."""
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row of a dataset.
+    """One usable row of a data set.
 
     Attributes:
         number: of the row in its split, from 0.
         fields: the text of the question's column and of every column that the template names.
-        question: empty if the side's template makes the whole prompt.
-        images: sha256 of each image, as encoded in the dataset.
-        answer: the text of the answer's column, or None where the model generates it.
+        question: empty if the template makes the whole prompt.
+        images: sha256 of each image, as encoded in the data set.
+        answer: the text of the answer's column; None where the model generates it.
     """
 
     number: int
@@ -53,74 +53,99 @@ class BadRow:
     """A row that cannot be used, and why."""
 
     number: int
-    reason: str
+    error: RowError
+
+    @property
+    def reason(self) -> str:
+        """What is wrong with the row."""
+        return str(self.error)
 
     def __str__(self) -> str:
         return f"row {self.number}: {self.reason}"
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows that were taken from a dataset, by number.
+class RowError(Exception):
+    """Why a row cannot be used.
 
-    Attributes:
-        name: of the dataset, for messages.
-        bad: rows that were taken but cannot be used.
+    Args:
+        reason: what is wrong.
+        remedy: what to do if all rows have the same fault.
+        field: the setting to change then.
+        model: the model at fault then; None: the data set.
     """
 
-    name: str
+    def __init__(
+        self, reason: str, remedy: str | None = None, *, field: str | None = None, model: str | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.remedy, self.field, self.model = remedy, field, model
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that were drawn from a data set, by number.
+
+    Attributes:
+        source: where they come from.
+        bad: rows that were drawn but cannot be used.
+    """
+
+    source: ProbeSource
     rows: tuple[Row, ...]
     bad: tuple[BadRow, ...] = ()
     _dataset: datasets.Dataset | None = field(default=None, repr=False, compare=False)
-    _images: str | None = None
     _folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def name(self) -> str:
+        """Name of the data set, for messages."""
+        return self.source.dataset
+
     def images(self, row: Row) -> list[Image]:
-        """Decode the images of a row: upright by their EXIF orientation, RGB, in their own size.
+        """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size.
 
         Raises:
-            SnrfError: an image that could be read before cannot any more.
+            SnrfError: an image that was read before cannot be read any more.
         """
-        if not row.images or self._dataset is None or self._images is None:
+        if not row.images or self._dataset is None or self.source.images is None:
             return []
-        value = self._dataset[row.number][self._images]
+        value = self._dataset[row.number][self.source.images]
         try:
-            return [_decode(_encoded(entry, self._folder)) for entry in _entries(value)]
-        except _RowError as error:
-            raise SnrfError(f"{self.name}: row {row.number}: {error}") from None
+            return [decode(read_image(entry, image_folders(self._folder))) for entry in _entries(value)]
+        except BadImage as error:
+            raise SnrfError(self.name, f"row {row.number}: {error}", field="images") from None
 
 
-def load_rows(side: SideConfig, config: ProfileConfig, folder: Path | None = None) -> Rows:
-    """Take the rows of one side's dataset that become its probes.
+def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None) -> Rows:
+    """Return the rows of a data set that become probes.
 
-    With ``limit``, the rows are the first ``limit`` of a permutation of all rows that depends on ``seed`` and on the
-    number of rows only (numpy's legacy MT19937 generator, whose stream never changes), so a smaller limit takes a
-    subset of the rows of a larger one. Without, all rows are taken. Bad rows are not replaced by others.
+    With ``limit`` these are the first ``limit`` of a permutation of all rows that depends only on ``seed`` and on the
+    number of rows (numpy's legacy MT19937 generator, whose stream never changes), so a smaller limit gives a subset of
+    the rows of a larger one. Bad rows are not replaced by others.
 
     Args:
-        side: the model's side of profile.yml.
-        config: for limit, seed and the source of answers.
+        source: data set, columns, limit and seed.
+        answers: read the column of the answers.
         folder: where a relative data file is looked for after the working folder.
 
     Raises:
-        SnrfError: the dataset cannot be read, a column does not exist, or more than 5 % of the rows are bad.
+        SnrfError: the data set cannot be read, a column does not exist, or more than 5 % of the rows are bad.
     """
-    probes = side.probes
-    dataset, images_folder = _open(probes, folder)
-    columns = _check_columns(side, config, dataset)
-    numbers = _draw(len(dataset), config)
+    dataset, images_folder = _open(source, folder)
+    columns = _check_columns(source, answers, dataset)
+    numbers = _draw(len(dataset), source)
     rows: list[Row] = []
     bad: list[BadRow] = []
     text = dataset.select_columns(list(dict.fromkeys(columns.values())))
     for number in numbers:
         try:
-            rows.append(_read_row(number, text[number], side, columns, images_folder))
-        except _RowError as error:
-            bad.append(BadRow(number, str(error)))
-    loaded = Rows(probes.dataset, tuple(rows), tuple(bad), dataset, probes.images, images_folder)
+            rows.append(_read_row(number, text, source, columns, images_folder))
+        except RowError as error:
+            bad.append(BadRow(number, error))
+    loaded = Rows(source, tuple(rows), tuple(bad), dataset, images_folder)
     report_bad(loaded.name, loaded.bad, len(numbers))
     return loaded
 
@@ -129,65 +154,51 @@ def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence
     """Log every bad row with its number and reason.
 
     Args:
-        name: of the dataset.
-        bad: rows that turned out bad now.
-        total: rows that were taken.
-        before: rows that were bad already, and are logged.
+        name: of the data set.
+        bad: rows that were found bad now.
+        total: number of rows that were drawn.
+        before: rows that were found bad, and logged, before.
 
     Raises:
-        SnrfError: more than 5 % of ``total`` rows are bad, or none is left; the message shows the first few.
+        SnrfError: more than 5 % of ``total`` rows are bad; the message shows the first few, or the one reason that all
+            rows share.
     """
+    if total == 0:
+        raise SnrfError(name, "has no rows", "use a data set with at least one row", field="dataset")
     every = [*before, *bad]
-    if len(every) > BAD_SHARE * total or total == 0:
+    if len(every) == total > 1 and len({row.reason for row in every}) == 1:
+        error = every[0].error
+        what = f"none of the {total} rows can be used, all for the same reason: {error}"
+        raise SnrfError(error.model or name, what, error.remedy, field=error.field)
+    if len(every) > BAD_SHARE * total:
         shown = "; ".join(map(str, every[:_SHOWN])) + ("; ..." if len(every) > _SHOWN else "")
-        what = f"{len(every)} of {total} rows cannot be used ({shown})" if total else "has no rows"
-        raise SnrfError(f"{name}: {what}; mend the dataset or the keys of profile.yml, at most 5 % may be bad")
+        what = f"{len(every)} of {total} rows cannot be used ({shown})"
+        fields = {row.error.field for row in every}
+        if len(fields) == 1 and (error := every[0].error).field is not None:
+            raise SnrfError(name, what, error.remedy, field=error.field)
+        raise SnrfError(name, what, "correct the data set, at most 5 % may be bad")
     for row in bad:
         log.warning("%s: %s; left out", name, row)
 
 
-class _RowError(Exception):
-    """Why a row cannot be used."""
-
-
-def _open(probes: ProbesConfig, folder: Path | None) -> tuple[datasets.Dataset, Path | None]:
-    """Return the split with images left encoded, and the local folder that image paths are relative to."""
+def _open(source: ProbeSource, folder: Path | None) -> tuple[datasets.Dataset, Path | None]:
+    """Return the split with images left encoded, and the local folder of a local data set."""
     try:
         import datasets
     except ImportError:
-        raise SnrfError("probes need the package 'datasets'; pip install 'mergekit-snrf[profile]'") from None
-    path = Path(probes.dataset).expanduser()
-    if not path.exists() and folder is not None and (folder / path).exists():
-        path = folder / path
-    arguments: dict[str, Any] = {"split": probes.split, "revision": probes.revision}
-    images_folder = None
-    if path.is_file():
-        builder = DATA_SUFFIXES.get(path.suffix)
-        if builder is None:
-            raise SnrfError(f"{path}: a data file must end in one of {', '.join(DATA_SUFFIXES)}")
-        if probes.config is not None or probes.revision is not None:
-            raise SnrfError(f"{path}: config and revision are for datasets on the hub; remove them for a local file")
-        images_folder = path.absolute().parent
-        split = probes.split or "train"
-        arguments = {"split": split, "data_files": {split.split("[")[0]: str(path.absolute())}}
-        place, config = builder, None
-    elif path.is_dir():
-        place, config, images_folder = str(path), probes.config, path.absolute()
-    elif path.suffix in {*DATA_SUFFIXES, ".txt", ".tsv", ".gz", ".zip"} or probes.dataset.startswith(("/", ".", "~")):
-        raise SnrfError(f"{probes.dataset}: no such file; correct the path of probes.dataset")
-    else:
-        place, config = probes.dataset, probes.config
+        raise SnrfError(None, "probes need the package 'datasets'", "pip install 'mergekit-snrf[profile]'") from None
+    place, options, images_folder = _place(source, folder)
     try:
-        loaded = datasets.load_dataset(place, config, **arguments)
+        loaded = datasets.load_dataset(place, **options)
     except StopIteration:
-        raise SnrfError(f"{probes.dataset}: is empty; give a file with at least one row") from None
+        raise SnrfError(source.dataset, "is empty", "use a file with at least one row", field="dataset") from None
     except (datasets.exceptions.DatasetsError, OSError, ValueError, TypeError, RuntimeError) as error:
-        reason = _first_line(error.__cause__ or error)
-        remedy = "mend it" if images_folder else "check name, config, split, network and login (hf auth login)"
-        raise SnrfError(f"{probes.dataset}: cannot be read as a dataset ({reason}); {remedy}") from None
+        remedy = "correct it" if images_folder else "check name, config, split, network and login (hf auth login)"
+        reason = first_line(error.__cause__ or error)
+        raise SnrfError(source.dataset, f"cannot be read as a data set ({reason})", remedy, field="dataset") from None
     if isinstance(loaded, datasets.DatasetDict):
         if len(loaded) != 1:
-            raise SnrfError(f"{probes.dataset}: has the splits {', '.join(loaded)}; choose one with probes.split")
+            raise SnrfError(source.dataset, "has several splits", f"use one of {', '.join(loaded)}", field="split")
         loaded = next(iter(loaded.values()))
     for name, feature in loaded.features.items():
         encoded = _left_encoded(feature)
@@ -196,8 +207,40 @@ def _open(probes: ProbesConfig, folder: Path | None) -> tuple[datasets.Dataset, 
     return loaded, images_folder
 
 
+def _place(source: ProbeSource, folder: Path | None) -> tuple[str, dict[str, Any], Path | None]:
+    """Return the arguments of ``load_dataset``, and the folder of a local data set."""
+    path = Path(source.dataset).expanduser()
+    try:
+        if not path.exists() and folder is not None and (folder / path).exists():
+            path = folder / path
+        is_file, is_folder = path.exists() and not path.is_dir(), path.is_dir()
+    except (OSError, ValueError) as error:
+        raise SnrfError(source.dataset, f"cannot be read ({os_reason(error)})", field="dataset") from None
+    options: dict[str, Any] = {"name": source.config, "split": source.split, "revision": source.revision}
+    if is_folder:
+        return str(path), options, path.absolute()
+    if is_file:
+        builder = DATA_SUFFIXES.get(path.suffix)
+        if builder is None or not path.is_file():
+            raise SnrfError(
+                source.dataset,
+                "is not a data file",
+                f"use a file that ends in one of {', '.join(DATA_SUFFIXES)}",
+                field="dataset",
+            )
+        for key in ("config", "revision"):
+            if getattr(source, key) is not None:
+                raise SnrfError(source.dataset, "is only for data sets on the hub", "remove it", field=key)
+        split = source.split or "train"
+        files = {split.split("[")[0]: str(path.absolute())}
+        return builder, {"split": split, "data_files": files}, path.absolute().parent
+    if path.suffix in {*DATA_SUFFIXES, ".txt", ".tsv", ".gz", ".zip"} or source.dataset.startswith(("/", ".", "~")):
+        raise SnrfError(source.dataset, "does not exist", "correct the path", field="dataset")
+    return source.dataset, options, None
+
+
 def _left_encoded(feature: Any) -> Any:
-    # Decoding is put off: one damaged image must cost one row, not the dataset.
+    # Images are decoded later, row by row: one damaged image must not cost the whole data set.
     import datasets
 
     if isinstance(feature, datasets.Image):
@@ -207,69 +250,68 @@ def _left_encoded(feature: Any) -> Any:
     return feature
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _check_columns(side: SideConfig, config: ProfileConfig, dataset: datasets.Dataset) -> dict[str, str]:
-    """Return key -> column of every column that is read."""
-    probes = side.probes
-    wanted = {"question": probes.question, "images": probes.images, "answer": answer_column(side, config)}
-    columns = {f"probes.{key}": column for key, column in wanted.items() if column is not None}
-    if side.template is not None:
-        columns |= {f"template {{{name}}}": name for name in template_fields(side.template)}
-    if not columns:
-        raise SnrfError(
-            f"{probes.dataset}: no column is read, so all probes would be the same; name {{a column}} in the template "
-            f"{side.template!r}, or set probes.question"
-        )
+def _check_columns(source: ProbeSource, answers: bool, dataset: datasets.Dataset) -> dict[str, str]:
+    """Return the columns to read, by the field that names each."""
+    if answers and source.answer is None:
+        raise SnrfError(source.dataset, "names no column with the answers", "set it", field="answer")
+    wanted = {"question": source.question, "images": source.images, "answer": source.answer if answers else None}
+    columns = {key: column for key, column in wanted.items() if column is not None}
+    columns |= {f"template {name}": name for name in template_fields(source.template or "")}
     for key, column in columns.items():
         if column not in dataset.column_names:
-            raise SnrfError(
-                f"{probes.dataset}: has no column {column!r} ({key}); the columns are {', '.join(dataset.column_names)}"
-            )
+            remedy = did_you_mean(column, dataset.column_names, "the columns are")
+            raise SnrfError(source.dataset, f"has no column {column!r}", remedy, field=key.split()[0])
     return columns
 
 
-def _draw(rows: int, config: ProfileConfig) -> list[int]:
-    if config.limit is None or config.limit >= rows:
+def _draw(rows: int, source: ProbeSource) -> list[int]:
+    if source.limit is None or source.limit >= rows:
         return list(range(rows))
-    permutation = np.random.RandomState([config.seed]).permutation(rows)
-    return sorted(int(number) for number in permutation[: config.limit])
+    permutation = np.random.RandomState([source.seed]).permutation(rows)
+    return sorted(int(number) for number in permutation[: source.limit])
 
 
 def _read_row(
-    number: int, values: Mapping[str, Any], side: SideConfig, columns: Mapping[str, str], folder: Path | None
+    number: int, dataset: datasets.Dataset, source: ProbeSource, columns: Mapping[str, str], folder: Path | None
 ) -> Row:
+    try:
+        values = dataset[number]
+    except UnicodeDecodeError as error:
+        raise RowError(f"is not UTF-8 text ({first_line(error)})", "convert the file to UTF-8") from None
     fields = {
-        column: _text(values[column], column)
-        for key, column in columns.items()
-        if key not in ("probes.images", "probes.answer")
+        column: _text(values[column], column) for key, column in columns.items() if key not in ("images", "answer")
     }
     images: tuple[str, ...] = ()
-    if side.probes.images is not None:
-        entries = _entries(values[side.probes.images])
-        if not entries:
-            raise _RowError(f"no image in column {side.probes.images!r}")
-        encoded = [_encoded(entry, folder) for entry in entries]
-        for content in encoded:
-            _decode(content)
-        images = tuple(hashlib.sha256(content).hexdigest() for content in encoded)
-    column = columns.get("probes.answer")
-    answer = _text(values[column], column) if column is not None else None
-    question = fields[side.probes.question] if side.probes.question is not None else ""
+    if source.images is not None:
+        images = _read_images(values[source.images], source.images, folder)
+    answer = _text(values[columns["answer"]], columns["answer"]) if "answer" in columns else None
+    question = fields[source.question] if source.question is not None else ""
     return Row(number, fields, question, images, answer)
+
+
+def _read_images(value: Any, column: str, folder: Path | None) -> tuple[str, ...]:
+    entries = _entries(value)
+    if not entries:
+        raise RowError(f"no image in column {column!r}")
+    digests = []
+    for entry in entries:
+        try:
+            content = read_image(entry, image_folders(folder))
+            decode(content)
+        except BadImage as error:
+            raise RowError(str(error)) from None
+        digests.append(hashlib.sha256(content).hexdigest())
+    return tuple(digests)
 
 
 def _text(value: Any, column: str) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        raise _RowError(f"column {column!r} is empty")
+        raise RowError(f"column {column!r} is empty")
     if not isinstance(value, (str, int, float)):
-        raise _RowError(f"column {column!r} holds {type(value).__name__}, not text")
+        raise RowError(f"column {column!r} holds {type(value).__name__}, not text")
     text = str(value)
     if not text.strip():
-        raise _RowError(f"column {column!r} is empty")
+        raise RowError(f"column {column!r} is empty")
     return text
 
 
@@ -277,35 +319,3 @@ def _entries(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _encoded(entry: Any, folder: Path | None) -> bytes:
-    """Return an image file's bytes from what a dataset holds: bytes, a path, or both in a mapping."""
-    if isinstance(entry, Mapping):
-        entry = entry.get("bytes") if entry.get("bytes") is not None else entry.get("path")
-    if isinstance(entry, (bytes, bytearray, memoryview)):
-        return bytes(entry)
-    if not isinstance(entry, str) or not entry:
-        what = "is missing" if not entry else f"is {type(entry).__name__}, not a path or bytes"
-        raise _RowError(f"an image {what}")
-    path = Path(entry)
-    if not path.is_absolute():
-        if folder is None:
-            raise _RowError(f"image {entry!r} is a relative path, which only a local data file can have")
-        path = folder / path
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _RowError(f"image {str(path)!r} cannot be read ({error.strerror or error})") from None
-
-
-def _decode(content: bytes) -> Image:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise SnrfError("image probes need the package 'pillow'; pip install 'mergekit-snrf[profile]'") from None
-    try:
-        with Image.open(io.BytesIO(content)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _RowError(f"an image of {len(content)} bytes cannot be decoded ({_first_line(error)})") from None

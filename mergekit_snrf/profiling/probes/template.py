@@ -5,24 +5,24 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, did_you_mean
 
 IMAGE = "<image>"
-"""What stands for an image in a template and in a dataset's questions, whatever the model's own token is."""
+"""Marks an image in a template and in a data set's questions, whatever the model's own token is."""
 
 
 def template_fields(template: str) -> tuple[str, ...]:
     """Return the columns that a template names, in order of appearance.
 
     Raises:
-        SnrfError: a brace is not closed, or a field is anything but the plain name of a column: attributes, indices,
-            conversions and format specifications are refused, so that a template runs no code.
+        SnrfError: a brace is not closed, or a field is not the plain name of a column: attributes, indices,
+            conversions and format specifications are not allowed, so a template cannot run code.
     """
     return tuple(dict.fromkeys(name for _, name in _parse(template) if name is not None))
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """Replace every ``{column}`` by the row's text; ``{{`` and ``}}`` stand for braces.
+    """Replace every ``{column}`` by the row's text; ``{{`` and ``}}`` are braces.
 
     Raises:
         SnrfError: as ``template_fields``, or a column is not in ``fields``.
@@ -32,7 +32,7 @@ def fill_template(template: str, fields: Mapping[str, str]) -> str:
         parts.append(literal)
         if name is not None:
             if name not in fields:
-                raise SnrfError(f"template {template!r} names {name!r}, which is none of {', '.join(fields)}")
+                raise SnrfError(None, f"there is no column {name!r}", did_you_mean(name, fields), field="template")
             parts.append(fields[name])
     return "".join(parts)
 
@@ -42,15 +42,17 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
         raise SnrfError(
-            f"template {template!r} is not a format string ({error}); write a column as {{question}} and a brace as "
-            f"{{{{ or }}}}"
+            None,
+            f"template {template!r} is not a format string ({error})",
+            "write a column as {question} and a brace as {{ or }}",
         ) from None
     for _, name, specification, conversion in parsed:
         if name is None:
             continue
         if specification or conversion or not name.strip() or any(sign in name for sign in ".[]{}"):
             raise SnrfError(
-                f"template {template!r}: {{{name}}} must be the plain name of a column, without attribute, index, "
-                f"conversion or format specification"
+                None,
+                f"{{{name}}} in template {template!r} is not the plain name of a column",
+                "remove attributes, indices, conversions and format specifications",
             )
     return [(literal, name) for literal, name, _, _ in parsed]

@@ -1,0 +1,263 @@
+"""One side of a profiling run: its probes, prepared before any model is loaded, and the profile of its model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from mergekit_snrf.errors import SnrfError, first_line, naming
+from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
+from mergekit_snrf.neurons.maskfile import ModelProvenance
+from mergekit_snrf.profiling import memory
+from mergekit_snrf.profiling.distributed import Ranks
+from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
+from mergekit_snrf.profiling.measure.meter import Meter
+from mergekit_snrf.profiling.probes.batches import Probes, prepare, probe_batches
+from mergekit_snrf.profiling.probes.rows import Rows, load_rows
+from mergekit_snrf.profiling.request import (
+    ModelInfo,
+    changes,
+    fingerprint,
+    model_path,
+    probes_provenance,
+    profile_path,
+    request_of,
+    stem_of,
+    versions,
+)
+from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, write_profile
+from mergekit_snrf.profiling.result.statistics import Statistics
+from mergekit_snrf.profiling.settings import ProfileConfig, SideName, model_keys, probe_keys
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; nothing here but ``memory_budget`` changes a result.
+
+    Attributes:
+        mask: the mask file to write; the files of the sides are beside it.
+        folder: that of profile.yml, against which its relative paths are read.
+        resume: continue from the journals of an unfinished run.
+        memory_budget: bytes that sets the size of the blocks; None: the default of the device.
+        journal_seconds: how often the journal is written.
+        progress: show progress bars on stderr.
+        ranks: the processes that share the run.
+    """
+
+    mask: Path
+    folder: Path | None
+    resume: bool
+    memory_budget: int | None
+    journal_seconds: float
+    progress: bool
+    ranks: Ranks
+
+
+def side_rows(config: ProfileConfig, name: SideName, folder: Path | None) -> Rows:
+    """Return the rows of one side; errors name the keys of profile.yml."""
+    with naming(probe_keys(name)):
+        return load_rows(config.probes_of(name), answers=config.answer.by == "column", folder=folder)
+
+
+def side_probes(config: ProfileConfig, name: SideName, rows: Rows) -> Probes:
+    """Return the rendered rows of one side, without loading weights; errors name the keys of profile.yml."""
+    ref = config.model_of(name)
+    with naming(model_keys(name)):
+        model_config = load_config(ref)
+        processor = load_processor(ref, images=rows.source.images is not None)
+    with naming(probe_keys(name)):
+        return prepare(
+            rows,
+            processor,
+            rule=config.answer,
+            batch_size=config.batch_size,
+            token_limit=config.token_limit,
+            config=model_config,
+            model=ref.model,
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side, ready to be measured.
+
+    Attributes:
+        probes: None if an earlier run has finished the side.
+        finished: the profile of that run, on rank 0.
+    """
+
+    name: SideName
+    config: ProfileConfig
+    options: RunOptions
+    info: ModelInfo
+    request: Mapping[str, Any]
+    journals: Journals
+    block: int
+    probes: Probes | None
+    finished: Profile | None
+
+    def profile(self) -> Profile | None:
+        """Measure the side and write its profile; return it on rank 0, and None on other ranks.
+
+        Raises:
+            SnrfError: the model cannot be loaded or measured, or the memory is too small.
+        """
+        ranks = self.options.ranks
+        if self.probes is None:
+            if ranks.first:
+                self.journals.delete()
+                logger.info("%s: finished by an earlier run", self.name)
+            return self.finished
+        with naming(model_keys(self.name)):
+            model, _ = load_model(self.config.model_of(self.name), images=self.probes.rows.source.images is not None)
+        with self._memory_explained(), naming(probe_keys(self.name)):
+            done = self._measure(self.probes, model)
+        if not ranks.first:
+            return None
+        profile = done.statistics.profile(self._provenance(self.probes, model, done.tally))
+        write_profile(profile_path(self.options.mask, self.name), profile)
+        self.journals.delete()
+        return profile
+
+    def _measure(self, probes: Probes, model: PreTrainedModel) -> Progress:
+        """Measure the groups that no journal has; return on rank 0 what all ranks have measured."""
+        options, ranks = self.options, self.options.ranks
+        meter = Meter(
+            model,
+            self.config.measure,
+            shape=self.info.shape,
+            name=self.config.side(self.name).model,
+            block_bytes=self.block,
+            backend=self.config.backend,
+        )
+        before = self._recover(meter)
+        done = ranks.from_first(before.done)
+        todo = ranks.share([group for group in range(len(probes.groups)) if group not in done])
+        mine = before if ranks.first else Progress(Statistics(meter.neurons))
+        journal = JournalWriter(self.journals, ranks.rank, options.journal_seconds)
+        with tqdm(
+            total=sum(len(probes.groups[group]) for group in [*todo, *mine.done]),
+            initial=mine.statistics.probes,
+            desc=self.name if ranks.world == 1 else f"{self.name} (rank 0 of {ranks.world})",
+            unit="probe",
+            disable=not (options.progress and ranks.first),
+        ) as bar:
+            for group in todo:
+                for batch in probe_batches(
+                    probes,
+                    model,
+                    probes.renderer.processor,
+                    rule=self.config.answer,
+                    device=model.device,
+                    groups={group},
+                ):
+                    mine.statistics.update(meter.impacts(batch))
+                    mine.tally.add(batch, batch.ended)
+                    bar.update(len(batch.numbers))
+                mine.done.add(group)
+                journal.write(mine)
+        if ranks.world > 1:
+            # A rank that is killed while it waits for the others must not have to measure again.
+            journal.write(mine, now=True)
+        mine.statistics.reduce(ranks.reduce)
+        whole = Tally()
+        for tally in ranks.all(mine.tally):
+            whole.merge(tally)
+        logger.info("%s: peak memory of the process %s", self.name, memory.peak(model.device))
+        return Progress(mine.statistics, whole, set(range(len(probes.groups))))
+
+    def _recover(self, meter: Meter) -> Progress:
+        """Return on rank 0 what an unfinished run has measured, moved to the journal of rank 0."""
+        before = Progress(Statistics(meter.neurons))
+        if self.options.ranks.first and self.options.resume:
+            before = self.journals.read(Statistics(meter.neurons))
+            if before.done:
+                self.journals.write(0, before)
+                self.journals.delete(keep=0)
+                logger.info("resumed with %d probes", before.statistics.probes)
+        return before
+
+    def _provenance(self, probes: Probes, model: PreTrainedModel, tally: Tally) -> ProfileProvenance:
+        if tally.cut:
+            logger.warning(
+                "%s: %d of %d answers reached max_new_tokens = %d before they ended; raise it to measure whole answers",
+                self.name, tally.cut, len(probes), self.config.answer.max_new_tokens,
+            )  # fmt: skip
+        config, folder = self.config, self.options.folder
+        return ProfileProvenance(
+            side=self.name,
+            model=ModelProvenance(
+                path=model_path(config, self.name, folder),
+                revision=config.side(self.name).revision or getattr(model.config, "_commit_hash", None),
+                model_type=self.info.model_type,
+                config_sha256=self.info.config_sha256,
+                probes=probes_provenance(config, self.name, folder, probes, tally),
+            ),
+            measure=dict(config.measure.provenance()),
+            seed=config.seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            versions=versions(),
+            fingerprint=fingerprint(self.request),
+        )
+
+    @contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        """Turn running out of memory into an ``SnrfError``."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            out = isinstance(error, MemoryError | torch.OutOfMemoryError)
+            if not out and "can't allocate memory" not in str(error):
+                raise
+            raise SnrfError(
+                self.name,
+                f"out of memory ({first_line(error)})",
+                f"lower batch_size (now {self.config.batch_size}), answer.max_new_tokens or token_limit, use a smaller "
+                f"dtype, or device_map: auto",
+            ) from None
+
+
+def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options: RunOptions) -> Side:
+    """Return one side with its rows, images and prompts checked; no weights are loaded.
+
+    Raises:
+        SnrfError: the rows cannot be read or rendered, or an earlier run has finished with other settings.
+    """
+    rows = side_rows(config, name, options.folder)
+    kind = find_device(config.device)
+    block = memory.block_bytes(kind, options.memory_budget)
+    request = request_of(config, name, info, rows, options.folder, device=kind.type, block=block)
+    finished = _finished(options, name, request) if options.ranks.first else None
+    probes = None if options.ranks.from_first(finished is not None) else side_probes(config, name, rows)
+    journals = Journals(stem_of(options.mask, name), request)
+    return Side(name, config, options, info, request, journals, block, probes, finished)
+
+
+def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -> Profile | None:
+    path = profile_path(options.mask, name)
+    if not options.resume or not path.is_file():
+        return None
+    profile = read_profile(path)
+    if profile.provenance.fingerprint != fingerprint(request):
+        different = ", ".join(changes(profile.provenance, request)) or (
+            "another batch_size, token_limit, backend, device or memory budget, or the data or model have changed"
+        )
+        raise SnrfError(
+            path,
+            f"this finished profile was made with other settings: {different}",
+            "use the same settings, or replace it by a run without resume",
+            field="resume",
+        )
+    return profile
