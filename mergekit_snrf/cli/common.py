@@ -6,7 +6,11 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -40,7 +44,8 @@ def command_options(function: _F) -> _F:
         level = logging.DEBUG if verbosity > 1 else logging.INFO if verbosity else logging.WARNING
         logging.basicConfig(level=logging.ERROR if quiet else level)
         try:
-            return function(*args, **kwargs)
+            with _clean_up_when_terminated():
+                return function(*args, **kwargs)
         except SnrfError as error:
             if verbosity > 1:
                 raise
@@ -51,6 +56,20 @@ def command_options(function: _F) -> _F:
         click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings."),
     )
     return _with(options, wrapper)  # type: ignore[return-value]
+
+
+@contextmanager
+def _clean_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, after its cleaning up."""
+    of_python = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not of_python or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def model_options(function: _F) -> _F:

@@ -58,7 +58,4 @@ def patch(
         workers=workers,
         overwrite=overwrite,
     )
-    click.echo(
-        f"{out_path}: {size(done.bytes_written)} rewritten; shards: {done.reflinked} reflinked, {done.copied} copied, "
-        f"{done.linked} linked"
-    )
+    click.echo(f"{out_path}: {size(done.bytes_written)} rewritten; shards: {done.copied} copied, {done.linked} linked")

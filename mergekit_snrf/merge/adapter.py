@@ -30,6 +30,7 @@ from transformers import PretrainedConfig
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.checks import temporary_shards
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
 from mergekit_snrf.merge.method import as_click_error, remember_command, start_tally
 from mergekit_snrf.merge.plan import MergePlan, absolute, plan_merge
 from mergekit_snrf.merge.recipe import stray_keys
@@ -37,17 +38,6 @@ from mergekit_snrf.merge.tensors import download, wider_dtype
 from mergekit_snrf.models.checkpoint import Checkpoint
 
 LOG = logging.getLogger(__name__)
-
-# What mergekit writes itself when the recipe sets a chat template.
-_CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}
-TOKENIZER_FILES = _CHAT_TEMPLATE_FILES | {
-    "tokenizer.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-}
 
 
 class LiteralModule(ModuleArchitecture):
@@ -257,7 +247,7 @@ def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions)
 def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: MergeOptions) -> list[str]:
     left_out: set[str] = set()
     if config.chat_template:
-        left_out |= _CHAT_TEMPLATE_FILES
+        left_out |= CHAT_TEMPLATE_FILES
     if not options.copy_tokenizer:
         left_out |= TOKENIZER_FILES
     if config.dtype or config.out_dtype:

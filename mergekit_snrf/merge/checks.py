@@ -14,6 +14,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.merge.cards import pipeline_tag
+from mergekit_snrf.merge.folders import path_problem
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
 from mergekit_snrf.models.decoder import Decoder
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
@@ -32,7 +33,7 @@ def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpti
         return
     problem = path_problem(out_path)
     if problem is not None:
-        plan.problems.append(problem)
+        plan.problems.append(str(problem))
     if problem is not None or not os.path.exists(out_path):
         return
     for checkpoint in plan.checkpoints:
@@ -55,20 +56,6 @@ def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOpti
             f"{'file' if len(others) == 1 else 'files'}), which would be mixed up with the new shards; remove them or "
             f"choose another folder"
         )
-
-
-def path_problem(out_path: str) -> str | None:
-    """Return why a path can be no output folder, whatever it holds, or None."""
-    if not out_path:
-        return "the output path is empty; give a folder"
-    if os.path.isdir(out_path):
-        return None
-    if os.path.exists(out_path):
-        return f"{out_path}: the output path is a file; give a folder"
-    above = next(folder for folder in Path(os.path.realpath(out_path)).parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        return f"{out_path}: cannot be made, {above} is not a writable folder; choose another folder"
-    return None
 
 
 def output_bytes(target: Checkpoint, config: MergeConfiguration) -> int:

@@ -1,71 +1,117 @@
-"""Output folders that appear as a whole or not at all, and what an earlier run may leave in one."""
+"""Output folders: what may lie in one, and building a new one aside so that it appears whole or not at all.
+
+Beside ``out`` lies, while a run is at work, the folder ``.out.partial``: ``new`` is what it builds, ``old`` the earlier
+output for the moment between two renames, and a marker, which is removed last, says that the folder is ours to remove.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.merge.adapter import TOKENIZER_FILES
-from mergekit_snrf.merge.checks import path_problem
-from mergekit_snrf.merge.plan import MergePlan, located
+from mergekit_snrf.errors import SnrfError, os_reason
+
+if TYPE_CHECKING:
+    from mergekit_snrf.merge.plan import MergePlan
+
+try:
+    import fcntl
+except ImportError:  # On Windows nothing keeps two runs into one folder apart.
+    fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
-PARTIAL = ".partial"
+Kind = Literal["merge", "adapter"]
+PARTIAL, MARKER = ".partial", ".snrf-unfinished"
+LAST = {"merge": "config.json", "adapter": "adapter_config.json"}
+"""The file that is written last: without it, nothing loads the folder."""
+
+# What mergekit writes itself when the recipe sets a chat template.
+CHAT_TEMPLATE_FILES = {"chat_template.jinja", "chat_template.json", "tokenizer_config.json"}
+TOKENIZER_FILES = CHAT_TEMPLATE_FILES | {
+    "tokenizer.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+}
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 _MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
 _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-# renameat2 of the Linux kernel, which Python does not offer: two folders change places in one step.
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
-def folder_problem(
-    plan: MergePlan, out_path: str, recipe_folder: str | None, replaceable: Literal["merge", "adapter"] | None
-) -> str | None:
-    """Return why nothing can be written to ``out_path``, or None.
+def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
+    """Return why nothing can be written to a path, whatever it holds, or None.
 
     Args:
-        replaceable: what the folder may hold; None: nothing.
+        aside: the folder is built beside the path, in its parent.
     """
-    problem = path_problem(out_path)
-    # What is not there yet may lead to a folder that is: ``new/..``.
+    if not out_path:
+        return SnrfError(None, "the output path is empty", "give a folder")
+    # What does not exist yet may lead to a folder that does: ``new/..``.
     out = os.path.realpath(out_path)
-    if problem is not None or not os.path.exists(out):
-        return problem
-    if os.listdir(out):
-        if replaceable is None:
-            return f"{out_path}: the output folder is not empty; choose a new folder, or --overwrite an earlier output"
-        needed = next((path for path in _inputs(plan, recipe_folder) if _holds(out, path)), None)
-        if needed is not None:
-            return f"{out_path}: the output folder holds {needed}, which the recipe reads; choose another folder"
-        other = _not_of_a_merge(plan, out) if replaceable == "merge" else _not_of_an_adapter(out)
-        if other is not None:
-            return f"{out_path}: {other}, so it is not replaced; choose another folder"
-    if os.path.ismount(out) or os.path.samefile(out, os.curdir):
-        return (
-            f"{out_path}: the output is moved into place as a whole, which a mount point or the working folder does "
-            f"not allow; choose a new folder below it"
-        )
+    try:
+        mode = os.stat(out).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = None
+    except (OSError, ValueError) as error:
+        return SnrfError(out_path, f"cannot be an output folder ({os_reason(error)})", "choose another folder")
+    if mode is not None and not stat.S_ISDIR(mode):
+        return SnrfError(out_path, "the output path is a file", "give a folder")
+    above = next(str(folder) for folder in Path(out).parents if os.path.lexists(folder))
+    needed = ([] if mode is None else [out]) + ([above] if aside or mode is None else [])
+    for folder in needed:
+        if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
+            return SnrfError(out_path, f"cannot be written, {folder} is not a writable folder", "choose another folder")
     return None
 
 
-def _inputs(plan: MergePlan, recipe_folder: str | None) -> list[str]:
-    paths = [str(checkpoint.folder) for checkpoint in plan.checkpoints if checkpoint.folder]
-    if plan.recipe is not None:
-        models = [plan.recipe.source, plan.recipe.source_base]
-        adapters = [located(type(m)(model=m.lora), recipe_folder) for m in models if m is not None and m.lora]
-        paths += [path for path in adapters if os.path.isdir(path)]
-    return [*paths, *([str(plan.mask_path)] if plan.mask_path else [])]
+def output_problem(plan: MergePlan, out_path: str, kind: Kind, *, overwrite: bool) -> SnrfError | None:
+    """Return why ``built_aside`` cannot put a folder at ``out_path``, or None.
+
+    Args:
+        kind: of what is written.
+        overwrite: the folder may hold an earlier output of this kind.
+    """
+    problem = path_problem(out_path, aside=True)
+    if problem is not None:
+        return problem
+    out = os.path.realpath(out_path)
+    _clear_if_dead(_work_folder(Path(out)))
+    if not os.path.exists(out):
+        return None
+    if os.listdir(out):
+        if not overwrite:
+            remedy = "choose a new folder, or --overwrite an earlier output"
+            return SnrfError(out_path, "the output folder is not empty", remedy)
+        needed = next((path for path in inputs(plan) if _holds(out, path)), None)
+        if needed is not None:
+            what = f"the output folder holds {needed}, which the recipe reads"
+            return SnrfError(out_path, what, "choose another folder")
+        other = _not_of_a_merge(plan, out) if kind == "merge" else _not_of_an_adapter(out)
+        if other is not None:
+            return SnrfError(out_path, f"{other}, so it is not replaced", "choose another folder")
+    if os.path.ismount(out) or os.path.samefile(out, os.curdir):
+        what = "a mount point or the working folder cannot be replaced, and the output is moved into place as a whole"
+        return SnrfError(out_path, what, "choose a new folder below it")
+    return None
+
+
+def inputs(plan: MergePlan) -> list[str]:
+    """Return the local folders and files that a merge reads."""
+    parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
+    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints if checkpoint.folder]
+    masks = [str(plan.mask_path)] if plan.mask_path else []
+    return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *masks]
 
 
 def _holds(folder: str, path: str) -> bool:
@@ -74,7 +120,7 @@ def _holds(folder: str, path: str) -> bool:
 
 
 def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
-    """Return what tells a folder from the output of an earlier merge, or None."""
+    """Return how a folder differs from the output of an earlier merge, or None."""
     try:
         recipe = yaml.safe_load(Path(folder, "mergekit_config.yml").read_bytes())
     except (OSError, ValueError, yaml.YAMLError):
@@ -87,7 +133,7 @@ def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
 
 
 def _not_of_an_adapter(folder: str) -> str | None:
-    """Return what tells a folder from the output of an earlier ``snrf lora``, or None."""
+    """Return how a folder differs from the output of an earlier ``snrf lora``, or None."""
     try:
         card = Path(folder, "README.md").read_text(encoding="utf-8")
         front = next(iter(yaml.safe_load_all(card.split("\n---\n")[0])))
@@ -100,91 +146,122 @@ def _not_of_an_adapter(folder: str) -> str | None:
 
 
 def _foreign(folder: str, known: set[str]) -> str | None:
-    others = sorted(n for n in os.listdir(folder) if n not in known or not os.path.isfile(os.path.join(folder, n)))
-    return f"holds {others[0]}, which is not of an earlier run" if others else None
+    parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
+    for entry in sorted(Path(folder).rglob("*")):
+        name, is_folder = entry.relative_to(folder).as_posix(), entry.is_dir() and not entry.is_symlink()
+        if name not in (parents if is_folder else known) or not (is_folder or entry.is_file()):
+            return f"holds {name}, which does not belong to an earlier run"
+    return None
+
+
+def copy_files(names: Iterable[str], folder: Path, into: Path) -> None:
+    """Copy small files of a checkpoint, those in sub-folders too."""
+    for name in names:
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / name, into / name)
 
 
 @contextmanager
-def built_aside(out_path: str, what: str, *, replace: bool) -> Iterator[Path]:
-    """Give an empty folder beside ``out_path`` that takes its place, at once, when the block is done.
+def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
+    """Give an empty folder that takes the place of ``out_path`` when the block is done.
 
-    The folder has a temporary name; if the block fails it is removed, and ``out_path`` is as it was.
+    If the block fails, the new folder is removed and ``out_path`` stays as it was. What killed runs left beside
+    ``out_path`` is removed.
 
     Args:
-        what: is written, for messages.
-        replace: what ``out_path`` holds is replaced; without it, it must be empty to the end.
+        kind: of what is written, for messages.
+        overwrite: what ``out_path`` holds is replaced; without it, it must stay empty.
 
     Raises:
-        SnrfError: a file cannot be written, ``out_path`` is not empty, or another run is at work in the temporary
-            folder.
+        SnrfError: a file cannot be written, files came into ``out_path``, or another run builds the same folder.
     """
     # A link to a folder stays a link.
     out = Path(os.path.realpath(out_path))
-    building = out.with_name(f".{out.name}{PARTIAL}")
-    missing = [folder for folder in building.parents if not folder.exists()]
+    work = _work_folder(out)
+    missing = [folder for folder in work.parents if not folder.exists()]
     try:
         try:
-            building.mkdir(parents=True, exist_ok=True)
-            with _locked(building):
+            if work.is_symlink():
+                work.unlink()
+            work.mkdir(parents=True, exist_ok=True)
+            with _lock(work) as held:
+                if held is False:
+                    raise SnrfError(work, "another run writes there", "wait for it, or choose another folder")
                 try:
-                    for entry in building.iterdir():
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-                    yield building
-                    _put_into_place(building, out, replace)
-                except BaseException:
-                    shutil.rmtree(building, ignore_errors=True)
-                    raise
+                    _clear(work)
+                    (work / MARKER).touch()
+                    for left in work.parent.glob(f".*{PARTIAL}"):
+                        _clear_if_dead(left)
+                    new = work / "new"
+                    new.mkdir()
+                    yield new
+                    _put_into_place(new, out, work / "old", overwrite)
+                finally:
+                    # What cannot be removed now is removed by the next run.
+                    with suppress(OSError):
+                        _clear(work)
+                        work.rmdir()
         except BaseException:
             for folder in missing:
                 with suppress(OSError):
                     folder.rmdir()
             raise
     except OSError as error:
-        reason = f"{error.strerror or error}" + (f", {error.filename}" if error.filename else "")
-        raise SnrfError(
-            f"{out_path}: the {what} could not be written ({reason}); make room, or choose another folder"
-        ) from None
+        file = error.filename2 or error.filename
+        what = f"the {kind} could not be written ({os_reason(error)}{f', {file}' if file else ''})"
+        raise SnrfError(out_path, what, "make room, or choose another folder") from None
+
+
+def _work_folder(out: Path) -> Path:
+    return out.with_name(f".{out.name}{PARTIAL}")
+
+
+def _put_into_place(new: Path, out: Path, old: Path, overwrite: bool) -> None:
+    if out.is_dir() and not os.listdir(out):
+        out.rmdir()
+    elif overwrite and out.is_dir():
+        out.rename(old)
+    elif out.exists():
+        raise SnrfError(out, "files came into the output folder meanwhile", "move them away and start again")
+    new.rename(out)
+
+
+def _clear(work: Path) -> None:
+    """Empty the folder of a run, the marker last; an earlier output between two renames goes back first."""
+    out, old = work.with_name(work.name[1 : -len(PARTIAL)]), work / "old"
+    if old.is_dir() and not os.path.lexists(out):
+        old.rename(out)
+    for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MARKER):
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _clear_if_dead(work: Path) -> None:
+    """Remove what a killed run left, unless it cannot be known that it was killed."""
+    if work.is_symlink() or not (work / MARKER).is_file():
+        return
+    with suppress(OSError), _lock(work) as held:
+        if held:
+            LOG.info("%s: removed, a run that was killed left it", work)
+            _clear(work)
+            work.rmdir()
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder; yield False if another run has locked it, None where folders cannot be locked."""
+    if fcntl is None:
+        yield None
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
+        held: bool | None = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SnrfError(f"{folder}: another run writes there; wait for it, or choose another folder") from None
+            held = False
         except OSError as error:
             LOG.debug("%s: cannot be locked (%s)", folder, error)
-        yield
+            held = None
+        yield held
     finally:
         os.close(descriptor)
-
-
-def _put_into_place(building: Path, out: Path, replace: bool) -> None:
-    if not (out.is_dir() and os.listdir(out)):
-        building.rename(out)
-    elif replace:
-        _exchange(building, out)
-        shutil.rmtree(building, ignore_errors=True)
-    else:
-        raise SnrfError(f"{out}: files came into the output folder meanwhile; move them away, and begin again")
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Let two folders change places; in one step where the file system can."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2"):
-        names = (os.fsencode(one), os.fsencode(other))
-        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
-            return
-        LOG.debug("%s: cannot be exchanged in one step (%s)", other, os.strerror(ctypes.get_errno()))
-    aside = one.with_name(f"{one.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    other.rename(aside)
-    try:
-        one.rename(other)
-    except BaseException:
-        aside.rename(other)
-        raise
-    aside.rename(one)

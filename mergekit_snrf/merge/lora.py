@@ -25,7 +25,7 @@ from mergekit_snrf.fusion.fuse import masked_update
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
-from mergekit_snrf.merge.folders import built_aside, folder_problem
+from mergekit_snrf.merge.folders import built_aside, output_problem
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tensors import Tensors, threads
 from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
@@ -130,9 +130,9 @@ def export_adapter(
         SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
     """
     plan.raise_problems()
-    problem = folder_problem(plan, out_path, recipe_folder, "adapter" if overwrite else None)
+    problem = output_problem(plan, out_path, "adapter", overwrite=overwrite)
     if problem is not None:
-        raise SnrfError(problem)
+        raise problem
     if any(edit.is_bias for edit in plan.edits):
         raise SnrfError(
             "parameter 'biases' is true, but a LoRA adapter is a product of two matrices added to a weight and cannot "
@@ -156,7 +156,7 @@ def export_adapter(
         return a.to(dtype).contiguous(), b.to(dtype).contiguous()
 
     # The folder first: one that cannot be made is better known before the work than after it.
-    with built_aside(out_path, "adapter", replace=overwrite) as building:
+    with built_aside(out_path, "adapter", overwrite=overwrite) as building:
         progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=quiet)
         with one_thread(), progress, threads(workers) as pool:
             for edit, (a, b) in zip(plan.edits, pool.map(matrices, plan.edits), strict=True):
@@ -165,12 +165,12 @@ def export_adapter(
                 tensors[f"base_model.model.{module}.lora_A.weight"] = a
                 tensors[f"base_model.model.{module}.lora_B.weight"] = b
                 progress.update()
-        _config(plan, ranks).save_pretrained(building)
         # safetensors' save_file would make the file readable for its owner alone.
         (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
         card = adapter_card(plan, Path(out_path).absolute().name, recipe, ranks)
         (building / "README.md").write_text(card, encoding="utf-8")
         size = (building / "adapter_model.safetensors").stat().st_size
+        _config(plan, ranks).save_pretrained(building)
     return Adapter(ranks, size)
 
 

@@ -1,51 +1,50 @@
 """Patch mode: copy the target's shards and rewrite only the bytes of the masked neurons.
 
 The result holds the same tensors and side files as ``mergekit-yaml`` without ``dtype``, bit for bit, in the
-target's own shards (with ``--cuda``, mergekit's last digits can round otherwise). The folder is built beside the output
-under a temporary name, with temporary shard names, and moved into place as a whole: a killed run leaves no output, and
-nothing that loads before it is complete.
+target's own shards (with ``--cuda``, mergekit's last digits can round otherwise).
 """
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import math
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition, Event
-from typing import BinaryIO
+from threading import Event
 
+import torch
 import tqdm
+from jaxtyping import Bool
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.folders import PARTIAL, built_aside, folder_problem
+from mergekit_snrf.merge.folders import LAST, built_aside, copy_files, output_problem
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit, plan_merge
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, fuse_tensor, threads
-from mergekit_snrf.models.shards import overwrite_neurons
+from mergekit_snrf.models.checkpoint import ITEM_BYTES
+from mergekit_snrf.models.shards import ByteRange, overwrite_neurons, read_tensor
 
 LOG = logging.getLogger(__name__)
-_FICLONE = 0x40049409
-# Measured: file systems with large folios take four times as long for blocks of 128 kB to 1 MB.
-_BLOCK = 2**16
+# Between two steps a copy can be cancelled.
+_STEP = 2**26
+_MAX_WAITING = 2**29
 
 
 @dataclass(frozen=True)
 class Patched:
-    """What a patch run did: bytes rewritten, and shards by how they were taken over."""
+    """What a patch run did: bytes rewritten, shards copied, shards linked."""
 
     bytes_written: int
-    reflinked: int
     copied: int
     linked: int
 
@@ -74,183 +73,160 @@ def patch_merge(
         SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
     """
     plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    _check_patchable(plan, config)
-    problem = folder_problem(plan, out_path, recipe_folder, "merge" if overwrite else None)
-    plan.problems += [problem] if problem else []
+    problem = output_problem(plan, out_path, "merge", overwrite=overwrite)
+    problems = [*_unpatchable(plan, config), *([problem] if problem else [])]
+    plan.problems += [str(one) for one in problems]
     plan.raise_problems()
     assert plan.target is not None
     for warning in plan.warnings:
         LOG.warning(warning)
     tensors = Tensors(plan, options)
-    target_folder = tensors.target_folder
+    folder, side_files = tensors.target_folder, plan.target.side_files()
     tally = Tally(len(plan.edits))
-    with built_aside(out_path, "merge", replace=overwrite) as building:
+    with built_aside(out_path, "merge", overwrite=overwrite) as building:
         patched = _write_shards(plan, tensors, building, hard_links, workers, options.quiet, tally)
-        for name in plan.target.side_files():
-            shutil.copy(target_folder / name, building / name)
         if options.write_model_card:
             card = merge_card(plan, Path(out_path).absolute().name, config_source, changed=tally.changed)
             (building / "README.md").write_text(card, encoding="utf-8")
             (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
-        for shard in building.glob(f"*{PARTIAL}"):
-            shard.rename(shard.with_suffix(""))
-        index = target_folder / "model.safetensors.index.json"
-        if index.is_file():
-            shutil.copy(index, building / index.name)
+        index = "model.safetensors.index.json"
+        names = [*side_files, *([index] if (folder / index).is_file() else [])]
+        copy_files(sorted(names, key=lambda name: name == LAST["merge"]), folder, building)
     return patched
 
 
-def _check_patchable(plan: MergePlan, config: MergeConfiguration) -> None:
+def _unpatchable(plan: MergePlan, config: MergeConfiguration) -> Iterator[SnrfError]:
     for key in ("dtype", "out_dtype"):
         if getattr(config, key) is not None:
-            plan.problems.append(
-                f"{key} is set, but a patch keeps every dtype; remove it from the recipe or merge with mergekit-yaml"
-            )
+            yield SnrfError(None, "a patch keeps every dtype", "remove it, or merge with mergekit-yaml", field=key)
     if config.chat_template:
-        plan.problems.append("chat_template is set, but a patch copies the tokenizer; merge with mergekit-yaml")
+        yield SnrfError(None, "a patch copies the tokenizer", "merge with mergekit-yaml", field="chat_template")
     for checkpoint in plan.checkpoints:
-        if any(t.file.endswith(".bin") for t in checkpoint.tensors.values()):
-            plan.problems.append(
-                f"{checkpoint.name}: is stored as .bin; a patch reads byte ranges of safetensors, "
-                f"convert it or merge with mergekit-yaml"
+        if any(tensor.file.endswith(".bin") for tensor in checkpoint.tensors.values()):
+            yield SnrfError(
+                checkpoint.name,
+                "is stored as .bin, and a patch reads byte ranges of safetensors",
+                "convert it, or merge with mergekit-yaml",
             )
 
 
 def _write_shards(
     plan: MergePlan, tensors: Tensors, building: Path, hard_links: bool, workers: int, quiet: bool, tally: Tally
 ) -> Patched:
+    """Copy the shards one by one and write the edits of each when its copy is complete; return what was done."""
     assert plan.target is not None
-    file_of = {edit: plan.target.tensors[edit.target_name].file for edit in plan.edits}
+    files = {edit: plan.target.tensors[edit.target_name].file for edit in plan.edits}
     shards = sorted({tensor.file for tensor in plan.target.tensors.values()})
-    copies = {shard: _Copy(tensors.target_folder / shard, building / f"{shard}{PARTIAL}") for shard in shards}
-    linked = set(shards) - set(file_of.values()) if hard_links else set()
-    edits = sorted(plan.edits, key=lambda edit: (file_of[edit], tensors.place(edit).offset))
-    written = 0
-    progress = tqdm.tqdm(total=len(plan.edits), desc="Patching", unit="tensor", disable=quiet)
+    linked = set(shards) - set(files.values()) if hard_links else set()
+    edits = sorted(plan.edits, key=lambda edit: (files[edit], tensors.place(edit).offset))
+    stop, written = Event(), 0
 
-    def copy_all() -> Counter[str]:
-        try:
-            return Counter(copy.run(stop, link=shard in linked) for shard, copy in copies.items())
-        finally:
-            for copy in copies.values():
-                copy.close()
+    def take_over(shard: str) -> None:
+        original, copy = tensors.target_folder / shard, building / shard
+        if shard in linked:
+            _link(original, copy)
+        else:
+            _copy(original, copy, stop)
 
-    def apply(edit: PlannedEdit) -> int:
-        return _apply(plan, edit, tensors, copies[file_of[edit]], tally)
+    def fuse(edit: PlannedEdit) -> Tensor:
+        member = _member(plan, edit)
+        fused, certificate, rounding = fuse_tensor(
+            *tensors.read(edit), member, edit.site, edit.fusion, edit.target_name
+        )
+        tally.add(edit.target_name, certificate, rounding)
+        return fused[:, member] if edit.site.axis else fused[member]
 
-    # Copying and computing go on at once and in the same order.
-    stop = Event()
+    progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
     with one_thread(), progress, threads(1, stop) as copier, threads(workers, stop) as pool:
-        copied = copier.submit(copy_all)
-        try:
-            for count in pool.map(apply, edits):
-                if copied.done():
-                    # A copy that has failed need not wait for tensors of other shards.
-                    copied.result()
-                written += count
-                progress.update()
-        except CancelledError:
-            # The copy has ended, and knows why.
-            copied.result()
-            raise
-        ways = copied.result()
-    return Patched(written, *(ways[way] for way in ("reflinked", "copied", "linked")))
+        copies = {shard: copier.submit(take_over, shard) for shard in shards}
+        for edit, changed in _computed_ahead(pool, fuse, edits):
+            for copy in copies.values():
+                # A copy that has failed need not wait for tensors of other shards.
+                if copy.done():
+                    copy.result()
+            copies[files[edit]].result()
+            written += _write(changed, tensors.place(edit), building / files[edit], _member(plan, edit), edit.site.axis)
+            progress.update()
+        for copy in copies.values():
+            copy.result()
+    return Patched(written, len(shards) - len(linked), len(linked))
 
 
-def _apply(plan: MergePlan, edit: PlannedEdit, tensors: Tensors, copy: _Copy, tally: Tally) -> int:
+def _member(plan: MergePlan, edit: PlannedEdit) -> Bool[Tensor, " neurons"]:
     assert plan.mask is not None
-    member, place = plan.mask.neurons[edit.site], tensors.place(edit)
-    fused, certificate, rounding = fuse_tensor(*tensors.read(edit), member, edit.site, edit.fusion, edit.target_name)
-    tally.add(edit.target_name, certificate, rounding)
-    copy.wait_for(place.offset + place.bytes)
-    return overwrite_neurons(place, copy.path, fused, member, edit.site.axis)
+    return plan.mask.neurons[edit.site]
 
 
-class _Copy:
-    """A shard that is being copied; who rewrites a part of it waits for that part only."""
+def _computed_ahead(
+    pool: ThreadPoolExecutor, fuse: Callable[[PlannedEdit], Tensor], edits: Iterable[PlannedEdit]
+) -> Iterator[tuple[PlannedEdit, Tensor]]:
+    """Yield each edit with its changed neurons, in order; the pool computes the next ones in a bounded memory."""
+    waiting: deque[tuple[PlannedEdit, Future[Tensor]]] = deque()
+    held = 0
+    for edit in edits:
+        while waiting and held + _bytes(edit) > _MAX_WAITING:
+            held -= _bytes(waiting[0][0])
+            first, future = waiting.popleft()
+            yield first, future.result()
+        held += _bytes(edit)
+        waiting.append((edit, pool.submit(fuse, edit)))
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
 
-    def __init__(self, original: Path, path: Path) -> None:
-        self.path = path
-        self._original = original
-        self._advanced = Condition()
-        self._copied = 0.0
-        self._closed = False
 
-    def run(self, stop: Event, *, link: bool) -> str:
-        """Link, reflink or copy the shard; return which.
+def _bytes(edit: PlannedEdit) -> int:
+    return edit.parameters * ITEM_BYTES[edit.dtype]
 
-        Raises:
-            SnrfError: it cannot be linked, or the original cannot be read.
-            CancelledError: ``stop`` was set meanwhile.
-        """
-        way = self._take_over(stop, link=link)
-        self._advance(math.inf)
-        return way
 
-    def close(self) -> None:
-        """Say that nothing more will be copied."""
-        with self._advanced:
-            self._closed = True
-            self._advanced.notify_all()
+def _write(changed: Tensor, place: ByteRange, copy: Path, member: Bool[Tensor, " neurons"], axis: int) -> int:
+    """Write the changed neurons of a weight into the copy of its shard; return the number of bytes written."""
+    if axis == 0:
+        # Only the rows of members are written, and so only they are filled.
+        weight = torch.empty(place.shape, dtype=place.dtype)
+        weight[member] = changed
+    else:
+        weight = read_tensor(place)
+        weight[:, member] = changed
+    return overwrite_neurons(place, copy, weight, member, axis)
 
-    def wait_for(self, end: int) -> None:
-        """Wait until the bytes before ``end`` are there.
 
-        Raises:
-            CancelledError: they never will be; ``run`` has raised why.
-        """
-        with self._advanced:
-            self._advanced.wait_for(lambda: self._closed or self._copied >= end)
-            if self._copied < end:
-                raise CancelledError
-
-    def _advance(self, copied: float) -> None:
-        with self._advanced:
-            self._copied = copied
-            self._advanced.notify_all()
-
-    def _take_over(self, stop: Event, *, link: bool) -> str:
+def _link(original: Path, copy: Path) -> None:
+    try:
         # A shard in the hub's cache is a symbolic link to a blob, which a hard link would not follow everywhere.
-        real = self._original.resolve()
-        if link:
-            try:
-                os.link(real, self.path)
-                return "linked"
-            except OSError as error:
-                raise SnrfError(
-                    f"{self._original}: cannot be hard-linked to {self.path.parent} ({error.strerror}); leave out "
-                    f"--hard-links"
-                ) from None
-        with real.open("rb", buffering=0) as source, self.path.open("wb") as target:
-            try:
-                fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
-                return "reflinked"
-            except OSError as error:
-                # File systems refuse in many ways; a real fault shows again when the bytes are copied.
-                LOG.debug("%s: not reflinked (%s)", self._original, error)
-            for copied in _copy(source, target):
-                if stop.is_set():
-                    raise CancelledError
-                self._advance(copied)
-        return "copied"
+        os.link(original.resolve(), copy)
+    except OSError as error:
+        what = f"cannot be hard-linked to {copy.parent} ({os_reason(error)})"
+        raise SnrfError(original, what, "leave out --hard-links") from None
 
 
-def _copy(source: BinaryIO, target: BinaryIO) -> Iterator[int]:
-    """Copy a file block by block; yield how many bytes are in the copy, where others may now overwrite them.
+def _copy(original: Path, copy: Path, stop: Event) -> None:
+    """Copy a shard; file systems that can share its blocks do.
 
     Raises:
-        SnrfError: the file cannot be read.
+        SnrfError: the copy is not as long as its header promises.
+        CancelledError: ``stop`` was set meanwhile.
     """
-    buffer = memoryview(bytearray(_BLOCK))
-    copied = 0
-    while True:
+    if not _copied_by_kernel(original, copy, stop):
+        shutil.copyfile(original, copy)
+    try:
+        with safe_open(copy, framework="pt"):
+            pass
+    except SafetensorError as error:
+        what = f"changed while it was copied ({first_line(error)})"
+        raise SnrfError(original, what, "let other programs finish with it, and start again") from None
+
+
+def _copied_by_kernel(original: Path, copy: Path, stop: Event) -> bool:
+    if not hasattr(os, "copy_file_range"):
+        return False
+    with original.open("rb") as source, copy.open("wb") as target:
         try:
-            count = source.readinto(buffer)  # type: ignore[attr-defined]
+            while os.copy_file_range(source.fileno(), target.fileno(), _STEP):
+                if stop.is_set():
+                    raise CancelledError
         except OSError as error:
-            raise SnrfError(f"{source.name}: cannot be read ({error.strerror or error}); get the file again") from None
-        if not count:
-            return
-        target.write(buffer[:count])
-        target.flush()
-        copied += count
-        yield copied
+            # File systems refuse in many ways; a real fault shows again when the file is copied otherwise.
+            LOG.debug("%s: not copied by the kernel (%s)", original, error)
+            return False
+    return True

@@ -380,7 +380,7 @@ def test_output_folder(pair: Pair, tmp_path: Path) -> None:
     file.write_text("")
     assert one(pair.recipe(), file) == f"{file}: the output path is a file; give a folder"
     below = file / "out"
-    message = f"{below}: cannot be made, {file} is not a writable folder; choose another folder"
+    message = f"{below}: cannot be written, {file} is not a writable folder; choose another folder"
     assert plan(pair.recipe(), below).problems == [message]
 
 
