@@ -1,0 +1,219 @@
+"""The update that keeps what it is asked to keep: D F, with F from second moments of the target's inputs.
+
+For one linear layer with input size d and D = W_src - W_tgt the merged weight is ``W_tgt + beta * M_S(D F)`` with
+
+    F = C_r (C_r + keep * C_p + eps * (1 + keep) * I)^-1
+
+C_r and C_p are second moments E[x x^T] of the layer's inputs, scaled to trace d: C_r on what the merge gains
+(reasoning), C_p on what it keeps (perception). It is the closed form of
+
+    min over W of ||(W - W_src) X_r||^2 + keep * ||(W - W_tgt) X_p||^2
+
+RegMean (Jin et al., ICLR 2023, arXiv 2212.09849) between a source on one kind of input and a target on another.
+Directions that only C_r has pass, directions that both have shrink by 1 / (1 + keep).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float16, Float32, Float64
+from torch import Tensor
+
+EPS = 1e-3
+"""Ridge of F, relative to the mean eigenvalue of a moment, which is 1."""
+
+
+@dataclass(frozen=True)
+class DenseMoment:
+    """A second moment as its diagonal and its correlations.
+
+    Attributes:
+        scale: sqrt of the diagonal of C.
+        correlation: C_ij / (scale_i scale_j), the upper triangle with its diagonal, row by row; 0 where a scale is 0.
+
+    Raises:
+        ValueError: the triangle is not one of a matrix of size d.
+    """
+
+    scale: Float32[Tensor, " d"]
+    correlation: Float16[Tensor, " triangle"]
+
+    def __post_init__(self) -> None:
+        d = len(self.scale)
+        if self.correlation.shape != (d * (d + 1) // 2,):
+            raise ValueError(
+                f"correlation must have shape [{d * (d + 1) // 2}] for {d} inputs, got {list(self.correlation.shape)}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Number of inputs, d."""
+        return len(self.scale)
+
+    @classmethod
+    def of(cls, moment: Float64[Tensor, "d d"]) -> DenseMoment:
+        """Return a symmetric matrix in this form, scaled to trace d."""
+        moment = scaled(moment)
+        scale = moment.diagonal().clamp_min(0).sqrt()
+        inverse = torch.where(scale > 0, 1 / scale, 0.0)
+        correlation = (moment * inverse[:, None] * inverse).clamp_(-1, 1)
+        return cls(scale.to(torch.float32), correlation[_upper(len(scale), scale.device)].to(torch.float16))
+
+    def matrix(self) -> Float64[Tensor, "d d"]:
+        """Return C as a whole matrix."""
+        d = self.size
+        matrix = torch.zeros(d, d, dtype=torch.float64, device=self.scale.device)
+        matrix[_upper(d, self.scale.device)] = self.correlation.to(torch.float64)
+        scale = self.scale.to(torch.float64)
+        matrix = torch.triu(matrix, 1) + matrix.mT
+        return matrix.mul_(scale[:, None]).mul_(scale)
+
+
+@dataclass(frozen=True)
+class SketchMoment:
+    """A second moment as its leading eigenvectors and the mean of the rest, C ~ A A^T + rest * I.
+
+    Attributes:
+        factor: A, the k leading eigenvectors times the square roots of their eigenvalues.
+        rest: (d - ||A||_F^2) / d.
+
+    Raises:
+        ValueError: A is not a matrix with k <= d columns, or the rest is negative or not finite.
+    """
+
+    factor: Float32[Tensor, "d k"]
+    rest: float
+
+    def __post_init__(self) -> None:
+        if self.factor.ndim != 2 or self.factor.shape[1] > self.factor.shape[0]:
+            raise ValueError(f"factor must have shape [d, k] with k <= d, got {list(self.factor.shape)}")
+        if not 0 <= self.rest < float("inf"):
+            raise ValueError(f"rest must be finite and not negative, got {self.rest}")
+
+    @property
+    def size(self) -> int:
+        """Number of inputs, d."""
+        return len(self.factor)
+
+    @classmethod
+    def of(cls, vectors: Float64[Tensor, "d k"], values: Float64[Tensor, " k"], trace: float) -> SketchMoment:
+        """Return eigenvectors and eigenvalues of a moment of a given trace in this form, scaled to trace d."""
+        d = len(vectors)
+        factor = (vectors * (values.clamp_min(0) * (d / trace)).sqrt()).to(torch.float32)
+        rest = (d - float(factor.to(torch.float64).square().sum())) / d
+        return cls(factor.contiguous(), max(rest, 0.0))
+
+
+Moment = DenseMoment | SketchMoment
+
+
+class Filter:
+    """F of one input of one layer, applied to differences of weights that read this input.
+
+    ``dense`` is F itself. Of sketches F is ``basis core basis^T + outside (I - basis basis^T)``: only thin products.
+    """
+
+    def __init__(
+        self,
+        dense: Float32[Tensor, "d d"] | None = None,
+        *,
+        basis: Float32[Tensor, "d k"] | None = None,
+        core: Float32[Tensor, "k k"] | None = None,
+        outside: float = 0.0,
+    ) -> None:
+        self._dense, self._basis, self._core, self._outside = dense, basis, core, outside
+
+    @property
+    def size(self) -> int:
+        """Number of inputs, d."""
+        matrix = self._dense if self._dense is not None else self._basis
+        assert matrix is not None
+        return len(matrix)
+
+    def apply(
+        self, delta: Float[Tensor, "rows d"], columns: Bool[Tensor, " d"] | None = None
+    ) -> Float[Tensor, "rows selected"]:
+        """Return D F, or the chosen columns of it, in the dtype of D.
+
+        Raises:
+            ValueError: D does not read d inputs.
+        """
+        if delta.shape[-1] != self.size:
+            raise ValueError(f"delta must have shape [rows, {self.size}], got {list(delta.shape)}")
+        chosen = slice(None) if columns is None else columns.to(delta.device)
+        if self._dense is not None:
+            return delta @ self._dense.to(delta)[:, chosen]
+        assert self._basis is not None
+        assert self._core is not None
+        basis = self._basis.to(delta)
+        inside = (delta @ basis) @ self._core.to(delta)
+        return torch.addmm(delta[:, chosen], inside, basis[chosen].mT, beta=self._outside)
+
+
+def regmean_filter(gain: Moment, keep: Moment, strength: float, *, eps: float = EPS) -> Filter:
+    """Return F of one input, solved in float64.
+
+    Float16 correlations can push small eigenvalues of a dense moment below zero. Where half of the ridge does not
+    make the sum positive definite, the ridge is doubled until it does, so that rounding is never amplified.
+
+    Args:
+        gain: C_r.
+        keep: C_p.
+        strength: ``keep`` of the recipe, lambda >= 0; 0 gives almost D, large values almost nothing.
+        eps: ridge relative to the mean eigenvalue.
+
+    Raises:
+        ValueError: the moments are of different sizes or forms, or a value is out of range.
+    """
+    if type(gain) is not type(keep) or gain.size != keep.size:
+        raise ValueError(
+            f"both moments must be of one form and size, got {type(gain).__name__} of {gain.size} and "
+            f"{type(keep).__name__} of {keep.size}"
+        )
+    if not (strength >= 0 and eps > 0) or strength == float("inf"):
+        raise ValueError(f"strength must be at least 0 and eps above 0, got {strength} and {eps}")
+    ridge = eps * (1 + strength)
+    if isinstance(gain, DenseMoment) and isinstance(keep, DenseMoment):
+        return Filter(_solved(gain.matrix(), keep.matrix().mul_(strength), ridge).to(torch.float32))
+    assert isinstance(gain, SketchMoment)
+    assert isinstance(keep, SketchMoment)
+    return _sketched(gain, keep, strength, ridge)
+
+
+def _solved(gain: Tensor, kept: Tensor, ridge: float) -> Float64[Tensor, "d d"]:
+    """Return gain (gain + kept + ridge I)^-1."""
+    total = kept.add_(gain)
+    diagonal = total.diagonal()
+    diagonal += ridge / 2
+    while True:
+        if int(torch.linalg.cholesky_ex(total).info) == 0:
+            diagonal += ridge / 2
+            factor = torch.linalg.cholesky(total)
+            return torch.cholesky_solve(gain, factor).mT
+        # From ridge / 2 to ridge, which is half of the next one.
+        diagonal += ridge / 2
+        ridge *= 2
+
+
+def _sketched(gain: SketchMoment, keep: SketchMoment, strength: float, ridge: float) -> Filter:
+    factors = [moment.factor.to(torch.float64) for moment in (gain, keep)]
+    basis = torch.linalg.qr(torch.cat(factors, dim=1)).Q
+    inner = [basis.mT @ factor for factor in factors]
+    mine, theirs = (part @ part.mT for part in inner)
+    outside = gain.rest / (gain.rest + strength * keep.rest + ridge)
+    identity = torch.eye(len(mine), dtype=torch.float64, device=mine.device)
+    mine = mine + gain.rest * identity
+    core = _solved(mine, (theirs + keep.rest * identity) * strength, ridge) - outside * identity
+    return Filter(basis=basis.to(torch.float32), core=core.to(torch.float32), outside=outside)
+
+
+def scaled(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """Return a moment scaled to trace d; one of trace 0 stays zero."""
+    trace = float(moment.diagonal().sum())
+    return moment * (len(moment) / trace) if trace > 0 else moment
+
+
+def _upper(d: int, device: torch.device) -> Bool[Tensor, "d d"]:
+    return torch.ones(d, d, dtype=torch.bool, device=device).triu_()

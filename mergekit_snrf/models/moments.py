@@ -1,0 +1,219 @@
+"""Moments files: second moments of a model's inputs on probes to gain and on probes to keep.
+
+Format ``snrf-moments``, version 1, safetensors. For every layer l, input ``attn`` (read by q, k and v), ``up`` and
+``down``, and set ``gain`` and ``keep``, with the moment C scaled to trace d:
+
+- dense: ``layers.{l}.{input}.{set}.scale`` float32 [d] and ``.correlation`` float16 [d (d + 1) / 2];
+- sketch: ``.factor`` float32 [d, k] and ``.rest`` float32 [1];
+- ``.clip`` float32 [1]: the norm at which inputs were clipped.
+
+``fusion.regmean`` says what they mean. A file of a 7B model has gigabytes: only its header is read at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.files import container
+from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
+from mergekit_snrf.neurons.maskfile import ModelProvenance
+
+MOMENTS_FORMAT, MOMENTS_VERSION = "snrf-moments", 1
+SETS = ("gain", "keep")
+INPUTS = {"attn": "self_attn.q_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+"""Inputs of a decoder layer, and the module that reads each; q, k and v read the same."""
+READERS = {"attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "fwd.up": "up", "fwd.down": "down"}
+"""The input that each projection reads."""
+DENSE_LIMIT = 4096
+"""Inputs up to this size are stored dense unless a sketch is asked for."""
+
+_KEY = re.compile(
+    rf"layers\.(?P<layer>0|[1-9][0-9]{{0,3}})\.(?P<input>{'|'.join(INPUTS)})\.(?P<set>{'|'.join(SETS)})"
+    r"\.(?P<name>scale|correlation|factor|rest|clip)"
+)
+
+
+@dataclass(frozen=True, order=True)
+class InputSite:
+    """One input of one decoder layer."""
+
+    layer: int
+    input: str
+
+    @property
+    def key(self) -> str:
+        """Its key in moments files, ``layers.14.attn``."""
+        return f"layers.{self.layer}.{self.input}"
+
+    @property
+    def module(self) -> str:
+        """The path, below ``...layers.{layer}.``, of a module that reads it."""
+        return INPUTS[self.input]
+
+    def __str__(self) -> str:
+        return self.key
+
+
+class MomentsProvenance(BaseModel):
+    """Where moments come from; every field is optional and unknown fields are kept.
+
+    Attributes:
+        model: the target.
+        gain: probes of the set to gain, as in masks.
+        keep: one entry for each kind of probes to keep.
+        inputs: by key and set: tokens, how many were clipped, the largest norm and the median, for ``snrf moments show``.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: ModelProvenance | None = None
+    gain: dict[str, Any] | None = None
+    keep: list[dict[str, Any]] | None = None
+    inputs: dict[str, dict[str, dict[str, float]]] | None = None
+    sketch: int | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    versions: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A checked moments file; ``moment`` reads one moment at a time.
+
+    Attributes:
+        sizes: d of every input.
+        sketches: k of the inputs that are stored as sketches.
+        path: the file, for messages and for reading.
+    """
+
+    sizes: Mapping[InputSite, int]
+    sketches: Mapping[InputSite, int]
+    provenance: MomentsProvenance
+    path: str
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return 1 + max((site.layer for site in self.sizes), default=-1)
+
+    def moment(self, site: InputSite, which: str) -> Moment:
+        """Read one moment, ``gain`` or ``keep``.
+
+        Raises:
+            SnrfError: the file changed, or holds values that no moment has.
+        """
+        with container.opened(self.path, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, _):
+            names = ("factor", "rest") if site in self.sketches else ("scale", "correlation")
+            first, second = (file.get_tensor(f"{site.key}.{which}.{name}") for name in names)
+        for name, tensor in zip(names, (first, second), strict=True):
+            if not bool(tensor.isfinite().all()):
+                raise self._damaged(f"{site.key}.{which}.{name}", "holds NaN or infinite values")
+        try:
+            if site in self.sketches:
+                return SketchMoment(first, float(second))
+            if bool((first < 0).any()) or bool((second.abs() > 1).any()):
+                raise ValueError("holds a negative scale, or a correlation that is not in [-1, 1]")
+            return DenseMoment(first, second)
+        except ValueError as error:
+            raise self._damaged(f"{site.key}.{which}", str(error)) from None
+
+    def clip(self, site: InputSite, which: str) -> float:
+        """Read the norm at which inputs of a set were clipped."""
+        with container.opened(self.path, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, _):
+            return float(file.get_tensor(f"{site.key}.{which}.clip"))
+
+    def _damaged(self, tensor: str, what: str) -> SnrfError:
+        return SnrfError(self.path, f"tensor {tensor!r} {what}", "take the moments again")
+
+    def __repr__(self) -> str:
+        return f"Moments({self.path}: {self.layers} layers, {len(self.sketches)} of {len(self.sizes)} inputs sketched)"
+
+
+def read_moments(path: str | os.PathLike[str]) -> Moments:
+    """Read and check the header of a moments file: names, dtypes and shapes of all tensors, and the provenance.
+
+    Raises:
+        SnrfError: the file is missing, damaged or of another format, a tensor is missing, unknown or of an impossible
+            shape.
+    """
+    where = os.fspath(path)
+    with container.opened(where, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, content):
+        found = {key: (file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
+    sizes: dict[InputSite, int] = {}
+    sketches: dict[InputSite, int] = {}
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for key in found:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise SnrfError(where, f"tensor {key!r} is not part of the format", "take the moments again")
+        site = InputSite(int(match["layer"]), match["input"])
+        shape = found[key][1]
+        if match["name"] == "scale" and len(shape) == 1:
+            sizes[site] = shape[0]
+        elif match["name"] == "factor" and len(shape) == 2:
+            sizes[site], sketches[site] = shape
+    for site, size in sizes.items():
+        for which in SETS:
+            stem = f"{site.key}.{which}"
+            expected[f"{stem}.clip"] = ("F32", (1,))
+            if site in sketches:
+                expected[f"{stem}.factor"] = ("F32", (size, sketches[site]))
+                expected[f"{stem}.rest"] = ("F32", (1,))
+            else:
+                expected[f"{stem}.scale"] = ("F32", (size,))
+                expected[f"{stem}.correlation"] = ("F16", (size * (size + 1) // 2,))
+    if not sizes:
+        raise SnrfError(where, "holds no moments", "take the moments again")
+    for site in (InputSite(layer, name) for layer in range(1 + max(site.layer for site in sizes)) for name in INPUTS):
+        if site not in sizes:
+            raise SnrfError(where, f"has no moments of {site}", "take the moments again")
+    for key in sorted(found.keys() ^ expected.keys()):
+        what = "is missing" if key in expected else "does not go with the others"
+        raise SnrfError(where, f"tensor {key!r} {what}", "take the moments again")
+    for key, (dtype, shape) in expected.items():
+        if found[key] != (dtype, shape):
+            raise SnrfError(
+                where,
+                f"tensor {key!r} must be {dtype} of shape {list(shape)}, got {found[key][0]} {list(found[key][1])}",
+                "take the moments again",
+            )
+    try:
+        provenance = MomentsProvenance.model_validate(content)
+    except ValidationError as error:
+        raise invalid(where, error.errors(), remedy="take the moments again") from None
+    return Moments(sizes, sketches, provenance, where)
+
+
+def moment_tensors(site: InputSite, which: str, moment: Moment, clip: float) -> dict[str, Tensor]:
+    """Return what a file holds of one moment, by key."""
+    stem = f"{site.key}.{which}"
+    parts: dict[str, Tensor] = {"clip": torch.tensor([clip], dtype=torch.float32)}
+    if isinstance(moment, DenseMoment):
+        parts |= {"scale": moment.scale, "correlation": moment.correlation}
+    else:
+        parts |= {"factor": moment.factor, "rest": torch.tensor([moment.rest], dtype=torch.float32)}
+    return {f"{stem}.{name}": tensor.cpu() for name, tensor in parts.items()}
+
+
+def write_moments(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], provenance: MomentsProvenance) -> None:
+    """Write a moments file from the parts of all its moments.
+
+    Raises:
+        SnrfError: the file cannot be written, or another kind of file lies there.
+    """
+    container.write(
+        path,
+        tensors,
+        file_format=MOMENTS_FORMAT,
+        version=MOMENTS_VERSION,
+        content=provenance.model_dump(mode="json", exclude_none=True),
+    )
