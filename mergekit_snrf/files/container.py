@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,32 +51,30 @@ def write(
         }
     }
     end = 0
-    blobs = []
     # Wide dtypes first keeps every tensor aligned to its element size.
-    for key in sorted(tensors, key=lambda k: (-tensors[k].element_size(), k)):
-        tensor = tensors[key].detach().cpu().contiguous()
-        blob = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+    order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
+    for key in order:
+        tensor = tensors[key]
+        start, end = end, end + tensor.numel() * tensor.element_size()
         header[key] = {
             "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [end, end + len(blob)],
+            "data_offsets": [start, end],
         }
-        end += len(blob)
-        blobs.append(blob)
     # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
-        for blob in blobs:
-            file.write(blob)
+        for key in order:
+            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
-def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by ``write``: its tensors and its JSON object.
-
-    Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+@contextmanager
+def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Open a file written by ``write``: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
     Raises:
         SnrfError: the file is missing, damaged, or of another format or version.
@@ -88,14 +87,30 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_format(path, metadata, file_format, version)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            yield file, _content(path, metadata)
     except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
         what = f"not a readable safetensors file ({first_line(error)})"
         raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
+
+
+def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a file written by ``write``: its tensors and its JSON object.
+
+    Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+
+    Raises:
+        SnrfError: the file is missing, damaged, or of another format or version.
+    """
+    with opened(path, file_format=file_format, version=version) as (file, content):
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
             what = f"tensor {key!r} holds bytes that are not booleans"
             raise SnrfError(path, what, "the file is damaged, get it again")
+    return tensors, content
+
+
+def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         content = json.loads(metadata.get("snrf", "{}"))
         json.dumps(content, ensure_ascii=False).encode()
@@ -107,7 +122,7 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
             f"the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep",
             "the file is damaged, get it again",
         )
-    return tensors, content
+    return content
 
 
 def _depth(value: object) -> int:
@@ -132,4 +147,5 @@ def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, ver
 _MAKERS = {
     "snrf-mask": "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
     "snrf-profile": "make one with snrf-profile",
+    "snrf-moments": "make one with snrf-profile and keep: in profile.yml, or with 'snrf moments'",
 }
