@@ -70,7 +70,7 @@ class MomentsProvenance(BaseModel):
         model: the target.
         gain: probes of the set to gain, as in masks.
         keep: one entry for each kind of probes to keep.
-        inputs: by key and set: tokens, how many were clipped, the largest norm and the median, for ``snrf moments show``.
+        inputs: by key and set: tokens, how many were clipped, the largest and the median norm.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
