@@ -129,6 +129,7 @@ def amplify(
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.neurons.sets import Neuron
+    from mergekit_snrf.neurons.shape import check_fit
     from mergekit_snrf.profiling.probes.rows import load_rows
 
     with reworded(_OPTIONS):
@@ -162,7 +163,7 @@ def amplify(
     masked = _masked(mask_file, pick, asked.source.seed, shape, model)
     neurons = [*map(Neuron.parse, names), *_listed(names_file), *masked]
     if shape is not None:
-        amplification.check_neurons(neurons, shape, model)
+        check_fit(neurons, shape, where=None, model=model)
     silence_progress()
     with reworded(_OPTIONS):
         how = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -31,6 +31,7 @@ from mergekit_snrf.files.references import local_path
 from mergekit_snrf.models.edits import deactivate
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import check_fit
 from mergekit_snrf.profiling.result.profilefile import Profile, read_profile
 
 if TYPE_CHECKING:
@@ -191,18 +192,7 @@ def check_mask(mask: Mask, shape: DecoderShape, name: str) -> None:
     """
     if not mask.neurons.count():
         raise SnrfError(f"{mask.path}: has no neurons; give a mask with at least one")
-    for site, member in mask.neurons.items():
-        expected = shape.neurons(site.projection)
-        if site.layer >= shape.layers:
-            raise SnrfError(
-                f"{mask.path}: tensor {site} lies outside {name}, which has layers 0 to {shape.layers - 1}; use a mask "
-                f"made for this model"
-            )
-        if len(member) != expected:
-            raise SnrfError(
-                f"{mask.path}: tensor {site} has shape [{len(member)}], but {name} has {expected} neurons there; use a "
-                f"mask made for this model"
-            )
+    check_fit(mask.neurons, shape, where=mask.path, model=name)
 
 
 def verdict(study: Study) -> list[str]:

@@ -29,11 +29,11 @@ from tqdm import tqdm
 from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron
 from mergekit_snrf.evidence.tokens import Classifier, math_share, rank_tokens, token_text
-from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
+from mergekit_snrf.neurons.shape import check_fit
 from mergekit_snrf.profiling.probes.answers import Answer, generate_answers
 from mergekit_snrf.profiling.probes.batches import Probes, encode, prepare, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
@@ -102,7 +102,8 @@ def amplified(model: nn.Module, rows: Sequence[Neuron | None], factor: float) ->
             did not run.
     """
     decoder = find_live_decoder(model)
-    check_neurons([neuron for neuron in rows if neuron is not None], decoder.shape, decoder.model)
+    named = [neuron for neuron in rows if neuron is not None]
+    check_fit(named, decoder.shape, where=None, model=decoder.model)
     places: dict[Site, list[tuple[int, int]]] = defaultdict(list)
     for row, neuron in enumerate(rows):
         if neuron is not None:
@@ -142,22 +143,6 @@ def _scaling(
         return activation
 
     return scale
-
-
-def check_neurons(neurons: Sequence[Neuron], shape: DecoderShape, name: str) -> None:
-    """Refuse neurons that a decoder does not have.
-
-    Raises:
-        SnrfError: a layer or an index is too large.
-    """
-    for neuron in neurons:
-        if neuron.site.layer >= shape.layers:
-            raise SnrfError(f"{neuron}: lies outside {name}, which has layers 0 to {shape.layers - 1}")
-        size = shape.neurons(neuron.site.projection)
-        if neuron.index >= size:
-            raise SnrfError(
-                f"{neuron}: lies outside {name}, which has {neuron.site.projection} neurons 0 to {size - 1} in a layer"
-            )
 
 
 def pick_neurons(neurons: NeuronSet, count: int | None, seed: int = 0) -> list[Neuron]:

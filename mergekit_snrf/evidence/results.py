@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.files import writing
-from mergekit_snrf.neurons.sets import MAX_LAYERS, PROJECTIONS
+from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
 

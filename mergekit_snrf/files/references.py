@@ -89,6 +89,5 @@ def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
         raise SnrfError(None, what, "'snrf mask show' prints those of a mask", field="sha256")
     found = sha256(path)
     if found != expected.lower():
-        raise SnrfError(
-            path, f"must be {found}, got {expected}", "get the file that was meant, or correct it", field="sha256"
-        )
+        what = f"the file has {found}, not {expected}"
+        raise SnrfError(path, what, "get the file that was meant, or correct the sha256", field="sha256")

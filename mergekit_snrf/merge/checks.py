@@ -16,7 +16,6 @@ from mergekit.options import MergeOptions
 from mergekit_snrf.merge.cards import pipeline_tag
 from mergekit_snrf.merge.folders import path_problem
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
-from mergekit_snrf.models.decoder import Decoder
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from mergekit_snrf.merge.recipe import Recipe
 
 _TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")
-_SHOWN = 3
 
 
 def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOptions, out_path: str | None) -> None:
@@ -169,32 +167,6 @@ def check_remote_code(plan: MergePlan, options: MergeOptions) -> None:
                 f"{checkpoint.name}: model_type {checkpoint.model_type!r} is defined by code in the checkpoint, which "
                 f"mergekit must run to read the configuration; look at the code, then pass --trust-remote-code"
             )
-
-
-def check_mask(plan: MergePlan, mask: Mask, target: Checkpoint, decoder: Decoder) -> None:
-    """Refuse a mask whose layers or lengths are not the target's."""
-    shape = decoder.shape
-    wrong = []
-    for site, member in mask.neurons.items():
-        if site.layer >= shape.layers:
-            wrong.append(
-                f"{mask.path}: tensor {site} lies outside the target {target.name}, which has layers 0 to "
-                f"{shape.layers - 1}; use a mask made for this model"
-            )
-            continue
-        expected = shape.neurons(site.projection)
-        if len(member) != expected:
-            weight = decoder.weight_name(site)
-            remedy = "use a mask made for this model"
-            if site.projection in ("attn.k", "attn.v") and len(member) == expected * shape.repeats:
-                remedy = "its indices count heads repeated for GQA, make it again with 'snrf mask import'"
-            wrong.append(
-                f"{mask.path}: tensor {site} has shape [{len(member)}], but {weight} of {target.name} has shape "
-                f"{list(target.tensors[weight].shape)} with {expected} {'columns' if site.axis else 'rows'}; {remedy}"
-            )
-    plan.problems += wrong[:_SHOWN]
-    if len(wrong) > _SHOWN:
-        plan.problems.append(f"{mask.path}: {len(wrong) - _SHOWN} further tensors do not fit the target either")
 
 
 def compare_provenance(plan: MergePlan, mask: Mask) -> None:

@@ -20,7 +20,6 @@ from mergekit_snrf.merge.checks import (
     check_chat_template,
     check_distinct,
     check_dtypes,
-    check_mask,
     check_output,
     check_remote_code,
     check_roles,
@@ -32,6 +31,7 @@ from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.shape import check_fit
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,9 @@ def plan_merge(
     if plan.target is None or plan.target_decoder is None:
         return plan
     if plan.mask is not None:
-        check_mask(plan, plan.mask, plan.target, plan.target_decoder)
+        with plan._collect():
+            shape, model = plan.target_decoder.shape, plan.target.name
+            check_fit(plan.mask.neurons, shape, where=plan.mask.path, model=model)
         compare_provenance(plan, plan.mask)
     if plan.source is None or plan.source_decoder is None:
         return plan

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorHeader
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.shape import DecoderShape
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 _SITE_OF_MODULE = {projection.module: name for name, projection in PROJECTIONS.items()}
 _WEIGHT = re.compile(
@@ -32,37 +33,6 @@ _SAME_FAMILY = {
 }
 # Flat configurations of remote code that do not name the decoder inside; its biases and norms do.
 _FLAT_REMOTE = {"minicpmv", "minicpmo"}
-
-
-@dataclass(frozen=True)
-class DecoderShape:
-    """The numbers that two decoders must share for their neurons to pair by index."""
-
-    layers: int
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-
-    @property
-    def repeats(self) -> int:
-        """Query heads for every key and value head (grouped-query attention)."""
-        return self.heads // self.kv_heads
-
-    def neurons(self, projection: str) -> int:
-        """Return the number of neurons of a projection in one layer."""
-        return {
-            "attn.q": self.heads * self.head_dim,
-            "attn.k": self.kv_heads * self.head_dim,
-            "attn.v": self.kv_heads * self.head_dim,
-            "fwd.up": self.intermediate_size,
-            "fwd.down": self.intermediate_size,
-        }[projection]
-
-    def sites(self) -> list[Site]:
-        """Return every layer and projection."""
-        return [Site(layer, name) for layer in range(self.layers) for name in PROJECTIONS]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.weights import LiveWeights, StateWeights, Weights, bias_name, weights_of
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.shape import check_fit
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
@@ -215,18 +216,15 @@ def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
 
 def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveWeights, dict[Site, Tensor]]:
     weights, chosen = LiveWeights(find_live_decoder(model)), _of(neurons)
-    for site, member in chosen.items():
+    where = neurons.path if isinstance(neurons, Mask) else None
+    check_fit(NeuronSet(chosen), weights.decoder.shape, where=where, model=weights.decoder.model)
+    for site in chosen:
         parameter = weights.module(site).weight
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             what = "not in memory" if parameter.device.type == "meta" else f"stored as {parameter.dtype}"
             raise SnrfError(
                 f"{weights.decoder.model}: {weights.name(site)} is {what}; to edit the model, load it whole and "
                 f"unquantised"
-            )
-        if len(member) != parameter.shape[site.axis]:
-            raise SnrfError(
-                f"{weights.decoder.model}: the mask has {len(member)} neurons at {site}, but {weights.name(site)} of "
-                f"shape {list(parameter.shape)} has {parameter.shape[site.axis]}; use a mask of this model"
             )
     return weights, chosen
 

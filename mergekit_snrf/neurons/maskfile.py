@@ -1,4 +1,4 @@
-"""Mask files: a set of neurons with its provenance, and references to files on a hub.
+"""Mask files: a set of neurons with its provenance.
 
 Format ``snrf-mask``, version 1: safetensors with one ``torch.bool`` tensor of shape [neurons] for every layer and
 projection, named ``layers.{l}.{projection}``; an absent key is an empty set. The lengths are the real number of
@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mergekit_snrf.errors import SnrfError, problem
-from mergekit_snrf.files import container, references
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.errors import SnrfError, invalid, naming
+from mergekit_snrf.files import container
+from mergekit_snrf.files.references import check_sha256, local_path
+from mergekit_snrf.files.references import sha256 as sha256_of
+from mergekit_snrf.neurons.sets import NeuronSet, described
+from mergekit_snrf.neurons.sites import Site
 
 MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
 
 
 class ModelProvenance(BaseModel):
-    """What is known of a model that a mask was made from; every field is optional."""
+    """A model that a mask was made from; every field is optional and unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -72,28 +75,45 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
     tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
     members = {}
     for key, tensor in tensors.items():
-        try:
+        with naming({}, where=f"{path}: tensor {key!r}"):
             site = Site.from_key(key)
-        except SnrfError as error:
-            raise SnrfError(f"{path}: tensor {key!r}: {error}") from None
         if tensor.dtype != torch.bool or tensor.ndim != 1 or tensor.numel() == 0:
-            raise SnrfError(
-                f"{path}: tensor {key!r} must be torch.bool of shape [neurons], got {tensor.dtype} of "
-                f"shape {list(tensor.shape)}; make the mask again"
-            )
+            what = f"tensor {key!r} must be torch.bool of shape [neurons], got {described(tensor)}"
+            raise SnrfError(path, what, "make the mask again")
         members[site] = tensor
     try:
         provenance = Provenance.model_validate(content)
     except ValidationError as error:
-        raise SnrfError(f"{path}: provenance {problem(error.errors()[0])}; make the mask again") from None
+        raise invalid(path, error.errors(), remedy="make the mask again") from None
     return Mask(NeuronSet(members), provenance, str(path))
+
+
+def load_mask(
+    reference: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    folders: tuple[str | os.PathLike[str], ...] = (),
+) -> Mask:
+    """Read a mask from a path, or from ``hf://owner/repo@revision/path``.
+
+    Args:
+        sha256: refuse another file.
+        folders: where to look for a relative path after the working folder.
+
+    Raises:
+        SnrfError: the file is missing, damaged, not a mask, or another one.
+    """
+    path = local_path(reference, folders)
+    if sha256 is not None:
+        check_sha256(path, sha256)
+    return read_mask(path)
 
 
 def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:
     """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all.
 
     Raises:
-        SnrfError: the file cannot be written, or a file that is no mask lies there.
+        SnrfError: the file cannot be written, or another kind of file is there.
     """
     check_replaceable(path)
     container.write(
@@ -106,19 +126,13 @@ def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Pro
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:
-    """Check that a mask may be written to a path: what lies there is a mask, or nothing.
-
-    Raises:
-        SnrfError: another file lies there, such as a model's weights.
-    """
+    """Raise ``SnrfError`` where a mask would replace another kind of file, such as a model's weights."""
     if not os.path.isfile(path):
         return
     try:
         container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
     except SnrfError:
-        raise SnrfError(
-            f"{path}: is there already and no readable mask, so it is not replaced; choose another name, or delete it"
-        ) from None
+        raise SnrfError(path, "already exists and is not a mask", "choose another path, or delete it") from None
 
 
 def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:
@@ -135,6 +149,6 @@ def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: A
         target=common("target"),
         source=common("source"),
         operation=operation,
-        inputs=[{"file": Path(mask.path).name, "sha256": references.sha256(mask.path)} for mask in inputs],
+        inputs=[{"file": Path(mask.path).name, "sha256": sha256_of(mask.path)} for mask in inputs],
         **details,
     )

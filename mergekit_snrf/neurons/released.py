@@ -8,23 +8,23 @@ is passed over.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.files.reading import load_json
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import DecoderShape, check_fit
+from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Site
 
 _KEYS = {name.replace(".", "_"): name for name in PROJECTIONS}
 _NEVER_EDITED = {"attn_o"}
-_GROUPED = ("attn.k", "attn.v")
 _LAYER = re.compile("0|[1-9][0-9]{0,4}")
 KvIndices = Literal["repeated", "rows"]
+_MODEL = "give the model that the file was made from"
 
 
 def kv_row(index: int, shape: DecoderShape) -> int:
@@ -47,27 +47,24 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
             continue
         name = _KEYS.get(key)
         if name is None:
-            raise SnrfError(f"{path}: unknown projection {key!r}; the released code writes {', '.join(_KEYS)}")
+            raise SnrfError(path, f"unknown projection {key!r}", f"the released code writes {', '.join(_KEYS)}")
         if not isinstance(by_layer, dict):
-            raise SnrfError(f"{path}: {key!r} must map layer numbers to lists of indices")
-        repeated = name in _GROUPED and kv_indices == "repeated"
+            raise SnrfError(path, "must map layer numbers to lists of indices", "correct the file", field=key)
+        repeated = name in GROUPED and kv_indices == "repeated"
         limit = shape.heads * shape.head_dim if repeated else shape.neurons(name)
         for layer, indices in by_layer.items():
-            where = f"{path}: {key}, layer {layer!r:.20}"
+            field = f"{key}, layer {layer!r:.20}"
             if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
-                raise SnrfError(
-                    f"{where}: the model has layers 0 to {shape.layers - 1}; give the model it was made from"
-                )
+                raise SnrfError(path, f"the model has layers 0 to {shape.layers - 1}", _MODEL, field=field)
             if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-                raise SnrfError(f"{where}: expected a list of whole numbers")
+                raise SnrfError(path, "must be a list of whole numbers", "correct the file", field=field)
             if not indices:
                 continue
             if min(indices) < 0 or max(indices) >= limit:
                 worst = max(indices) if max(indices) >= limit else min(indices)
-                raise SnrfError(
-                    f"{where}: index {worst} is not in [0, {limit}), the range of {name} in this model"
-                    f"{' over repeated heads' if repeated else ''}; give the model it was made from"
-                )
+                heads = " over repeated heads" if repeated else ""
+                what = f"index {worst} is not in [0, {limit}), the range of {name} in this model{heads}"
+                raise SnrfError(path, what, _MODEL, field=field)
             rows = [kv_row(index, shape) for index in indices] if repeated else indices
             member = torch.zeros(shape.neurons(name), dtype=torch.bool)
             member[torch.tensor(rows)] = True
@@ -81,15 +78,11 @@ def released_json(neurons: NeuronSet, shape: DecoderShape) -> dict[str, dict[str
     Raises:
         SnrfError: the set does not fit the shape.
     """
+    check_fit(neurons, shape, where=None, model="the model")
     result: dict[str, dict[str, list[int]]] = {key: {} for key in _KEYS}
     for site, member in neurons.nonempty().items():
-        if site.layer >= shape.layers or len(member) != shape.neurons(site.projection):
-            raise SnrfError(
-                f"{site}: the mask has {len(member)} neurons there, the model's {shape.layers} layers have "
-                f"{shape.neurons(site.projection)}; give the model that the mask was made for"
-            )
         indices = member.nonzero().flatten().tolist()
-        if site.projection in _GROUPED:
+        if site.projection in GROUPED:
             width, repeats = shape.head_dim, shape.repeats
             indices = sorted(
                 ((row // width) * repeats + copy) * width + row % width for row in indices for copy in range(repeats)
@@ -99,12 +92,7 @@ def released_json(neurons: NeuronSet, shape: DecoderShape) -> dict[str, dict[str
 
 
 def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
-    except (ValueError, RecursionError) as error:
-        raise SnrfError(f"{path}: not valid JSON ({error})") from None
+    content = load_json(path)
     if not isinstance(content, dict):
-        raise SnrfError(f"{path}: expected an object such as {{'attn_k': {{'0': [1, 2]}}}}")
+        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
     return content

@@ -133,11 +133,11 @@ def test_own_classifier(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--neuron", "fwd.up.14"], "'fwd.up.14' is not a neuron; expected e.g. 'fwd.up.L14.N12953'"),
+        (["--neuron", "fwd.up.14"], "'fwd.up.14' does not name a neuron"),
         (["--neuron", f"fwd.up.L{LAYERS}.N0"], f"fwd.up.L{LAYERS}.N0: lies outside"),
         (["--neurons", "{tmp}/absent.txt"], "absent.txt: cannot be read (No such file or directory)"),
         (["--neurons", "{tmp}/empty.txt"], "empty.txt: names no neuron"),
-        (["--neurons", "{tmp}/bad.txt"], "bad.txt: 'layer' is not a neuron"),
+        (["--neurons", "{tmp}/bad.txt"], "bad.txt: 'layer' does not name a neuron"),
         (["--mask", "{folder}/other.safetensors"], "other.safetensors: tensor layers.1.fwd.up has shape [50]"),
         (
             ["--mask", "{folder}/mask.safetensors", "--pick", "11"],

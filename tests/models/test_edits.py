@@ -232,7 +232,7 @@ def test_fusion_by_site(pairs: Any) -> None:
 def test_masks_of_other_models_are_refused(pairs: Any) -> None:
     folder, _ = pairs("llava")
     model = load(folder / "target")
-    with pytest.raises(SnrfError, match=r"7 neurons at layers\.0\.attn\.q, but .* of shape \[64, 64\] has 64"):
+    with pytest.raises(SnrfError, match=r"layers\.0\.attn\.q of shape \[7\]"):
         deactivate(model, NeuronSet({Site(0, "attn.q"): torch.ones(7, dtype=torch.bool)}))
     with pytest.raises(SnrfError, match="there is no layer 9"):
         deactivate(model, NeuronSet({Site(9, "attn.q"): torch.ones(64, dtype=torch.bool)}))
@@ -297,7 +297,7 @@ def test_python_interface_names_are_those_of_api() -> None:
 def test_load_mask_checks_the_sha256(pairs: Any) -> None:
     folder, neurons = pairs("llava")
     assert api.load_mask(folder / "mask.safetensors").neurons == neurons
-    with pytest.raises(SnrfError, match="get the mask that was meant"):
+    with pytest.raises(SnrfError, match="sha256: the file has"):
         api.load_mask(folder / "mask.safetensors", sha256="0" * 64)
 
 

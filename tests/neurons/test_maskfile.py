@@ -202,7 +202,7 @@ def test_scalars_and_empty_tensors_are_no_masks(tmp_path: Path, shape: list[int]
 def test_provenance_of_the_wrong_kind_is_named(tmp_path: Path, snrf: str, field: str) -> None:
     path = tmp_path / "mask.safetensors"
     path.write_bytes(crafted(K0.key, {"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}, b"\1", snrf))
-    with pytest.raises(SnrfError, match=rf"mask\.safetensors: provenance key '{re.escape(field)}': ") as caught:
+    with pytest.raises(SnrfError, match=rf"mask\.safetensors: key '{re.escape(field)}': ") as caught:
         read_mask(path)
     assert "\n" not in str(caught.value)
 

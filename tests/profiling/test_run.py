@@ -460,7 +460,7 @@ def test_a_missing_chat_template_of_the_source_is_told_before_the_target_is_prof
         ("file/m.safetensors", "cannot be written (Not a directory)"),
         (".", "is a folder; give the path of the mask file"),
         ("m.pt", "the name of a mask file must end in .safetensors"),
-        ("taken.safetensors", "is there already and no readable mask, so it is not replaced"),
+        ("taken.safetensors", "already exists and is not a mask"),
     ],
 )
 def test_mask_that_cannot_be_written_is_told_before_a_model_is_read(mask, message, pair, tmp_path, monkeypatch):

@@ -1,0 +1,85 @@
+"""The shape of a text decoder, and whether neurons fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The numbers that two decoders must share for their neurons to pair by index."""
+
+    layers: int
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    @property
+    def repeats(self) -> int:
+        """Query heads for every key and value head (grouped-query attention)."""
+        return self.heads // self.kv_heads
+
+    def neurons(self, projection: str) -> int:
+        """Return the number of neurons of a projection in one layer."""
+        return {
+            "attn.q": self.heads * self.head_dim,
+            "attn.k": self.kv_heads * self.head_dim,
+            "attn.v": self.kv_heads * self.head_dim,
+            "fwd.up": self.intermediate_size,
+            "fwd.down": self.intermediate_size,
+        }[projection]
+
+    def sites(self) -> list[Site]:
+        """Return every layer and projection."""
+        return [Site(layer, name) for layer in range(self.layers) for name in PROJECTIONS]
+
+
+def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, where: object | None, model: str) -> None:
+    """Raise one ``SnrfError`` where neurons are not those of a decoder, with the first that does not fit.
+
+    Args:
+        where: the file of the neurons.
+        model: the name of the decoder's model.
+    """
+    if not isinstance(neurons, NeuronSet):
+        _check_indices(neurons, shape, where, model)
+        return
+    misfits = [site for site, member in neurons.items() if not _fits(site, len(member), shape)]
+    if not misfits:
+        return
+    site = misfits[0]
+    has = f"it has layers 0 to {shape.layers - 1}"
+    if site.layer < shape.layers:
+        has = f"it has {shape.neurons(site.projection)} neurons there"
+    further = f" ({len(misfits) - 1} further tensors do not fit either)" if len(misfits) > 1 else ""
+    what = f"tensor {site} of shape [{len(neurons[site])}] does not fit {model}, {has}{further}"
+    raise SnrfError(where, what, _remedy(neurons, misfits, shape))
+
+
+def _fits(site: Site, length: int, shape: DecoderShape) -> bool:
+    return site.layer < shape.layers and length == shape.neurons(site.projection)
+
+
+def _remedy(neurons: NeuronSet, misfits: Sequence[Site], shape: DecoderShape) -> str:
+    """Return what to do: where q and fwd fit, k and v may count repeated heads."""
+    repeated = shape.heads * shape.head_dim
+    counted = all(s.layer < shape.layers and s.projection in GROUPED and len(neurons[s]) == repeated for s in misfits)
+    if counted:
+        return "attn.k and attn.v count heads repeated for GQA; make the mask again with 'snrf mask import'"
+    return "use a mask made for this model"
+
+
+def _check_indices(neurons: Iterable[Neuron], shape: DecoderShape, where: object | None, model: str) -> None:
+    for neuron in neurons:
+        name = neuron.site.projection
+        if neuron.site.layer >= shape.layers or neuron.index >= shape.neurons(name):
+            last = f"{name}.L{shape.layers - 1}.N{shape.neurons(name) - 1}"
+            what = f"{neuron} is not in {model}, whose last one is {last}"
+            raise SnrfError(where, what, "name neurons of this model")
