@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, size
+from mergekit_snrf.errors import naming
 
 
 @click.command()
@@ -19,6 +21,10 @@ from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, l
     show_default=True,
     help="Of the adapter's matrices; float32 is exact.",
 )
+@click.option(
+    "--rank", type=click.IntRange(1), help="Rank of all modules, padded with zeros; default: the largest of the update."
+)
+@click.option("--base-model", metavar="HUB_ID", help="The target's hub id, for adapter_config.json.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier adapter in OUT when the new one is complete.")
 @click.option(
     "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
@@ -29,7 +35,9 @@ from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, l
 def lora(
     recipe: str,
     out_path: str,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16", "float16"],
+    rank: int | None,
+    base_model: str | None,
     overwrite: bool,
     workers: int,
     transformers_cache: str | None,
@@ -39,26 +47,23 @@ def lora(
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.merge.lora import DTYPES, export_adapter
-    from mergekit_snrf.merge.plan import plan_merge
+    from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
 
     options = MergeOptions(
         transformers_cache=transformers_cache,
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
-    )
-    config = load_recipe(recipe)
-    recipe_folder = str(Path(recipe).resolve().parent)
-    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    done = export_adapter(
-        plan,
-        options,
-        out_path,
-        dtype=DTYPES[dtype],
-        recipe=Path(recipe).read_text(encoding="utf-8"),
-        recipe_folder=recipe_folder,
-        overwrite=overwrite,
-        workers=workers,
         quiet=is_quiet(),
     )
-    click.echo(f"{out_path}: {len(done.ranks)} modules, {size(done.bytes)}")
+    with naming({"adapter rank": "--rank"}):
+        done = export_adapter(
+            load_recipe(recipe),
+            Path(recipe).read_text(encoding="utf-8"),
+            options,
+            out_path,
+            settings=AdapterSettings(dtype=dtype, rank=rank, base_model=base_model),
+            recipe_folder=str(Path(recipe).resolve().parent),
+            workers=workers,
+            overwrite=overwrite,
+        )
+    click.echo(f"{out_path}: {done.modules} modules of rank {done.rank}, {size(done.bytes)}")

@@ -59,28 +59,32 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
     )
 
 
-def adapter_card(plan: MergePlan, name: str, recipe: str, ranks: Mapping[str, int]) -> str:
+def adapter_card(
+    plan: MergePlan, name: str, recipe: str, modules: int, rank: int, base_model: str | None = None
+) -> str:
     """Return the README of an adapter's folder.
 
     Args:
         plan: of the merge.
         name: of the adapter.
         recipe: its text, as written.
-        ranks: rank of every adapted module.
+        modules: that it adapts.
+        rank: of every module.
+        base_model: the target's hub id, where it is not that of the plan.
     """
-    low, high = min(ranks.values()), max(ranks.values())
     return _of_plan(
         plan,
         name,
         f"A LoRA adapter for {_model(plan.references[0])}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
-        f"Fusion]({PAPER}) adds to it from {_model(plan.references[1])}, in {len(ranks)} modules of the text decoder, "
-        f"rank {low if low == high else f'{low} to {high}'}. Made with mergekit-snrf.",
+        f"Fusion]({PAPER}) adds to it from {_model(plan.references[1])}, in {modules} modules of the text decoder, "
+        f"rank {rank}. Made with mergekit-snrf.",
         '```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")\n```',
         recipe=recipe,
         command="snrf lora snrf.yml adapter/",
         relation="adapter",
         library="peft",
         tags=("snrf", "lora"),
+        base_model=base_model,
     )
 
 
@@ -159,6 +163,7 @@ def _of_plan(
     relation: str,
     library: str,
     tags: tuple[str, ...],
+    base_model: str | None = None,
 ) -> str:
     """Return the README of what a plan was made into: the introduction, what was changed, and how to make it again."""
     assert plan.target is not None
@@ -169,7 +174,7 @@ def _of_plan(
         *_changes(plan),
         *_mask_of(plan),
         *_reproduction(plan, recipe, command, tuple(packages)),
-        models=_hub_ids(plan),
+        models=list(dict.fromkeys([*([base_model] if base_model else []), *_hub_ids(plan)])),
         relation=relation,
         library=library,
         task=pipeline_tag(plan.target),

@@ -6,40 +6,54 @@ for fwd.down the masked columns are zero columns of A. So the adapter is the upd
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tqdm
 from jaxtyping import Float
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.fusion.fuse import masked_update
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
-from mergekit_snrf.merge.folders import built_aside, output_problem
+from mergekit_snrf.merge.folders import built_aside
+from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tensors import Tensors, threads
 from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
 from mergekit_snrf.models.decoder import find_decoder
 
-LOG = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+class AdapterSettings(Settings):
+    """How an adapter is written."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Of its matrices; float32 is exact."
+    )
+    rank: int | None = Field(
+        None, ge=1, description="Rank of all modules, padded with zeros; default: the largest that the update has."
+    )
+    base_model: str | None = Field(
+        None, description="Hub id of the base_model, for adapter_config.json; default: as in the recipe."
+    )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What was exported: modules and rank of each, and the size of the file in bytes."""
+    """What was exported: the adapted modules, the rank of all of them, and the size of the file in bytes."""
 
-    ranks: Mapping[str, int]
+    modules: int
+    rank: int
     bytes: int
 
 
@@ -63,6 +77,121 @@ def factors(
     spread = torch.zeros(neurons, left.shape[1], dtype=left.dtype)
     spread[update.selected] = left * beta
     return (right, spread) if axis == 0 else (spread.mT.contiguous(), right.mT.contiguous())
+
+
+def export_adapter(
+    config: MergeConfiguration,
+    recipe: str,
+    options: MergeOptions,
+    out_path: str,
+    *,
+    settings: AdapterSettings | None = None,
+    recipe_folder: str | None = None,
+    workers: int = 2,
+    overwrite: bool = False,
+) -> Adapter:
+    """Write the update of a merge as an adapter; the folder appears at once or not at all.
+
+    Args:
+        config: the recipe as mergekit parsed it.
+        recipe: the recipe's text, kept in the model card.
+        out_path: must not exist, or be empty.
+        recipe_folder: where relative paths of the recipe are looked for after the working folder.
+        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
+        overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
+
+    Raises:
+        SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
+    """
+    plan = plan_output(
+        config,
+        options,
+        out_path,
+        "adapter",
+        recipe_folder=recipe_folder,
+        overwrite=overwrite,
+        problems=_problems,
+    )
+    assert plan.target is not None
+    settings = settings or AdapterSettings.model_validate({})
+    rank = _rank(plan.edits, settings.rank)
+    prefix = live_prefix(plan.target)
+    modules = [f"{prefix}{edit.site.layer}.{edit.site.module}" for edit in plan.edits]
+    # The folder first: one that cannot be made is better known before the work than after it.
+    with built_aside(out_path, "adapter", overwrite=overwrite) as building:
+        matrices = dict(zip(modules, _matrices(plan, options, settings, rank, workers), strict=True))
+        tensors = {
+            f"base_model.model.{module}.lora_{part}.weight": tensor
+            for module, parts in matrices.items()
+            for part, tensor in zip("AB", parts, strict=True)
+        }
+        # safetensors' save_file would make the file readable for its owner alone.
+        (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+        card = adapter_card(plan, Path(out_path).absolute().name, recipe, len(modules), rank, settings.base_model)
+        (building / "README.md").write_text(card, encoding="utf-8")
+        size = (building / "adapter_model.safetensors").stat().st_size
+        _config(plan.target, modules, rank, settings.base_model).save_pretrained(building)
+    return Adapter(len(modules), rank, size)
+
+
+def _problems(plan: MergePlan) -> Iterator[SnrfError]:
+    if any(edit.is_bias for edit in plan.edits):
+        what = "a LoRA adapter, a product of two matrices added to a weight, cannot move biases"
+        yield SnrfError(None, what, "remove it, or merge with mergekit-yaml or 'snrf patch'", field="biases")
+    if not plan.edits and not plan.problems:
+        yield SnrfError(plan.mask_path, "the merge changes nothing, so there is no adapter to write")
+
+
+def _rank(edits: Sequence[PlannedEdit], wanted: int | None) -> int:
+    """Return the rank of all modules: the wanted one, or the largest that the update of a weight has."""
+    full = [min(edit.neurons, edit.shape[1 - edit.site.axis]) for edit in edits]
+    limits = [edit.fusion.rank if edit.fusion.update == "low-rank" else 0 for edit in edits]
+    needed = max(min(size, limit or size) for size, limit in zip(full, limits, strict=True))
+    if wanted is not None and wanted < needed:
+        what = f"{wanted} is smaller than the rank {needed} of the update"
+        raise SnrfError(None, what, f"give at least {needed}, or leave it out", field="adapter rank")
+    return wanted or needed
+
+
+def _matrices(
+    plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield A and B of every edit, in their order."""
+    assert plan.target_decoder is not None
+    read, shape, dtype = Tensors(plan, options), plan.target_decoder.shape, getattr(torch, settings.dtype)
+
+    def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
+        neurons = shape.neurons(edit.site.projection)
+        a, b = factors(_update_of(plan, edit, read), neurons, edit.site.axis, edit.fusion.beta)
+        return _padded(a.to(dtype), (rank, a.shape[1])), _padded(b.to(dtype), (b.shape[0], rank))
+
+    progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
+    with one_thread(), progress, threads(workers) as pool:
+        for pair in pool.map(matrices, plan.edits):
+            yield pair
+            progress.update()
+
+
+def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "more_rows more_columns"]:
+    """Return the matrix with zero rows or columns added: runtimes size their buffers by one rank for all modules."""
+    padded = matrix.new_zeros(shape)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded
+
+
+def _update_of(plan: MergePlan, edit: PlannedEdit, tensors: Tensors) -> Update:
+    assert plan.mask is not None
+    target, source, source_base = tensors.read(edit)
+    return masked_update(
+        target,
+        source,
+        plan.mask.neurons[edit.site],
+        edit.site.axis,
+        edit.fusion,
+        name=edit.target_name,
+        source_base=source_base,
+        site=edit.site,
+    )
 
 
 def live_prefix(checkpoint: Checkpoint) -> str:
@@ -90,10 +219,8 @@ def live_prefix(checkpoint: Checkpoint) -> str:
                 config, trust_remote_code=checkpoint.trust_remote_code
             )
     except Exception as error:
-        raise SnrfError(
-            f"{checkpoint.name}: transformers cannot build it ({' '.join(str(error).split())[:300]}); an adapter "
-            f"needs the names of its modules"
-        ) from None
+        what = f"transformers cannot build it ({first_line(error)}), and an adapter needs the names of its modules"
+        raise SnrfError(checkpoint.name, what, "check its config.json and files") from None
     headers = {
         name: TensorHeader("BF16", tuple(parameter.shape), "live") for name, parameter in model.named_parameters()
     }
@@ -103,113 +230,22 @@ def live_prefix(checkpoint: Checkpoint) -> str:
     return find_decoder(live).prefix
 
 
-def export_adapter(
-    plan: MergePlan,
-    options: MergeOptions,
-    out_path: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    recipe: str,
-    recipe_folder: str | None = None,
-    quiet: bool = False,
-    workers: int = 2,
-    overwrite: bool = False,
-) -> Adapter:
-    """Write the adapter of a planned merge; the folder appears at once or not at all.
-
-    Args:
-        plan: of the merge.
-        out_path: must not exist, or be empty.
-        dtype: of A and B; float32 is exact.
-        recipe: the recipe's text, kept in the model card.
-        recipe_folder: where relative paths of the recipe are looked for after the working folder.
-        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
-        overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
-
-    Raises:
-        SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
-    """
-    plan.raise_problems()
-    problem = output_problem(plan, out_path, "adapter", overwrite=overwrite)
-    if problem is not None:
-        raise problem
-    if any(edit.is_bias for edit in plan.edits):
-        raise SnrfError(
-            "parameter 'biases' is true, but a LoRA adapter is a product of two matrices added to a weight and cannot "
-            "move the target's biases; remove it, or merge with mergekit-yaml or 'snrf patch'"
-        )
-    assert plan.target is not None
-    assert plan.target_decoder is not None
-    for warning in plan.warnings:
-        LOG.warning(warning)
-    if not plan.edits:
-        raise SnrfError(f"{plan.mask_path}: the merge changes nothing, so there is no adapter to write")
-    prefix = live_prefix(plan.target)
-    read = Tensors(plan, options)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    shape = plan.target_decoder.shape
-
-    def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        update, neurons = _update_of(plan, edit, read), shape.neurons(edit.site.projection)
-        a, b = factors(update, neurons, edit.site.axis, edit.fusion.beta)
-        return a.to(dtype).contiguous(), b.to(dtype).contiguous()
-
-    # The folder first: one that cannot be made is better known before the work than after it.
-    with built_aside(out_path, "adapter", overwrite=overwrite) as building:
-        progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=quiet)
-        with one_thread(), progress, threads(workers) as pool:
-            for edit, (a, b) in zip(plan.edits, pool.map(matrices, plan.edits), strict=True):
-                module = f"{prefix}{edit.site.layer}.{edit.site.module}"
-                ranks[module] = a.shape[0]
-                tensors[f"base_model.model.{module}.lora_A.weight"] = a
-                tensors[f"base_model.model.{module}.lora_B.weight"] = b
-                progress.update()
-        # safetensors' save_file would make the file readable for its owner alone.
-        (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-        card = adapter_card(plan, Path(out_path).absolute().name, recipe, ranks)
-        (building / "README.md").write_text(card, encoding="utf-8")
-        size = (building / "adapter_model.safetensors").stat().st_size
-        _config(plan, ranks).save_pretrained(building)
-    return Adapter(ranks, size)
-
-
-def _update_of(plan: MergePlan, edit: PlannedEdit, tensors: Tensors) -> Update:
-    assert plan.mask is not None
-    target, source, source_base = tensors.read(edit)
-    return masked_update(
-        target,
-        source,
-        plan.mask.neurons[edit.site],
-        edit.site.axis,
-        edit.fusion,
-        name=edit.target_name,
-        source_base=source_base,
-        site=edit.site,
-    )
-
-
-def _config(plan: MergePlan, ranks: Mapping[str, int]) -> Any:
+def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> Any:
     from peft import LoraConfig
 
-    assert plan.target is not None
-    usual = max(set(ranks.values()), key=list(ranks.values()).count)
-    # alpha = rank everywhere makes PEFT's factor alpha / r one: beta is inside B.
-    others = {rf"{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
     config = LoraConfig(
-        base_model_name_or_path=plan.target.name,
-        revision=plan.target.revision,
+        base_model_name_or_path=base_model or target.name,
+        revision=None if base_model else target.revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
-        r=usual,
-        lora_alpha=usual,
+        # alpha = rank makes PEFT's factor alpha / r one: beta is inside B.
+        r=rank,
+        lora_alpha=rank,
         lora_dropout=0.0,
         bias="none",
         # Whole names: vision towers have a q_proj, too.
-        target_modules=sorted(ranks),
-        rank_pattern=others,
-        alpha_pattern=dict(others),
+        target_modules=list(modules),
     )
     # PEFT keeps a set, whose order changes from run to run.
-    config.target_modules = sorted(ranks)
+    config.target_modules = sorted(modules)
     return config

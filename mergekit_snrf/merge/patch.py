@@ -27,8 +27,9 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.folders import LAST, built_aside, copy_files, output_problem
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit, plan_merge
+from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
+from mergekit_snrf.merge.output import plan_output
+from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, fuse_tensor, threads
 from mergekit_snrf.models.checkpoint import ITEM_BYTES
@@ -72,14 +73,16 @@ def patch_merge(
     Raises:
         SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
     """
-    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    problem = output_problem(plan, out_path, "merge", overwrite=overwrite)
-    problems = [*_unpatchable(plan, config), *([problem] if problem else [])]
-    plan.problems += [str(one) for one in problems]
-    plan.raise_problems()
+    plan = plan_output(
+        config,
+        options,
+        out_path,
+        "merge",
+        recipe_folder=recipe_folder,
+        overwrite=overwrite,
+        problems=lambda plan: _problems(plan, config),
+    )
     assert plan.target is not None
-    for warning in plan.warnings:
-        LOG.warning(warning)
     tensors = Tensors(plan, options)
     folder, side_files = tensors.target_folder, plan.target.side_files()
     tally = Tally(len(plan.edits))
@@ -95,7 +98,7 @@ def patch_merge(
     return patched
 
 
-def _unpatchable(plan: MergePlan, config: MergeConfiguration) -> Iterator[SnrfError]:
+def _problems(plan: MergePlan, config: MergeConfiguration) -> Iterator[SnrfError]:
     for key in ("dtype", "out_dtype"):
         if getattr(config, key) is not None:
             yield SnrfError(None, "a patch keeps every dtype", "remove it, or merge with mergekit-yaml", field=key)

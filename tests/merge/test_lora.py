@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target
-from click.testing import CliRunner
-from mergekit.scripts.run_yaml import main as mergekit_yaml
+from outputs import assert_refused, done, run
+from pair import merge
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.fusion.fuse import ORDERS
 from mergekit_snrf.fusion.updates import Update
-from mergekit_snrf.merge import install
 from mergekit_snrf.merge.lora import factors
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
@@ -46,18 +44,11 @@ def make_merge(folder: Path, family: str, layout: str, *, rank: int = 4, order: 
     return folder / "snrf.yml"
 
 
-def invoke(command: object, *arguments: str | Path) -> str:
-    result = CliRunner().invoke(command, [str(argument) for argument in arguments])  # type: ignore[arg-type]
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_adapter_equals_merge(family: str, layout: str, tmp_path: Path) -> None:
-    install()
     recipe = make_merge(tmp_path, family, layout)
-    invoke(mergekit_yaml, recipe, tmp_path / "merged", "--quiet")
-    assert "modules" in invoke(snrf, "lora", recipe, tmp_path / "adapter", "--quiet")
+    merge(recipe, tmp_path / "merged")
+    done("lora", recipe, tmp_path / "adapter")
 
     merged, inputs = load(tmp_path / "merged"), example_inputs(tmp_path / "target")
     with torch.no_grad():
@@ -72,10 +63,9 @@ def test_adapter_equals_merge(family: str, layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rank", "order"), [(0, ORDERS[0]), *((rank, order) for rank in (1, 40) for order in ORDERS)])
 def test_ranks_and_orders(rank: int, order: str, tmp_path: Path) -> None:
-    install()
     recipe = make_merge(tmp_path, "llama", "hub", rank=min(rank, 32), order=order)
-    invoke(mergekit_yaml, recipe, tmp_path / "merged", "--quiet")
-    invoke(snrf, "lora", recipe, tmp_path / "adapter", "--quiet")
+    merge(recipe, tmp_path / "merged")
+    done("lora", recipe, tmp_path / "adapter")
     unloaded = PeftModel.from_pretrained(load(tmp_path / "target"), tmp_path / "adapter").merge_and_unload()
     merged = load(tmp_path / "merged").state_dict()
     for name, tensor in unloaded.state_dict().items():
@@ -98,25 +88,39 @@ def test_factors_are_as_narrow_as_the_update(rank: int | None, neurons: int, axi
     assert len(a) == b.shape[1] == min(neurons, 5, rank or 5)
 
 
-def test_adapter_touches_masked_neurons_of_the_text_decoder_only(tmp_path: Path) -> None:
+def test_one_rank_for_all_modules_of_the_text_decoder(tmp_path: Path) -> None:
+    """Sites of one neuron have as many ranks as the others, zero ones; unmasked sites are absent."""
     recipe = make_merge(tmp_path, "llava", "nested")
-    invoke(snrf, "lora", recipe, tmp_path / "adapter", "--quiet")
+    done("lora", recipe, tmp_path / "adapter")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert tensors
     assert all(".language_model.layers." in name for name in tensors)
     assert not any(".layers.1.self_attn.v_proj." in name for name in tensors)
+    assert {t.shape[0] if "lora_A" in name else t.shape[1] for name, t in tensors.items()} == {4}
     first = "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_{}.weight"
-    assert tensors[first.format("B")].any(dim=1).sum() == 1
-    assert len(tensors[first.format("A")]) == 1
-    assert "base_model" in (tmp_path / "adapter" / "README.md").read_text()
+    a, b = tensors[first.format("A")], tensors[first.format("B")]
+    assert b.any(dim=1).sum() == b.any(dim=0).sum() == 1
+    assert a[0].any()
+    assert not a[1:].any()
 
 
-def test_configuration_is_the_same_in_every_run(tmp_path: Path) -> None:
+def test_padded_adapter_of_a_hub_model(tmp_path: Path) -> None:
     recipe = make_merge(tmp_path, "llama", "hub")
-    invoke(snrf, "lora", recipe, tmp_path / "adapter", "--quiet")
-    modules = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
-    assert len(modules) > 5
-    assert modules == sorted(modules)
+    done("lora", recipe, tmp_path / "plain")
+    done("lora", recipe, tmp_path / "padded", "--rank", "16", "--base-model", "owner/llm")
+    plain, padded = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "padded"))
+    for name, tensor in padded.items():
+        kept, rest = tensor.split([4, 12], dim=0 if "lora_A" in name else 1)
+        assert torch.equal(kept, plain[name])
+        assert not rest.any()
+    config = json.loads((tmp_path / "padded" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (16, 16)
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/llm", None)
+    assert len(config["target_modules"]) > 5
+    assert config["target_modules"] == sorted(config["target_modules"])
+    assert "base_model:\n- owner/llm\n" in (tmp_path / "padded" / "README.md").read_text()
 
 
 def test_disk_that_is_full(tmp_path: Path) -> None:
@@ -124,34 +128,35 @@ def test_disk_that_is_full(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "new" / "adapter"), "--quiet"])
+        result = run("lora", recipe, tmp_path / "new" / "adapter")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert result.exit_code == 1
-    assert result.output.startswith(f"Error: {tmp_path}/new/adapter: the adapter could not be written (File too large")
+    assert_refused(result, f"{tmp_path}/new/adapter: the adapter could not be written (File too large")
     assert not (tmp_path / "new").exists()
 
 
-def test_refusals(tmp_path: Path) -> None:
-    recipe = make_merge(tmp_path, "llama", "hub")
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "notes.txt").write_text("mine")
-    result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter")])
-    assert result.exit_code == 1
-    assert "not empty" in result.output
-    recipe.write_text(recipe.read_text().replace("rank: 4", "rank: 4000"))
-    result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "other")])
-    assert result.exit_code == 1
-    assert "4000" in result.output
-    assert not (tmp_path / "other").exists()
+@pytest.mark.parametrize(
+    ("flags", "change", "text"),
+    [
+        (["--rank", "3"], {}, "--rank: 3 is smaller than the rank 4 of the update; give at least 4"),
+        ([], {"rank: 4": "rank: 4000"}, "4000"),
+        ([], {"masks: mask": "allow_noop: true, masks: empty"}, "the merge changes nothing"),
+        ([], {"masks:": "biases: true, masks:"}, "biases: a LoRA adapter"),
+    ],
+)
+def test_refusals(flags: list[str], change: dict[str, str], text: str, tmp_path: Path) -> None:
+    recipe = make_merge(tmp_path, "qwen2_5_vl", "hub")
+    write_mask(tmp_path / "empty.safetensors", NeuronSet({}))
+    for old, new in change.items():
+        recipe.write_text(recipe.read_text().replace(old, new))
+    assert_refused(run("lora", recipe, tmp_path / "adapter", *flags), text)
+    assert not (tmp_path / "adapter").exists()
 
 
-def test_target_that_names_no_class(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [{}, {"architectures": []}])
+def test_target_that_names_no_class(named: dict[str, list[str]], tmp_path: Path) -> None:
     recipe = make_merge(tmp_path, "llama", "hub")
     config = json.loads((tmp_path / "target" / "config.json").read_text())
-    for named in ({}, {"architectures": []}):
-        content = {key: value for key, value in config.items() if key != "architectures"} | named
-        (tmp_path / "target" / "config.json").write_text(json.dumps(content))
-        result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter"), "--quiet"])
-        assert result.exit_code == 1
-        assert "its config.json names no class under 'architectures'" in result.output
+    del config["architectures"]
+    (tmp_path / "target" / "config.json").write_text(json.dumps(config | named))
+    assert_refused(run("lora", recipe, tmp_path / "adapter"), "target: transformers cannot build it", "'architectures'")

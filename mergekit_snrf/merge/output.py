@@ -1,0 +1,45 @@
+"""The first steps of ``snrf patch`` and ``snrf lora``: plan the merge, and check it and the output folder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.merge.folders import Kind, output_problem
+from mergekit_snrf.merge.plan import MergePlan, plan_merge
+
+LOG = logging.getLogger(__name__)
+
+
+def plan_output(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    out_path: str,
+    kind: Kind,
+    *,
+    recipe_folder: str | None,
+    overwrite: bool,
+    problems: Callable[[MergePlan], Iterable[SnrfError]],
+) -> MergePlan:
+    """Return the plan of a merge that can be written to ``out_path``, and log its warnings.
+
+    Args:
+        kind: of what is written.
+        recipe_folder: where relative paths of the recipe are looked for after the working folder.
+        overwrite: the folder may hold an earlier output of this kind.
+        problems: what else makes this plan unfit for this kind of output.
+
+    Raises:
+        SnrfError: it cannot be written, with every problem.
+    """
+    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
+    of_folder = output_problem(plan, out_path, kind, overwrite=overwrite)
+    plan.problems += [str(problem) for problem in (*problems(plan), of_folder) if problem is not None]
+    plan.raise_problems()
+    for warning in plan.warnings:
+        LOG.warning(warning)
+    return plan
