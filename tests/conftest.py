@@ -21,7 +21,7 @@ settings.load_profile("snrf")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-families", action="store_true", help="write the README's table of families")
+    parser.addoption("--update-families", action="store_true", help="write the table of families in docs/models.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,10 +32,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     results = session.config.stash[passed]
     if not session.config.getoption("--update-families") or exitstatus or not results:
         return
-    readme = Path(__file__).parent.parent / "README.md"
-    text = readme.read_text()
+    page = Path(__file__).parent.parent / "docs" / "models.md"
+    text = page.read_text()
     start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    readme.write_text(f"{text[:start]}\n{markdown(results)}\n{text[end:]}")
+    page.write_text(f"{text[:start]}\n{markdown(results)}\n{text[end:]}")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -1,4 +1,4 @@
-"""What the README says, held against the code."""
+"""What README and documentation say, held against the code."""
 
 from __future__ import annotations
 
@@ -14,51 +14,60 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.recipe import read_recipe
 from mergekit_snrf.profiling.settings import ProfileConfig
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("examples/**/README.md")),
+]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+# A command in a code span or an indented line, up to its comment.
+COMMANDS = re.compile(r"(?:`|^    )(snrf(?:-profile)? [^`\n#]*)", re.MULTILINE)
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 110
 
 
 def test_table_of_families_is_that_of_the_tests() -> None:
-    rows = README[README.index(BEGIN) : README.index(END)].splitlines()
+    page = TEXTS["docs/models.md"]
+    rows = page[page.index(BEGIN) : page.index(END)].splitlines()
     found = [tuple(cell.strip() for cell in row.split("|")[1:4]) for row in rows if row.startswith("| ")][1:]
     expected = [(family, f"`{prefix}.N`", SOURCE_OF[family]) for (family, _), prefix in sorted(TARGETS.items())]
     assert found == expected, "run `make families`"
 
 
-def test_table_of_parameters_is_complete() -> None:
-    named = re.findall(r"^\| `(\w+)` \| (?:top level|source)", README, re.MULTILINE)
-    assert sorted(named) == sorted(parameter.name for parameter in SPEC.parameters)
-
-
-def test_examples_in_yaml_are_valid() -> None:
-    recipe, profile = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("name", ["README.md", "docs/recipe.md"])
+def test_first_yaml_is_a_valid_recipe(name: str) -> None:
+    recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", TEXTS[name], re.DOTALL)[0])
     problems: list[str] = []
     assert read_recipe(MergeConfiguration.model_validate(recipe), problems)
     assert not problems
-    ProfileConfig.model_validate(profile)
 
 
-@pytest.mark.parametrize("line", sorted(set(re.findall(r"\bsnrf (?:mask )?[a-z]+\b[^`\n#]*", README))))
-def test_commands_exist(line: str) -> None:
-    command: click.Command = snrf
-    for word in line.split()[1:]:
-        if not isinstance(command, click.Group):
-            break
-        assert word in command.commands, line
-        command = command.commands[word]
-    options = {name for parameter in command.params for name in parameter.opts}
-    assert set(re.findall(r"--[a-z-]+", line)) <= options
+def test_profile_yml_is_valid() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", TEXTS["docs/profiling.md"], re.DOTALL)
+    ProfileConfig.model_validate(yaml.safe_load(text))
 
 
-def test_options_of_the_profiler_exist() -> None:
-    options = {name for parameter in snrf_profile.params for name in parameter.opts}
-    assert {"--dry-run", "--resume"} <= options
+@pytest.mark.parametrize("name", TEXTS)
+def test_commands_exist(name: str) -> None:
+    for line in COMMANDS.findall(TEXTS[name]):
+        command: click.Command = snrf_profile if line.startswith("snrf-profile") else snrf
+        for word in line.split()[1:]:
+            if not isinstance(command, click.Group) or word.startswith("-"):
+                break
+            assert word in command.commands, line
+            command = command.commands[word]
+        options = {name for parameter in command.params for name in parameter.opts} | {"--help", "--version"}
+        assert set(re.findall(r"(?<![\w-])--[a-z-]+", line)) <= options, line
 
 
-def test_files_that_are_linked_exist() -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", README):
-        assert link.startswith("https://") or (ROOT / link).exists(), link
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_that_are_linked_exist(name: str) -> None:
+    folder = (ROOT / name).parent
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
+        assert link.startswith(("https://", "#")) or (folder / link.partition("#")[0]).exists(), link

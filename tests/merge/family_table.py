@@ -1,4 +1,4 @@
-"""The README's table of families and layouts, made from what the tests merged."""
+"""The table of families and layouts in docs/models.md, made from what the tests merged."""
 
 from __future__ import annotations
 
