@@ -17,6 +17,10 @@ from typing import Any
 from urllib.parse import unquote
 
 
+def commit_of(revision: str) -> str:
+    return hashlib.sha1(revision.encode()).hexdigest()
+
+
 class Hub(ThreadingHTTPServer):
     """What of a hub's interface a download uses, on a free local port.
 
@@ -45,14 +49,20 @@ class HubRequest(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = self.path.partition("?")[0]
         # A slash of the revision is quoted.
-        match = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(?:resolve|tree)/([^/]+)(?:/(.+))?", url)
+        match = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(?:resolve|tree|revision)/([^/]+)(?:/(.+))?", url)
         repository, revision, file = [part and unquote(part) for part in match.groups()] if match else ("", "", None)
         revisions = self.server.repositories.get(repository)
+        # A commit stands for the revision whose hash it is.
+        revision = {commit_of(name): name for name in revisions or ()}.get(revision, revision)
         files = revisions.get(revision) if revisions else None
         if revisions is None:
             self.answer(404, error="RepoNotFound")
         elif files is None:
             self.answer(404, error="RevisionNotFound")
+        elif "/revision/" in url:
+            siblings = [{"rfilename": path} for path in files]
+            answer = {"id": repository, "sha": commit_of(revision), "siblings": siblings}
+            self.answer(200, json.dumps(answer).encode(), revision)
         elif file is None:
             listing = [{"type": "file", "path": path, "size": len(b), "oid": "0" * 40} for path, b in files.items()]
             self.answer(200, json.dumps(listing).encode(), revision)
@@ -69,7 +79,7 @@ class HubRequest(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.send_header("ETag", f'"{hashlib.sha1(body).hexdigest()}"')
         if revision:
-            self.send_header("X-Repo-Commit", hashlib.sha1(revision.encode()).hexdigest())
+            self.send_header("X-Repo-Commit", commit_of(revision))
         if error:
             self.send_header("X-Error-Code", error)
         self.end_headers()
@@ -108,8 +118,10 @@ def answer(reference):
         "folder": checkpoint.folder and str(checkpoint.folder),
         "tensors": {name: [header.dtype, header.shape, header.file] for name, header in checkpoint.tensors.items()},
         "config_sha256": checkpoint.config_sha256,
-        "side_files": checkpoint.side_files(),
+        "side_files": [] if checkpoint.missing else checkpoint.side_files(),
+        "missing": checkpoint.missing,
         "revision": checkpoint.revision,
+        "commit": checkpoint.commit,
     }
 
 time.sleep = lambda seconds: None

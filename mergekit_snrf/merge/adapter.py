@@ -34,7 +34,8 @@ from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
 from mergekit_snrf.merge.method import as_click_error, remember_command, start_tally
 from mergekit_snrf.merge.plan import MergePlan, absolute, plan_merge
 from mergekit_snrf.merge.recipe import stray_keys
-from mergekit_snrf.merge.tensors import download, wider_dtype
+from mergekit_snrf.merge.tensors import wider_dtype
+from mergekit_snrf.models import hub
 from mergekit_snrf.models.checkpoint import Checkpoint
 
 LOG = logging.getLogger(__name__)
@@ -192,7 +193,7 @@ def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
     assert target is not None
     if os.path.isdir(target.name):
         return
-    download(target, options, target.side_files())
+    hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
 
 
 def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
@@ -253,4 +254,5 @@ def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: Mer
     if config.dtype or config.out_dtype:
         # mergekit writes the configuration with the new dtype; otherwise the base's file is right to the byte.
         left_out.add("config.json")
-    return [name for name in target.side_files() if name not in left_out]
+    # mergekit makes no folders inside the output.
+    return [name for name in target.side_files() if name not in left_out and "/" not in name]

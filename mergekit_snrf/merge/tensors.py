@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, Fusion, Rounding, fuse_and_report
 from mergekit_snrf.fusion.lowrank import Certificate
 from mergekit_snrf.fusion.threads import one_thread
@@ -50,33 +49,7 @@ def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
     Raises:
         SnrfError: the download fails.
     """
-    if checkpoint.folder is not None:
-        return checkpoint.folder
-    shards = sorted({tensor.file for tensor in checkpoint.tensors.values()})
-    return download(checkpoint, options, [*shards, *checkpoint.side_files(), "*.index.json"])
-
-
-def download(checkpoint: Checkpoint, options: MergeOptions, files: Iterable[str]) -> Path:
-    """Download files of a checkpoint from the hub; return the folder.
-
-    Raises:
-        SnrfError: the download fails.
-    """
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                checkpoint.name,
-                revision=checkpoint.revision,
-                cache_dir=options.transformers_cache,
-                allow_patterns=list(files),
-            )
-        )
-    except Exception as error:
-        # What huggingface_hub, httpx and the file system raise has no common base.
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-        raise SnrfError(f"{checkpoint.name}: cannot be downloaded ({reason}); check network and disk") from None
+    return checkpoint.local(options.transformers_cache)
 
 
 class Tensors:

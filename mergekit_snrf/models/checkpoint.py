@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk or on a hub: names, shapes and dtypes of its tensors, and its configuration.
+"""Checkpoints on disk or on the hub: names, shapes and dtypes of the tensors, and the configuration.
 
 Reads headers and JSON only, never a weight.
 """
@@ -6,67 +6,35 @@ Reads headers and JSON only, never a weight.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
+import posixpath
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import safetensors
-import torch
-
 from mergekit_snrf.errors import SnrfError
-
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of one element, by safetensors dtype."""
-
-FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-"""safetensors names of the dtypes that weights are computed with, and torch's names for them."""
-
-_TORCH_DTYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-    torch.float64: "F64", torch.complex64: "C64",
-}  # fmt: skip
+from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
+from mergekit_snrf.models import hub
+from mergekit_snrf.models.headers import FLOAT_DTYPES as FLOAT_DTYPES
+from mergekit_snrf.models.headers import ITEM_BYTES as ITEM_BYTES
+from mergekit_snrf.models.headers import TensorHeader, parse_object, read_headers, weight_map
 
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".bpe"}
 _SIDE_PREFIXES = ("license", "notice", "use_policy")
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.index\.json)?$", re.IGNORECASE)
 _OWN_FILES = {"mergekit_config.yml", "README.md"}
+_NESTED_TEXT = ("text_config", "llm_config", "language_config")
+_IMAGES = ("vision_config", "vision_tower", "mm_vision_tower")
+_TOKENIZERS = re.compile(r"tokenizer\.(json|model)|vocab\.(json|txt)|spiece\.model|.*\.(tiktoken|bpe\.model)")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_DEEPEST = 3
+_AGAIN = "get the file again"
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a checkpoint's header says of one tensor.
-
-    Attributes:
-        dtype: as safetensors writes it, such as ``BF16``.
-        file: the shard's name inside the checkpoint.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data in bytes."""
-        return self.parameters * ITEM_BYTES.get(self.dtype, 1)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """The headers and the configuration of one model.
 
@@ -75,18 +43,27 @@ class Checkpoint:
         folder: the local folder, or None while the weights are only on the hub.
         tensors: by name on disk.
         config: the parsed ``config.json``.
-        config_bytes: ``config.json`` as it lies on disk.
-        files: names of all files at the top level of the checkpoint.
+        config_bytes: ``config.json`` as it is on disk.
+        files: paths of all files, with ``/``.
+        revision: of the hub id, as the user wrote it.
+        commit: that the revision is at; None for a folder, and without a connection to the hub.
+        missing: files that the model needs beside its weights and that a cache without connection lacks.
     """
 
     name: str
     folder: Path | None
     tensors: Mapping[str, TensorHeader]
     config: Mapping[str, Any]
-    config_bytes: bytes = field(repr=False)
+    config_bytes: bytes
     files: tuple[str, ...] = ()
     revision: str | None = None
     trust_remote_code: bool = False
+    commit: str | None = None
+    missing: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return the name and the size."""
+        return f"<Checkpoint {self.name}: {self.model_type}, {len(self.tensors)} tensors, {self.bytes} bytes>"
 
     @property
     def config_sha256(self) -> str:
@@ -103,51 +80,93 @@ class Checkpoint:
         """Size of all tensors in bytes."""
         return sum(tensor.bytes for tensor in self.tensors.values())
 
+    @property
+    def written_text_config(self) -> Mapping[str, Any]:
+        """The part of ``config.json`` that describes the text decoder, as it is written."""
+        nested = (self.config.get(key) for key in _NESTED_TEXT)
+        return next((config for config in nested if isinstance(config, Mapping)), self.config)
+
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The configuration of the text decoder, with transformers' defaults filled in where it knows the type.
+        """The configuration of the text decoder, with transformers' defaults if it has a class for the type.
 
         Raises:
-            SnrfError: transformers knows the type but refuses the values.
+            SnrfError: transformers has a class for the type and refuses the values.
         """
+        written = self.written_text_config
+        completed = self._completed(self.config) or self._completed(written)
+        if completed is None:
+            return written
+        # An older layout may have the same model_type: then the class reads other keys, and answers with defaults.
+        sizes = ("num_hidden_layers", "hidden_size")
+        return (
+            completed if all(completed.get(key) == written.get(key, completed.get(key)) for key in sizes) else written
+        )
+
+    def _completed(self, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         from transformers import CONFIG_MAPPING
 
-        def known(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-            model_type = str(config.get("model_type", ""))
-            if model_type not in CONFIG_MAPPING:
-                return None
-            raw = {key: value for key, value in config.items() if key != "model_type"}
-            try:
-                return CONFIG_MAPPING[model_type](**raw).get_text_config(decoder=True).to_dict()
-            except Exception as error:
-                raise SnrfError(
-                    f"{self.name}/config.json: transformers refuses this {model_type} configuration "
-                    f"({' '.join(str(error).split())}); mend it, or get the file again"
-                ) from None
-
-        nested = (self.config.get(key) for key in ("text_config", "llm_config", "language_config"))
-        inner = next((config for config in nested if isinstance(config, Mapping)), self.config)
-        return known(self.config) or known(inner) or inner
+        model_type = str(config.get("model_type", ""))
+        if model_type not in CONFIG_MAPPING:
+            return None
+        raw = {key: value for key, value in config.items() if key != "model_type"}
+        try:
+            return CONFIG_MAPPING[model_type](**raw).get_text_config(decoder=True).to_dict()
+        except Exception as error:
+            what = f"transformers refuses this {model_type} configuration ({' '.join(str(error).split())})"
+            raise SnrfError(f"{self.name}/config.json", what, f"correct it, or {_AGAIN}") from None
 
     @property
     def needs_remote_code(self) -> bool:
-        """Whether transformers can only read the configuration by running code from the checkpoint."""
+        """Whether transformers must run code from the checkpoint to read the configuration."""
         from transformers import CONFIG_MAPPING
 
-        return self.model_type not in CONFIG_MAPPING
+        return self.model_type not in CONFIG_MAPPING and "auto_map" in self.config
 
     def side_files(self) -> tuple[str, ...]:
-        """Return the small files that belong to the model: configuration, tokenizer, processor, templates, code."""
-        return tuple(
-            sorted(
-                name
-                for name in self.files
-                if name not in _OWN_FILES
-                and not _WEIGHTS.match(name)
-                and not name.startswith(".")
-                and (Path(name).suffix in _SIDE_SUFFIXES or name.lower().startswith(_SIDE_PREFIXES))
+        """Return the small files that belong to the model: configuration, tokenizer, processor, templates, code.
+
+        A folder inside the checkpoint with weights of its own is another model.
+
+        Raises:
+            SnrfError: there is no connection to the hub, and the cache lacks some of them.
+        """
+        if self.missing:
+            raise SnrfError(
+                self.name,
+                f"the cache lacks {', '.join(self.missing)}, and the hub cannot be reached",
+                f"download the model first (hf download {self.name})",
             )
+        return _side_files(self.files)
+
+    def local(self, cache_dir: str | None = None) -> Path:
+        """Return the folder of the shards and side files, downloaded if they are only on the hub.
+
+        Raises:
+            SnrfError: the download fails.
+        """
+        if self.folder is not None:
+            return self.folder
+        shards = sorted({tensor.file for tensor in self.tensors.values()})
+        files = [*shards, *self.side_files(), "*.index.json"]
+        return hub.download(self.name, self.revision, files, cache_dir)
+
+
+def _side_files(files: Sequence[str]) -> tuple[str, ...]:
+    models = {folder for folder in map(posixpath.dirname, filter(_WEIGHTS.match, files)) if folder}
+
+    def belongs(path: str) -> bool:
+        folder, name = posixpath.split(path)
+        above = {folder, *map(str, PurePosixPath(folder).parents)}
+        return (
+            path not in _OWN_FILES
+            and not _WEIGHTS.match(name)
+            and not any(part.startswith(".") for part in path.split("/"))
+            and not models & above
+            and (posixpath.splitext(name)[1] in _SIDE_SUFFIXES or name.lower().startswith(_SIDE_PREFIXES))
         )
+
+    return tuple(sorted(filter(belongs, files)))
 
 
 def weight_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -162,165 +181,97 @@ def open_checkpoint(
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
-    """Read the headers of a local folder, of a model in the hub's cache, or of a model on the hub.
+    """Read the headers of a local folder or of a model on the hub; no weights are read or downloaded.
 
     Args:
         name: a folder, or a hub id.
         revision: of the hub id.
         cache_dir: where mergekit keeps downloaded models (``--transformers-cache``).
-        trust_remote_code: kept for those who load the model later; nothing is executed here.
+        trust_remote_code: kept for loading the model later; nothing is executed here.
 
     Raises:
         SnrfError: there is no such model, or a file of it is missing or damaged.
     """
     if os.path.isdir(name):
-        return _from_folder(name, Path(name), None, trust_remote_code)
+        return _from_folder(name, Path(name), trust_remote_code=trust_remote_code)
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise SnrfError(f"{name}: no such folder; give the folder of a checkpoint, or a hub id such as owner/model")
+        remedy = "give the folder of a checkpoint, or a hub id such as owner/model"
+        if "+" in name:
+            remedy = "only a recipe takes base+adapter; merge the adapter into its base first"
+        raise SnrfError(name, "no such folder", remedy)
     return _from_hub(name, revision, cache_dir, trust_remote_code)
 
 
-def _from_folder(name: str, folder: Path, revision: str | None, trust_remote_code: bool) -> Checkpoint:
-    config_bytes = _read_bytes(folder / "config.json", f"{name} is not a checkpoint folder")
-    config = _parse_json(folder / "config.json", config_bytes)
+def _from_folder(name: str, folder: Path, **more: Any) -> Checkpoint:
+    config_path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not config_path.exists():
+        raise SnrfError(name, "is an adapter without its model", "write BASE+ADAPTER in a recipe, or merge it first")
+    config_bytes = read_bytes(config_path, DATA_BYTES, remedy=f"{name} is not the folder of a checkpoint")
     return Checkpoint(
         name=name,
         folder=folder,
-        tensors=_read_headers(folder),
-        config=config,
+        tensors=read_headers(folder),
+        config=parse_object(config_bytes, config_path),
         config_bytes=config_bytes,
-        files=tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_file())),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        **{"files": _files(folder), **more},
     )
 
 
-def _read_bytes(path: Path, remedy: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from None
-
-
-def _parse_json(path: Path, content: bytes) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise SnrfError(f"{path}: not valid JSON ({error}); the file is damaged, get it again") from None
-    if not isinstance(parsed, dict):
-        raise SnrfError(f"{path}: not a JSON object; the file is damaged, get it again")
-    return parsed
-
-
-def _read_headers(folder: Path) -> dict[str, TensorHeader]:
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            weight_map = _parse_json(index, _read_bytes(index, "get it again")).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(
-                isinstance(v, str) and Path(v).name == v for v in weight_map.values()
-            ):
-                raise SnrfError(f"{index}: 'weight_map' does not map tensors to file names; get the index again")
-            shards = {file: _read_shard(folder / file) for file in sorted(set(weight_map.values()))}
-            missing = sorted(tensor for tensor, file in weight_map.items() if tensor not in shards[file])
-            if missing:
-                raise SnrfError(
-                    f"{folder / weight_map[missing[0]]}: the index places tensor {missing[0]!r} in this file, which "
-                    f"does not hold it ({len(missing)} such tensors); get the shard again"
-                )
-            return {tensor: shards[file][tensor] for tensor, file in weight_map.items()}
-        if (folder / stem).is_file():
-            return _read_shard(folder / stem)
-    raise SnrfError(
-        f"{folder}: holds neither model.safetensors nor pytorch_model.bin nor an index of shards; "
-        f"give the folder of a complete checkpoint"
-    )
-
-
-def _read_shard(path: Path) -> dict[str, TensorHeader]:
-    if not os.path.isfile(path):
-        raise SnrfError(f"{path}: the index names this shard, but the file is missing; get it again")
-    try:
-        if path.suffix == ".safetensors":
-            headers = {}
-            with safetensors.safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    tensor = file.get_slice(key)
-                    headers[key] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()), path.name)
-            return headers
-        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise ValueError("it does not map names to tensors")
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SnrfError(f"{path}: cannot be read ({reason}); get the file again or convert it to safetensors") from None
-    return {
-        key: TensorHeader(_TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape), path.name)
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+def _files(folder: Path) -> tuple[str, ...]:
+    found: list[str] = []
+    for root, folders, names in os.walk(folder):
+        inside = Path(root).relative_to(folder)
+        folders[:] = [n for n in folders if n[0] not in "._" and len(inside.parts) < _DEEPEST]
+        found += [(inside / name).as_posix() for name in names if os.path.isfile(os.path.join(root, name))]
+    return tuple(sorted(found))
 
 
 def _from_hub(name: str, revision: str | None, cache_dir: str | None, trust_remote_code: bool) -> Checkpoint:
-    import huggingface_hub
-    from huggingface_hub.errors import NotASafetensorsRepoError
-
-    cached = _cached_snapshot(name, revision, cache_dir)
-    if cached is not None:
-        return _from_folder(name, cached, revision, trust_remote_code)
-    try:
-        api = huggingface_hub.HfApi()
-        files = api.list_repo_files(name, revision=revision)
-        config_path = Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision, cache_dir=cache_dir))
-        metadata = api.get_safetensors_metadata(name, revision=revision)
-    except NotASafetensorsRepoError:
-        raise SnrfError(
-            f"{name}: has no safetensors weights on the hub; download it first (hf download {name}) and give the folder"
-        ) from None
-    except Exception as error:
-        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
-        raise SnrfError(
-            f"{name}: neither a local folder nor a model that the hub gives ({reason}); check the name, the network "
-            f"and the login (hf auth login)"
-        ) from None
-    config_bytes = config_path.read_bytes()
+    found = hub.find_repository(name, revision)
+    known: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(found, SnrfError):
+        cached = hub.cached_snapshot(name, revision, cache_dir)
+        if cached is None or not _has_weights(cached):
+            raise found
+        checkpoint = _from_folder(name, cached, **known)
+        return replace(checkpoint, missing=_missing(checkpoint))
+    known |= {"commit": found.commit, "files": found.files}
+    cached = hub.cached_snapshot(name, found.commit, cache_dir)
+    if cached is not None and _has_weights(cached):
+        if hub.lacking(cached, _side_files(found.files)):
+            hub.download(name, revision, _side_files(found.files), cache_dir)
+        return _from_folder(name, cached, **known)
+    config_path = hub.download(name, revision, ["config.json"], cache_dir) / "config.json"
+    config_bytes = read_bytes(config_path, DATA_BYTES, remedy=_AGAIN)
     return Checkpoint(
         name=name,
         folder=None,
-        tensors={
-            key: TensorHeader(tensor.dtype, tuple(tensor.shape), file)
-            for file, shard in metadata.files_metadata.items()
-            for key, tensor in shard.tensors.items()
-        },
-        config=_parse_json(config_path, config_bytes),
+        tensors={key: TensorHeader(*header) for key, header in hub.remote_headers(found).items()},
+        config=parse_object(config_bytes, config_path),
         config_bytes=config_bytes,
-        files=tuple(sorted(file for file in files if "/" not in file)),
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        **known,
     )
 
 
-def _cached_snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path | None:
-    """Return the cached snapshot if it is complete: configuration, and every shard its index names."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True)
-        )
-    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError):
-        return None
+def _has_weights(folder: Path) -> bool:
+    """Tell whether a snapshot has the configuration and every shard that its index names."""
     if not (folder / "config.json").is_file():
-        return None
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{stem}.index.json"
-        if index.is_file():
-            weight_map = _parse_json(index, _read_bytes(index, "get it again")).get("weight_map")
-            files = weight_map.values() if isinstance(weight_map, dict) else ()
-            return folder if all(os.path.isfile(folder / str(file)) for file in files) else None
-        if (folder / stem).is_file():
-            return folder
-    return None
+        return False
+    places = weight_map(folder)
+    return places is not None and (isinstance(places, str) or not hub.lacking(folder, set(places.values())))
+
+
+def _missing(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the files that the configuration of a cached model calls for and the cache lacks."""
+    files, config = checkpoint.files, checkpoint.config
+    code = config.get("auto_map")
+    references = code.values() if isinstance(code, Mapping) else ()
+    # A reference is module.Class; owner/model--module.Class is code of another repository.
+    modules = {f"{one.partition('.')[0]}.py" for one in references if isinstance(one, str) and "--" not in one}
+    needed = ["tokenizer_config.json", *modules]
+    missing = [name for name in needed if name not in files]
+    if not any(map(_TOKENIZERS.fullmatch, files)):
+        missing.append("tokenizer.json")
+    if any(key in config for key in _IMAGES) and not any(name in files for name in _PROCESSORS):
+        missing.append(_PROCESSORS[0])
+    return tuple(sorted(missing))

@@ -6,20 +6,32 @@ The safetensors library reads and writes whole files; a merge changes a few rows
 from __future__ import annotations
 
 import json
-import math
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import safetensors
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line, os_reason
+from mergekit_snrf.files.reading import open_regular
 
 _TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_MAX_HEADER = 100_000_000
+# Linux reads and writes at most 2 GiB at once; smaller pieces can be interrupted.
+_AT_ONCE = 1 << 26
+_AGAIN = "get the file again"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a header: its dtype as safetensors writes it, its shape, and its bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -37,35 +49,42 @@ class ByteRange:
     bytes: int
 
 
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return what the header of a safetensors file says of every tensor.
+
+    Raises:
+        SnrfError: the file cannot be read, or its header is damaged or does not fit its size.
+    """
+    with open_regular(path, remedy=_AGAIN) as file:
+        try:
+            # The library checks the header against the size of the file, but does not say where tensors are.
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        except Exception as error:
+            remedy = f"{_AGAIN}, or convert it to safetensors"
+            raise SnrfError(path, f"cannot be read ({first_line(error)})", remedy) from None
+    return {
+        name: StoredTensor(
+            entry["dtype"], tuple(entry["shape"]), *(8 + length + position for position in entry["data_offsets"])
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
 def byte_ranges(path: Path) -> dict[str, ByteRange]:
     """Return the byte ranges of all floating-point tensors of a shard.
 
     Raises:
-        SnrfError: the file cannot be read, or its header is damaged or points outside the file.
+        SnrfError: as ``read_header``.
     """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(size - 8, _MAX_HEADER):
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-        ranges = {}
-        for name, entry in header.items():
-            if name == "__metadata__" or entry["dtype"] not in _TORCH:
-                continue
-            dtype, shape = _TORCH[entry["dtype"]], tuple(entry["shape"])
-            if any(type(number) is not int or number < 0 for number in (*shape, *entry["data_offsets"])):
-                raise ValueError(f"tensor {name!r} has a shape or place that is not made of whole numbers")
-            begin, end = (8 + length + position for position in entry["data_offsets"])
-            if not begin <= end <= size or end - begin != dtype.itemsize * math.prod(shape):
-                raise ValueError(f"tensor {name!r} lies outside the file")
-            ranges[name] = ByteRange(path, dtype, shape, begin, end - begin)
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
-        raise SnrfError(f"{path}: not a readable safetensors file ({error}); get the file again") from None
-    return ranges
+    return {
+        name: ByteRange(path, _TORCH[entry.dtype], entry.shape, entry.begin, entry.end - entry.begin)
+        for name, entry in read_header(path).items()
+        if entry.dtype in _TORCH
+    }
 
 
 def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
@@ -80,14 +99,15 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
     view = memoryview(buffer)
     try:
         with where.path.open("rb", buffering=0) as file:
+            file.seek(where.offset)
             position = 0
             while position < where.bytes:
-                count = os.preadv(file.fileno(), [view[position : position + (1 << 26)]], where.offset + position)
-                if count == 0:
-                    raise SnrfError(f"{where.path}: ends in the middle of a tensor; get the file again")
+                count = file.readinto(view[position : position + _AT_ONCE])
+                if not count:
+                    raise SnrfError(where.path, "ends in the middle of a tensor", _AGAIN)
                 position += count
     except OSError as error:
-        raise SnrfError(f"{where.path}: cannot be read ({error.strerror or error}); get the file again") from None
+        raise SnrfError(where.path, f"cannot be read ({os_reason(error)})", _AGAIN) from None
     return torch.frombuffer(buffer, dtype=where.dtype).view(where.shape)
 
 
@@ -114,7 +134,10 @@ def overwrite_neurons(
     runs = [(0, where.shape[0])] if axis == 1 else _runs(neurons)
     with path.open("r+b", buffering=0) as file:
         for start, end in runs:
-            _pwrite(file.fileno(), data[start * width : end * width], where.offset + start * width)
+            file.seek(where.offset + start * width)
+            rest = data[start * width : end * width]
+            while rest:
+                rest = rest[file.write(rest[:_AT_ONCE]) :]
     return sum(end - start for start, end in runs) * width
 
 
@@ -122,9 +145,3 @@ def _runs(member: Bool[Tensor, " neurons"]) -> list[tuple[int, int]]:
     padded = torch.nn.functional.pad(member.to(torch.int8), (1, 1))
     edges = padded.diff().nonzero().flatten().tolist()
     return list(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _pwrite(descriptor: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(descriptor, data[: 1 << 26], offset)
-        data, offset = data[count:], offset + count

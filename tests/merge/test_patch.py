@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -31,8 +30,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import folders
 from mergekit_snrf.merge import patch as patch_module
 from mergekit_snrf.merge.patch import patch_merge
-from mergekit_snrf.merge.tensors import local_folder
-from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader, open_checkpoint
+from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
@@ -515,26 +513,3 @@ def test_relative_paths_from_the_recipe_s_folder(pair: Pair, tmp_path: Path) -> 
     path = write_recipe(pair.folder / "relative.yml", recipe)
     merge(path, tmp_path / "mergekit" / "out")
     assert_like_mergekit(done("patch", path, tmp_path / "patch" / "out"), tmp_path / "mergekit" / "out")
-
-
-def hub_checkpoint() -> Checkpoint:
-    headers = {"w": TensorHeader("F32", (1, 1), "model-00001-of-00001.safetensors")}
-    files = ("config.json", "tokenizer.json", "README.md", "model-00001-of-00001.safetensors", "model.onnx")
-    return Checkpoint("owner/model", None, headers, {}, b"{}", files, revision="abc")
-
-
-def test_model_on_the_hub_is_fetched_without_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or tmp_path)
-    assert local_folder(hub_checkpoint(), MergeOptions(transformers_cache="cache")) == tmp_path
-    patterns = ["model-00001-of-00001.safetensors", "config.json", "tokenizer.json", "*.index.json"]
-    assert asked == {"name": "owner/model", "revision": "abc", "cache_dir": "cache", "allow_patterns": patterns}
-
-
-def test_download_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str, **options: object) -> None:
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(SnrfError, match=r"owner/model: cannot be downloaded \(ConnectionError: no route\)"):
-        local_folder(hub_checkpoint(), MergeOptions())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import struct
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models import shards
 from mergekit_snrf.models.shards import ByteRange, byte_ranges, overwrite_neurons, read_tensor
 
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -95,26 +95,13 @@ def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tens
     assert written == changed * before.shape[1] * before.element_size()
 
 
-def test_rows_are_written_run_by_run(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    neurons = torch.rand(200, generator=torch.Generator().manual_seed(1)) < 0.4
-    path = write_raw(scratch / "runs", {"w": entry("F32", [200, 2], [0, 1600])}, bytes(1600))
-    (where,) = byte_ranges(path).values()
-    calls, pwrite = [], os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda file, data, at: calls.append(len(data)) or pwrite(file, data, at))
-    overwrite_neurons(where, path, torch.ones(200, 2), neurons, 0)
-    runs = [len(list(group)) for chosen, group in itertools.groupby(neurons.tolist()) if chosen]
-    assert calls == [8 * run for run in runs]
-    assert torch.equal(read_tensor(where)[:, 0] == 1, neurons)
-
-
-def test_short_reads_and_writes_go_on(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_once", [3, 7, 64])
+def test_reads_and_writes_in_pieces(scratch: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(shards, "_AT_ONCE", at_once)
     path = write_raw(scratch / "short", {"w": entry("F32", [4, 5], [0, 80])}, bytes(80))
     (where,) = byte_ranges(path).values()
     values = torch.arange(20.0).view(4, 5)
-    pwrite, preadv = os.pwrite, os.preadv
-    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:7], at))
-    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:3]], at))
-    overwrite_neurons(where, path, values, torch.tensor([True, True, False, True]), 0)
+    assert overwrite_neurons(where, path, values, torch.tensor([True, True, False, True]), 0) == 60
     values[2] = 0
     assert torch.equal(read_tensor(where), values)
 
@@ -173,6 +160,7 @@ def test_file_that_was_cut_short(scratch: Path) -> None:
         {"w": []},
         {"w": {}},
         {"w": entry(dtype=None), "v": 3},
+        {"w": entry("F99", [2, 3], [0, 24])},
         {"w": entry(dtype=["F32"])},
         {"w": entry(shape=None)},
         {"w": entry(shape="23")},
@@ -194,7 +182,7 @@ def test_file_that_was_cut_short(scratch: Path) -> None:
 )
 def test_damaged_header(scratch: Path, header: Any) -> None:
     path = write_raw(scratch / "damaged", header, bytes(24))
-    with pytest.raises(SnrfError, match=r"damaged: not a readable safetensors file \(.*\); get the file again"):
+    with pytest.raises(SnrfError, match=r"damaged: cannot be read \(.*\); get the file again"):
         byte_ranges(path)
 
 
@@ -204,15 +192,20 @@ def test_header_length_beyond_the_file_or_the_format(scratch: Path, length: int)
     if length == 10**8 + 1:
         # A sparse file: long enough, but no header may be that long.
         os.truncate(path, 2 * 10**8)
-    with pytest.raises(SnrfError, match="the header is longer than the file"):
+    with pytest.raises(SnrfError, match="long: cannot be read"):
         byte_ranges(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0"])
-def test_file_shorter_than_its_length_field(scratch: Path, content: bytes) -> None:
-    (scratch / "tiny").write_bytes(content)
-    with pytest.raises(SnrfError, match="tiny: not a readable safetensors file"):
-        byte_ranges(scratch / "tiny")
+@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0", None], ids=["empty", "short", "FIFO"])
+def test_what_is_not_a_shard(scratch: Path, content: bytes | None) -> None:
+    if content is None:
+        os.mkfifo(scratch / "fifo")
+        path = scratch / "fifo"
+    else:
+        path = scratch / "tiny"
+        path.write_bytes(content)
+    with pytest.raises(SnrfError, match=f"{path.name}: (cannot be read|is not a regular file)"):
+        byte_ranges(path)
 
 
 def test_missing_file(scratch: Path) -> None:

@@ -1,0 +1,134 @@
+"""Names, shapes and dtypes of the tensors in a folder, read from headers; never a weight."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.reading import DATA_BYTES, parse_json, read_bytes
+from mergekit_snrf.models.shards import read_header
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes of one element, by safetensors dtype."""
+
+FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""safetensors names of the dtypes that weights are computed with, and torch's names for them."""
+
+_TORCH_DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
+    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+    torch.float64: "F64", torch.complex64: "C64",
+}  # fmt: skip
+
+_AGAIN = "get the file again"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a checkpoint's header says of one tensor.
+
+    Attributes:
+        dtype: as safetensors writes it, such as ``BF16``.
+        file: the shard's name inside the checkpoint.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data in bytes."""
+        return self.parameters * ITEM_BYTES.get(self.dtype, 1)
+
+
+def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+    """Return a JSON object.
+
+    Raises:
+        SnrfError: it is not one.
+    """
+    parsed = parse_json(content, path)
+    if not isinstance(parsed, dict):
+        raise SnrfError(path, "not a JSON object", f"the file is damaged, {_AGAIN}")
+    return parsed
+
+
+def weight_map(folder: Path) -> dict[str, str] | str | None:
+    """Return the files of the tensors by an index, or the one file of weights; None if there is neither.
+
+    Raises:
+        SnrfError: the index is damaged.
+    """
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{stem}.index.json"
+        if index.is_file():
+            found = parse_object(read_bytes(index, DATA_BYTES, remedy=_AGAIN), index).get("weight_map")
+            if not isinstance(found, dict) or not all(isinstance(v, str) and Path(v).name == v for v in found.values()):
+                raise SnrfError(index, "'weight_map' does not map tensors to file names", "get the index again")
+            return found
+        if (folder / stem).is_file():
+            return stem
+    return None
+
+
+def read_headers(folder: Path) -> dict[str, TensorHeader]:
+    """Return the headers of all tensors of a folder's weights.
+
+    Raises:
+        SnrfError: there are no weights, or a file is missing or damaged.
+    """
+    places = weight_map(folder)
+    if places is None:
+        raise SnrfError(
+            folder,
+            "holds neither model.safetensors nor pytorch_model.bin nor an index of shards",
+            "give the folder of a complete checkpoint",
+        )
+    if isinstance(places, str):
+        return _read_shard(folder / places)
+    shards = {file: _read_shard(folder / file) for file in sorted(set(places.values()))}
+    missing = sorted(tensor for tensor, file in places.items() if tensor not in shards[file])
+    if missing:
+        raise SnrfError(
+            folder / places[missing[0]],
+            f"lacks tensor {missing[0]!r}, which the index places in this file ({len(missing)} such tensors)",
+            "get the shard again",
+        )
+    return {tensor: shards[file][tensor] for tensor, file in places.items()}
+
+
+def _read_shard(path: Path) -> dict[str, TensorHeader]:
+    if not os.path.isfile(path):
+        raise SnrfError(path, "the index names this shard, but the file is missing", "get it again")
+    if path.suffix == ".safetensors":
+        return {name: TensorHeader(entry.dtype, entry.shape, path.name) for name, entry in read_header(path).items()}
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        state = state.get("state_dict", state) if isinstance(state, Mapping) else state
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise ValueError("it does not map names to tensors")
+    except Exception as error:
+        # torch's second sentence recommends weights_only=False, which would run code from the file.
+        reason = first_line(error).partition(". ")[0]
+        raise SnrfError(path, f"cannot be read ({reason})", f"{_AGAIN}, or convert it to safetensors") from None
+    return {
+        key: TensorHeader(_TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape), path.name)
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }

@@ -1,0 +1,106 @@
+"""Models on the hub: what a repository holds, its copy in the cache, and downloads."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit_snrf.errors import SnrfError, first_line
+
+_SECONDS = 10
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A revision of a repository, as the hub lists it.
+
+    Attributes:
+        commit: that the revision is at.
+        files: paths of all its files, with ``/``.
+    """
+
+    name: str
+    commit: str
+    files: tuple[str, ...]
+
+
+def find_repository(name: str, revision: str | None) -> Repository | SnrfError:
+    """Return the repository at the revision, or why the hub does not give it."""
+    from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
+
+    try:
+        # Unlike a listing this is not tried again and again while there is no network.
+        found = get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_SECONDS)
+        commit = found.commit_hash or revision or "main"
+        return Repository(name, commit, tuple(sorted(HfApi().list_repo_files(name, revision=commit))))
+    except Exception as error:
+        # What huggingface_hub, httpx and the file system raise has no common base.
+        return SnrfError(
+            name,
+            f"neither a local folder nor a model that the hub gives ({_reason(error)})",
+            "check the name, the network and the login (hf auth login)",
+        )
+
+
+def cached_snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path | None:
+    """Return the folder of a revision in the cache, whether complete or not; None if there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def download(name: str, revision: str | None, files: Iterable[str], cache_dir: str | None) -> Path:
+    """Download the files that match the patterns and are not in the cache yet; return the folder.
+
+    Raises:
+        SnrfError: the download fails.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=[*files])
+        )
+    except Exception as error:
+        raise SnrfError(name, f"cannot be downloaded ({_reason(error)})", "check network and disk") from None
+
+
+def remote_headers(repository: Repository) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Return dtype, shape and file of every tensor, without downloading weights.
+
+    Raises:
+        SnrfError: there are no safetensors weights, or they are damaged.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    name = repository.name
+    try:
+        metadata = HfApi().get_safetensors_metadata(name, revision=repository.commit)
+    except NotASafetensorsRepoError:
+        raise SnrfError(
+            name, "has no safetensors weights on the hub", f"download it first (hf download {name}) and give the folder"
+        ) from None
+    except Exception as error:
+        raise SnrfError(
+            name, f"its weights cannot be read ({_reason(error)})", "check the network and the files"
+        ) from None
+    return {
+        key: (tensor.dtype, tuple(tensor.shape), file)
+        for file, shard in metadata.files_metadata.items()
+        for key, tensor in shard.tensors.items()
+    }
+
+
+def lacking(folder: Path, files: Iterable[str]) -> list[str]:
+    """Return those of the files that are not in the folder."""
+    return [name for name in files if not folder.joinpath(*name.split(posixpath.sep)).is_file()]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
