@@ -18,7 +18,8 @@ from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_
 from mergekit_snrf.neurons.maskfile import Mask, read_mask, write_mask
 from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
 from mergekit_snrf.profiling.measure.meter import Batch, Measure
-from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, select, write_profile
+from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, write_profile
+from mergekit_snrf.profiling.result.selection import select
 
 __all__ = [
     "Edit",

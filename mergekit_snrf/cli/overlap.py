@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from mergekit_snrf.cli.common import check_outputs, command_options, json_option, table
-from mergekit_snrf.cli.select import PerProjection, ShareOrCount
+from mergekit_snrf.cli.select import selection_options
+from mergekit_snrf.errors import naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Counts, Overlap
@@ -23,9 +24,7 @@ _SHOWN_RATIOS = ("0.01", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0
 
 @click.command()
 @click.argument("profiles", nargs=-1, required=True, metavar="A.PROFILE B.PROFILE [MORE...]")
-@click.option("--top-ratio", type=PerProjection(), help="The strongest share, 0.1 (the default) or attn=0.3,fwd=0.1.")
-@click.option("--sigma", type=PerProjection(), help="Impacts of at least this instead, as --top-ratio.")
-@click.option("--at-least", type=ShareOrCount(), help="Active on this share or number of probes, not on all of them.")
+@selection_options
 @click.option("--layers", is_flag=True, help="Also print every layer.")
 @click.option("--curve", is_flag=True, help="Also compute top ratios from 0.01 to 0.5.")
 @json_option
@@ -33,9 +32,9 @@ _SHOWN_RATIOS = ("0.01", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0
 @command_options
 def overlap(
     profiles: tuple[str, ...],
-    top_ratio: Any,
-    sigma: Any,
-    at_least: float | None,
+    top_ratio: str | None,
+    sigma: str | None,
+    at_least: str | None,
     layers: bool,
     curve: bool,
     json_file: str | None,
@@ -49,16 +48,19 @@ def overlap(
     from mergekit_snrf.evidence.results import OverlapPairs, write_result
     from mergekit_snrf.files.references import local_path
     from mergekit_snrf.profiling.result.profilefile import read_profile
+    from mergekit_snrf.profiling.result.selection import Selection
 
     if len(profiles) < 2:
         raise click.UsageError("give at least two profiles")
     if top_ratio is not None and sigma is not None:
         raise click.UsageError("give either --top-ratio or --sigma")
     if top_ratio is None and sigma is None:
-        top_ratio = 0.1
+        top_ratio = "0.1"
     check_outputs(json_file, figures)
     contents = [read_profile(local_path(reference)) for reference in profiles]
-    pairs = overlaps(contents, top_ratio=top_ratio, sigma=sigma, at_least=at_least, curve=curve)
+    with naming(option):
+        selection = Selection.of(top_ratio=top_ratio, sigma=sigma, at_least=at_least)
+        pairs = overlaps(contents, selection, curve=curve)
     if len(pairs) == 1:
         click.echo(_pair_text(pairs[0]))
     else:

@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
 from mergekit_snrf.cli.common import command_options
+from mergekit_snrf.errors import SnrfError, naming, option
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class PerProjection(click.ParamType):
-    """A number, or numbers by group or projection: ``0.1`` or ``attn=0.3,fwd=0.1``."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text of an option."""
-        if not isinstance(value, str):
-            return value
-        try:
-            if "=" not in value:
-                return float(value)
-            pairs = [part.split("=") for part in value.split(",")]
-            return {name.strip(): float(number) for name, number in pairs}
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor of the form attn=0.3,fwd=0.1", param, ctx)
-
-
-class ShareOrCount(click.ParamType):
-    """A share of the probes such as ``0.9``, or a number of probes such as ``90``."""
-
-    name = "share or count"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Parse the text of an option."""
-        if not isinstance(value, str):
-            return value
-        try:
-            return int(value) if value.strip().isdigit() else float(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a share of the probes nor a number of probes", param, ctx)
+def selection_options(command: Command) -> Command:
+    """Add the options of a ``Selection``."""
+    for add in (
+        click.option("--at-least", metavar="SHARE|COUNT", help="Active on this share or number of probes, not on all."),
+        click.option("--sigma", metavar="NUMBER", help="Impacts of at least this; also by projection, as --top-ratio."),
+        click.option("--top-ratio", metavar="SHARE", help="The strongest share, such as 0.1 or attn=0.3,fwd=0.1."),
+    ):
+        command = add(command)
+    return command
 
 
 @click.command()
 @click.argument("profiles", nargs=-1, required=True, metavar="PROFILE...")
 @click.argument("out", type=click.Path(dir_okay=False))
-@click.option("--top-ratio", type=PerProjection(), help="Keep the strongest share, such as 0.1 or attn=0.3,fwd=0.1.")
-@click.option("--sigma", type=PerProjection(), help="Keep impacts of at least this, as --top-ratio.")
-@click.option("--at-least", type=ShareOrCount(), help="Active on this share or number of probes, not on all of them.")
+@selection_options
 @command_options
-def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_least: float | None) -> None:
+def select(profiles: tuple[str, ...], out: str, top_ratio: str | None, sigma: str | None, at_least: str | None) -> None:
     """Write to OUT the neurons that every PROFILE finds active (Eq. 5 and 6); give --top-ratio or --sigma.
 
     One profile gives the neurons of one model, the profiles of target and source the shared ones.
@@ -58,7 +38,8 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
     from mergekit_snrf.files.references import local_path
     from mergekit_snrf.neurons.maskfile import Provenance, write_mask
     from mergekit_snrf.profiling.result.profilefile import read_profile
-    from mergekit_snrf.profiling.result.profilefile import select as select_neurons
+    from mergekit_snrf.profiling.result.selection import Selection
+    from mergekit_snrf.profiling.result.selection import select as select_neurons
 
     if (top_ratio is None) == (sigma is None):
         raise click.UsageError("give either --top-ratio or --sigma")
@@ -66,13 +47,14 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
         raise click.UsageError(f"OUT, {out}, is a profile, which the mask would replace; name the mask's file last")
     paths = [local_path(reference) for reference in profiles]
     contents = [read_profile(path) for path in paths]
-    neurons = select_neurons(contents, top_ratio=top_ratio, sigma=sigma, at_least=at_least)
+    with naming(option):
+        selection = Selection.of(top_ratio=top_ratio, sigma=sigma, at_least=at_least)
+        neurons = select_neurons(contents, selection)
     sides = {content.provenance.side: content.provenance.model for content in contents}
-    rule = {"top_ratio": top_ratio, "sigma": sigma, "at_least": at_least}
     provenance = Provenance(
         target=sides.get("target"),
         source=sides.get("source"),
-        selection={name: value for name, value in rule.items() if value is not None},
+        selection=selection.rule,
         operation="select",
         inputs=[{"file": path.name, "sha256": references.sha256(path)} for path in paths],
         seed=contents[0].provenance.seed,
@@ -82,7 +64,6 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: Any, sigma: Any, at_l
 
 
 def _is_profile(path: str) -> bool:
-    from mergekit_snrf.errors import SnrfError
     from mergekit_snrf.profiling.result.profilefile import read_profile
 
     try:

@@ -15,7 +15,8 @@ from typing import Any
 
 from mergekit_snrf.evidence.results import Overlap, OverlapPoint, SiteOverlap
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet
-from mergekit_snrf.profiling.result.profilefile import PerProjection, Profile, select
+from mergekit_snrf.profiling.result.profilefile import Profile
+from mergekit_snrf.profiling.result.selection import Selection, check_same_sites, select
 
 CURVE_RATIOS: tuple[float, ...] = tuple(percent / 100 for percent in range(1, 51))
 """Top ratios of a curve."""
@@ -99,49 +100,41 @@ def by_projection(overlap: Overlap) -> dict[str, OverlapPoint]:
 
 
 def overlaps(
-    profiles: Sequence[Profile],
-    *,
-    top_ratio: PerProjection | None = None,
-    sigma: PerProjection | None = None,
-    at_least: float | None = None,
-    curve: bool = False,
+    profiles: Sequence[Profile], selection: Selection | None = None, *, curve: bool = False, **rule: Any
 ) -> list[Overlap]:
-    """Return the overlap of every two profiles, in order; the rule is that of ``profilefile.select``.
+    """Return the overlap of every two profiles, in order.
 
     Args:
+        selection: which neurons of each profile are compared; or its fields as ``rule``.
         curve: also compute the overlap over top ratios. With ``at_least`` these are the bin edges up to 0.5 that the
             profiles have in common, since hits are counted between edges; otherwise ``CURVE_RATIOS``.
 
     Raises:
-        SnrfError: the profiles are of different shapes, or ``select`` refuses the rule.
+        SnrfError: the profiles are of different shapes, or do not allow the selection.
     """
-    given = {"top_ratio": top_ratio, "sigma": sigma, "at_least": at_least}
-    rule = {name: value for name, value in given.items() if value is not None}
-    # Nothing is selected at ratio zero: what is checked here is that the profiles are of one shape.
-    select(profiles, top_ratio=0.0)
+    selection = selection or Selection.of(**rule)
+    check_same_sites(profiles)
     names = names_of(profiles)
-    chosen = [select([profile], top_ratio=top_ratio, sigma=sigma, at_least=at_least) for profile in profiles]
-    points = _curves(profiles, at_least) if curve else {}
+    chosen = [select([profile], selection) for profile in profiles]
+    points = _curves(profiles, selection.at_least) if curve else {}
     return [
-        overlap_of(chosen[i], chosen[j], (names[i], names[j]), rule, points.get((i, j), ()))
+        overlap_of(chosen[i], chosen[j], (names[i], names[j]), selection.rule, points.get((i, j), ()))
         for i, j in combinations(range(len(profiles)), 2)
     ]
 
 
 def _curves(profiles: Sequence[Profile], at_least: float | None) -> dict[tuple[int, int], list[OverlapPoint]]:
     ratios: Sequence[float] = CURVE_RATIOS
-    rule: dict[str, float] = {}
     if at_least is not None:
-        rule["at_least"] = at_least
         common = set.intersection(*({float(edge) for edge in profile.edges} for profile in profiles))
         ratios = sorted(edge for edge in common if edge <= CURVE_RATIOS[-1])
     points: defaultdict[tuple[int, int], list[OverlapPoint]] = defaultdict(list)
     for ratio in ratios:
-        point_rule = {"top_ratio": ratio, **rule}
-        chosen = [select([profile], top_ratio=ratio, at_least=at_least) for profile in profiles]
+        selection = Selection(top_ratio=ratio, at_least=at_least)
+        chosen = [select([profile], selection) for profile in profiles]
         for i, j in combinations(range(len(profiles)), 2):
-            sites = overlap_of(chosen[i], chosen[j], ("", ""), point_rule).sites
-            points[i, j].append(total(sites, point_rule))
+            sites = overlap_of(chosen[i], chosen[j], ("", ""), selection.rule).sites
+            points[i, j].append(total(sites, selection.rule))
     return points
 
 

@@ -1,7 +1,7 @@
 """The journal of an unfinished run: what was measured so far, to resume from there.
 
 Every process keeps one file beside the mask, ``<mask>.<side>.journal-<rank>.safetensors``, which is replaced
-atomically: the exact state of its statistics, the numbers of the groups of probes in them, and the run's settings.
+atomically: the state of its statistics, the numbers of the groups of probes in them, and the run's settings.
 A run can be resumed with any number of processes.
 """
 
@@ -20,7 +20,7 @@ from mergekit_snrf.files import container
 from mergekit_snrf.profiling.measure.meter import Batch
 from mergekit_snrf.profiling.result.statistics import Statistics
 
-JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 1
+JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 2
 
 # A journal of a large model takes seconds to write; this share of the time is enough.
 _SHARE = 0.05

@@ -1,8 +1,8 @@
 """A profiling run: probes through two models, a profile of each, and the mask of the neurons that they share.
 
 A run can be split, over processes or by an interruption, between groups of probes that share a batch, so every float is
-computed in the same batch. Statistics do not depend on the order of the probes. So the files are byte-identical for any
-split.
+computed in the same batch. Statistics do not depend on the order of the probes. So the mask is byte-identical for any
+split, and so are the profiles, except sometimes the last digit of a mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
 from mergekit_snrf.profiling.measure.meter import Batch, Measure, Meter
 from mergekit_snrf.profiling.request import check_models, check_output, profile_path
-from mergekit_snrf.profiling.result.profilefile import Profile, select
+from mergekit_snrf.profiling.result.profilefile import Profile
+from mergekit_snrf.profiling.result.selection import select
 from mergekit_snrf.profiling.result.statistics import Statistics
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName
 from mergekit_snrf.profiling.side import RunOptions, prepare_side, side_probes, side_rows
@@ -188,7 +189,7 @@ def _check_device(config: ProfileConfig, ranks: Ranks) -> str | None:
 def _finish(
     config: ProfileConfig, mask: Path, profiles: dict[SideName, Profile], seconds: dict[SideName, float]
 ) -> Result:
-    neurons = select(list(profiles.values()), **config.select.model_dump(exclude_none=True))
+    neurons = select(list(profiles.values()), config.select)
     if not neurons.count():
         logger.warning("no neuron is shared; choose a larger top_ratio, a smaller sigma, or at_least")
     write_mask(mask, neurons, _mask_provenance(config, profiles, mask))
@@ -207,7 +208,7 @@ def _mask_provenance(config: ProfileConfig, profiles: dict[SideName, Profile], m
     return Provenance(
         target=target.model,
         source=source.model,
-        selection={**config.select.model_dump(exclude_none=True), "measure": target.measure},
+        selection={**config.select.rule, "measure": target.measure},
         operation="profile",
         inputs=[{"file": f"{name} profile", "sha256": references.sha256(profile_path(mask, name))} for name in SIDES],
         seed=config.seed,

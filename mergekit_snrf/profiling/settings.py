@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import ModelRef
-from mergekit_snrf.neurons.sets import PROJECTIONS
 from mergekit_snrf.profiling.measure.meter import Measure
 from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
@@ -26,68 +25,10 @@ from mergekit_snrf.profiling.probes.source import (
     Template,
     check_prompt,
 )
+from mergekit_snrf.profiling.result.selection import Selection
 
 SideName = Literal["target", "source"]
 SIDES: tuple[SideName, ...] = ("target", "source")
-
-
-def _number(value: Any) -> Any:
-    # PyYAML reads 1e-3 as text, because it lacks the dot of 1.0e-3.
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, got {value}")
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"expected a number, got {value!r}") from None
-    return value
-
-
-_Number = Annotated[float, BeforeValidator(_number)]
-_Ratio = Annotated[_Number, Field(gt=0, le=1)]
-
-
-class SelectConfig(Settings):
-    """Which neurons count as activated (Eq. 5): a share of every layer and projection, or a threshold.
-
-    Attributes:
-        top_ratio: a share in (0, 1], or one for each of ``attn`` and ``fwd`` or of single projections.
-        sigma: the smallest impact that counts.
-        at_least: with ``top_ratio``, the share of the probes on which a neuron must be in the top; None: all.
-    """
-
-    top_ratio: _Ratio | dict[str, _Ratio] | None = None
-    sigma: Annotated[_Number, Field(ge=0, allow_inf_nan=False)] | None = None
-    at_least: _Ratio | None = None
-
-    @model_validator(mode="after")
-    def _check_rule(self) -> SelectConfig:
-        if (self.top_ratio is None) == (self.sigma is None):
-            raise ValueError("give one rule, top_ratio or sigma, such as {top_ratio: 0.1}")
-        if self.at_least is not None and self.top_ratio is None:
-            raise ValueError("at_least goes with top_ratio, not with sigma")
-        if isinstance(self.top_ratio, dict):
-            allowed = [*_KINDS, *PROJECTIONS]
-            for name in self.top_ratio:
-                if name not in allowed:
-                    raise ValueError(f"top_ratio has no {name!r}; allowed are {', '.join(allowed)}")
-            for name in PROJECTIONS:
-                if name not in self.top_ratio and _kind(name) not in self.top_ratio:
-                    raise ValueError(f"top_ratio says nothing of {name}; add {_kind(name)!r} or {name!r}")
-        return self
-
-    def ratio(self, projection: str) -> float | None:
-        """Return the top ratio of a projection, or None where the rule is ``sigma``."""
-        if isinstance(self.top_ratio, dict):
-            return self.top_ratio.get(projection, self.top_ratio.get(_kind(projection)))
-        return self.top_ratio
-
-
-def _kind(projection: str) -> str:
-    return projection.split(".")[0]
-
-
-_KINDS = tuple(dict.fromkeys(map(_kind, PROJECTIONS)))
 
 
 class SideConfig(Settings):
@@ -111,7 +52,7 @@ class ProfileConfig(Settings):
     target: SideConfig = Field(description="The vision-language model and its probes.")
     source: SideConfig = Field(description="The text model and its probes.")
     answer: AnswerRule = Field(default=AnswerRule(), description="What follows every question.")
-    select: SelectConfig = Field(default=SelectConfig(top_ratio=0.1), description="The rule of Eq. 5.")
+    select: Selection = Field(default=Selection(top_ratio=0.1), description="The rule of Eq. 5.")
     limit: Count | None = Field(default=None, description="Rows drawn from each data set; default: all.")
     seed: Seed = Field(default=0, description="Seed of the draw of the rows.")
     template: Template | None = Field(default=None, description="For a side without a template of its own.")
@@ -264,22 +205,14 @@ def _validated(raw: Mapping[str, Any], where: object) -> ProfileConfig:
     try:
         return ProfileConfig.model_validate(raw)
     except ValidationError as error:
-        problems = list({str(problem): problem for problem in map(_problem, _entries(error))}.values())
+        problems = list({str(problem): problem for problem in map(_problem, error.errors())}.values())
         if len(problems) == 1:
             raise problems[0].at(where) from None
         raise SnrfError.several(f"{where}: the keys are not valid", problems) from None
 
 
-def _entries(error: ValidationError) -> list[Any]:
-    # A value that fits neither branch of "a number or a mapping" is reported for the branch it was meant for.
-    entries = [entry for entry in error.errors() if isinstance(entry["input"], dict) or entry["type"] != "dict_type"]
-    return [entry for entry in entries if not (isinstance(entry["input"], dict) and "float" in entry["type"])]
-
-
 def _problem(entry: Mapping[str, Any]) -> SnrfError:
-    # pydantic adds the branch of a union to the place, such as 'float' or 'constrained-float'.
-    branches = ("dict[", "float", "function-", "constrained-")
-    keys = [str(part) for part in entry["loc"] if not str(part).startswith(branches)]
+    keys = [str(part) for part in entry["loc"]]
     section: Any = ProfileConfig
     for key in keys[:-1]:
         field = section.model_fields.get(key) if isinstance(section, type) and issubclass(section, BaseModel) else None

@@ -24,7 +24,8 @@ from mergekit_snrf.evidence.wording import without_folders
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
-from mergekit_snrf.profiling.result.profilefile import Profile, select, write_profile
+from mergekit_snrf.profiling.result.profilefile import Profile, write_profile
+from mergekit_snrf.profiling.result.selection import select
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 PROFILES = [profile_of(measured_ranks(seed), name) for seed, name in ((1, "target"), (2, "source"))]

@@ -24,10 +24,9 @@ from mergekit_snrf.profiling.result.profilefile import (
     SiteProfile,
     edge_ranks,
     read_profile,
-    select,
-    top_rank,
     write_profile,
 )
+from mergekit_snrf.profiling.result.selection import Selection, select, top_rank
 
 KEY, UP = Site(0, "attn.k"), Site(0, "fwd.up")
 
@@ -137,7 +136,24 @@ def test_sigma_is_a_least_impact_on_every_probe():
     found = Profile({KEY: site_profile([[2, 3, 1], [2, 3, 1]], impacts)}, 2)
     # float32(0.05) lies above 0.05 and float32(0.049) below.
     assert chosen(select([found], sigma=0.05)) == [0, 2]
-    assert chosen(select([found], sigma={"attn": 1.0})) == [2]
+    assert chosen(select([found], sigma={"attn": 1.0, "fwd": 0})) == [2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"top_ratio": "1e-1"}, {"top_ratio": 0.1}),
+        ({"sigma": "attn=1e-3, fwd=2"}, {"sigma": {"attn": 1e-3, "fwd": 2.0}}),
+        ({"top_ratio": 1, "at_least": "90"}, {"top_ratio": 1.0, "at_least": 90}),
+        ({"top_ratio": 0, "at_least": "0.9"}, {"top_ratio": 0.0, "at_least": 0.9}),
+    ],
+)
+def test_numbers_may_be_written_as_text(given, expected):
+    selection = Selection(**given)
+    assert selection.rule == expected
+    assert {name: type(value) for name, value in selection.rule.items()} == {
+        name: type(value) for name, value in expected.items()
+    }
 
 
 def test_profiles_intersect_as_in_eq_6():
@@ -189,14 +205,16 @@ def test_at_least_is_exact_at_the_edges_and_cautious_between_them(caplog):
         ({}, "give exactly one"),
         ({"top_ratio": 0.1, "sigma": 1.0}, "give exactly one"),
         ({"top_ratio": 1.5}, r"share in \[0, 1\] such as 0.1, got 1.5"),
-        ({"top_ratio": -0.1}, "must be a number that is not negative, got -0.1"),
-        ({"sigma": float("nan")}, "must be a number that is not negative"),
-        ({"top_ratio": {"attn": 0.1, "ffn": 0.1}}, "'ffn' is none of attn, fwd, attn.q"),
-        ({"top_ratio": {"fwd": 0.1}}, "no value for attn.k; add attn or attn.k"),
+        ({"top_ratio": -0.1}, r"share in \[0, 1\] such as 0.1, got -0.1"),
+        ({"sigma": float("nan")}, "sigma: must be a number of at least 0"),
+        ({"sigma": "much"}, "sigma: must be a number of at least 0, got 'much'"),
+        ({"top_ratio": True}, "top_ratio: must be a share"),
+        ({"top_ratio": {"attn": 0.1, "ffn": 0.1}}, "'ffn' is not a projection; known are attn, fwd, attn.q"),
+        ({"top_ratio": {"fwd": 0.1}}, "no value for attn.q; add attn or attn.q"),
         ({"sigma": 1.0, "at_least": 2}, "needs top_ratio"),
-        ({"top_ratio": 0.1, "at_least": 4}, "more probes than the profile's 3"),
-        ({"top_ratio": 0.1, "at_least": 1.5}, "at_least is a share"),
-        ({"top_ratio": 0.1, "at_least": 0}, "at_least is a share"),
+        ({"top_ratio": 0.1, "at_least": 4}, "profile: at_least: has 3 probes, fewer than 4"),
+        ({"top_ratio": 0.1, "at_least": 1.5}, "at_least: must be a share"),
+        ({"top_ratio": 0.1, "at_least": 0}, "at_least: must be a share"),
     ],
 )
 def test_impossible_rule_is_refused(rule, message):
@@ -209,25 +227,25 @@ def test_impossible_rule_is_refused(rule, message):
     [
         ({"top_ratio": 0.1}, True),
         ({"sigma": 0.0}, True),
-        ({"top_ratio": {"attn.q": 0, "attn.k": 0, "fwd": 0.5}}, False),
+        ({"top_ratio": {"attn": 0, "fwd": 0.5}}, False),
     ],
 )
 def test_estimates_of_a_screened_profile_are_never_selected(rule, refused):
     ranks = {name: [[1, 2]] for name in ("attn_q", "attn_k", "fwd_up")}
     screened = replace(profile(**ranks), provenance=ProfileProvenance(measure={"screen": 0.3}), path="old")
     if refused:
-        with pytest.raises(SnrfError, match=r"old: was made with screen: 0\.3.*attn\.k and attn\.q are estimates"):
+        with pytest.raises(SnrfError, match=r"old: was made with screen: 0\.3.*attn\.q and attn\.k are estimates"):
             select([screened], **rule)
     else:
         assert chosen(select([screened], **rule), UP) == [0]
 
 
 def test_profiles_of_other_shapes_are_refused():
-    with pytest.raises(SnrfError, match=r"layers\.0\.attn\.k: one.* has 2 neurons there and two.* has 3"):
+    with pytest.raises(SnrfError, match=r"two: has 3 neurons at layers\.0\.attn\.k where one has 2"):
         select(
             [replace(profile(attn_k=[[1, 2]]), path="one"), replace(profile(attn_k=[[1, 2, 3]]), path="two")], sigma=0
         )
-    with pytest.raises(SnrfError, match="has 0 neurons there"):
+    with pytest.raises(SnrfError, match=r"where profile has 0"):
         select([profile(attn_k=[[1, 2]]), profile(attn_k=[[1, 2]], fwd_up=[[1, 2]])], sigma=0)
     with pytest.raises(SnrfError, match="at least one profile"):
         select([], sigma=0)
@@ -253,7 +271,7 @@ def test_mask_file_is_no_profile(tmp_path):
         ("layers.0.attn.k.min_impact", torch.tensor([0.5, 1.0, 2.0]), "must be torch.float32 of shape"),
         ("layers.0.attn.k.mean_impact", torch.tensor([1, 2]), "must be torch.float32 of shape"),
         ("layers.0.attn.x.mean_impact", torch.tensor([1.0, 2.0]), "unknown projection 'attn.x'"),
-        ("layers.0.attn.k.median", torch.tensor([1.0, 2.0]), "none of the statistics"),
+        ("layers.0.attn.k.median", torch.tensor([1.0, 2.0]), "is not a statistic"),
     ],
 )
 def test_file_with_an_impossible_tensor_is_refused(tmp_path, name, tensor, message):
@@ -273,7 +291,7 @@ def test_file_with_an_impossible_tensor_is_refused(tmp_path, name, tensor, messa
         ({"count": 0}, "at least one probe"),
         ({"edges": [*EDGES[:-1], "0.9"]}, "must rise from above 0 to 1"),
         ({"edges": [*EDGES[:-1], "x"]}, "must rise from above 0 to 1"),
-        ({"seed": "many"}, "provenance key 'seed': must be a whole number, got 'many'; make the profile again"),
+        ({"seed": "many"}, "key 'seed': must be a whole number, got 'many'; make the profile again"),
     ],
 )
 def test_file_with_impossible_metadata_is_refused(tmp_path, change, message):

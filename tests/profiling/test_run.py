@@ -26,7 +26,8 @@ from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches
-from mergekit_snrf.profiling.result.profilefile import read_profile, select
+from mergekit_snrf.profiling.result.profilefile import read_profile
+from mergekit_snrf.profiling.result.selection import select
 from mergekit_snrf.profiling.run import profile_model, run
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName, load_profile_config
 from mergekit_snrf.profiling.side import side_probes, side_rows

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import Site
-from mergekit_snrf.profiling.result.profilefile import EDGES, select, write_profile
+from mergekit_snrf.profiling.result.profilefile import EDGES
+from mergekit_snrf.profiling.result.selection import select
 from mergekit_snrf.profiling.result.statistics import Statistics, ranks
 
 QUERY, UP, DOWN = Site(0, "attn.q"), Site(2, "fwd.up"), Site(2, "fwd.down")
@@ -42,15 +42,9 @@ def measured(corpus: dict[Site, Tensor]) -> Statistics:
     return statistics
 
 
-def file_of(statistics: Statistics, folder: Path) -> bytes:
-    path = folder / "p.profile.safetensors"
-    write_profile(path, statistics.profile())
-    return path.read_bytes()
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(corpus=corpora(), data=st.data())
-def test_any_shards_in_any_order_give_the_bytes_of_one_run(corpus, data, tmp_path):
+def test_any_shards_in_any_order_give_the_statistics_of_one_run(corpus, data):
     probes = len(corpus[QUERY])
     shards = data.draw(st.lists(st.integers(0, 3), min_size=probes, max_size=probes))
     order = data.draw(st.permutations(range(probes)))
@@ -62,9 +56,23 @@ def test_any_shards_in_any_order_give_the_bytes_of_one_run(corpus, data, tmp_pat
     merged = Statistics(NEURONS)
     for part in data.draw(st.permutations(parts)):
         merged.merge(part)
-    whole = measured(corpus)
-    assert file_of(merged, tmp_path) == file_of(whole, tmp_path)
-    assert all(torch.equal(merged.state()[key], tensor) for key, tensor in whole.state().items())
+    expected = measured(corpus).state()
+    for key, tensor in merged.state().items():
+        if key.endswith(".total"):
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-14, atol=0)
+        else:
+            assert torch.equal(tensor, expected[key])
+
+
+def test_sums_of_impacts_of_similar_size_are_the_same_for_every_split():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.exp(10 * torch.rand(64, 5, generator=generator) - 5)
+    shuffled = values[torch.randperm(64, generator=generator)]
+    whole, parts = Statistics({QUERY: 5}), Statistics({QUERY: 5})
+    whole.update({QUERY: values})
+    for part in shuffled.split(7):
+        parts.update({QUERY: part})
+    assert all(torch.equal(parts.state()[key], tensor) for key, tensor in whole.state().items())
 
 
 @settings(max_examples=100)
@@ -103,17 +111,7 @@ def test_reducing_over_processes_is_merging():
     assert all(torch.equal(here.state()[key], tensor) for key, tensor in merged.state().items())
 
 
-def test_sums_of_1e30_and_1e_30_lose_nothing():
-    site = Site(0, "attn.v")
-    statistics = Statistics({site: 1})
-    for value in [1e30] + [1e-30] * 3:
-        statistics.update({site: torch.tensor([[value]])})
-    digits = statistics.state()["layers.0.attn.v.total"][:, 0].tolist()
-    total = sum(digit * 2 ** (31 * place) for place, digit in enumerate(digits)) * Fraction(1, 2**149)
-    assert total == Fraction(float(np.float32(1e30))) + 3 * Fraction(float(np.float32(1e-30)))
-
-
-def test_largest_sums_carry_without_overflow():
+def test_largest_sums_do_not_overflow():
     site, largest = Site(0, "attn.v"), float(np.finfo(np.float32).max)
     statistics = Statistics({site: 2})
     statistics.update({site: torch.full((4096, 2), largest)})
@@ -182,7 +180,5 @@ def test_damaged_state_is_refused():
     key = "layers.0.attn.q.total"
     with pytest.raises(SnrfError, match=r"layers\.0\.attn\.q\.total' is missing"):
         Statistics.from_state({name: tensor for name, tensor in state.items() if name != key}, 3)
-    with pytest.raises(
-        SnrfError, match=r"total' must be torch.int32 of shape \[10, 5\], got torch.int32 of shape \[9, 5\]"
-    ):
+    with pytest.raises(SnrfError, match=r"total' must be torch.float64 of shape \[5\], got .*\[4\]"):
         Statistics.from_state({**state, key: state[key][1:]}, 3)

@@ -1,10 +1,9 @@
-"""Running statistics of impacts over probes, exact and independent of the order of the probes.
+"""Running statistics of impacts over probes, which do not depend on the order of the probes.
 
 For every site four numbers a neuron are kept: the least impact, the greatest rank, the sum of the impacts and a
-histogram of rank shares. Minimum, maximum and integer counts do not depend on any order. A sum of floats does, so the
-sum is kept as an integer: every float32 is an integer multiple of 2^-149 below 2^277, and the sum of up to 2^31 of
-them is held in ten digits of 31 bits, to which a float adds at most two. Adding integers is exact, so any split of the
-probes into shards, merged in any order, has the same digits. The mean is formed from the digits once, at the end.
+histogram of rank shares. Minimum, maximum and counts are the same for every split of the probes into shards, merged in
+any order. So is the sum, in float64, as long as the impacts of a neuron lie within a factor of 2^29 / probes of each
+other; otherwise its last digits, and so the last digit of the mean, may depend on the split.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Float64, Int32, Int64
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
@@ -33,10 +32,6 @@ TWINS: dict[str, str] = {"fwd.down": "fwd.up"}
 MAX_PROBES = 2**31 - 1
 """More would overflow the int32 counts."""
 
-_DIGIT_BITS, _DIGITS = 31, 10
-_DIGIT = 2**_DIGIT_BITS - 1
-_SMALLEST_EXPONENT = -149
-
 
 def ranks(impacts: Float[Tensor, "probes neurons"]) -> Int64[Tensor, "probes neurons"]:
     """Return every neuron's rank on every probe, 1 for the greatest impact; of equal impacts the lower index wins."""
@@ -51,7 +46,7 @@ class _Running:
 
     min_impact: Float32[Tensor, " neurons"]
     max_rank: Int32[Tensor, " neurons"]
-    total: Int64[Tensor, "digits neurons"]
+    total: Float64[Tensor, " neurons"]
     hits: Int32[Tensor, "neurons bins"]
 
     @classmethod
@@ -59,7 +54,7 @@ class _Running:
         return cls(
             torch.full((neurons,), torch.inf),
             torch.zeros(neurons, dtype=torch.int32),
-            torch.zeros(_DIGITS, neurons, dtype=torch.int64),
+            torch.zeros(neurons, dtype=torch.float64),
             torch.zeros(neurons, len(EDGES), dtype=torch.int32),
         )
 
@@ -70,40 +65,23 @@ class _Running:
         bounds = torch.tensor(edge_ranks(EDGES, impacts.shape[1]))
         bins = torch.searchsorted(bounds, places).T
         self.hits.scatter_add_(1, bins, torch.ones((), dtype=torch.int32).expand(bins.shape))
-        bits = impacts.contiguous().view(torch.int32).long()
-        exponent = bits >> 23
-        mantissa = torch.where(exponent > 0, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
-        shift = (exponent - 1).clamp(min=0)
-        digit = shift // _DIGIT_BITS
-        shifted = mantissa << (shift % _DIGIT_BITS)
-        self.total.scatter_add_(0, digit, shifted & _DIGIT)
-        self.total.scatter_add_(0, digit + 1, shifted >> _DIGIT_BITS)
+        self.total.add_(impacts.double().sum(0))
 
     def merge(self, other: _Running) -> None:
         torch.minimum(self.min_impact, other.min_impact, out=self.min_impact)
         torch.maximum(self.max_rank, other.max_rank, out=self.max_rank)
         self.total.add_(other.total)
         self.hits.add_(other.hits)
-        self.carry()
 
-    def carry(self) -> None:
-        """Bring the digits of the sum into [0, 2^31), where equal sums have equal digits."""
-        for lower, upper in zip(self.total[:-1], self.total[1:], strict=True):
-            upper.add_(lower >> _DIGIT_BITS)
-            lower.bitwise_and_(_DIGIT)
-
-    def mean(self, probes: int) -> Float32[Tensor, " neurons"]:
-        self.carry()
-        total = torch.zeros(self.total.shape[1], dtype=torch.float64)
-        for digit in self.total.flip(0):
-            total = total * 2.0**_DIGIT_BITS + digit
-        return (total / probes * 2.0**_SMALLEST_EXPONENT).to(torch.float32)
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for name in ("min_impact", "max_rank", "total", "hits"):
+            yield name, getattr(self, name)
 
 
 class Statistics:
     """What a profile is made of, for the neurons of one model.
 
-    Memory does not grow with the probes: 164 bytes a neuron of attn.q, attn.k, attn.v and fwd.up (fwd.down has the
+    Memory does not grow with the probes: 92 bytes a neuron of attn.q, attn.k, attn.v and fwd.up (fwd.down has the
     statistics of fwd.up).
 
     >>> import torch
@@ -124,7 +102,7 @@ class Statistics:
         self._running = {}
         for site in sorted(neurons):
             if not 0 < neurons[site] <= MAX_NEURONS:
-                raise SnrfError(f"{site}: a layer and projection has 1 to {MAX_NEURONS} neurons, got {neurons[site]}")
+                raise SnrfError(site, f"a layer and projection has 1 to {MAX_NEURONS} neurons, got {neurons[site]}")
             if site.projection not in TWINS:
                 self._running[site] = _Running.empty(neurons[site])
 
@@ -144,21 +122,20 @@ class Statistics:
         """
         if impacts.keys() != self._running.keys():
             wrong = sorted(impacts.keys() ^ self._running.keys())[0]
-            raise SnrfError(f"{wrong}: impacts must be given for exactly the measured sites")
+            raise SnrfError(wrong, "impacts must be given for exactly the measured sites")
         probes = len(next(iter(impacts.values())))
         rounded = {}
         for site, value in impacts.items():
             expected = (probes, len(self._running[site].min_impact))
             if value.shape != expected:
                 raise SnrfError(
-                    f"{site}: impacts must have shape [probes, neurons] = {list(expected)}, got {list(value.shape)}"
+                    site, f"impacts must have shape [probes, neurons] = {list(expected)}, got {list(value.shape)}"
                 )
-            # Adding zero turns -0.0, whose sign bit is no part of the sum, into 0.0.
+            # Adding zero turns -0.0 into 0.0, so that a minimum of zero has one form.
             rounded[site] = value.detach().to("cpu", torch.float32) + 0.0
             if not bool((rounded[site].isfinite() & (rounded[site] >= 0)).all()):
-                raise SnrfError(f"{site}: an impact is negative, infinite or NaN in float32")
-        if self.probes + probes > MAX_PROBES:
-            raise SnrfError(f"a profile holds at most {MAX_PROBES} probes")
+                raise SnrfError(site, "an impact is negative, infinite or NaN in float32")
+        self._check_count(probes)
         if probes:
             for site, value in rounded.items():
                 self._running[site].update(value)
@@ -171,9 +148,8 @@ class Statistics:
             SnrfError: the sites or their numbers of neurons differ.
         """
         if self.neurons != other.neurons:
-            raise SnrfError("statistics of different models cannot be merged: their sites or neurons differ")
-        if self.probes + other.probes > MAX_PROBES:
-            raise SnrfError(f"a profile holds at most {MAX_PROBES} probes")
+            raise SnrfError(None, "statistics of different models cannot be merged: their sites or neurons differ")
+        self._check_count(other.probes)
         for site, running in self._running.items():
             running.merge(other._running[site])
         self.probes += other.probes
@@ -186,22 +162,19 @@ class Statistics:
                 ``max`` or ``sum``.
         """
         for running in self._running.values():
-            running.carry()
-            for (_, tensor), operation in zip(_named(running), ("min", "max", "sum", "sum"), strict=True):
+            for (_, tensor), operation in zip(running.named(), ("min", "max", "sum", "sum"), strict=True):
                 reduce(tensor, operation)
-            running.carry()
         probes = torch.tensor(self.probes)
         reduce(probes, "sum")
         self.probes = int(probes)
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything but ``probes`` as float32 and int32 tensors; equal statistics have equal states."""
-        tensors: dict[str, Tensor] = {}
-        for site, running in self._running.items():
-            running.carry()
-            for name, tensor in _named(running):
-                tensors[f"{site.key}.{name}"] = tensor.to(torch.int32) if name == "total" else tensor.clone()
-        return tensors
+        """Return everything except ``probes``; equal statistics have equal states."""
+        return {
+            f"{site.key}.{name}": tensor.clone()
+            for site, running in self._running.items()
+            for name, tensor in running.named()
+        }
 
     @classmethod
     def from_state(cls, tensors: Mapping[str, Tensor], probes: int) -> Statistics:
@@ -216,18 +189,19 @@ class Statistics:
         expected = {
             f"{site.key}.{name}": tensor
             for site, running in statistics._running.items()
-            for name, tensor in _named(running)
+            for name, tensor in running.named()
         }
         if tensors.keys() != expected.keys():
-            raise SnrfError(f"tensor {sorted(tensors.keys() ^ expected.keys())[0]!r} is missing or unknown")
+            raise SnrfError(None, f"tensor {sorted(tensors.keys() ^ expected.keys())[0]!r} is missing or unknown")
         for key, tensor in expected.items():
-            stored = torch.int32 if tensor.dtype == torch.int64 else tensor.dtype
-            if tensors[key].dtype != stored or tensors[key].shape != tensor.shape:
+            found = tensors[key]
+            if found.dtype != tensor.dtype or found.shape != tensor.shape:
                 raise SnrfError(
-                    f"tensor {key!r} must be {stored} of shape {list(tensor.shape)}, got {tensors[key].dtype} of shape "
-                    f"{list(tensors[key].shape)}"
+                    None,
+                    f"tensor {key!r} must be {tensor.dtype} of shape {list(tensor.shape)}, "
+                    f"got {found.dtype} of shape {list(found.shape)}",
                 )
-            tensor.copy_(tensors[key])
+            tensor.copy_(found)
         return statistics
 
     def profile(self, provenance: ProfileProvenance | None = None) -> Profile:
@@ -237,13 +211,13 @@ class Statistics:
             SnrfError: there is no probe yet.
         """
         if not self.probes:
-            raise SnrfError("a profile needs at least one probe")
+            raise SnrfError(None, "a profile needs at least one probe")
         sites: dict[Site, SiteProfile] = {}
         for site, running in self._running.items():
             measured = SiteProfile(
                 running.min_impact.clone(),
                 running.max_rank.to(torch.float32) / len(running.max_rank),
-                running.mean(self.probes),
+                (running.total / self.probes).to(torch.float32),
                 running.hits.clone(),
             )
             sites[site] = measured
@@ -252,7 +226,6 @@ class Statistics:
                     sites[Site(site.layer, twin)] = measured
         return Profile({site: sites[site] for site in sorted(sites)}, self.probes, provenance or ProfileProvenance())
 
-
-def _named(running: _Running) -> Iterator[tuple[str, Tensor]]:
-    for name in ("min_impact", "max_rank", "total", "hits"):
-        yield name, getattr(running, name)
+    def _check_count(self, more: int) -> None:
+        if self.probes + more > MAX_PROBES:
+            raise SnrfError(None, f"a profile holds at most {MAX_PROBES} probes")
