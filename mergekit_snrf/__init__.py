@@ -1,32 +1,60 @@
 """Shared Neuron Low-Rank Fusion (SNRF) for mergekit.
 
-Importing this package imports neither torch nor mergekit; the names of ``mergekit_snrf.api`` load when first used.
+Importing this package imports neither torch nor mergekit; a public name loads its module when it is first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mergekit_snrf.api import *  # noqa: F403
+    from mergekit_snrf.errors import SnrfError as SnrfError
+    from mergekit_snrf.fusion.fuse import Fusion as Fusion
+    from mergekit_snrf.models.checkpoint import open_checkpoint as open_checkpoint
+    from mergekit_snrf.models.edits import Edit as Edit
+    from mergekit_snrf.models.edits import deactivate as deactivate
+    from mergekit_snrf.models.edits import fuse_model as fuse_model
+    from mergekit_snrf.models.edits import fuse_state_dict as fuse_state_dict
+    from mergekit_snrf.neurons.maskfile import Mask as Mask
+    from mergekit_snrf.neurons.maskfile import load_mask as load_mask
+    from mergekit_snrf.neurons.maskfile import write_mask as write_mask
+    from mergekit_snrf.neurons.sets import NeuronSet as NeuronSet
+    from mergekit_snrf.neurons.sites import Neuron as Neuron
+    from mergekit_snrf.neurons.sites import Site as Site
+    from mergekit_snrf.profiling.measure.meter import Measure as Measure
+    from mergekit_snrf.profiling.notebook import profile as profile
+    from mergekit_snrf.profiling.result.profilefile import Profile as Profile
+    from mergekit_snrf.profiling.result.profilefile import read_profile as read_profile
+    from mergekit_snrf.profiling.result.profilefile import write_profile as write_profile
+    from mergekit_snrf.profiling.result.selection import Selection as Selection
+    from mergekit_snrf.profiling.result.selection import select as select
 
 __version__ = "0.2.0"
 
-# Python asks for submodules here too, before it looks for their files, so the names must be known without an import.
-_API = {
-    *("Edit", "Fusion", "Mask", "Measure", "Neuron", "NeuronSet", "Profile", "Site", "SnrfError"),
-    *("deactivate", "fuse_model", "fuse_state_dict"),
-    *("load_mask", "open_checkpoint", "profile", "read_profile", "select", "write_mask", "write_profile"),
+_MODULES = {
+    "errors": ("SnrfError",),
+    "fusion.fuse": ("Fusion",),
+    "models.checkpoint": ("open_checkpoint",),
+    "models.edits": ("Edit", "deactivate", "fuse_model", "fuse_state_dict"),
+    "neurons.maskfile": ("Mask", "load_mask", "write_mask"),
+    "neurons.sets": ("NeuronSet",),
+    "neurons.sites": ("Neuron", "Site"),
+    "profiling.measure.meter": ("Measure",),
+    "profiling.notebook": ("profile",),
+    "profiling.result.profilefile": ("Profile", "read_profile", "write_profile"),
+    "profiling.result.selection": ("Selection", "select"),
 }
+_PUBLIC = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    """Load the Python interface when one of its names is first used."""
-    if name not in _API:
+    """Load a public name when it is first used."""
+    # Python asks for submodules here too, before it looks for their files.
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mergekit_snrf import api
-
-    return getattr(api, name)
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """Return the names of the Python interface, too."""
-    return sorted({*globals(), *_API})
+    """Return the public names."""
+    return sorted(__all__)

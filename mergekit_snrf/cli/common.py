@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
-import yaml
 
-from mergekit_snrf.errors import SnrfError, problem
-
-if TYPE_CHECKING:
-    from mergekit.config import MergeConfiguration
+from mergekit_snrf.errors import SnrfError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_MAX_RECIPE_BYTES = 1_000_000
-_MAX_NODES = 100_000
-_MAX_DEPTH = 100
-# What pydantic adds to the place of an error where a value may be of several types.
-_BRANCH = re.compile(r"ConditionalParameter|bool|int|float|str|(list|dict)\[.*")
-_EXPECTED = {
-    "ConditionalParameter": "a value, a list of values, or a mapping with value and filter",
-    "InputModelDefinition": "a mapping that begins with 'model: NAME'",
-    "ModelReference": "the name of a model, a folder or a hub id",
-}
 
 
 def command_options(function: _F) -> _F:
@@ -176,80 +160,3 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
-
-
-def load_recipe(path: str) -> MergeConfiguration:
-    """Read a recipe as mergekit does.
-
-    Raises:
-        SnrfError: the file is missing, not YAML, or not a merge configuration.
-    """
-    from mergekit.config import MergeConfiguration
-    from pydantic import ValidationError
-
-    from mergekit_snrf.merge.method import SPEC
-    from mergekit_snrf.merge.recipe import stray_keys
-
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SnrfError(f"{path}: cannot be read ({reason}); correct the path") from None
-    if len(content) > _MAX_RECIPE_BYTES:
-        raise SnrfError(f"{path}: {len(content)} bytes are too many for a recipe")
-    try:
-        _check_size(path, content)
-        content.decode("utf-8")
-        parsed = yaml.safe_load(content)
-    except SnrfError:
-        raise
-    except UnicodeDecodeError:
-        raise SnrfError(f"{path}: is not text in UTF-8; save the recipe as UTF-8") from None
-    except Exception as error:
-        # A value that does not fit its tag, such as the date 2020-13-45, raises what Python's constructor raises.
-        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct the recipe") from None
-    if not isinstance(parsed, dict):
-        raise SnrfError(f"{path}: is no recipe; a recipe begins with merge_method: snrf")
-    if parsed.get("merge_method") == SPEC.name and (strays := stray_keys(parsed)):
-        raise SnrfError(f"{path}: {'; '.join(strays)}")
-    try:
-        return MergeConfiguration.model_validate(parsed)
-    except ValidationError as error:
-        raise SnrfError(f"{path}: {_recipe_problem(error.errors())}") from None
-    except RuntimeError as error:
-        raise SnrfError(f"{path}: {error}") from None
-
-
-def _recipe_problem(entries: Sequence[Mapping[str, Any]]) -> str:
-    """Put what is wrong with a recipe in words; of the types that a value may have, the one that fits best counts."""
-
-    def keys(entry: Mapping[str, Any]) -> list[str | int]:
-        return [part for part in entry["loc"] if not _BRANCH.fullmatch(str(part))]
-
-    entry = max(entries, key=lambda one: (len(keys(one)), one["input"] is None))
-    several = len(keys(entry)) < len(entry["loc"])
-    name = "ConditionalParameter" if several else (entry.get("ctx") or {}).get("class_name", "")
-    return problem(entry, keys=keys(entry), expected=_EXPECTED.get(name))
-
-
-def _check_size(path: str, content: bytes) -> None:
-    """Refuse YAML so deeply nested that PyYAML takes hours, or whose aliases stand for billions of values."""
-    nodes_of: dict[str, float] = {}
-    anchors, counts = [""], [0.0]
-    for event in yaml.parse(content, yaml.SafeLoader):
-        nodes = 1.0
-        if isinstance(event, yaml.CollectionStartEvent):
-            anchors.append(event.anchor or "")
-            counts.append(0.0)
-            # An alias inside its own anchor never ends.
-            nodes_of[anchors[-1]] = math.inf
-        elif isinstance(event, yaml.CollectionEndEvent):
-            nodes = nodes_of[anchors.pop()] = counts.pop()
-        elif isinstance(event, yaml.AliasEvent):
-            nodes = nodes_of.get(event.anchor or "", 1.0)
-        counts[-1] += nodes
-        if len(counts) > _MAX_DEPTH or counts[-1] > _MAX_NODES:
-            raise SnrfError(
-                f"{path}: is nested deeper than {_MAX_DEPTH} levels, or has more than {_MAX_NODES} values with its "
-                f"aliases written out; that is no recipe"
-            )

@@ -14,7 +14,6 @@ from mergekit_snrf.cli.common import (
     command_options,
     is_quiet,
     json_option,
-    load_recipe,
     model_options,
     silence_progress,
 )
@@ -191,6 +190,8 @@ def _from_recipe(
         trust_remote_code=trust_remote_code,
         quiet=is_quiet(),
     )
+    from mergekit_snrf.merge.recipefile import load_recipe
+
     config = load_recipe(places[0])
     opened = open_recipe(config, options, str(Path(places[0]).resolve().parent))
     for warning in opened.warnings:

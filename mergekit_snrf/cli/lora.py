@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, size
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, size
 from mergekit_snrf.errors import naming
 
 
@@ -48,6 +48,7 @@ def lora(
     from mergekit.options import MergeOptions
 
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
+    from mergekit_snrf.merge.recipefile import load_recipe
 
     options = MergeOptions(
         transformers_cache=transformers_cache,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, size
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, size
 
 
 @click.command()
@@ -47,6 +47,8 @@ def patch(
         write_model_card=write_model_card,
         quiet=is_quiet(),
     )
+    from mergekit_snrf.merge.recipefile import load_recipe
+
     config = load_recipe(recipe)
     done = patch_merge(
         config,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, load_recipe, share, size, table
+from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, share, size, table
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Rounding
@@ -59,6 +59,8 @@ def plan(
         lora_merge_cache=lora_merge_cache,
         trust_remote_code=trust_remote_code,
     )
+    from mergekit_snrf.merge.recipefile import load_recipe
+
     config = load_recipe(recipe)
     result = plan_merge(
         config,

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.evidence.evaluation import Items, Role
+from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
 from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
@@ -264,17 +264,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
 
 
 def _read_config(path: Path) -> ExactMatchConfig:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise SnrfError(f"{path}: {size} bytes are too many for an evaluation; give the YAML file, not the data")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except SnrfError:
-        raise
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise SnrfError(f"{path}: not valid YAML ({' '.join(str(error).split())}); correct it") from None
+    raw = load_yaml(path, remedy="give the YAML file, not the data")
     if not isinstance(raw, dict):
         found = "is empty" if raw is None else "is no mapping of keys to values"
         raise SnrfError(f"{path}: {found}; an evaluation begins with metrics:, see docs/evidence.md")

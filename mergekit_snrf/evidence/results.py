@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, problem
 from mergekit_snrf.files import writing
+from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
@@ -293,13 +293,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     Raises:
         SnrfError: the file is missing, too large, not JSON, or not a result.
     """
-    try:
-        size = os.path.getsize(path)
-        if size > _MAX_BYTES:
-            raise SnrfError(f"{path}: {size} bytes are too many for a result file")
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise SnrfError(f"{path}: cannot be read ({error.strerror or error}); correct the path") from None
+    content = read_bytes(path, _MAX_BYTES)
     try:
         return _RESULT.validate_json(content)
     except ValidationError as error:

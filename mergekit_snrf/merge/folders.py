@@ -16,9 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-import yaml
-
 from mergekit_snrf.errors import SnrfError, os_reason
+from mergekit_snrf.files.reading import load_yaml, parse_yaml, read_text
 
 if TYPE_CHECKING:
     from mergekit_snrf.merge.plan import MergePlan
@@ -122,8 +121,8 @@ def _holds(folder: str, path: str) -> bool:
 def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
     """Return how a folder differs from the output of an earlier merge, or None."""
     try:
-        recipe = yaml.safe_load(Path(folder, "mergekit_config.yml").read_bytes())
-    except (OSError, ValueError, yaml.YAMLError):
+        recipe = load_yaml(Path(folder, "mergekit_config.yml"))
+    except SnrfError:
         recipe = None
     if not isinstance(recipe, dict) or recipe.get("merge_method") != "snrf":
         return "holds no mergekit_config.yml of an earlier snrf merge"
@@ -135,9 +134,8 @@ def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
 def _not_of_an_adapter(folder: str) -> str | None:
     """Return how a folder differs from the output of an earlier ``snrf lora``, or None."""
     try:
-        card = Path(folder, "README.md").read_text(encoding="utf-8")
-        front = next(iter(yaml.safe_load_all(card.split("\n---\n")[0])))
-    except (OSError, ValueError, yaml.YAMLError, StopIteration):
+        front = parse_yaml(read_text(Path(folder, "README.md")).split("\n---\n")[0], None)
+    except SnrfError:
         front = None
     tags = front.get("tags") if isinstance(front, dict) else None
     if not isinstance(tags, list) or not {"snrf", "lora"} <= set(map(str, tags)):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.reading import load_json
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.reference import ModelRef
 
@@ -180,7 +179,7 @@ def _processor_chat_template(ref: ModelRef) -> str | None:
     )
     if file is None:
         return None
-    return json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template")
+    return load_json(file).get("chat_template")
 
 
 def _check_finite(ref: ModelRef, model: PreTrainedModel) -> None:

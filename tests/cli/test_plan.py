@@ -275,7 +275,7 @@ def test_remote_code(pair: Pair, tmp_path: Path) -> None:
     ("text", "message"),
     [
         (None, "snrf.yml: cannot be read (No such file or directory); correct the path"),
-        ("merge_method: [", "snrf.yml: not valid YAML ("),
+        ("merge_method: [", "snrf.yml: not valid YAML at line 1"),
         ("models: 5", "snrf.yml: "),
         ("merge_method: snrf", "Exactly one of 'models', 'slices', or 'modules' must be present"),
     ],

@@ -213,7 +213,7 @@ def test_a_file_that_cannot_be_used(metric: dict[str, Any], message: str, tmp_pa
     ("content", "message"),
     [
         (b"metrics: [", "not valid YAML"),
-        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"\xff\xfe\x00", "is not UTF-8"),
         (b"[" * 100_000, "not valid YAML"),
         (b"- 1", "is no mapping of keys to values; an evaluation begins with metrics:, see docs/evidence.md$"),
         (b"", "is empty; an evaluation begins with metrics:, see docs/evidence.md$"),
@@ -229,7 +229,7 @@ def test_a_file_that_cannot_be_used(metric: dict[str, Any], message: str, tmp_pa
         (b"%s\nlimit: true", "key 'limit': must be a whole number, got true$"),
         (b"%s\nseed: 4294967296", "key 'seed': must be below 4294967296, got 4294967296$"),
         (b"%s\nbatch-size: 1", r"unknown key 'batch-size'; did you mean 'batch_size'\? the keys there are metrics, "),
-        (b"#" * 1_000_001, "1000001 bytes are too many"),
+        (b"#" * 1_000_001, "has 1000001 bytes"),
     ],
 )
 def test_a_file_that_is_no_evaluation(content: bytes, message: str, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_missing_and_huge_files(tmp_path: Path) -> None:
     huge = tmp_path / "huge.json"
     with huge.open("wb") as file:
         file.truncate(50_000_001)
-    with pytest.raises(SnrfError, match="50000001 bytes are too many"):
+    with pytest.raises(SnrfError, match="has 50000001 bytes"):
         read_result(huge)
 
 

@@ -18,13 +18,13 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_snrf.cli.common import load_recipe
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.files import references
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.cards import mask_card, merge_card, portable, provenance_rows
 from mergekit_snrf.merge.plan import plan_merge
 from mergekit_snrf.merge.recipe import default
+from mergekit_snrf.merge.recipefile import load_recipe
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 

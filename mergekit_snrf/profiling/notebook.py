@@ -1,8 +1,7 @@
-"""The Python interface for notebooks; ``import mergekit_snrf as snrf`` offers these names. See docs/python.md."""
+"""Profiling of a loaded model, for notebooks."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,52 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files.references import check_sha256, local_path
-from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.models.checkpoint import open_checkpoint
-from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_dict
-from mergekit_snrf.neurons.maskfile import Mask, read_mask, write_mask
-from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
 from mergekit_snrf.profiling.measure.meter import Batch, Measure
-from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, write_profile
-from mergekit_snrf.profiling.result.selection import select
-
-__all__ = [
-    "Edit",
-    "Fusion",
-    "Mask",
-    "Measure",
-    "Neuron",
-    "NeuronSet",
-    "Profile",
-    "Site",
-    "SnrfError",
-    "deactivate",
-    "fuse_model",
-    "fuse_state_dict",
-    "load_mask",
-    "open_checkpoint",
-    "profile",
-    "read_profile",
-    "select",
-    "write_mask",
-    "write_profile",
-]
-
-
-def load_mask(reference: str | os.PathLike[str], *, sha256: str | None = None) -> Mask:
-    """Load a mask from a path, or from ``hf://owner/repo@revision/path``.
-
-    Args:
-        sha256: refuse another file.
-
-    Raises:
-        SnrfError: the file is missing, damaged, no mask, or another one.
-    """
-    path = local_path(os.fspath(reference))
-    if sha256 is not None:
-        check_sha256(path, sha256)
-    return read_mask(path)
+from mergekit_snrf.profiling.request import versions
+from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance
+from mergekit_snrf.profiling.run import profile_model
 
 
 @dataclass(frozen=True)
@@ -95,9 +52,6 @@ def profile(
     Raises:
         SnrfError: the model or a batch is not supported, or the model computes NaN or infinite values.
     """
-    from mergekit_snrf.profiling.request import versions
-    from mergekit_snrf.profiling.run import profile_model
-
     measure = measure or Measure()
     statistics = profile_model(model, _as_batches(batches, measure), measure=measure, progress=progress)
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.") or None
@@ -112,14 +66,10 @@ def _as_batches(batches: Iterable[Batch | Mapping[str, Any]], measure: Measure) 
             yield batch
             continue
         if measure.tokens == "answer":
-            raise SnrfError(
-                "tokens='answer' needs to know which tokens are the answer's; give batches with an answer_mask"
-            )
+            raise SnrfError(None, "needs batches with an answer_mask", "give them, or leave out tokens", field="tokens")
         if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
-            raise SnrfError(
-                "a batch has no tensor input_ids of shape [probes, tokens]; call the processor with "
-                "return_tensors='pt' and padding=True"
-            )
+            remedy = "call the processor with return_tensors='pt' and padding=True"
+            raise SnrfError(None, "a batch has no tensor input_ids of shape [probes, tokens]", remedy)
         probes = len(batch["input_ids"])
         yield _Plain(tuple(range(count, count + probes)), batch)
         count += probes
