@@ -18,11 +18,13 @@ def card(mask_file: str, out: str | None) -> None:
     """
     from mergekit_snrf.files import references, writing
     from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.merge.cards import mask_card
+    from mergekit_snrf.fusion.fuse import Fusion
+    from mergekit_snrf.neurons.maskcard import mask_card
     from mergekit_snrf.neurons.maskfile import read_mask
 
     path = local_path(mask_file)
-    text = mask_card(read_mask(path), sha256=references.sha256(path))
+    fusion = {"beta": Fusion().beta, "rank": Fusion().rank}
+    text = mask_card(read_mask(path), sha256=references.sha256(path), fusion=fusion)
     if out is None:
         click.echo(text, nl=False)
         return

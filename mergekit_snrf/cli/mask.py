@@ -54,7 +54,7 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
     from mergekit_snrf.files import references
     from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.merge.cards import provenance_rows
+    from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
 
     path = local_path(mask_file)

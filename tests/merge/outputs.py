@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from click.testing import CliRunner, Result
 from pair import write_recipe
 
@@ -53,3 +54,13 @@ def tree(folder: Path) -> list[str]:
         for path in folder.rglob("*")
         if "recipes" not in path.relative_to(folder).parts
     )
+
+
+def front_of(card: str) -> dict[str, Any]:
+    """The front matter of a model card."""
+    return dict(yaml.safe_load(card.split("---\n", 2)[1]))
+
+
+def rows_of(card: str) -> list[list[str]]:
+    """The cells of all tables of a model card."""
+    return [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]

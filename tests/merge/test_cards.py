@@ -1,4 +1,4 @@
-"""Cards of masks: all they say is in the file, and nothing in a file can break out of its cell."""
+"""Cards of merges and adapters: all they say is in the plan and its files, without the folders of this machine."""
 
 from __future__ import annotations
 
@@ -17,57 +17,24 @@ from mergekit.common import ModelReference
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from outputs import done, front_of, rows_of
+from pair import merge
 
-from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.files import references
-from mergekit_snrf.merge import install
-from mergekit_snrf.merge.cards import mask_card, merge_card, portable, provenance_rows
+from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import plan_merge
-from mergekit_snrf.merge.recipe import default
+from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipefile import load_recipe
-from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, read_mask, write_mask
+from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
-ROOT = Path(__file__).resolve().parents[2]
-NEURONS = NeuronSet({Site(0, "attn.k"): torch.tensor([True, False, True, False])})
+COMMANDS = ["merged", "patched", "lora"]
 
 
-def front_of(card: str) -> dict[str, object]:
-    _, front, _ = card.split("---\n", 2)
-    return yaml.safe_load(front)
-
-
-def rows_of(card: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in card.splitlines() if line.startswith("| ")]
-
-
-def test_published_mask_has_the_card_that_the_command_writes() -> None:
-    mask = ROOT / "neuron_masks" / "board.safetensors"
-    result = CliRunner().invoke(snrf, ["mask", "card", str(mask)])
-    assert result.exit_code == 0, result.output
-    assert (ROOT / "neuron_masks" / "board.md").read_text() == result.output
-
-
-def test_card_says_what_is_in_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
-    target = ModelProvenance(path="owner/vlm", revision="abc", model_type="llava", probes={"count": 7, "sha256": "12"})
-    source = ModelProvenance(path="owner/llm")
-    write_mask(path, NEURONS, Provenance(target=target, source=source, selection={"top_ratio": 0.1}, seed=3))
-    card = mask_card(read_mask(path), sha256=references.sha256(path))
-    assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm"]
-    rows = rows_of(card)
-    assert ["attn.k", "1", "2", "4", "50.00 %"] in rows
-    assert ["sha256", f"`{references.sha256(path)}`"] in rows
-    assert ["target", "owner/vlm, revision abc, llava"] in rows
-    assert ["target's probes", "count 7, sha256 12"] in rows
-    assert ["selection", "top_ratio 0.1"] in rows
-    assert ["seed", "3"] in rows
-    recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
-    assert recipe["base_model"] == "owner/vlm"
-    (source_entry,) = recipe["models"]
-    assert source_entry == {"model": "owner/llm", "parameters": {"beta": 0.5, "rank": 4}}
-    assert source_entry["parameters"] == {name: default(name) for name in ("beta", "rank")}
-    assert recipe["parameters"] == {"masks": "m.safetensors", "masks_sha256": references.sha256(path)}
+def make(name: str, recipe: Path, out: Path) -> str:
+    """Return the card of what one of three commands makes of a recipe."""
+    merge(recipe, out) if name == "merged" else done("lora" if name == "lora" else "patch", recipe, out)
+    return (out / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -83,15 +50,8 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "# A recipe.\nmerge_method: snrf\nbase_model: target\nmodels:\n  - model: source\n"
         "    parameters: {beta: 0.5, rank: 3}\nparameters: {masks: mask.safetensors}\n"
     )
-    install()
-    for command, name in (
-        ((mergekit_yaml, ()), "merged"),
-        ((snrf, ("patch",)), "patched"),
-        ((snrf, ("lora",)), "lora"),
-    ):
-        words = [*command[1], str(folder / "snrf.yml"), str(folder / name), "--quiet"]
-        result = CliRunner().invoke(command[0], words)
-        assert result.exit_code == 0, result.output
+    for name in COMMANDS:
+        make(name, folder / "snrf.yml", folder / name)
     return folder
 
 
@@ -145,14 +105,10 @@ def test_absolute_paths_are_cut_in_cards(name: str, merged: Path, tmp_path: Path
         f"models: [{{model: '{merged}/source', parameters: {{beta: 0.5}}}}]\nparameters: {{masks: \"{mask_path}\"}}\n"
     )
     (tmp_path / "snrf.yml").write_text(text)
-    command = (mergekit_yaml, ()) if name == "merged" else (snrf, ("lora",)) if name == "lora" else (snrf, ("patch",))
-    words = [*command[1], str(tmp_path / "snrf.yml"), str(tmp_path / "out"), "--quiet"]
-    result = CliRunner().invoke(command[0], words)
-    assert result.exit_code == 0, result.output
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = make(name, tmp_path / "snrf.yml", tmp_path / "out")
     assert str(merged) not in card
     assert str(tmp_path) not in card
-    assert "with this as `snrf.yml`, its absolute paths cut to their last part" in card
+    assert "with this as `snrf.yml`, its local paths cut to their last part" in card
     written = card.split("```yaml\n")[1].split("```")[0]
     assert written.startswith(f"merge_method: snrf  # {name}\nbase_model: target\n")
     recipe = yaml.safe_load(written)
@@ -164,17 +120,15 @@ def test_absolute_paths_are_cut_in_cards(name: str, merged: Path, tmp_path: Path
         assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
 
 
-def test_absolute_paths_are_cut_in_the_card_of_a_mask() -> None:
-    target = ModelProvenance(path="/home/someone/models/vlm", probes={"dataset": "/home/someone/probes.jsonl"})
-    source = ModelProvenance(path="C:\\Users\\someone\\llm")
-    inputs = [{"path": "/home/someone/other.safetensors"}]
-    mask = Mask(NEURONS, Provenance(target=target, source=source, operation="union", inputs=inputs))
-    card = mask_card(mask, sha256="0" * 64)
-    assert "someone" not in card
-    assert "base_model: vlm\n" in card
-    assert "- model: llm\n" in card
-    assert ["target's probes", "dataset probes.jsonl"] in rows_of(card)
-    assert ["made by", "union of other.safetensors"] in rows_of(card)
+def test_relative_paths_are_cut_in_cards(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(merged)
+    text = (merged / "snrf.yml").read_text()
+    for name in ("target", "source"):
+        text = text.replace(f"model: {name}", f"model: ../{merged.name}/./{name}")
+    (tmp_path / "snrf.yml").write_text(text)
+    card = make("patched", tmp_path / "snrf.yml", tmp_path / "out")
+    assert merged.name not in card
+    assert (merged / "snrf.yml").read_text().strip() in card
 
 
 NAMES = st.text(alphabet="ab01.,:{}[]#'\" -_+@&!*%é", min_size=1, max_size=12)
@@ -253,51 +207,3 @@ def test_a_merge_through_mergekits_python_api_has_the_recipe_in_its_card(merged:
     assert recipe["merge_method"] == "snrf"
     assert recipe["models"][0]["model"] == "source"
     assert not recipe.get("modules")
-
-
-def test_card_to_a_file_and_missing_mask(tmp_path: Path) -> None:
-    write_mask(tmp_path / "m.safetensors", NEURONS)
-    result = CliRunner().invoke(
-        snrf, ["mask", "card", str(tmp_path / "m.safetensors"), "-o", str(tmp_path / "card.md")]
-    )
-    assert result.exit_code == 0, result.output
-    assert "A mask of 2 neurons" in (tmp_path / "card.md").read_text()
-    result = CliRunner().invoke(snrf, ["mask", "card", str(tmp_path / "none.safetensors")])
-    assert result.exit_code == 1
-    assert "no such file" in result.output
-
-
-@given(st.text(max_size=40), st.text(max_size=40))
-def test_text_of_a_file_stays_in_its_cell(path: str, rule: str) -> None:
-    provenance = Provenance(target=ModelProvenance(path=path), selection={rule: f"<script>|\n# {rule}"})
-    card = mask_card(Mask(NEURONS, provenance), sha256="0" * 64)
-    assert "<script>" not in card
-    assert card.count("```") == 2
-    lines = card.splitlines()
-    assert sum(line.startswith("# ") for line in lines) == 1
-    assert sum(line.startswith("## ") for line in lines) == 1
-    front_of(card)
-
-
-def test_a_path_cannot_leave_the_recipe_of_a_card() -> None:
-    path = "x\n```\n\n[click](https://evil.example) <b>hi</b>"
-    provenance = Provenance(target=ModelProvenance(path=path), source=ModelProvenance(path="examples/board/source/x"))
-    card = mask_card(Mask(NEURONS, provenance), sha256="0" * 64)
-    assert [line for line in card.splitlines() if line.startswith("```")] == ["```yaml", "```"]
-    outside = card.split("```yaml")[0] + card.split("```")[-1]
-    assert "<b>" not in outside
-    assert "https://evil" not in outside
-    assert "base_model" not in front_of(card)
-
-
-def test_rows_of_an_empty_provenance() -> None:
-    assert provenance_rows(Mask(NEURONS)) == []
-
-
-@pytest.mark.parametrize("disjoint", [False, True])
-def test_disjoint_draws_share_nothing(disjoint: bool) -> None:
-    members = {Site(layer, "fwd.up"): torch.arange(50) % 5 < 2 for layer in range(5)}
-    mask = NeuronSet(members)
-    drawn = [mask.random(seed, disjoint=disjoint) for seed in range(5)]
-    assert all(draw.count(site) == mask.count(site) for draw in drawn for site in mask)
-    assert all((draw & mask).count() == 0 for draw in drawn) == disjoint
