@@ -14,7 +14,7 @@ from mergekit_snrf.cli.common import (
     model_options,
     silence_progress,
 )
-from mergekit_snrf.cli.study import loaded, report
+from mergekit_snrf.cli.study import check_mask, loaded, study_text
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.reference import Dtype
@@ -58,11 +58,12 @@ def ablate(
 
     Weights and biases are zeroed in memory. An evaluation named in Python runs with your rights; read it first.
     """
-    from mergekit_snrf.evidence import ablate as ablation
+    from mergekit_snrf.evidence.ablate import ablation_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
+    from mergekit_snrf.evidence.least import least_important, read_profile_of
     from mergekit_snrf.evidence.results import write_result
-    from mergekit_snrf.files import references
-    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.evidence.study import Setup, run_study
+    from mergekit_snrf.files.references import local_path, sha256
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.models.reference import ModelRef
@@ -71,33 +72,23 @@ def ablate(
     check_outputs(json_file)
     checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
     mask = read_mask(local_path(mask_file))
-    ablation.check_mask(mask, find_decoder(checkpoint).shape, model)
+    check_mask(mask, find_decoder(checkpoint).shape, model)
     settings: dict[str, Any] = {"dtype": dtype, "config_sha256": checkpoint.config_sha256}
-    profile = None
+    least = None
     if profile_file is not None:
-        profile = ablation.read_profile_of(checkpoint, profile_file)
-        ablation.least_important(profile, mask.neurons)
-        settings |= {"profile": profile.path, "profile_sha256": references.sha256(profile.path)}
+        profile = read_profile_of(checkpoint, profile_file)
+        least = least_important([profile], mask.neurons)
+        settings |= {"profile": profile.path, "profile_sha256": sha256(profile.path)}
+    rows = ablation_rows(mask.neurons, least=least, draws=draws, seed=seed)
     silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = loaded(
         ModelRef(model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code), settings
     )
-    study = ablation.ablate(
-        subject,
-        processor,
-        evaluation,
-        mask,
-        profile=profile,
-        draws=draws,
-        seed=seed,
-        name=model,
-        mask_sha256=references.sha256(mask.path),
-        settings=settings,
-        progress=not is_quiet(),
-    )
-    click.echo(report(study))
-    if profile is None:
+    setup = Setup("ablation", model, evaluation.name, mask.path, sha256(mask.path), seed, settings)
+    study = run_study(setup, rows, subject, processor, evaluation, progress=not is_quiet())
+    click.echo(study_text(study))
+    if least is None:
         click.echo("The least important neurons were left out: they need --profile, the profile of MODEL.")
     if json_file is not None:
         write_result(json_file, study)

@@ -214,7 +214,7 @@ def _listed(file: str | None) -> list[Neuron]:
 
 
 def _masked(file: str | None, pick: int | None, seed: int, shape: DecoderShape | None, model: str) -> list[Neuron]:
-    from mergekit_snrf.evidence.ablate import check_mask
+    from mergekit_snrf.cli.study import check_mask
     from mergekit_snrf.evidence.amplify import pick_neurons
     from mergekit_snrf.files.references import local_path
     from mergekit_snrf.neurons.maskfile import read_mask

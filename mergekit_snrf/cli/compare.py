@@ -17,7 +17,7 @@ from mergekit_snrf.cli.common import (
     model_options,
     silence_progress,
 )
-from mergekit_snrf.cli.study import loaded, report
+from mergekit_snrf.cli.study import loaded, study_text
 from mergekit_snrf.errors import SnrfError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None
     _check_options(from_lmms_eval)
     check_outputs(json_file)
     study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **options)
-    click.echo("\n".join([report(study), *notes]))
+    click.echo("\n".join([study_text(study), *notes]))
     if json_file is not None:
         write_result(json_file, study)
 
@@ -176,12 +176,12 @@ def _from_recipe(
     betas = _betas(linear_betas)
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.evidence.ablate import least_important, read_profile_of
-    from mergekit_snrf.evidence.compare import compare as run
-    from mergekit_snrf.evidence.controls import averaged, build_rows
+    from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
+    from mergekit_snrf.evidence.least import least_important, read_profile_of
     from mergekit_snrf.evidence.recipes import open_base, open_recipe
-    from mergekit_snrf.files import references
+    from mergekit_snrf.evidence.study import Setup, run_study
+    from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
 
     options = MergeOptions(
@@ -200,8 +200,8 @@ def _from_recipe(
     notes, least = [], None
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
-        least = least_important(averaged(read), opened.merge.neurons)
-        settings["profiles"] = {profile.path: references.sha256(profile.path) for profile in read}
+        least = least_important(read, opened.merge.neurons)
+        settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
     elif "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
@@ -223,29 +223,10 @@ def _from_recipe(
         ),
         settings,
     )
-    chosen = build_rows(
-        opened.merge,
-        model,
-        keys=keys,
-        draws=draws,
-        seed=seed,
-        least=least,
-        base=common,
-        linear_betas=betas,
-        drop_rate=drop_rate,
-    )
-    study = run(
-        model,
-        processor,
-        evaluation,
-        chosen,
-        seed=seed,
-        progress=not is_quiet(),
-        name=opened.target.name,
-        mask=opened.mask,
-        mask_sha256=opened.mask_sha256,
-        settings=settings,
-    )
+    controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, opened.mask_sha256, seed, settings)
+    chosen = comparison_rows(opened.merge, model, controls)
+    study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes

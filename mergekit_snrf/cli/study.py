@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.neurons.maskfile import Mask
+    from mergekit_snrf.neurons.shape import DecoderShape
 
 
 def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = None) -> tuple[PreTrainedModel, Any]:
@@ -42,7 +44,7 @@ def reworded(words: Mapping[str, str]) -> Iterator[None]:
         raise SnrfError(message) from error
 
 
-def report(study: Study) -> str:
+def study_text(study: Study) -> str:
     """Return a study as text: a table a metric, and the verdict."""
     from mergekit_snrf.evidence.intervals import scale_of, spoken
 
@@ -69,3 +71,21 @@ def report(study: Study) -> str:
         + "\n".join(study.verdict)
     )
     return "\n\n".join(parts)
+
+
+def check_mask(mask: Mask, shape: DecoderShape, name: str) -> None:
+    """Check a mask against a decoder's shape, before the model is loaded.
+
+    Args:
+        mask: whose ``path`` messages name.
+        shape: of the decoder.
+        name: of the model.
+
+    Raises:
+        SnrfError: the mask has no neurons, or a layer or a number of neurons that the decoder does not have.
+    """
+    from mergekit_snrf.neurons.shape import check_fit
+
+    if not mask.neurons.count():
+        raise SnrfError(mask.path, "has no neurons", "give a mask with at least one")
+    check_fit(mask.neurons, shape, where=mask.path, model=name)

@@ -1,232 +1,122 @@
-"""A merge against what is easier, at equal conditions (Tables 1 and 2 with their controls).
+"""The rows of a comparison (Tables 1 and 2): the target, its merge, and what is simpler or more random.
 
-Every model is the target edited in memory and put back; all are asked the same items, so differences are paired.
+A control differs from the recipe in one thing: its neurons, its update, or its source. Everything else, including the
+strength of every tensor, is as in the recipe. Only the linear merge, a rival, moves all neurons at one strength.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import Float64, Int64
-from tqdm import tqdm
-
-from mergekit_snrf.evidence.controls import Row
-from mergekit_snrf.evidence.evaluation import Evaluation, Role, Scores, evaluate
-from mergekit_snrf.evidence.intervals import LEVEL, RESAMPLES, Bootstrap, measure, resample, scale_of
-from mergekit_snrf.evidence.results import Condition, Contrast, Measured, Study
-from mergekit_snrf.evidence.verdict import verdict
+from mergekit_snrf.evidence.controls import Merge, dare, linear, rescaled
+from mergekit_snrf.evidence.study import Row
+from mergekit_snrf.evidence.verdict import Words
+from mergekit_snrf.models.weights import Weights
+from mergekit_snrf.neurons.sets import NeuronSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
+TARGET, CLAIM = "target", "SNRF"
+_NONE = Words()
 
-def compare(
-    model: PreTrainedModel,
-    processor: Any,
-    evaluation: Evaluation,
-    rows: Sequence[Row],
-    *,
-    name: str | None = None,
-    seed: int = 0,
-    progress: bool = False,
-    **of_study: Any,
-) -> Study:
-    """Evaluate the target as it is, and edited to every row's merges.
 
-    The weights are put back bit for bit after every evaluation, also one that fails.
+@dataclass(frozen=True)
+class Controls:
+    """Which controls a comparison has.
+
+    Attributes:
+        rows: of ``ROWS``.
+        draws: sets of random neurons, or of DARE's masks, drawn with ``seed``, ``seed + 1``, ...
+        seed: of the first draw.
+        least: the least important neurons; None leaves that row out.
+        base: weights of the model that target and source were trained from; None leaves that row out.
+        linear_betas: strengths of the linear merge, rising.
+        drop_rate: of DARE.
+    """
+
+    rows: Collection[str] = ROWS
+    draws: int = 3
+    seed: int = 0
+    least: NeuronSet | None = None
+    base: Weights | None = None
+    linear_betas: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    drop_rate: float = 0.5
+
+
+def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
+    """Return the target, the claim and its controls.
 
     Args:
-        model: the loaded target.
-        processor: of the model.
-        evaluation: of ``load_evaluation``.
-        rows: of ``controls.build_rows``.
-        name: of the model, for the study.
-        seed: of the intervals.
-        progress: show a progress bar on stderr.
-        of_study: further fields of the study: mask, mask_sha256, settings.
+        merge: of the recipe.
+        model: the loaded target, from which norms are computed; it is not changed.
+        controls: which ones.
 
     Raises:
-        SnrfError: a row's merge is not of this model, or the evaluation fails.
+        SnrfError: a value is out of range, or a weight is not finite.
     """
-    scores: dict[str, list[Scores]] = {}
-    like: Scores | None = None
-    with tqdm(total=sum(max(1, len(row.draws)) for row in rows), unit="evaluation", disable=not progress) as bar:
-        for row in rows:
-            bar.set_description(row.name)
-            scores[row.name] = []
-            for merge in row.draws or (None,):
-                if merge is None:
-                    scores[row.name].append(evaluate(evaluation, model, processor, like=like))
-                else:
-                    with merge.apply(model):
-                        scores[row.name].append(evaluate(evaluation, model, processor, like=like))
-                like = like or scores[row.name][0]
-                bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in scores[row.name][-1].items()})
-                bar.update()
-    roles = {metric: evaluation.role(metric) for metric in like or {}}
-    return tabulate(
-        rows,
-        scores,
-        roles,
-        seed=seed,
-        model=name or str(model.config.name_or_path),
-        evaluation=evaluation.name,
-        **of_study,
-    )
-
-
-def tabulate(
-    rows: Sequence[Row],
-    scores: Mapping[str, Sequence[Scores]],
-    roles: Mapping[str, Role],
-    *,
-    seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
-    **of_study: Any,
-) -> Study:
-    """Return the study of what rows scored: means, changes to the reference, contrasts to the claim and a verdict.
-
-    Args:
-        rows: one is the reference, one the claim. A linear sweep among them is followed by its points of equal
-            perception, one for every metric to keep.
-        scores: by name of the row, a draw each.
-        roles: of all metrics.
-        seed: of the intervals.
-        settings: kept in the study.
-        of_study: further fields of the study: model, mask, mask_sha256, evaluation.
-
-    Raises:
-        SnrfError: the rows were not scored on the same items.
-    """
-    reference, claim = (next(row.name for row in rows if row.role == role) for role in ("reference", "claim"))
-    bootstraps = resample(scores, seed=seed)
-    measured = measure(bootstraps, scores, reference)
-    sweep = [row for row in rows if row.beta is not None]
-    rows = list(rows)
-    if sweep:
-        place = rows.index(sweep[-1]) + 1
-        for metric in (metric for metric, role in roles.items() if role == "keep"):
-            row = _at_equal(metric, reference, claim, sweep, bootstraps, measured)
-            rows.insert(place, row)
-            place += 1
-    contrasts = [
-        Contrast(left=claim, right=row.name, metric=metric, difference=bootstrap.difference(claim, row.name))
-        for metric, bootstrap in bootstraps.items()
-        for row in rows
-        if row.role == "control" and row.beta is None
-    ]
-    conditions = [
-        Condition(
-            name=row.name,
-            role=row.role,
-            draws=max(1, len(scores.get(row.name, ()))),
-            neurons=row.neurons,
-            settings={**row.settings, **_draw_means(scores.get(row.name, ()))},
-            metrics=measured[row.name],
+    seeds = [(controls.seed + draw) % 2**32 for draw in range(controls.draws)]
+    of_seeds: dict[str, Any] = {"seeds": seeds}
+    random = [replace(merge, neurons=merge.neurons.random(one)) for one in seeds]
+    rows = [Row(TARGET, "reference"), replace(_row(CLAIM, [merge], settings=_span(merge)), role="claim")]
+    if "random" in controls.rows:
+        words = Words("the same update on random neurons of the same counts", "the choice of neurons")
+        rows.append(_row("random neurons", random, words, of_seeds))
+    if "equal-norm" in controls.rows:
+        norms = {site: norm * merge.fusions[site].beta for site, norm in merge.norms(model).items()}
+        scaled = [rescaled(one, model, norms) for one in random]
+        words = Words(
+            "the same update on random neurons, rescaled to equal norm", "the choice of neurons at equal norm"
         )
-        for row in rows
-    ]
-    study = Study(
-        kind="comparison",
-        items={metric: len(items) for metric, items in scores[reference][0].items()},
-        roles=dict(roles),
-        level=LEVEL,
-        seed=seed,
-        conditions=conditions,
-        contrasts=contrasts,
-        settings={"resamples": RESAMPLES, **(settings or {})},
-        **of_study,
-    )
-    return study.model_copy(update={"verdict": verdict(study, rows)})
+        rows.append(_row("random neurons, equal norm", scaled, words, settings={**of_seeds, **_strengths(scaled)}))
+    if "least" in controls.rows and controls.least is not None:
+        words = Words("the same update on as many of the least important neurons", "the choice of important neurons")
+        rows.append(_row("least important neurons", [replace(merge, neurons=controls.least)], words))
+    if "linear" in controls.rows:
+        for beta in controls.linear_betas:
+            settings = {"beta": beta, "rank": 0}
+            row = _row(f"linear, beta {beta:g}", [linear(merge, beta)], settings=settings)
+            rows.append(replace(row, beta=beta))
+    if "dare" in controls.rows:
+        name = f"DARE, drop rate {controls.drop_rate:g}"
+        dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
+        words = Words(
+            f"DARE with drop rate {controls.drop_rate:g} on the masked neurons",
+            "the recipe's update in place of DARE's",
+        )
+        settings = {**of_seeds, "drop_rate": controls.drop_rate, "rescale": True}
+        rows.append(_row(name, dropped, words, settings))
+    if "base" in controls.rows and controls.base is not None:
+        words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
+        rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
+    return rows
 
 
-def _draw_means(draws: Sequence[Scores]) -> dict[str, Any]:
-    if len(draws) < 2:
+def _row(name: str, merges: Sequence[Merge], words: Words = _NONE, settings: Mapping[str, Any] | None = None) -> Row:
+    return Row(name, "control", tuple(merges), merges[0].neurons.count(), words, settings=settings or {})
+
+
+def _span(merge: Merge) -> dict[str, Any]:
+    """Return the lowest and highest beta and rank of a merge, and what its tensors have in common."""
+    fusions = list(merge.fusions.values())
+    if not fusions:
         return {}
-    return {"means": {metric: [draw[metric].mean for draw in draws] for metric in draws[0]}}
+    betas, ranks = [fusion.beta for fusion in fusions], [fusion.rank for fusion in fusions]
+    return {
+        "beta": [min(betas), max(betas)],
+        "rank": [min(ranks), max(ranks)],
+        "update": sorted({fusion.update for fusion in fusions}),
+        "order": sorted({fusion.order for fusion in fusions}),
+    }
 
 
-def _at_equal(
-    metric: str,
-    reference: str,
-    claim: str,
-    sweep: Sequence[Row],
-    bootstraps: Mapping[str, Bootstrap],
-    measured: dict[str, dict[str, Measured]],
-) -> Row:
-    """Add to bootstraps and measurements the linear merge that keeps as much of a metric as the claim does.
-
-    Its beta is found, and all metrics are interpolated at it, in every resample anew.
-    """
-    curve = [reference, *(row.name for row in sweep)]
-    betas = np.array([0.0, *(row.beta or 0.0 for row in sweep)])
-    name = f"linear at equal {metric}"
-    kept = bootstraps[metric]
-    below, share = crossing(_stack(kept, curve), kept.means[claim])
-    below_0, share_0 = crossing(
-        np.array([[kept.estimates[point] for point in curve]]), np.array([kept.estimates[claim]])
-    )
-    measured[name] = {}
-    for other, bootstrap in bootstraps.items():
-        bootstrap.means[name] = interpolated(_stack(bootstrap, curve), below, share)
-        estimates = np.array([[bootstrap.estimates[point] for point in curve]])
-        bootstrap.estimates[name] = float(interpolated(estimates, below_0, share_0)[0])
-        measured[name][other] = Measured(mean=bootstrap.mean(name), change=bootstrap.difference(name, reference))
-    at = kept.interval(
-        float(interpolated(betas[None], below_0, share_0)[0]),
-        interpolated(np.broadcast_to(betas, (len(below), len(betas))), below, share),
-    )
-    scale, unit = scale_of(metric, measured)
-    exact = abs(kept.estimates[name] - kept.estimates[claim]) < 1e-9
-    strength = f"beta {at.estimate:.2f} [{at.low:.2f}, {at.high:.2f}]"
-    if exact:
-        spoken = f"The linear merge of {strength} (interpolated), which keeps as much {metric} as {claim} does,"
-    else:
-        ours, theirs = (f"{scale * kept.estimates[one]:.1f}" for one in (name, claim))
-        spoken = (
-            f"The linear merge of {strength}, which comes closest to the {metric} of {claim} "
-            f"({ours} against {theirs}{unit}),"
-        )
-    return Row(
-        name,
-        "control",
-        sweep[0].draws,
-        spoken,
-        f"at equal {metric} the masked update" if exact else "",
-        settings={"beta": at.model_dump(), "metric": metric, "reached": exact},
-    )
-
-
-def _stack(bootstrap: Bootstrap, names: Sequence[str]) -> Float64[np.ndarray, "resamples points"]:
-    return np.stack([bootstrap.means[name] for name in names], axis=1)
-
-
-def crossing(
-    curve: Float64[np.ndarray, "rows points"], level: Float64[np.ndarray, " rows"]
-) -> tuple[Int64[np.ndarray, " rows"], Float64[np.ndarray, " rows"]]:
-    """Return where each row last keeps its level: a point, and the share of the way to the next one.
-
-    That is the last crossing of a broken line. A row that keeps the level to its end is at its last point; one that
-    lies below the level everywhere is at its highest point.
-    """
-    points = curve.shape[1]
-    # Equal means can differ in their last digits, by the order of the sums.
-    keeps = curve >= (level - 1e-12 * np.abs(level))[:, None]
-    last = points - 1 - np.argmax(keeps[:, ::-1], axis=1)
-    last = np.where(keeps.any(axis=1), last, np.argmax(curve, axis=1))
-    rows = np.arange(len(curve))
-    here, after = curve[rows, last], curve[rows, np.minimum(last + 1, points - 1)]
-    falls = keeps.any(axis=1) & (here > after)
-    share = np.where(falls, (here - level) / np.where(falls, here - after, 1.0), 0.0)
-    return last, np.clip(share, 0.0, 1.0)
-
-
-def interpolated(
-    curve: Float64[np.ndarray, "rows points"], below: Int64[np.ndarray, " rows"], share: Float64[np.ndarray, " rows"]
-) -> Float64[np.ndarray, " rows"]:
-    """Return the value of each row's broken line at a point and a share of the way to the next one."""
-    rows = np.arange(len(curve))
-    after = np.minimum(below + 1, curve.shape[1] - 1)
-    return (1 - share) * curve[rows, below] + share * curve[rows, after]
+def _strengths(merges: Sequence[Merge]) -> dict[str, Any]:
+    betas = [beta for merge in merges for beta in (merge.betas or {}).values()]
+    return {
+        "beta": [min(betas, default=0.0), max(betas, default=0.0)],
+        "sites_above_beta_1": sum(beta > 1 for beta in betas),
+        "sites_without_update": sum(beta == 0 for beta in betas),
+    }

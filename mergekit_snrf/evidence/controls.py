@@ -6,10 +6,10 @@ every tensor included, stays as the recipe says. Only the linear merge, a rival,
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -26,17 +26,11 @@ from mergekit_snrf.models.edits import Edit, fuse_model
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.weights import LiveWeights, StoredWeights, Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-from mergekit_snrf.profiling.result.profilefile import Profile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mergekit_snrf.merge.plan import MergePlan
-
-ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
-LINEAR_BETAS = (0.1, 0.25, 0.5, 0.75, 1.0)
-DROP_RATE = 0.5
-TARGET, CLAIM = "target", "SNRF"
 
 
 @dataclass(frozen=True)
@@ -101,7 +95,7 @@ class Merge:
     source_base: Weights | None = None
     betas: Mapping[Site, float] | None = None
 
-    def apply(self, model: PreTrainedModel) -> Edit:
+    def __call__(self, model: PreTrainedModel) -> Edit:
         """Edit a loaded target in place, to be undone with the result.
 
         In the merge's dtype the weights become those that ``mergekit-yaml`` writes.
@@ -127,7 +121,7 @@ class Merge:
         """Return ||M_S(Delta_r)||_F of every site, without the factor beta.
 
         Raises:
-            SnrfError: as ``apply``.
+            SnrfError: as the call.
         """
         weights = LiveWeights(find_live_decoder(model))
         norms = {}
@@ -216,127 +210,6 @@ def _all_have_bias(plan: MergePlan, site: Site) -> bool:
     return all(bias_name(d.weight_name(site)) in c.tensors for c, d in models if c is not None and d is not None)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: a model that is evaluated once a draw.
-
-    Attributes:
-        name: as the table shows it.
-        role: in the study.
-        draws: the merges; none for the target as it is.
-        spoken: the subject of a sentence about it.
-        about: what a difference between the claim and this row is due to; empty where they differ in more than that.
-        beta: of a point of the linear sweep.
-        settings: to repeat it.
-    """
-
-    name: str
-    role: Literal["reference", "claim", "control"]
-    draws: tuple[Merge, ...] = ()
-    spoken: str = ""
-    about: str = ""
-    beta: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def neurons(self) -> int:
-        """How many move."""
-        return self.draws[0].neurons.count() if self.draws else 0
-
-
-def build_rows(
-    merge: Merge,
-    model: PreTrainedModel,
-    *,
-    keys: Collection[str] = ROWS,
-    draws: int = 3,
-    seed: int = 0,
-    least: NeuronSet | None = None,
-    base: Weights | None = None,
-    linear_betas: Sequence[float] = LINEAR_BETAS,
-    drop_rate: float = DROP_RATE,
-) -> list[Row]:
-    """Return the target, the claim and its controls.
-
-    Args:
-        merge: of the recipe.
-        model: the loaded target, from which norms are computed; it is left as it is.
-        keys: of ``ROWS``.
-        draws: sets of random neurons, or of DARE's masks, drawn with ``seed``, ``seed + 1``, ...
-        least: the least important neurons; None leaves that row out.
-        base: the common base's weights; None leaves that row out.
-        linear_betas: strengths of the linear merge, rising.
-        drop_rate: of DARE.
-
-    Raises:
-        SnrfError: a value is out of range, or a weight is not finite.
-    """
-    seeds = [(seed + draw) % 2**32 for draw in range(draws)]
-    of_seeds: dict[str, Any] = {"seeds": seeds}
-    random = tuple(replace(merge, neurons=merge.neurons.random(one)) for one in seeds)
-    rows = [Row(TARGET, "reference"), Row(CLAIM, "claim", (merge,), CLAIM, settings=_span(merge))]
-    if "random" in keys:
-        rows.append(
-            Row(
-                "random neurons",
-                "control",
-                random,
-                "The same update on random neurons of the same counts",
-                "the choice of neurons",
-                settings=of_seeds,
-            )
-        )
-    if "equal-norm" in keys:
-        norms = merge.norms(model)
-        scaled = tuple(rescaled(one, model, {s: n * merge.fusions[s].beta for s, n in norms.items()}) for one in random)
-        rows.append(
-            Row(
-                "random neurons, equal norm",
-                "control",
-                scaled,
-                "The same update on random neurons, rescaled to equal norm",
-                "at equal norm the choice of neurons",
-                settings={**of_seeds, **_strengths(scaled)},
-            )
-        )
-    if "least" in keys and least is not None:
-        rows.append(
-            Row(
-                "least important neurons",
-                "control",
-                (replace(merge, neurons=least),),
-                "The same update on as many of the least important neurons",
-                "the choice of important neurons",
-            )
-        )
-    if "linear" in keys:
-        for beta in linear_betas:
-            settings = {"beta": beta, "rank": 0}
-            rows.append(Row(f"linear, beta {beta:g}", "control", (linear(merge, beta),), beta=beta, settings=settings))
-    if "dare" in keys:
-        rows.append(
-            Row(
-                f"DARE, drop rate {drop_rate:g}",
-                "control",
-                tuple(_dare(merge, drop_rate, one) for one in seeds),
-                f"DARE with drop rate {drop_rate:g} on the masked neurons",
-                "the recipe's update in place of DARE's",
-                settings={**of_seeds, "drop_rate": drop_rate, "rescale": True},
-            )
-        )
-    if "base" in keys and base is not None:
-        rows.append(
-            Row(
-                "base as source",
-                "control",
-                (replace(merge, source=base, source_base=None),),
-                "The common base as source on the same neurons",
-                "what the source learnt beyond the base",
-            )
-        )
-    return rows
-
-
 def linear(merge: Merge, beta: float) -> Merge:
     """Return the linear merge W_tgt + beta * Delta of all neurons of the five projections."""
     fusion = Fusion(beta=beta, rank=0)
@@ -359,60 +232,16 @@ def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) 
         norms: ||beta * M_S(Delta_r)||_F by site.
 
     Raises:
-        SnrfError: as ``Merge.apply``.
+        SnrfError: as a call of ``Merge``.
     """
     own = merge.norms(model)
     return replace(merge, betas={site: norms[site] / norm if norm else 0.0 for site, norm in own.items()})
 
 
-def averaged(profiles: Sequence[Profile]) -> Profile:
-    """Return the first of several profiles of one model, with the mean impact over the probes of all of them.
+def dare(merge: Merge, drop_rate: float, seed: int) -> Merge:
+    """Return the merge with DARE's update in place of its own, at full rank."""
 
-    Raises:
-        SnrfError: the profiles are of different shapes.
-    """
-    first = profiles[0]
-    total = sum(profile.count for profile in profiles)
-    sites = {}
-    for site, statistics in first.sites.items():
-        mean = torch.zeros(statistics.neurons, dtype=torch.float64)
-        for profile in profiles:
-            other = profile.sites.get(site)
-            if other is None or other.neurons != statistics.neurons:
-                raise SnrfError(
-                    f"{profile.path}: has {0 if other is None else other.neurons} neurons at {site}, where "
-                    f"{first.path} has {statistics.neurons}; give profiles of one model"
-                )
-            mean += other.mean_impact.double() * (profile.count / total)
-        sites[site] = replace(statistics, mean_impact=mean.float())
-    return replace(first, sites=sites)
-
-
-def _dare(merge: Merge, drop_rate: float, seed: int) -> Merge:
     def fusion(of: Fusion) -> Fusion:
         return Fusion(beta=of.beta, update="dare", drop_rate=drop_rate, seed=seed)
 
     return replace(merge, fusions={site: fusion(of) for site, of in merge.fusions.items()})
-
-
-def _span(merge: Merge) -> dict[str, Any]:
-    """Return the lowest and highest beta and rank of a merge, and what its tensors have in common."""
-    fusions = list(merge.fusions.values())
-    if not fusions:
-        return {}
-    betas, ranks = [fusion.beta for fusion in fusions], [fusion.rank for fusion in fusions]
-    return {
-        "beta": [min(betas), max(betas)],
-        "rank": [min(ranks), max(ranks)],
-        "update": sorted({fusion.update for fusion in fusions}),
-        "order": sorted({fusion.order for fusion in fusions}),
-    }
-
-
-def _strengths(merges: Sequence[Merge]) -> dict[str, Any]:
-    betas = [beta for merge in merges for beta in (merge.betas or {}).values()]
-    return {
-        "beta": [min(betas, default=0.0), max(betas, default=0.0)],
-        "sites_above_beta_1": sum(beta > 1 for beta in betas),
-        "sites_without_update": sum(beta == 0 for beta in betas),
-    }

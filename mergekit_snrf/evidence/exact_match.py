@@ -32,7 +32,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, problem
-from mergekit_snrf.evidence.evaluation import Items, Role
+from mergekit_snrf.evidence.items import Items, Role
 from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows

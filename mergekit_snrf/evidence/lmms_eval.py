@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.compare import tabulate
-from mergekit_snrf.evidence.controls import Row
-from mergekit_snrf.evidence.evaluation import Items, Role
+from mergekit_snrf.evidence.items import Items, Role
 from mergekit_snrf.evidence.results import Study
+from mergekit_snrf.evidence.study import Row, Setup, build_study
 from mergekit_snrf.evidence.wording import printable
 
 _FILE = re.compile(r"(?P<run>.*?)_samples_(?P<task>.+)\.jsonl")
@@ -159,15 +158,14 @@ def _study(
     kept = {name for one in keep for name in _kept(one, scores[0])}
     roles: dict[str, Role] = {name: "keep" if name in kept else "gain" for name in scores[0]}
     rows = [Row(names[0], "reference"), Row(names[1], "claim"), *(Row(name, "control") for name in names[2:])]
-    return tabulate(
-        rows,
-        {name: [of_run] for name, of_run in zip(names, scores, strict=True)},
-        roles,
-        seed=seed,
+    setup = Setup(
+        kind="comparison",
         model=names[0],
         evaluation=f"lmms-eval: {', '.join(sorted(runs[0].files))}",
+        seed=seed,
         settings={"files": {run.name: [printable(str(file)) for file in run.files.values()] for run in runs}},
     )
+    return build_study(setup, rows, {name: [of_run] for name, of_run in zip(names, scores, strict=True)}, roles)
 
 
 def _kept(chosen: str, names: Collection[str]) -> list[str]:

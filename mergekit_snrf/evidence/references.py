@@ -1,4 +1,4 @@
-"""Functions of the user's that an option names: ``package.module:name`` or ``path/file.py:name``."""
+"""User functions that an option names: ``package.module:name`` or ``path/file.py:name``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
 
 
 def find_attribute(reference: str) -> Any:
@@ -28,7 +28,7 @@ def find_attribute(reference: str) -> Any:
         if not hasattr(found, name):
             public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
             shown = ", ".join(sorted(public)) or "nothing that can be called"
-            raise SnrfError(f"{reference}: has no attribute {attribute!r}; there is {shown}")
+            raise SnrfError(reference, f"has no attribute {attribute!r}", f"there is {shown}")
         found = getattr(found, name)
     return found
 
@@ -42,15 +42,13 @@ def imported(reference: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except (Exception, SystemExit) as error:
-        reason = " ".join(str(error).split())
-        raise SnrfError(
-            f"{reference}: cannot be imported ({type(error).__name__}: {reason}); -vv shows where"
-        ) from error
+        what = f"cannot be imported ({type(error).__name__}: {first_line(error)})"
+        raise SnrfError(reference, what, "-vv shows where") from error
 
 
 def _module_at(reference: str, path: Path) -> Any:
     if not path.is_file():
-        raise SnrfError(f"{reference}: there is no file {path}; correct the path")
+        raise SnrfError(reference, f"there is no file {path}", "correct the path")
     name = f"_mergekit_snrf_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None

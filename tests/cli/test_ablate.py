@@ -16,6 +16,7 @@ import pytest
 import torch
 from checkpoints import make_target
 from click.testing import CliRunner
+from made_profiles import impact_profile
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -24,7 +25,7 @@ from mergekit_snrf.evidence.results import Study, read_result
 from mergekit_snrf.models import loading
 from mergekit_snrf.neurons.maskfile import ModelProvenance, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, write_profile
+from mergekit_snrf.profiling.result.profilefile import ProfileProvenance, write_profile
 
 ROOT = Path(__file__).parents[2]
 BOARD = ROOT / "examples" / "board"
@@ -43,15 +44,13 @@ def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def a_profile(path: Path, config_sha256: str | None = None, **sizes: int) -> Path:
-    sites = {}
-    for layer in (1, 2):
-        for name, size in {**SIZES, **sizes}.items():
-            impact = torch.from_numpy(np.random.default_rng(layer).random(size).astype(np.float32))
-            hits = torch.zeros(size, len(EDGES), dtype=torch.int32)
-            hits[:, -1] = 1
-            sites[Site(layer, name)] = SiteProfile(impact, torch.ones(size), impact, hits)
+    impacts = {
+        Site(layer, name): torch.from_numpy(np.random.default_rng(layer).random(size).astype(np.float32))
+        for layer in (1, 2)
+        for name, size in {**SIZES, **sizes}.items()
+    }
     provenance = ProfileProvenance(model=ModelProvenance(path="other", config_sha256=config_sha256))
-    write_profile(path, Profile(sites, 1, provenance))
+    write_profile(path, impact_profile(impacts, provenance=provenance))
     return path
 
 
@@ -194,8 +193,8 @@ def test_a_profile_of_another_model_is_refused_in_the_same_words(words: list[Any
     profile = a_profile(tmp_path / "profile.safetensors", config_sha256="0" * 64)
     arguments = [str(word).format(mask=mask) for word in (*words, "--profile", profile)]
     result = CliRunner().invoke(main, arguments)
-    message = f"Error: {profile}: is the profile of another model than {BOARD / 'target'} (other); give its own\n"
-    assert (result.exit_code, result.output) == (1, message)
+    start = f"Error: {profile}: is the profile of another model than {BOARD / 'target'} (other); "
+    assert (result.exit_code, result.stdout, result.stderr[: len(start)]) == (1, "", start)
 
 
 @pytest.mark.usefixtures("never_loaded")

@@ -14,17 +14,18 @@ import pytest
 import torch
 from checkpoints import make_source
 from click.testing import CliRunner, Result
+from made_profiles import impact_profile
 
 from mergekit_snrf.cli import compare as command
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.evidence import controls
+from mergekit_snrf.evidence import compare as evidence
 from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
 from mergekit_snrf.evidence.results import Study, read_result
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile, write_profile
+from mergekit_snrf.profiling.result.profilefile import write_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARD = ROOT / "examples" / "board"
@@ -49,13 +50,8 @@ def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def profile_of(neurons: NeuronSet, path: Path, missing: int = 0) -> Path:
     """A profile in which a neuron's impact is its index."""
-    sites = {}
-    for site, member in neurons.items():
-        count = len(member) - missing
-        hits = torch.zeros(count, len(EDGES), dtype=torch.int32)
-        hits[:, -1] = 1
-        sites[site] = SiteProfile(torch.zeros(count), torch.ones(count), torch.arange(count).float(), hits)
-    write_profile(path, Profile(sites, 1))
+    impacts = {site: torch.arange(len(member) - missing) for site, member in neurons.items()}
+    write_profile(path, impact_profile(impacts))
     return path
 
 
@@ -223,6 +219,7 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_defaults_are_those_of_the_module() -> None:
     options = {option.name: option.default for option in command.compare.params}
-    assert options["rows"] == ",".join(controls.ROWS) == ",".join(command._ROWS)
-    assert tuple(float(beta) for beta in options["linear_betas"].split(",")) == controls.LINEAR_BETAS
-    assert options["drop_rate"] == controls.DROP_RATE
+    defaults = evidence.Controls()
+    assert options["rows"] == ",".join(evidence.ROWS) == ",".join(command._ROWS)
+    assert tuple(float(beta) for beta in options["linear_betas"].split(",")) == defaults.linear_betas
+    assert (options["draws"], options["drop_rate"]) == (defaults.draws, defaults.drop_rate)

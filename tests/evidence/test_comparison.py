@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import pytest
 import torch
 from checkpoints import load, make_source, make_target, read
 from click.testing import CliRunner
-from hypothesis import given
-from hypothesis import strategies as st
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -22,17 +18,16 @@ from pair import write_recipe
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.compare import compare, crossing, interpolated, tabulate
-from mergekit_snrf.evidence.controls import CLAIM, TARGET, Merge, Row, averaged, build_rows
-from mergekit_snrf.evidence.evaluation import Evaluation, Items
+from mergekit_snrf.evidence.compare import CLAIM, TARGET, Controls, comparison_rows
+from mergekit_snrf.evidence.controls import Merge
+from mergekit_snrf.evidence.evaluation import Evaluation
 from mergekit_snrf.evidence.recipes import OpenedRecipe, open_base, open_recipe
-from mergekit_snrf.evidence.results import Study
+from mergekit_snrf.evidence.study import Row, Setup, run_study
 from mergekit_snrf.merge import install
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile
 
 # What a neuron is, written down here: the oracle does not take it from the package.
 MODULES = {
@@ -107,10 +102,10 @@ def weights(model: Any) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def changed_by(merge: Merge, model: Any) -> dict[str, Tensor]:
+def changed_by(merge: Any, model: Any) -> dict[str, Tensor]:
     """The weights while the merge is applied; that they are put back is checked on the way."""
     before = weights(model)
-    with merge.apply(model):
+    with merge(model):
         after = weights(model)
     assert_same(weights(model), before)
     return after
@@ -143,7 +138,7 @@ def live(state: dict[str, Tensor], site: Site) -> np.ndarray:
 
 
 def rows_of(folder: Path, model: Any, variant: str = "plain", **options: Any) -> dict[str, Row]:
-    return {row.name: row for row in build_rows(opened(folder, variant).merge, model, **options)}
+    return {row.name: row for row in comparison_rows(opened(folder, variant).merge, model, Controls(**options))}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -194,7 +189,7 @@ def test_an_out_dtype_that_the_comparison_does_not_make_is_said(folder: Path) ->
 def test_linear_rows_are_the_linear_merge(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
-    rows = rows_of(folder, model, keys=["linear"], linear_betas=(0.25, 1.0))
+    rows = rows_of(folder, model, rows=["linear"], linear_betas=(0.25, 1.0))
     assert [row.beta for row in rows.values() if row.beta is not None] == [0.25, 1.0]
     for beta in (0.25, 1.0):
         row = rows[f"linear, beta {beta:g}"]
@@ -213,7 +208,7 @@ def test_linear_rows_are_the_linear_merge(folder: Path) -> None:
 
 def test_linear_moves_all_biases_where_the_recipe_moves_any(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
-    (merge,) = rows_of(folder, model, "biases", keys=["linear"], linear_betas=(0.5,))["linear, beta 0.5"].draws
+    (merge,) = rows_of(folder, model, "biases", rows=["linear"], linear_betas=(0.5,))["linear, beta 0.5"].draws
     after = changed_by(merge, model)
     target, source = read(folder / "target"), read(folder / "source")
     names = [name for name in source if name.endswith("_proj.bias")]
@@ -228,7 +223,7 @@ def test_random_rows_move_the_neurons_of_their_seeds_only(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
     merge = opened(folder).merge
-    row = rows_of(folder, model, keys=["random"], draws=2, seed=2**32 - 1)["random neurons"]
+    row = rows_of(folder, model, rows=["random"], draws=2, seed=2**32 - 1)["random neurons"]
     assert row.settings["seeds"] == [2**32 - 1, 0]
     for drawn, seed in zip(row.draws, (2**32 - 1, 0), strict=True):
         assert drawn.neurons == merge.neurons.random(seed)
@@ -241,7 +236,7 @@ def test_random_rows_move_the_neurons_of_their_seeds_only(folder: Path) -> None:
 def test_equal_norm_rows_have_the_norm_of_the_claim_at_every_site(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
-    rows = rows_of(folder, model, keys=["random", "equal-norm"], draws=2)
+    rows = rows_of(folder, model, rows=["random", "equal-norm"], draws=2)
     claim = changed_by(rows[CLAIM].draws[0], model)
     row = rows["random neurons, equal norm"]
     above = 0
@@ -261,7 +256,7 @@ def test_equal_norm_rows_have_the_norm_of_the_claim_at_every_site(folder: Path) 
 
 def test_dare_rows_drop_elements_and_rescale_the_rest(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
-    row = rows_of(folder, model, keys=["dare"], draws=2, drop_rate=0.75)["DARE, drop rate 0.75"]
+    row = rows_of(folder, model, rows=["dare"], draws=2, drop_rate=0.75)["DARE, drop rate 0.75"]
     kept = []
     for drawn in row.draws:
         after = changed_by(drawn, model)
@@ -282,7 +277,7 @@ def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: 
     model = load(folder / "target", dtype=torch.float32)
     found = opened(folder, variant, rank=0)
     base = open_base(str(folder / "base"), found, MergeOptions())
-    rows = {row.name: row for row in build_rows(found.merge, model, keys=["base"], base=base)}
+    rows = {row.name: row for row in comparison_rows(found.merge, model, Controls(["base"], base=base))}
     after = changed_by(rows["base as source"].draws[0], model)
     for site, member in found.merge.neurons.items():
         target, other = arrays(folder / "target", site), arrays(folder / "base", site)
@@ -293,8 +288,8 @@ def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: 
 def test_rows_are_left_out_for_want_of_what_they_need(folder: Path) -> None:
     model = load(folder / "target")
     least = opened(folder).merge.neurons.random(11)
-    assert list(rows_of(folder, model, keys=["least", "base"])) == [TARGET, CLAIM]
-    rows = rows_of(folder, model, keys=["least"], least=least)
+    assert list(rows_of(folder, model, rows=["least", "base"])) == [TARGET, CLAIM]
+    rows = rows_of(folder, model, rows=["least"], least=least)
     assert rows["least important neurons"].draws[0].neurons == least
 
 
@@ -314,24 +309,8 @@ def test_an_overflow_leaves_the_model_as_it_was(folder: Path) -> None:
     last = list(merge.fusions)[-1]
     scaled = Merge(**{**vars(merge), "betas": {site: 1e9 if site == last else 1.0 for site in merge.fusions}})
     with pytest.raises(SnrfError, match=r"overflow torch.float16; use --dtype float32"):
-        scaled.apply(model)
+        scaled(model)
     assert_same(weights(model), before)
-
-
-def profile(means: list[float], count: int, path: str) -> Profile:
-    size = len(means)
-    hits = torch.zeros(size, len(EDGES), dtype=torch.int32)
-    hits[:, -1] = count
-    mean = torch.tensor(means)
-    statistics = SiteProfile(torch.zeros(size), torch.full((size,), 1.0), mean, hits)
-    return Profile({Site(0, "attn.k"): statistics}, count, path=path)
-
-
-def test_several_profiles_are_averaged_over_their_probes() -> None:
-    both = averaged([profile([1.0, 4.0], 1, "a"), profile([5.0, 0.0], 3, "b")])
-    assert both.sites[Site(0, "attn.k")].mean_impact.tolist() == [4.0, 1.0]
-    with pytest.raises(SnrfError, match=r"^b: has 3 neurons at layers.0.attn.k, where a has 2"):
-        averaged([profile([1.0, 4.0], 1, "a"), profile([1.0, 2.0, 3.0], 1, "b")])
 
 
 def probe(model: Any, processor: Any) -> dict[str, list[float]]:
@@ -343,8 +322,10 @@ def probe(model: Any, processor: Any) -> dict[str, list[float]]:
 def test_compare_asks_every_row_and_restores_the_target(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
-    rows = build_rows(opened(folder).merge, model, keys=["random", "linear"], draws=2, linear_betas=(0.5,))
-    study = compare(model, None, Evaluation("probe", probe, {"P": "keep"}), rows, name="T", mask="m", settings={"x": 1})
+    controls = Controls(["random", "linear"], draws=2, linear_betas=(0.5,))
+    rows = comparison_rows(opened(folder).merge, model, controls)
+    setup = Setup("comparison", "T", "probe", "m", settings={"x": 1})
+    study = run_study(setup, rows, model, None, Evaluation("probe", probe, {"P": "keep"}))
     assert_same(weights(model), before)
     by_name = {condition.name: condition for condition in study.conditions}
     assert list(by_name) == [TARGET, CLAIM, "random neurons", "linear, beta 0.5", "linear at equal P"]
@@ -353,158 +334,11 @@ def test_compare_asks_every_row_and_restores_the_target(folder: Path) -> None:
     assert by_name["random neurons"].draws == 2
     for row in rows:
         expected = []
-        for merge in row.draws or (None,):
-            if merge is not None:
-                merge.apply(model)
+        for draw in row.draws or (None,):
+            if draw is not None:
+                draw(model)
             expected.append(np.mean(probe(model, None)["R"]))
             model.load_state_dict(before)
         assert by_name[row.name].metrics["R"].mean.estimate == pytest.approx(np.mean(expected), rel=1e-12)
         assert len(by_name[row.name].settings.get("means", {}).get("R", [0])) == max(1, len(row.draws))
     assert {contrast.right for contrast in study.contrasts} == {"random neurons", "linear at equal P"}
-
-
-def test_a_failing_evaluation_leaves_the_model_as_it_was(folder: Path) -> None:
-    model = load(folder / "target")
-    before = weights(model)
-    calls: Iterator[int] = iter(range(9))
-
-    def fails(model: Any, processor: Any) -> dict[str, list[float]]:
-        if next(calls) == 1:
-            raise ValueError("no")
-        return {"R": [1.0]}
-
-    rows = build_rows(opened(folder).merge, model, keys=[])
-    with pytest.raises(SnrfError, match="fails with ValueError"):
-        compare(model, None, Evaluation("fails", fails), rows)
-    assert_same(weights(model), before)
-
-
-small = st.integers(0, 6).map(float)
-
-
-@given(st.lists(st.lists(small, min_size=4, max_size=4), min_size=1, max_size=5), small, st.lists(small, min_size=4))
-def test_crossing_is_the_last_one_of_the_broken_line(
-    curves: list[list[float]], level: float, other: list[float]
-) -> None:
-    """Against exact fractions, segment by segment from the right."""
-    curve = np.array(curves)
-    below, share = crossing(curve, np.full(len(curve), level))
-    values = interpolated(np.broadcast_to(np.array(other[:4]), curve.shape), below, share)
-    for line, point, part, value in zip(curves, below, share, values, strict=True):
-        expected = Fraction(line.index(max(line)))
-        if max(line) >= level:
-            expected = Fraction(3) if line[3] >= level else None
-            segment = 2
-            while expected is None:
-                if line[segment] >= level:
-                    a, b = Fraction(line[segment]), Fraction(line[segment + 1])
-                    expected = segment + (a - Fraction(level)) / (a - b)
-                segment -= 1
-        assert point + part == pytest.approx(float(expected), abs=1e-9)
-        assert value == pytest.approx(np.interp(float(expected), range(4), other[:4]), abs=1e-9)
-
-
-def items(*scores: float) -> Items:
-    return Items(tuple(scores))
-
-
-def study_of(scores: dict[str, list[dict[str, Items]]], betas: dict[str, float], **options: Any) -> Study:
-    rows = [
-        Row(
-            name,
-            "reference" if name == TARGET else "claim" if name == CLAIM else "control",
-            beta=betas.get(name),
-            about="the choice" if name == "random" else "",
-            settings={"seeds": []} if name == "random" else {},
-        )
-        for name in scores
-    ]
-    return tabulate(rows, scores, {"R": "gain", "P": "keep"}, model="m", evaluation="e", **options)
-
-
-def coin(count: int, *heads: int) -> list[dict[str, Items]]:
-    """R and P with the given numbers of right answers out of `count`."""
-    r, p = ([1.0] * n + [0.0] * (count - n) for n in heads)
-    return [{"R": items(*r), "P": items(*p)}]
-
-
-def test_equal_perception_by_hand_and_against_a_plain_bootstrap() -> None:
-    generator = np.random.default_rng(5)
-    # Nested answers, so that more is right at a lower beta on P, and at a higher one on R.
-    uniform = generator.random((2, 120))
-    chances = {TARGET: (0.2, 0.95), CLAIM: (0.5, 0.8), "half": (0.4, 0.85), "full": (0.7, 0.5)}
-    table = {
-        name: [(uniform[k] < chance).astype(float) for k, chance in enumerate(two)] for name, two in chances.items()
-    }
-    scores = {name: [{"R": items(*two[0]), "P": items(*two[1])}] for name, two in table.items()}
-    study = study_of(scores, {"half": 0.5, "full": 1.0}, seed=3)
-    row = next(condition for condition in study.conditions if condition.name == "linear at equal P")
-
-    def at_equal(index: Any) -> tuple[float, float]:
-        p = [table[name][1][index[1]].mean() for name in (TARGET, "half", "full")]
-        r = [table[name][0][index[0]].mean() for name in (TARGET, "half", "full")]
-        beta = np.interp(-table[CLAIM][1][index[1]].mean(), [-one for one in p], [0.0, 0.5, 1.0])
-        return beta, table[CLAIM][0][index[0]].mean() - np.interp(beta, [0.0, 0.5, 1.0], r)
-
-    everything = np.arange(120)
-    beta, difference = at_equal((everything, everything))
-    resampled = []
-    for _ in range(4000):
-        index = generator.integers(0, 120, 120)
-        resampled.append(at_equal((index, index)))
-    contrast = next(c for c in study.contrasts if c.right == row.name and c.metric == "R").difference
-    assert row.settings["reached"] is True
-    for found, estimate, column in ((row.settings["beta"], beta, 0), (contrast.model_dump(), difference, 1)):
-        low, high = np.quantile([pair[column] for pair in resampled], [0.025, 0.975])
-        assert found["estimate"] == pytest.approx(estimate, abs=1e-9)
-        assert (found["low"], found["high"]) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
-    same = next(c for c in study.contrasts if c.right == row.name and c.metric == "P").difference
-    assert (same.estimate, same.low, same.high) == pytest.approx((0, 0, 0), abs=1e-12)
-
-
-def test_equal_perception_that_linear_does_not_reach_is_said() -> None:
-    scores = {TARGET: coin(100, 30, 80), CLAIM: coin(100, 50, 100), "full": coin(100, 70, 60)}
-    study = study_of(scores, {"full": 1.0})
-    row = next(condition for condition in study.conditions if condition.name == "linear at equal P")
-    assert row.settings["reached"] is False
-    assert row.settings["beta"]["estimate"] == 0.0
-    assert row.metrics["R"].mean.estimate == pytest.approx(0.3)
-    assert any("comes closest to the P of SNRF (80.0 against 100.0 points)" in text for text in study.verdict)
-
-
-def test_verdict_says_what_the_intervals_support() -> None:
-    scores = {
-        TARGET: coin(100, 30, 90),
-        CLAIM: coin(100, 60, 89),
-        "random": [*coin(100, 32, 90), *coin(100, 36, 90)],
-        "rival": coin(100, 80, 40),
-        "twin": coin(100, 60, 89),
-    }
-    study = study_of(scores, {})
-    gain, random, rival, twin, keep, rival_keep, many, draws = study.verdict
-    assert gain.startswith("SNRF raises R by 30.0 [21.0, 39.0] points.")
-    assert random.startswith("random (mean of 2 draws, the highest +6.0) changes R by +4.0 [")
-    assert "; with SNRF it is 26.0 [" in random
-    assert random.endswith("points higher, so the choice helps.")
-    assert "; with SNRF it is 20.0 [" in rival
-    assert rival.endswith("points lower.")
-    assert twin.endswith("the difference of SNRF to it, +0.0 [+0.0, +0.0] points, includes zero.")
-    assert keep.startswith("No change of P by SNRF can be told from chance: -1.0 [")
-    assert "changes P by -50.0 [" in rival_keep
-    assert many.startswith("These are 8 differences with intervals of 95 % each, not corrected for their number")
-    assert draws.startswith("2 draws tell little of how much draws differ")
-
-
-def test_a_bound_that_is_shown_as_zero_does_not_exclude_it() -> None:
-    # 13 of 20000 items change, so that the lower bound is 0.03 points.
-    study = study_of({TARGET: coin(20_000, 300, 900), CLAIM: coin(20_000, 313, 1500)}, {})
-    change = study.conditions[1].metrics["R"].change
-    assert change is not None
-    assert 0 < change.low < 0.0005
-    assert study.verdict[0] == "No change of R by SNRF can be told from chance: +0.1 [+0.0, +0.1] points."
-    assert study.verdict[1].startswith("SNRF raises P by 3.0 [")
-
-
-def test_verdict_warns_of_few_items() -> None:
-    study = study_of({TARGET: coin(29, 3, 9), CLAIM: coin(29, 9, 9)}, {})
-    assert "The intervals of R and P are of fewer than 30 items, and too narrow." in study.verdict

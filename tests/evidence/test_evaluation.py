@@ -119,23 +119,24 @@ def test_references_that_lead_nowhere(reference: str, message: str, script: Path
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"),
+    ("returned", "field"),
     [
-        (None, "returned nothing; it must return a mapping"),
-        ({}, "returned nothing"),
-        ([1.0], "returned list; it must return a mapping"),
-        ({"R": 0.5}, "metric 'R': must be a score for every item, got float"),
-        ({"R": "1"}, "metric 'R': must be a score for every item, got str"),
-        ({"R": []}, "metric 'R': there are no items"),
-        ({"R": [1.0, math.nan]}, "metric 'R': the score of item 1 is nan"),
-        ({"R": [math.inf]}, "metric 'R': the score of item 0 is inf"),
-        ({"R": ["right"]}, "metric 'R': holds a score that is no number"),
-        ({1: [1.0]}, "the name of a metric must be text, got 1"),
+        (None, None),
+        ({}, None),
+        ([1.0], None),
+        ({1: [1.0]}, None),
+        ({"R": 0.5}, "metric 'R'"),
+        ({"R": "1"}, "metric 'R'"),
+        ({"R": ["right"]}, "metric 'R'"),
+        ({"R": []}, "metric 'R' scores"),
+        ({"R": [1.0, math.nan]}, "metric 'R' scores"),
+        ({"R": [math.inf]}, "metric 'R' scores"),
     ],
 )
-def test_returned_values_that_are_no_scores(returned: Any, message: str) -> None:
-    with pytest.raises(SnrfError, match=f"^mine: {message}"):
+def test_returned_values_that_are_no_scores(returned: Any, field: str | None) -> None:
+    with pytest.raises(SnrfError) as caught:
         evaluate(Evaluation("mine", lambda model, processor: returned), MODEL, None)
+    assert (caught.value.where, caught.value.field) == ("mine", field)
 
 
 def test_arrays_and_tensors_are_scores() -> None:
@@ -145,19 +146,20 @@ def test_arrays_and_tensors_are_scores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "field"),
     [
-        ({"R": [1.0, 0.0], "P": [1.0]}, "P was scored for one model and not for another"),
-        ({"R": [1.0]}, "metric 'R' has 2 items for one model and 1 for another"),
-        ({"R": Items((1.0, 0.0), ids=("b", "a"))}, "metric 'R' has other items, or in another order"),
-        ({"R": Items((1.0, 0.0), ids=("a", "b"), groups=("x", "y"))}, "metric 'R' has other items"),
+        ({"R": [1.0, 0.0], "P": [1.0]}, None),
+        ({"R": [1.0]}, "metric 'R'"),
+        ({"R": Items((1.0, 0.0), ids=("b", "a"))}, "metric 'R'"),
+        ({"R": Items((1.0, 0.0), ids=("a", "b"), groups=("x", "y"))}, "metric 'R'"),
     ],
 )
-def test_two_models_must_be_asked_the_same(other: Any, message: str) -> None:
+def test_two_models_must_be_asked_the_same(other: Any, field: str | None) -> None:
     first = {"R": Items((0.0, 1.0), ids=("a", "b"))}
     evaluation = Evaluation("mine", lambda model, processor: other)
-    with pytest.raises(SnrfError, match=f"^mine: {message}"):
+    with pytest.raises(SnrfError) as caught:
         evaluate(evaluation, MODEL, None, like=first)
+    assert (caught.value.where, caught.value.field) == ("mine", field)
     same = Evaluation("mine", lambda model, processor: {"R": Items((1.0, 1.0), ids=("a", "b"))})
     assert evaluate(same, MODEL, None, like=first)["R"].mean == 1.0
 
@@ -171,9 +173,10 @@ def test_an_evaluation_that_fails_is_named_and_keeps_its_cause() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_items_that_an_evaluation_makes_wrongly_are_told_with_its_name() -> None:
-    with pytest.raises(SnrfError, match=r"^mine: there are no items"):
+def test_items_that_an_evaluation_makes_wrongly_are_named_with_it() -> None:
+    with pytest.raises(SnrfError) as caught:
         evaluate(Evaluation("mine", lambda model, processor: {"R": Items(())}), MODEL, None)
+    assert (caught.value.where, caught.value.field) == ("mine", "scores")
 
 
 def test_models_are_asked_in_eval_mode_without_gradients() -> None:
@@ -189,7 +192,7 @@ def test_models_are_asked_in_eval_mode_without_gradients() -> None:
 
 
 def test_items_check_their_lengths_and_average_over_tasks() -> None:
-    with pytest.raises(SnrfError, match="malformed has 1 entries for 2 scores"):
+    with pytest.raises(SnrfError, match="malformed: has 1 entries for 2 scores"):
         Items((1.0, 0.0), malformed=(True,))
     grouped = Items((1.0, 0.0, 0.0, 0.0), malformed=(False, True, True, True), groups=("a", "b", "b", "b"))
     assert (grouped.mean, grouped.malformed_rate) == (0.5, 0.5)

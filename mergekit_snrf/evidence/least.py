@@ -1,0 +1,71 @@
+"""The least important neurons of a model, by its profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.references import local_path
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.profiling.result.profilefile import Profile, read_profile
+
+if TYPE_CHECKING:
+    from mergekit_snrf.models.checkpoint import Checkpoint
+
+
+def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
+    """Read the profile of a model.
+
+    A profile without the sha256 of its model's config.json is accepted. Weights that differ under an equal config.json,
+    such as those of a fine-tune and its parent, cannot be told apart.
+
+    Args:
+        checkpoint: of the model.
+        reference: a file, or hf://owner/repo@revision/path.
+
+    Raises:
+        SnrfError: it cannot be read, or its model had another config.json.
+    """
+    profile = read_profile(local_path(reference))
+    model = profile.provenance.model
+    if model is not None and model.config_sha256 not in (None, checkpoint.config_sha256):
+        what = f"is the profile of another model than {checkpoint.name} ({model.path})"
+        raise SnrfError(profile.path, what, f"give the profile of {checkpoint.name}")
+    return profile
+
+
+def least_important(profiles: Sequence[Profile], neurons: NeuronSet) -> NeuronSet:
+    """Return as many neurons as ``neurons`` has at every site, those of the lowest mean impact, ties by index.
+
+    Args:
+        profiles: one or more of one model; the mean is over the probes of all.
+        neurons: how many to take at which sites.
+
+    Raises:
+        SnrfError: a profile lacks a site, or has another number of neurons there.
+    """
+    members = {}
+    for site, member in neurons.nonempty().items():
+        order = torch.argsort(_mean_impact(profiles, site, len(member)), stable=True)
+        members[site] = torch.zeros_like(member)
+        members[site][order[: int(member.sum())]] = True
+    return NeuronSet(members)
+
+
+def _mean_impact(profiles: Sequence[Profile], site: Site, neurons: int) -> Float[Tensor, " neurons"]:
+    total = sum(profile.count for profile in profiles)
+    mean = torch.zeros(neurons, dtype=torch.float64)
+    for profile in profiles:
+        statistics = profile.sites.get(site)
+        found = 0 if statistics is None else statistics.neurons
+        if statistics is None or found != neurons:
+            what = f"has {found} neurons at {site}, where the mask has {neurons}"
+            raise SnrfError(profile.path, what, "give the profile of the model that the mask is used on")
+        mean += statistics.mean_impact.double() * (profile.count / total)
+    # Rounded as in the profiles, so that ties stay ties.
+    return mean.float()

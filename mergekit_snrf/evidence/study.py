@@ -1,0 +1,184 @@
+"""The pipeline of every study: edit a model, evaluate it, put it back, resample, and build one result.
+
+A study is a list of rows: one reference, one claim, and controls. Ablations and comparisons differ only in their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from tqdm import tqdm
+
+from mergekit_snrf.evidence.evaluation import Evaluation, evaluate
+from mergekit_snrf.evidence.intervals import LEVEL, RESAMPLES, measure, resample
+from mergekit_snrf.evidence.items import Role, Scores
+from mergekit_snrf.evidence.results import Condition, Contrast, Study
+from mergekit_snrf.evidence.sweep import at_equal
+from mergekit_snrf.evidence.verdict import Words, format_losses, verdict
+from mergekit_snrf.models.edits import Edit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Draw = Callable[["PreTrainedModel"], Edit]
+"""Edits a loaded model in place; the edit is undone after the evaluation."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study: a model that is evaluated once per draw.
+
+    Attributes:
+        name: as the table shows it.
+        role: in the study.
+        draws: edits of the model; none leaves it as it is.
+        neurons: how many are edited.
+        words: for sentences about it.
+        beta: of a point of the linear sweep.
+        settings: to repeat it.
+    """
+
+    name: str
+    role: Literal["reference", "claim", "control"]
+    draws: tuple[Draw, ...] = ()
+    neurons: int = 0
+    words: Words = field(default_factory=Words)
+    beta: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a study was made with; part of its result.
+
+    Attributes:
+        kind: of the study.
+        model: name of the target.
+        evaluation: its reference.
+        mask: path of the mask file.
+        mask_sha256: its sha256.
+        seed: of the intervals.
+        settings: whatever else is needed to repeat the study.
+    """
+
+    kind: Literal["ablation", "comparison"]
+    model: str
+    evaluation: str
+    mask: str | None = None
+    mask_sha256: str | None = None
+    seed: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_study(
+    setup: Setup,
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    processor: Any,
+    evaluation: Evaluation,
+    *,
+    progress: bool = False,
+) -> Study:
+    """Evaluate a loaded model under every row's edits and return the study.
+
+    The weights are put back bit for bit after every evaluation, including one that fails.
+
+    Args:
+        setup: kept in the study.
+        rows: of ``ablation_rows`` or ``comparison_rows``.
+        model: the loaded target.
+        processor: of the model.
+        evaluation: of ``load_evaluation``.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SnrfError: an edit does not fit the model, or the evaluation fails.
+    """
+    scores: dict[str, list[Scores]] = {row.name: [] for row in rows}
+    like: Scores | None = None
+    with tqdm(total=sum(max(1, len(row.draws)) for row in rows), unit="evaluation", disable=not progress) as bar:
+        for row in rows:
+            bar.set_description(row.name)
+            for draw in row.draws or (None,):
+                with nullcontext() if draw is None else draw(model):
+                    found = evaluate(evaluation, model, processor, like=like)
+                scores[row.name].append(found)
+                like = like or found
+                bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
+                bar.update()
+    return build_study(setup, rows, scores, {metric: evaluation.role(metric) for metric in like or {}})
+
+
+def build_study(
+    setup: Setup, rows: Sequence[Row], scores: Mapping[str, Sequence[Scores]], roles: Mapping[str, Role]
+) -> Study:
+    """Return means, changes to the reference, contrasts to the claim and a verdict.
+
+    Args:
+        setup: kept in the study.
+        rows: one is the reference, one the claim. A linear sweep among them is followed by its points at the claim's
+            level of each metric to keep.
+        scores: by name of the row, one per draw.
+        roles: of all metrics.
+
+    Raises:
+        SnrfError: the rows were not scored on the same items.
+    """
+    reference, claim = (next(row.name for row in rows if row.role == role) for role in ("reference", "claim"))
+    bootstraps = resample(scores, seed=setup.seed)
+    measured = measure(bootstraps, scores, reference)
+    rows = list(rows)
+    sweep = {row.name: row.beta for row in rows if row.beta is not None}
+    if sweep:
+        place = 1 + max(place for place, row in enumerate(rows) if row.beta is not None)
+        neurons = rows[place - 1].neurons
+        keep = [metric for metric, role in roles.items() if role == "keep"]
+        found = [at_equal(metric, (reference, claim), sweep, bootstraps, measured) for metric in keep]
+        rows[place:place] = [
+            Row(one.name, "control", neurons=neurons, words=one.words, settings=one.settings) for one in found
+        ]
+    controls = [row for row in rows if row.role == "control"]
+    contrasts = [
+        Contrast(left=claim, right=row.name, metric=metric, difference=bootstrap.difference(claim, row.name))
+        for metric, bootstrap in bootstraps.items()
+        for row in controls
+    ]
+    conditions = [
+        Condition(
+            name=row.name,
+            role=row.role,
+            draws=max(1, len(scores.get(row.name, ()))),
+            neurons=row.neurons,
+            settings={**row.settings, **_draw_means(scores.get(row.name, ()))},
+            metrics=measured[row.name],
+        )
+        for row in rows
+    ]
+    study = Study(
+        kind=setup.kind,
+        model=setup.model,
+        mask=setup.mask,
+        mask_sha256=setup.mask_sha256,
+        evaluation=setup.evaluation,
+        items={metric: len(items) for metric, items in scores[reference][0].items()},
+        roles=dict(roles),
+        level=LEVEL,
+        seed=setup.seed,
+        conditions=conditions,
+        contrasts=[contrast for contrast in contrasts if contrast.right not in sweep],
+        settings={"resamples": RESAMPLES, **setup.settings},
+    )
+    words = {row.name: row.words for row in rows}
+    sentences = verdict(study, words, contrasts)
+    if setup.kind == "ablation":
+        sentences += format_losses(words[claim].start(claim), scores[reference][0], scores[claim][0])
+    return study.model_copy(update={"verdict": sentences})
+
+
+def _draw_means(draws: Sequence[Scores]) -> dict[str, Any]:
+    if len(draws) < 2:
+        return {}
+    return {"means": {metric: [draw[metric].mean for draw in draws] for metric in draws[0]}}
