@@ -1,0 +1,227 @@
+"""Running second moments of the inputs of every layer, and what a moments file holds of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
+from mergekit_snrf.models.moments import DENSE_LIMIT, InputSite, moment_tensors
+
+CLIP = 3.0
+"""Inputs are clipped at this many medians of their norm."""
+
+DEFAULT_SKETCH = 512
+"""Eigenvectors of a sketch, where an input is too wide for a dense moment."""
+
+OVERSAMPLING = 2
+"""Random directions of a sketch for every eigenvector that is kept."""
+
+# Column blocks of a symmetric product: the lower triangle is never computed.
+_BLOCKS = 4
+
+
+@lru_cache(maxsize=4)
+def _directions(size: int, width: int, seed: int) -> Float[Tensor, "size width"]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, width, generator=generator) / math.sqrt(width)
+
+
+@dataclass
+class InputSum:
+    """The running second moment of one input.
+
+    Attributes:
+        clip: norm at which inputs are clipped.
+        total: dense: the sum of x x^T, upper blocks only; sketch: the sum of x (x Omega)^T.
+        directions: Omega of a sketch; None: dense.
+        trace: sum of ||x||^2 after clipping.
+        tokens: how many inputs were added.
+        clipped: how many of them were longer than ``clip``.
+        largest: the largest norm before clipping.
+    """
+
+    clip: float
+    total: Float[Tensor, "d width"]
+    directions: Float[Tensor, "d width"] | None
+    trace: float = 0.0
+    tokens: int = 0
+    clipped: int = 0
+    largest: float = 0.0
+
+    def add(self, rows: Float[Tensor, "tokens d"]) -> None:
+        """Add inputs, clipped."""
+        norms = rows.norm(dim=1)
+        self.tokens += len(rows)
+        if len(rows):
+            self.largest = max(self.largest, float(norms.max()))
+        self.clipped += int((norms > self.clip).sum())
+        rows = rows * (self.clip / norms.clamp_min(self.clip))[:, None] if self.clip else rows
+        self.trace += float(rows.double().square().sum())
+        if self.directions is not None:
+            self.total += (rows.mT @ (rows @ self.directions.to(rows))).to(self.total)
+            return
+        size = rows.shape[1]
+        step = -(-size // _BLOCKS)
+        for start in range(0, size, step):
+            block = rows[:, start : start + step]
+            self.total[start : start + step, start:] += (block.mT @ rows[:, start:]).to(self.total)
+
+    def merge(self, other: InputSum) -> None:
+        """Add the inputs of another sum."""
+        self.total += other.total
+        self.trace += other.trace
+        self.tokens += other.tokens
+        self.clipped += other.clipped
+        self.largest = max(self.largest, other.largest)
+
+    def normalise(self) -> None:
+        """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
+        factor = len(self.total) / self.trace if self.trace > 0 else 0.0
+        self.total = (self.total * factor).to(torch.float32)
+        self.trace *= factor
+
+    def moment(self, sketch: int | None) -> Moment:
+        """Return the moment in the form that files hold.
+
+        Args:
+            sketch: eigenvectors of a sketch; None: dense.
+        """
+        if self.directions is None:
+            whole = torch.triu(self.total.double())
+            whole = whole + torch.triu(whole, 1).mT
+            if sketch is None:
+                return DenseMoment.of(whole)
+            values, vectors = torch.linalg.eigh(whole)
+            return SketchMoment.of(vectors[:, -sketch:].flip(1), values[-sketch:].flip(0), self.trace)
+        assert sketch is not None
+        vectors, values = _nystrom(self.total.double(), self.directions.double())
+        return SketchMoment.of(vectors[:, :sketch], values[:sketch], self.trace)
+
+
+class MomentSums:
+    """The running second moments of all inputs of a model on one kind of probes.
+
+    Sums over tokens: they combine over processes and resumed runs. Float64 sums of float32 products do not depend on
+    the split beyond their last digits.
+
+    Args:
+        clips: the norm at which each input is clipped, with its size.
+        sketch: eigenvectors kept of every input; None: dense up to ``DENSE_LIMIT``, 512 eigenvectors beyond.
+        seed: of the random directions of sketches.
+    """
+
+    def __init__(self, sizes: Mapping[InputSite, int], clips: Mapping[InputSite, float], sketch: int | None, seed: int):
+        self.probes = 0
+        self._sketch = sketch
+        self.sums: dict[InputSite, InputSum] = {}
+        for site, size in sorted(sizes.items()):
+            kept = self.eigenvectors(size)
+            width = None if kept is None or OVERSAMPLING * kept >= size else OVERSAMPLING * kept
+            total = torch.zeros(size, size if width is None else width, dtype=torch.float64)
+            directions = None if width is None else _directions(size, width, seed)
+            self.sums[site] = InputSum(clips[site], total, directions)
+
+    def eigenvectors(self, size: int) -> int | None:
+        """Return how many eigenvectors are kept of an input of a size; None: it is dense."""
+        if self._sketch is None:
+            return None if size <= DENSE_LIMIT else DEFAULT_SKETCH
+        return min(self._sketch, size)
+
+    def merge(self, other: MomentSums) -> None:
+        """Add the sums of other probes through the same model."""
+        for site, mine in self.sums.items():
+            mine.merge(other.sums[site])
+        self.probes += other.probes
+
+    def normalise(self) -> None:
+        """Scale every sum to trace d."""
+        for one in self.sums.values():
+            one.normalise()
+
+    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        """Combine with the sums of other processes, as ``Statistics.reduce`` does."""
+        for one in self.sums.values():
+            reduce(one.total, "sum")
+            counts = torch.tensor([one.trace, one.tokens, one.clipped], dtype=torch.float64)
+            largest = torch.tensor(one.largest, dtype=torch.float64)
+            reduce(counts, "sum")
+            reduce(largest, "max")
+            one.trace, one.tokens, one.clipped = float(counts[0]), int(counts[1]), int(counts[2])
+            one.largest = float(largest)
+        probes = torch.tensor(self.probes)
+        reduce(probes, "sum")
+        self.probes = int(probes)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything except ``probes``, for a journal."""
+        found = {}
+        for site, one in self.sums.items():
+            found[f"{site.key}.total"] = one.total
+            numbers = [one.clip, one.trace, one.tokens, one.clipped, one.largest]
+            found[f"{site.key}.numbers"] = torch.tensor(numbers, dtype=torch.float64)
+        return found
+
+    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
+        """Take over the ``state`` of sums of the same model.
+
+        Raises:
+            SnrfError: a tensor is missing, unknown, or of another shape or clip.
+        """
+        expected = self.state()
+        if tensors.keys() != expected.keys():
+            raise SnrfError(None, f"tensor {sorted(tensors.keys() ^ expected.keys())[0]!r} is missing or unknown")
+        for key, tensor in expected.items():
+            if tensors[key].shape != tensor.shape or tensors[key].dtype != tensor.dtype:
+                raise SnrfError(None, f"tensor {key!r} has shape {list(tensors[key].shape)}, not {list(tensor.shape)}")
+        for site, one in self.sums.items():
+            clip, trace, tokens, clipped, largest = tensors[f"{site.key}.numbers"].tolist()
+            if clip != one.clip:
+                raise SnrfError(site, f"was clipped at {clip}, and is at {one.clip}")
+            one.total = tensors[f"{site.key}.total"]
+            one.trace, one.tokens, one.clipped, one.largest = trace, int(tokens), int(clipped), largest
+        self.probes = probes
+
+    def tensors(self, which: str) -> dict[str, Tensor]:
+        """Return the tensors of a moments file for one set, ``gain`` or ``keep``; the sums are given up on the way."""
+        found: dict[str, Tensor] = {}
+        for site, one in self.sums.items():
+            moment = one.moment(self.eigenvectors(len(one.total)))
+            found |= moment_tensors(site, which, moment, one.clip)
+            one.total = one.total.new_empty(0)
+        return found
+
+    def facts(self) -> dict[str, dict[str, float]]:
+        """Return for every input its tokens, how many were clipped, and the largest and the median norm."""
+        return {
+            site.key: {
+                "tokens": one.tokens,
+                "clipped": one.clipped,
+                "largest": one.largest,
+                "median": one.clip / CLIP,
+            }
+            for site, one in self.sums.items()
+        }
+
+
+def _nystrom(
+    image: Float[Tensor, "d width"], directions: Float[Tensor, "d width"]
+) -> tuple[Float[Tensor, "d width"], Float[Tensor, " width"]]:
+    """Return the eigenvectors and eigenvalues of C, falling, from its image C Omega (stabilised Nystrom)."""
+    shift = torch.finfo(torch.float32).eps * float(image.norm())
+    if shift == 0:
+        return torch.linalg.qr(directions).Q, image.new_zeros(image.shape[1])
+    shifted = image + shift * directions
+    core = directions.mT @ shifted
+    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    floor = float(values[-1]) * torch.finfo(torch.float64).eps * len(values)
+    root = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0.0)
+    left, singular, _ = torch.linalg.svd(shifted @ (vectors * root), full_matrices=False)
+    return left, (singular.square() - shift).clamp_min(0)
