@@ -10,15 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files import container
 from mergekit_snrf.profiling.measure.meter import Batch
-from mergekit_snrf.profiling.result.statistics import Statistics
 
 JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 2
 
@@ -63,15 +64,34 @@ class Tally:
         self.digest = (self.digest + digest) % 2**256
 
 
+class Sums(Protocol):
+    """What a run adds up over probes: the statistics of a profile, moments, or both."""
+
+    probes: int
+
+    def merge(self, other: Any) -> None:
+        """Add what another process has measured."""
+
+    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        """Combine with other processes; ``reduce`` combines a tensor in place by ``min``, ``max`` or ``sum``."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything except ``probes``."""
+
+    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
+        """Take over a state; raise ``SnrfError`` if it belongs to another model."""
+
+
 @dataclass
 class Progress:
     """What one process has measured.
 
     Attributes:
+        statistics: ``Sums`` of one kind.
         done: the groups of probes whose statistics are in.
     """
 
-    statistics: Statistics
+    statistics: Any
     tally: Tally = field(default_factory=Tally)
     done: set[int] = field(default_factory=set)
 
@@ -123,22 +143,25 @@ class Journals:
             content=content,
         )
 
-    def read(self, statistics: Statistics) -> Progress:
-        """Return what all journals hold together, beginning with the empty ``statistics``.
+    def read(self, empty: Callable[[], Sums]) -> Progress:
+        """Return what all journals hold together.
+
+        Args:
+            empty: returns statistics of no probes.
 
         Raises:
             SnrfError: a journal is damaged, of another run, or overlaps with another one.
         """
-        whole = Progress(statistics)
-        parts = sorted(((path, self._read(path)) for path in self.files()), key=lambda part: -len(part[1].done))
+        whole = Progress(empty())
+        parts = sorted(
+            ((path, self._read(path, empty())) for path in self.files()), key=lambda part: -len(part[1].done)
+        )
         for path, part in parts:
             # A resumed run writes all that it found to one journal before it deletes the others.
             if part.done <= whole.done:
                 continue
             if part.done & whole.done:
                 raise SnrfError(path, "overlaps with another journal of the run", "delete them to start again")
-            if part.statistics.neurons != statistics.neurons:
-                raise SnrfError(path, "belongs to a model of another shape", "delete it to start again")
             whole.merge(part)
         return whole
 
@@ -149,7 +172,7 @@ class Journals:
             if keep is None or path != self.path(keep):
                 path.unlink(missing_ok=True)
 
-    def _read(self, path: Path) -> Progress:
+    def _read(self, path: Path, statistics: Sums) -> Progress:
         tensors, content = container.read(path, file_format=JOURNAL_FORMAT, version=JOURNAL_VERSION)
         try:
             request = content["request"]
@@ -162,15 +185,15 @@ class Journals:
                 )
             done, tally = int(content["done"], 16), dict(content["tally"])
             tally["digest"] = int(tally["digest"], 16)
-            return Progress(
-                Statistics.from_state(tensors, int(content["probes"])),
-                Tally(**tally),
-                {group for group in range(done.bit_length()) if done >> group & 1},
-            )
+            groups = {group for group in range(done.bit_length()) if done >> group & 1}
+            statistics.restore(tensors, int(content["probes"]))
+            return Progress(statistics, Tally(**tally), groups)
+        except SnrfError as error:
+            raise (
+                error if error.where else SnrfError(path, f"is damaged ({error})", "delete it to start again")
+            ) from None
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, SnrfError):
-                raise
-            raise SnrfError(path, f"the journal is damaged ({error!r})", "delete it to start again") from None
+            raise SnrfError(path, f"is damaged ({error!r})", "delete it to start again") from None
 
 
 class JournalWriter:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling import memory
-from mergekit_snrf.profiling.distributed import Ranks
-from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
+from mergekit_snrf.profiling.groups import Groups, RunOptions
+from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import Probes, prepare, probe_batches
+from mergekit_snrf.profiling.probes.batches import Probes, prepare
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
 from mergekit_snrf.profiling.request import (
     ModelInfo,
@@ -40,29 +39,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is carried out; nothing here but ``memory_budget`` changes a result.
-
-    Attributes:
-        mask: the mask file to write; the files of the sides are beside it.
-        folder: that of profile.yml, against which its relative paths are read.
-        resume: continue from the journals of an unfinished run.
-        memory_budget: bytes that sets the size of the blocks; None: the default of the device.
-        journal_seconds: how often the journal is written.
-        progress: show progress bars on stderr.
-        ranks: the processes that share the run.
-    """
-
-    mask: Path
-    folder: Path | None
-    resume: bool
-    memory_budget: int | None
-    journal_seconds: float
-    progress: bool
-    ranks: Ranks
 
 
 def side_rows(config: ProfileConfig, name: SideName, folder: Path | None) -> Rows:
@@ -132,8 +108,7 @@ class Side:
         return profile
 
     def _measure(self, probes: Probes, model: PreTrainedModel) -> Progress:
-        """Measure the groups that no journal has; return on rank 0 what all ranks have measured."""
-        options, ranks = self.options, self.options.ranks
+        """Return on rank 0 what all ranks have measured."""
         meter = Meter(
             model,
             self.config.measure,
@@ -142,52 +117,12 @@ class Side:
             block_bytes=self.block,
             backend=self.config.backend,
         )
-        before = self._recover(meter)
-        done = ranks.from_first(before.done)
-        todo = ranks.share([group for group in range(len(probes.groups)) if group not in done])
-        mine = before if ranks.first else Progress(Statistics(meter.neurons))
-        journal = JournalWriter(self.journals, ranks.rank, options.journal_seconds)
-        with tqdm(
-            total=sum(len(probes.groups[group]) for group in [*todo, *mine.done]),
-            initial=mine.statistics.probes,
-            desc=self.name if ranks.world == 1 else f"{self.name} (rank 0 of {ranks.world})",
-            unit="probe",
-            disable=not (options.progress and ranks.first),
-        ) as bar:
-            for group in todo:
-                for batch in probe_batches(
-                    probes,
-                    model,
-                    probes.renderer.processor,
-                    rule=self.config.answer,
-                    device=model.device,
-                    groups={group},
-                ):
-                    mine.statistics.update(meter.impacts(batch))
-                    mine.tally.add(batch, batch.ended)
-                    bar.update(len(batch.numbers))
-                mine.done.add(group)
-                journal.write(mine)
-        if ranks.world > 1:
-            # A rank that is killed while it waits for the others must not have to measure again.
-            journal.write(mine, now=True)
-        mine.statistics.reduce(ranks.reduce)
-        whole = Tally()
-        for tally in ranks.all(mine.tally):
-            whole.merge(tally)
+        groups = Groups(self.name, probes, self.config.answer, self.journals, self.options)
+        done = groups.measure(
+            model, lambda: Statistics(meter.neurons), lambda statistics, batch: statistics.update(meter.impacts(batch))
+        )
         logger.info("%s: peak memory of the process %s", self.name, memory.peak(model.device))
-        return Progress(mine.statistics, whole, set(range(len(probes.groups))))
-
-    def _recover(self, meter: Meter) -> Progress:
-        """Return on rank 0 what an unfinished run has measured, moved to the journal of rank 0."""
-        before = Progress(Statistics(meter.neurons))
-        if self.options.ranks.first and self.options.resume:
-            before = self.journals.read(Statistics(meter.neurons))
-            if before.done:
-                self.journals.write(0, before)
-                self.journals.delete(keep=0)
-                logger.info("resumed with %d probes", before.statistics.probes)
-        return before
+        return done
 
     def _provenance(self, probes: Probes, model: PreTrainedModel, tally: Tally) -> ProfileProvenance:
         if tally.cut:

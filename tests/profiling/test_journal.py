@@ -24,14 +24,14 @@ def test_journals_of_several_processes_come_together(tmp_path):
     parts = {0: ({0, 3}, [1.0, 2.0]), 1: ({1}, [0.1]), 2: ({2, 4}, [1e-20, 1e20])}
     for rank, (groups, values) in parts.items():
         journals.write(rank, Progress(statistics_of(values), Tally(tokens=rank, digest=2**255), groups))
-    found = journals.read(statistics_of([]))
+    found = journals.read(lambda: statistics_of([]))
     assert (found.done, found.statistics.probes) == ({0, 1, 2, 3, 4}, 5)
     assert found.tally == Tally(tokens=3, digest=2**255)
     whole = statistics_of([1e20, 0.1, 2.0, 1e-20, 1.0])
     assert all(torch.equal(found.statistics.state()[key], tensor) for key, tensor in whole.state().items())
     # Killed after all were written to one and before the others were deleted: nothing counts twice.
     journals.write(0, found)
-    again = journals.read(statistics_of([]))
+    again = journals.read(lambda: statistics_of([]))
     assert (again.done, again.statistics.probes, again.tally) == (found.done, 5, found.tally)
     journals.delete(keep=0)
     assert journals.files() == [journals.path(0)]
@@ -42,15 +42,15 @@ def test_journals_that_contradict_each_other_are_refused(tmp_path):
     journals.write(0, Progress(statistics_of([1.0, 2.0]), Tally(), {0, 1}))
     journals.write(1, Progress(statistics_of([1.0]), Tally(), {1, 2}))
     with pytest.raises(SnrfError, match=r"journal-1.* overlaps with another journal"):
-        journals.read(statistics_of([]))
+        journals.read(lambda: statistics_of([]))
     with pytest.raises(SnrfError, match="of another run, seed was 0 and is 1"):
-        Journals(tmp_path / "m.target", {"seed": 1}).read(statistics_of([]))
+        Journals(tmp_path / "m.target", {"seed": 1}).read(lambda: statistics_of([]))
     journals.path(1).unlink()
     with pytest.raises(SnrfError, match="of a model of another shape"):
-        journals.read(Statistics({KEY: 3}))
+        journals.read(lambda: Statistics({KEY: 3}))
     journals.path(0).write_bytes(b"not a journal")
     with pytest.raises(SnrfError, match="not a readable safetensors file"):
-        journals.read(statistics_of([]))
+        journals.read(lambda: statistics_of([]))
 
 
 def test_ranks_share_every_group_once():

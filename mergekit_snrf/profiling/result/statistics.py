@@ -204,6 +204,17 @@ class Statistics:
             tensor.copy_(found)
         return statistics
 
+    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
+        """Take over the ``state`` of statistics of the same model.
+
+        Raises:
+            SnrfError: as ``from_state``, or the sites or their numbers of neurons differ.
+        """
+        other = Statistics.from_state(tensors, probes)
+        if other.neurons != self.neurons:
+            raise SnrfError(None, "belongs to a model of another shape")
+        self._running, self.probes = other._running, probes
+
     def profile(self, provenance: ProfileProvenance | None = None) -> Profile:
         """Return the profile of the probes so far, with fwd.down beside fwd.up.
 
