@@ -43,7 +43,7 @@ def test_journals_that_contradict_each_other_are_refused(tmp_path):
     journals.write(1, Progress(statistics_of([1.0]), Tally(), {1, 2}))
     with pytest.raises(SnrfError, match=r"journal-1.* overlaps with another journal"):
         journals.read(lambda: statistics_of([]))
-    with pytest.raises(SnrfError, match="of another run, seed was 0 and is 1"):
+    with pytest.raises(SnrfError, match="of another run: seed was 0 and is 1"):
         Journals(tmp_path / "m.target", {"seed": 1}).read(lambda: statistics_of([]))
     journals.path(1).unlink()
     with pytest.raises(SnrfError, match="of a model of another shape"):
