@@ -133,7 +133,7 @@ class ProfileConfig(Settings):
     @property
     def measure(self) -> Measure:
         """What counts as the impact of a neuron."""
-        return Measure(self.scoring, self.weight, self.site, self.tokens)
+        return Measure(scoring=self.scoring, weight=self.weight, site=self.site, tokens=self.tokens)
 
     def override(self, **values: Any) -> ProfileConfig:
         """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing.

@@ -341,13 +341,13 @@ def test_profile_leaves_every_module_in_its_mode(pairs: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"weight": "gradients"}, "weight must be one of paper, residual, gradient, got 'gradients'"),
-        ({"site": "o"}, "site must be one of pre_o, post_o"),
-        ({"scoring": "released", "site": "post_o"}, "site has no meaning with scoring='released'"),
+        ({"weight": "gradients"}, "weight"),
+        ({"site": "o"}, "site"),
+        ({"scoring": "released", "site": "post_o"}, "site has no effect with scoring: released"),
     ],
 )
 def test_measures_that_mean_nothing_are_refused(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(SnrfError, match=message):
+    with pytest.raises(ValueError, match=message):
         snrf.Measure(**keys)
 
 

@@ -297,7 +297,7 @@ def test_probe_without_a_counted_token_is_refused(folder_of):
     model = load(folder_of("source", "llama"), dtype=torch.float32)
     batch = left_padded()
     batch.answer_mask[1] = False
-    with pytest.raises(SnrfError, match="probe 7 has no token that counts with tokens: answer"):
+    with pytest.raises(SnrfError, match="probe 7 has no token that counts with 'answer'"):
         Meter(model, Measure(tokens="answer")).impacts(batch)
 
 

@@ -1,8 +1,7 @@
-"""What every decoder layer of a live, stock transformers model sees in one forward pass, one layer at a time.
+"""What every decoder layer of a live transformers model sees in one forward pass, one layer at a time.
 
-The decoder is found by the names of its modules, as ``models.decoder`` finds it in a checkpoint by the names of its
-tensors. Hooks collect a layer's tensors, hand them over as soon as the layer has run, and let go of them: memory
-does not grow with the depth. Nothing in the model is replaced, whatever kernel computes its attention.
+Hooks collect a layer's tensors, hand them over as soon as the layer has run, and drop them: memory does not grow with
+the depth. Nothing in the model is replaced, whatever kernel computes its attention.
 """
 
 from __future__ import annotations
@@ -71,18 +70,18 @@ def run_layers(
         up: capture the output of up_proj as well.
 
     Raises:
-        SnrfError: a layer did not run, ran twice, or is called in a way the profiler does not know.
+        SnrfError: a layer did not run, ran twice, or is called in an unknown way.
     """
     visited: list[int] = []
 
     def finished(index: int, seen: dict[str, Any], stream: Tensor) -> None:
         if index in visited:
-            raise SnrfError(f"{decoder.model}: {decoder.path}.{index} ran twice in one forward pass")
+            raise _unsupported(f"{decoder.model}: {decoder.path}.{index}", "ran twice in one forward pass")
         layer = decoder.layers[index]
         missing = sorted({"call", *_SEEN} - seen.keys())
         if missing:
-            raise SnrfError(
-                f"{decoder.model}: {decoder.path}.{index}.{missing[0]} did not run as a module of the layer"
+            raise _unsupported(
+                f"{decoder.model}: {decoder.path}.{index}.{missing[0]}", "did not run as a module of the layer"
             )
         visited.append(index)
         visit(
@@ -103,7 +102,7 @@ def run_layers(
         forward()
     if sorted(visited) != list(range(len(decoder.layers))):
         missed = sorted(set(range(len(decoder.layers))) - set(visited))
-        raise SnrfError(f"{decoder.model}: {decoder.path}.{missed[0]} did not run in the forward pass")
+        raise _unsupported(f"{decoder.model}: {decoder.path}.{missed[0]}", "did not run in the forward pass")
 
 
 @contextmanager
@@ -158,9 +157,7 @@ def _attention_inputs(
     norms = [_norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim) for name in _NORMS]
     epsilons = {norm.epsilon for norm in norms if norm is not None}
     if len(epsilons) > 1:
-        raise SnrfError(
-            f"{where}: q_norm and k_norm have different epsilons {sorted(epsilons)}, which is not supported"
-        )
+        raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
     # The mask that the layer was given is the truth: images may see each other in both directions.
     mask = call.get("attention_mask")
     mask = _whole_mask(where, mask, query) if isinstance(mask, Tensor) and mask.ndim > 2 else None
@@ -183,9 +180,7 @@ def _attention_inputs(
             mask=mask,
         )
     except ValueError as error:
-        raise SnrfError(
-            f"{where}: the captured tensors do not fit together ({error}); the model is not supported"
-        ) from None
+        raise _unsupported(where, f"the captured tensors do not fit together ({error})") from None
 
 
 def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
@@ -204,18 +199,13 @@ def _rotary_tables(where: str, attention: nn.Module, call: dict[str, Any]) -> tu
     if not (
         isinstance(tables, tuple | list) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables)
     ):
-        raise SnrfError(
-            f"{where}: was not given (cos, sin) as position_embeddings, so its rotary layout is unknown; "
-            f"the model is not supported"
-        )
+        raise _unsupported(where, "was not given (cos, sin) as position_embeddings, so its rotary layout is unknown")
     cos, sin = tables
     if cos.ndim == 4:
         config = getattr(attention, "rope_parameters", None) or getattr(attention, "rope_scaling", None) or {}
         sections = config.get("mrope_section")
         if not sections or 2 * sum(sections) != cos.shape[-1] or len(sections) != len(cos):
-            raise SnrfError(
-                f"{where}: rotary tables of shape {list(cos.shape)} are unknown; the model is not supported"
-            )
+            raise _unsupported(where, f"rotary tables of shape {list(cos.shape)} are unknown")
         cos, sin = mixed_sections(cos, sections), mixed_sections(sin, sections)
     return cos, sin
 
@@ -251,18 +241,18 @@ def _norm(where: str, norm: Any, head_dim: int) -> _Norm | None:
         for multiplier in (weight, 1.0 + weight.float()):
             if torch.allclose(result, normalised * multiplier.float(), rtol=tolerance, atol=tolerance):
                 return _Norm(multiplier, epsilon)
-    raise SnrfError(
-        f"{where}: {type(norm).__name__} with a weight of shape {list(weight.shape)} is not an RMS norm over heads of "
-        f"size {head_dim}; the model is not supported"
+    raise _unsupported(
+        where,
+        f"{type(norm).__name__} with a weight of shape {list(weight.shape)} is not an RMS norm over heads of size "
+        f"{head_dim}",
     )
 
 
 def _whole_mask(where: str, mask: Tensor, query: Tensor) -> Tensor:
     batch, tokens, _ = query.shape
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2:] != (tokens, tokens):
-        raise SnrfError(
-            f"{where}: an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens is unknown; "
-            f"the model is not supported"
+        raise _unsupported(
+            where, f"an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens is unknown"
         )
     return mask.detach()
 
@@ -277,3 +267,7 @@ def _window(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window or None
     return getattr(getattr(attention, "config", None), "sliding_window", None) or None
+
+
+def _unsupported(where: str, what: str) -> SnrfError:
+    return SnrfError(where, what, "the model is not supported")

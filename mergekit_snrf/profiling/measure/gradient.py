@@ -18,7 +18,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import LiveDecoder
 from mergekit_snrf.neurons.sets import PROJECTIONS
 
@@ -79,24 +78,20 @@ def layer_gradients(
         final = states[-1] if states else None
         if final is None or final.shape[:2] != counted.shape or not final.requires_grad:
             raise SnrfError(
-                f"{decoder.model}: {decoder.path} has no final states to differentiate; use weight: residual"
+                decoder.model,
+                f"{decoder.path} has no final states to differentiate",
+                "weight by 'residual'",
+                field="weight",
             )
         final.backward(_cotangent(final, counted))
     if len(found) != 2 * len(decoder.layers):
         raise SnrfError(
-            f"{decoder.model}: the final states do not depend on every layer of {decoder.path}; use weight: residual"
+            decoder.model,
+            f"the final states do not depend on every layer of {decoder.path}",
+            "weight by 'residual'",
+            field="weight",
         )
     return [LayerGradient(found[index, ATTENTION], found[index, FFN]) for index in range(len(decoder.layers))]
-
-
-def gradient_bytes(shape: DecoderShape, probes: int, tokens: int, *, dtype: torch.dtype) -> int:
-    """Return an upper estimate of the activations that the backward pass needs.
-
-    Of every layer that is what its norms, rotary embeddings, attention, activation function and products keep, with
-    fused attention; eager attention keeps ``[heads, tokens, tokens]`` more.
-    """
-    width = 12 * shape.hidden_size + 6 * (shape.heads + shape.kv_heads) * shape.head_dim + 5 * shape.intermediate_size
-    return shape.layers * probes * tokens * width * max(4, torch.finfo(dtype).bits // 8)
 
 
 def _cotangent(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, get_args, get_type_hints
+from typing import Any, Literal, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Shaped
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import find_live_decoder, weight_of
 from mergekit_snrf.neurons.sets import Site
@@ -31,13 +32,13 @@ from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradie
 CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Largest median over positions of the relative error with which captured tensors must give the attention's output.
 
-It tells a layer that is called in an unknown way, which is off by about one, from rounding, which large scores
-amplify: the model rounds queries and keys to its own dtype after RoPE, the impact does not.
+A layer that is called in an unknown way is off by about one. Rounding is far below, even where large scores amplify it:
+the model rounds queries and keys to its own dtype after RoPE, the impact does not.
 """
 
 
 class Batch(Protocol):
-    """Probes as a model takes them; ``ProbeBatch`` is one, and anything with these attributes."""
+    """Probes as a model takes them: ``ProbeBatch``, or anything with these attributes."""
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -56,48 +57,43 @@ class Batch(Protocol):
         """Where a token belongs to the answer."""
 
 
-_DEFAULTS: dict[str, Any] = {"weight": "paper", "site": "pre_o"}
+class Measure(Settings):
+    """What counts as the impact of a neuron.
 
-
-@dataclass(frozen=True)
-class Measure:
-    """What counts as the impact of a neuron; the names and values are those of profile.yml.
-
-    Attributes:
-        scoring: ``exact`` is Eq. 14; ``released`` are the scores of the paper's released code.
-        weight: ``paper`` counts the squared change alike at every position; ``residual`` divides it by the mean square
-            of the residual stream there, at the output of the layer; ``gradient`` multiplies it by how much the final
-            states feel a change there.
-        site: compare the attention output before or after o_proj.
-        tokens: count every position, or those of the answer.
-
-    Raises:
-        SnrfError: a value is unknown, or has no meaning beside another.
+    >>> Measure(weight="residual").provenance()
+    {'scoring': 'exact', 'weight': 'residual', 'site': 'pre_o', 'tokens': 'all'}
     """
 
-    scoring: Literal["exact", "released"] = "exact"
-    weight: Literal["paper", "residual", "gradient"] = "paper"
-    site: Literal["pre_o", "post_o"] = "pre_o"
-    tokens: Literal["all", "answer"] = "all"
+    scoring: Literal["exact", "released"] = Field(
+        default="exact", description="The exact impact (Eq. 14), or the score of the paper's released code."
+    )
+    weight: Literal["paper", "residual", "gradient"] = Field(
+        default="paper",
+        description="How a squared change counts at a position: by one, divided by the mean square of the residual "
+        "stream after the layer, or multiplied by how much the final states feel a change there.",
+    )
+    site: Literal["pre_o", "post_o"] = Field(
+        default="pre_o", description="Compare the attention output before or after o_proj."
+    )
+    tokens: Literal["all", "answer"] = Field(default="all", description="The positions that count.")
 
-    def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Measure).items():
-            value, known = getattr(self, name), get_args(kind)
-            if value not in known:
-                raise SnrfError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-            if self.scoring == "released" and name in ("weight", "site") and value != _DEFAULTS[name]:
-                raise SnrfError(f"{name} has no meaning with scoring='released'; leave it out")
+    @model_validator(mode="after")
+    def _check_released(self) -> Measure:
+        for name in ("weight", "site"):
+            if self.scoring == "released" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with scoring: released; remove it")
+        return self
 
     def provenance(self) -> dict[str, Any]:
         """Return the settings for a profile file."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return self.model_dump()
 
 
 class Meter:
-    """Measures impacts on the probes of batches, with one forward pass a batch, ``weight: gradient`` with a second one.
+    """Measures impacts on the probes of batches, with one forward pass a batch, or two with ``weight: gradient``.
 
     The first batch checks every layer: the attention output that the captured tensors imply must be the one that the
-    model computed. So an attention that works in a way unknown to the profiler is an error, never a wrong number.
+    model computed. So an attention of an unknown kind is an error, never a wrong number.
 
     Args:
         model: a loaded transformers model.
@@ -108,13 +104,13 @@ class Meter:
         backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
 
     Raises:
-        SnrfError: the model has no text decoder that the profiler knows.
+        SnrfError: the model has no supported text decoder.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        measure: Measure = Measure(),
+        measure: Measure | None = None,
         *,
         shape: DecoderShape | None = None,
         name: str | None = None,
@@ -122,7 +118,7 @@ class Meter:
         backend: Backend = "auto",
     ) -> None:
         self.model = model
-        self.measure = measure
+        self.measure = measure or Measure()
         self.decoder = find_live_decoder(model, shape, name=name)
         self._block_bytes = block_bytes
         self._backend = backend
@@ -147,8 +143,10 @@ class Meter:
         for number, probe in zip(batch.numbers, counted, strict=True):
             if not bool(probe.any()):
                 raise SnrfError(
-                    f"{self.decoder.model}: probe {number} has no token that counts with tokens: "
-                    f"{self.measure.tokens}; leave out the row or set tokens: all"
+                    self.decoder.model,
+                    f"probe {number} has no token that counts with {self.measure.tokens!r}",
+                    "leave out the row, or count all tokens",
+                    field="tokens",
                 )
         found: dict[Site, Tensor] = {}
         gradients: list[LayerGradient] = []
@@ -225,7 +223,7 @@ class Meter:
             )
         if self._backend == "sdpa" and layer.attention.softcap is not None:
             raise SnrfError(
-                f"{self.decoder.model}: caps its attention scores, which backend: sdpa cannot; use backend: auto"
+                self.decoder.model, "caps its attention scores, which 'sdpa' cannot", "use 'auto'", field="backend"
             )
         return attention_impact(
             layer.attention,
@@ -262,19 +260,22 @@ class Meter:
             finite = gradient.attention.isfinite() & gradient.ffn.isfinite()
             wrong = (~finite & counted.to(finite.device)).any(-1)
             if bool(wrong.any()):
+                number = batch.numbers[int(wrong.nonzero()[0])]
                 raise SnrfError(
-                    f"{self.decoder.model}: the gradient at layer {index} is NaN or infinite on probe "
-                    f"{batch.numbers[int(wrong.nonzero()[0])]}; load the model in a dtype of more range "
-                    f"(--dtype float32), or use weight: residual"
+                    self.decoder.model,
+                    f"the gradient at layer {index} is NaN or infinite on probe {number}",
+                    "load the model in a dtype of more range such as float32, or weight by 'residual'",
+                    field="weight",
                 )
 
     def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
         if bool(wrong.any()):
             number = batch.numbers[int(wrong.nonzero()[0])]
             raise SnrfError(
-                f"{self.decoder.model}: layer {layer.index}, {projection} gives NaN or infinite values on probe "
-                f"{number}; check the weights of {self.decoder.path}.{layer.index}, or load the model in a dtype of "
-                f"more range (--dtype float32)"
+                self.decoder.model,
+                f"layer {layer.index}, {projection} gives NaN or infinite values on probe {number}",
+                f"check the weights of {self.decoder.path}.{layer.index}, or load the model in a dtype of more range "
+                f"such as float32",
             )
 
     def _check(self, layer: CapturedLayer, batch: Batch) -> None:
@@ -287,7 +288,9 @@ class Meter:
         tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
         if not float(error.median()) <= tolerance:
             raise SnrfError(
-                f"{self.decoder.model}: the attention of {self.decoder.path}.{layer.index} does not follow from its "
-                f"projections (relative error {float(error.median()):.2g} where {tolerance:g} is allowed); its rotary "
-                f"layout, mask or scaling is one that the profiler does not know, so this model is not supported"
+                self.decoder.model,
+                f"the attention of {self.decoder.path}.{layer.index} does not follow from its projections (relative "
+                f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
+                f"unknown",
+                "the model is not supported",
             )
