@@ -348,7 +348,7 @@ def test_two_decoders_are_told_apart_by_the_shape(folder_of):
 def test_layer_that_does_not_run_is_an_error(folder_of):
     model = load(folder_of("source", "llama"))
     decoder = find_live_decoder(model)
-    with pytest.raises(SnrfError, match=r"model\.layers\.0 did not run in the forward pass"):
+    with pytest.raises(SnrfError, match=r"model\.layers\.0: did not run in the forward pass"):
         run_layers(decoder, lambda: None, torch.ones(1, 1), lambda layer: None)
     assert hooks(model) == 0
 

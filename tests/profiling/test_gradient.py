@@ -189,5 +189,5 @@ def test_a_model_that_hides_its_states_is_refused(model_of):
         return output
 
     model.model.register_forward_hook(hide)
-    with pytest.raises(SnrfError, match="model.layers has no final states to differentiate"):
+    with pytest.raises(SnrfError, match="has no final states to differentiate"):
         Meter(model, Measure(weight="gradient")).impacts(batch)
