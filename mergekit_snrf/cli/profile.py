@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, share, silence_progress, table
+from mergekit_snrf.errors import naming, option
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,7 +21,7 @@ from mergekit_snrf.cli.common import command_options, is_quiet, share, silence_p
 @click.option("--limit", type=click.IntRange(1), help="Probes taken from each dataset; overrides PROFILE.yml.")
 @click.option("--dry-run", is_flag=True, help="Print three rendered probes of each side and exit.")
 @click.option(
-    "--memory-budget", metavar="SIZE", help="Memory beside the model, such as 500MB; default: half of what is free."
+    "--memory-budget", metavar="SIZE", help="Size the blocks for this much memory beside the model, such as 500MB."
 )
 @click.option(
     "--journal-every",
@@ -62,24 +63,25 @@ def main(
         logging.getLogger("mergekit_snrf").setLevel(logging.ERROR)
         quiet = True
     silence_progress(quiet=quiet)
-    budget = None if memory_budget is None else parse_size(memory_budget)
     folder = Path(profile).parent
-    config = load_profile_config(profile).override(
-        device=device, dtype=dtype, limit=limit, trust_remote_code=trust_remote_code or None
-    )
-    if dry_run:
-        click.echo(runs.dry_run(config, folder=folder))
-        return
-    assert mask is not None
-    result = runs.run(
-        config,
-        mask,
-        folder=folder,
-        resume=resume,
-        memory_budget=budget,
-        journal_seconds=journal_every,
-        progress=not quiet,
-    )
+    with naming({field: option(field) for field in ("resume", "memory_budget")}):
+        budget = None if memory_budget is None else parse_size(memory_budget)
+        config = load_profile_config(profile).override(
+            device=device, dtype=dtype, limit=limit, trust_remote_code=trust_remote_code or None
+        )
+        if dry_run:
+            click.echo(runs.dry_run(config, folder=folder))
+            return
+        assert mask is not None
+        result = runs.run(
+            config,
+            mask,
+            folder=folder,
+            resume=resume,
+            memory_budget=budget,
+            journal_seconds=journal_every,
+            progress=not quiet,
+        )
     if result is None:
         return
     for side, path in result.profiles.items():

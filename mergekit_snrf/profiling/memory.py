@@ -22,7 +22,8 @@ def parse_size(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]) or not float(match[1]) > 0:
-        raise SnrfError(None, f"{text!r} is not an amount of memory", "write it as 500MB or 2GiB")
+        what = f"{text!r} is not an amount of memory"
+        raise SnrfError(None, what, "write it as 500MB or 2GiB", field="memory_budget")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[match[2].upper()])
 
 

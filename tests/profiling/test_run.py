@@ -44,6 +44,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A folder with the checkpoints ``target`` and ``source`` of a family, and probes for both."""
@@ -285,9 +290,12 @@ def test_resume_does_not_replace_a_finished_profile_of_other_settings(pair, tmp_
     folder = pair("llava")
     path = write_config(folder, "llava")
     whole = profiled(path, tmp_path)
-    changed = write_config(folder, "llava", name="changed.yml", limit=3)
-    with pytest.raises(SnrfError, match=r"m\.target\.profile\.safetensors: this finished profile .* other settings"):
+    changed = write_config(folder, "llava", name="changed.yml", limit=3, seed=4)
+    with pytest.raises(SnrfError, match=r"limit was None and is 3, seed was 0 and is 4") as caught:
         profiled(changed, tmp_path, resume=True)
+    assert (caught.value.where, caught.value.field) == (str(tmp_path / FILES[1]), "resume")
+    with pytest.raises(SnrfError, match="other settings: another batch_size"):
+        profiled(write_config(folder, "llava", name="batch.yml", batch_size=4), tmp_path, resume=True)
     assert profiled(path, tmp_path, resume=True) == whole
     assert profiled(changed, tmp_path) != whole
 
@@ -314,25 +322,21 @@ def test_journal_is_not_lost_by_forgetting_resume(pair, tmp_path, monkeypatch):
     interrupted(path, tmp_path, monkeypatch, after=2)
     result = invoke(path, tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert "m.target.journal-0.safetensors: an unfinished run lies here; add --resume to go on with it" in result.output
+    assert "m.target.journal-0.safetensors: --resume: " in result.output
 
 
-def test_journal_of_another_run_is_refused(pair, tmp_path, monkeypatch):
-    folder = pair("llama")
-    interrupted(write_config(folder), tmp_path, monkeypatch, after=2)
-    path = write_config(folder, name="other.yml", batch_size=4)
-    with pytest.raises(
-        SnrfError, match="the journal of another run, batch_size was 3 and is 4; ask for the same again"
-    ):
-        profiled(path, tmp_path, resume=True)
-
-
-def test_journal_of_another_kernel_is_refused(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("keys", "differences"),
+    [
+        ({"batch_size": 4, "seed": 1}, "batch_size was 3 and is 4, seed was 0 and is 1;"),
+        ({"backend": "blocked"}, "backend was None and is 'blocked';"),
+    ],
+)
+def test_journal_of_another_run_is_an_error(keys, differences, pair, tmp_path, monkeypatch):
     folder = pair("llama")
     interrupted(write_config(folder), tmp_path, monkeypatch, after=1)
-    path = write_config(folder, name="other.yml", backend="blocked")
-    with pytest.raises(SnrfError, match="backend was None and is 'blocked'; ask for the same again"):
-        profiled(path, tmp_path, resume=True)
+    with pytest.raises(SnrfError, match=differences):
+        profiled(write_config(folder, name="other.yml", **keys), tmp_path, resume=True)
 
 
 def test_changed_dataset_is_refused_on_resume(pair, tmp_path, monkeypatch):
@@ -348,8 +352,7 @@ def test_changed_dataset_is_refused_on_resume(pair, tmp_path, monkeypatch):
         profiled(path.with_name("changed.yml"), tmp_path, resume=True)
 
 
-def test_dry_run_prints_three_probes_of_each_side_and_loads_no_model(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+def test_dry_run_prints_three_probes_of_each_side_and_loads_no_model(pair, no_model):
     path = write_config(pair("llava"), "llava", answer={"by": "column", "column": "answer"})
     result = CliRunner().invoke(main, [str(path), "--dry-run"])
     assert result.exit_code == 0, result.output
@@ -417,64 +420,75 @@ def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
     assert "answers reached max_new_tokens = 1 before they ended" in caplog.text
 
 
+def faulty(config: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Faults of the source and of the run, with the place that the error names."""
+    source = config["source"]
+    yield (
+        f"{folder / 'text.jsonl'}: source.probes.question: ",
+        {**source, "probes": {**source["probes"], "question": "q"}},
+    )
+    yield f"{folder / 'text.jsonl'}: source.probes.images: ", {**source, "probes": {**source["probes"], "images": "i"}}
+    yield "source.probes.dataset", {**source, "probes": {**source["probes"], "dataset": "nobody/nothing"}}
+    yield (
+        f"{folder / 'source'}: source.probes.images: ",
+        {
+            **source,
+            "probes": {"dataset": "image.jsonl", "question": "question", "images": "image"},
+        },
+    )
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_faults_of_the_source_are_found_before_the_target_is_loaded(case, pair, tmp_path, no_model):
+    folder = pair("llama")
+    place, source = list(faulty(config_of("llama"), folder))[case]
+    result = invoke(write_config(folder, name=f"fault{case}.yml", source=source), tmp_path / "m.safetensors")
+    assert result.exit_code == 1
+    assert place in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize(
-    ("keys", "message"),
+    ("keys", "field"),
     [
+        ({"answer": {"by": "column", "column": "reply"}}, "target.probes.answer: "),
+        ({"token_limit": 100, "answer": {"max_new_tokens": 99}}, "answer.max_new_tokens: "),
         pytest.param(
             {"device": "cuda"},
-            "device 'cuda' was asked for, but torch",
+            "device: ",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
     ],
 )
-def test_what_cannot_be_done_is_said_before_a_model_is_loaded(keys, message, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+def test_an_error_names_the_key_of_profile_yml(keys, field, pair, tmp_path, no_model):
     result = invoke(write_config(pair("llama"), **keys), tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert message in result.output
-    assert "Traceback" not in result.output
+    assert field in result.output
 
 
-def test_a_missing_chat_template_of_the_source_is_told_before_the_target_is_profiled(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+def test_a_missing_chat_template_of_the_source_is_found_before_the_target_is_loaded(pair, tmp_path, no_model):
     shutil.copytree(pair("llama"), tmp_path / "pair")
-    for file in ("chat_template.jinja", "tokenizer_config.json"):
-        path = tmp_path / "pair" / "source" / file
-        if file.endswith(".json"):
-            content = json.loads(path.read_text())
-            content.pop("chat_template", None)
-            path.write_text(json.dumps(content))
-        else:
-            path.unlink(missing_ok=True)
-    config = config_of("llama")
-    config["source"].pop("template", None)
-    (tmp_path / "pair" / "profile.yml").write_text(yaml.safe_dump(config))
-    result = invoke(tmp_path / "pair" / "profile.yml", tmp_path / "m.safetensors")
+    (tmp_path / "pair" / "source" / "chat_template.jinja").unlink(missing_ok=True)
+    path = tmp_path / "pair" / "source" / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    content.pop("chat_template", None)
+    path.write_text(json.dumps(content))
+    result = invoke(write_config(tmp_path / "pair"), tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert "source: has no chat template; set template for this side of profile.yml" in result.output
+    assert "source: source.template: has no chat template" in result.output
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        ("missing/m.safetensors", "cannot be written (No such file or directory); choose a folder that exists"),
-        ("file/m.safetensors", "cannot be written (Not a directory)"),
-        (".", "is a folder; give the path of the mask file"),
-        ("m.pt", "the name of a mask file must end in .safetensors"),
-        ("taken.safetensors", "already exists and is not a mask"),
-    ],
-)
-def test_mask_that_cannot_be_written_is_told_before_a_model_is_read(mask, message, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mask", ["missing/m.safetensors", "file/m.safetensors", ".", "m.pt", "taken.safetensors"])
+def test_a_mask_that_cannot_be_written_is_found_before_a_model_is_read(mask, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_snrf.profiling.run.check_models", lambda config: pytest.fail("a model was read"))
     (tmp_path / "file").touch()
     (tmp_path / "taken.safetensors").touch()
-    result = invoke(write_config(pair("llama")), tmp_path / mask)
-    assert result.exit_code == 1
-    assert message in result.output
+    with pytest.raises(SnrfError) as caught:
+        run(load_profile_config(write_config(pair("llama"))), tmp_path / mask)
+    assert str(tmp_path / mask) in str(caught.value)
 
 
-def test_models_of_different_depth_are_told_from_their_headers(pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+def test_models_of_different_depth_are_told_from_their_headers(pair, tmp_path, no_model):
     folder = pair("llama")
     other = make_source(tmp_path / "source", "llama")
     config = json.loads((other / "config.json").read_text())
@@ -485,11 +499,10 @@ def test_models_of_different_depth_are_told_from_their_headers(pair, tmp_path, m
     path = write_config(folder, name="depth.yml", source={**config_of("llama")["source"], "model": str(other)})
     result = invoke(path, tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert "layers: the target" in result.output
-    assert "has 3, the source" in result.output
+    assert "layers" in result.output
 
 
-def test_nan_in_a_layer_is_named(tmp_path):
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
     make_target(tmp_path / "target", "llama", "hub", dtype=torch.float32)
     make_source(tmp_path / "source", "llama", dtype=torch.float32)
     write_probes(tmp_path, count=3)
@@ -500,7 +513,8 @@ def test_nan_in_a_layer_is_named(tmp_path):
     result = invoke(write_config(tmp_path), tmp_path / "m.safetensors", "--quiet")
     assert result.exit_code == 1
     assert "%" not in result.output, "no progress bar"
-    assert "target: layer 1, fwd.up gives NaN or infinite values on probe" in result.output.replace(f"{tmp_path}/", "")
+    assert str(tmp_path / "target") in result.output
+    assert name in result.output
 
 
 def test_out_of_memory_gives_advice(pair, tmp_path, monkeypatch):
@@ -521,17 +535,12 @@ def test_other_runtime_errors_are_not_taken_for_memory(pair, tmp_path, monkeypat
         profiled(write_config(pair("llama")), tmp_path)
 
 
-def test_memory_budget_is_kept(pair, tmp_path):
+def test_memory_budget_is_the_size_of_blocks(pair, tmp_path):
     path = write_config(pair("llama"))
-    result = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "100kB", "--quiet")
-    assert result.exit_code == 1
-    assert "MB beside the model and 0 MB are allowed; lower batch_size (now 3) or token_limit" in result.output
     small = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "40MB", "--quiet")
     assert small.exit_code == 0, small.output
-    assert (
-        "'many' is not an amount of memory"
-        in invoke(path, tmp_path / "m.safetensors", "--memory-budget", "many").output
-    )
+    wrong = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "many")
+    assert "--memory-budget: 'many'" in wrong.output
 
 
 def test_missing_mask_is_a_usage_error(pair):
