@@ -54,6 +54,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return re.sub(r"<!-- table: (\w+) -->", lambda match: TABLES[match[1]](), markdown)
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Options without a default: mkdocs-click shows click's marker for them."""
+    return html.replace("<code>Sentinel.UNSET</code>", "none")
+
+
 def recipe_table() -> str:
     """Parameters of a recipe, from the merge method's specification."""
     from mergekit_snrf.merge.method import METHOD
@@ -95,7 +100,9 @@ def api_reference() -> str:
         name: each for name, each in public.items() if getattr(each, "__module__", "").startswith("mergekit_snrf.")
     }
     ordered = sorted(objects, key=lambda name: (not isinstance(objects[name], type), name.lower()))
-    return "\n\n".join(f"::: {objects[name].__module__}.{objects[name].__qualname__}" for name in ordered)
+    entry = "::: {path}\n    options: {{heading: snrf.{name}, toc_label: {name}}}"
+    paths = {name: f"{objects[name].__module__}.{objects[name].__qualname__}" for name in ordered}
+    return "\n\n".join(entry.format(path=path, name=name) for name, path in paths.items())
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, str]]:
