@@ -24,7 +24,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_processor
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import Site
-from mergekit_snrf.profiling.settings import load_profile_config, model_ref
+from mergekit_snrf.profiling.settings import load_profile_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 HEAD_DIM = 128
@@ -298,7 +298,7 @@ def test_profile_has_the_settings_of_the_paper(pair: Pair, tmp_path: Path, monke
     assert (text.dataset, text.config, text.split) == ("openai/gsm8k", "main", "train")
     assert (text.question, text.images) == ("question", None)
     for projection in ("attn.q", "attn.k", "attn.v", "fwd.up", "fwd.down"):
-        assert config.select.ratio(projection) == pair.ratio
+        assert config.select.value(projection) == pair.ratio
     assert config.select.at_least is None
     assert (config.answer.by, config.answer.max_new_tokens) == ("model", 512)
     assert (config.limit, config.seed, config.scoring, config.template) == (100, 0, "exact", None)
@@ -312,7 +312,7 @@ def test_remote_code_takes_no_image_probes(pair: Pair, tmp_path: Path) -> None:
     replaced(tmp_path / "profile.yml", pair.profiled or pair.target, str(target))
     config = load_profile_config(tmp_path / "profile.yml")
     with pytest.raises(SnrfError, match="has no image processor"):
-        load_processor(model_ref(config.target, trust_remote_code=True), images=True)
+        load_processor(config.model_of("target").model_copy(update={"trust_remote_code": True}), images=True)
     assert "sends images only through processors" in pair.page
 
 
