@@ -239,7 +239,7 @@ def plan_merge(
     any_family = bool(_tolerant(recipe, "allow_family_mismatch"))
     check_distinct(plan, recipe)
     check_roles(plan)
-    plan.problems += pairing_problems(plan.target, plan.source, any_family=any_family)
+    plan.problems += map(str, pairing_problems(plan.target, plan.source, any_family=any_family))
     if plan.source_base is not None and plan.source_base_decoder is not None:
         unfit = pairing_problems(plan.target, plan.source_base, any_family=any_family)
         plan.problems += [f"source_base {plan.source_base.name} as the source: {problem}" for problem in unfit]

@@ -59,16 +59,19 @@ class Edit:
             parameter, axis, selected, before = self._saved[-1]
             view = _by_neuron(parameter, axis)
             if view.dtype != before.dtype or view.device != before.device:
-                raise SnrfError(
-                    f"an edited weight of {before.dtype} on {before.device} is now {view.dtype} on {view.device}; undo "
-                    f"an edit before the model is cast or moved"
-                )
+                what = f"an edited weight of {before.dtype} on {before.device} is now {view.dtype} on {view.device}"
+                raise SnrfError(None, what, "undo an edit before the model is cast or moved")
             history = _history(parameter)
             if history and history[-1] is not self:
-                raise SnrfError("a later edit changed the same weights and is still there; undo that one first")
+                raise SnrfError(None, "a later edit of the same weights is not undone", "undo that one first")
             history.pop()
             view[selected] = before
             self._saved.pop()
+
+    def __repr__(self) -> str:
+        """Return the size of the edit."""
+        rows = sum(len(selected) for _, _, selected, _ in self._saved)
+        return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns>"
 
     @classmethod
     @contextmanager
@@ -177,36 +180,30 @@ def _fused(
     biases: bool,
 ) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
     """Fuse tensor by tensor; a bias is None where it stays."""
-    theirs, base = weights_of(source), None if source_base is None else weights_of(source_base)
+    donors = {"source": weights_of(source)}
+    if source_base is not None:
+        donors["source_base"] = weights_of(source_base)
     for site, member in chosen.items():
         how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
         weight, name = target.weight(site), target.name(site)
-        other = None if base is None else base.weight(site).to(weight.device)
+        theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
+        old, new = theirs.get("source_base"), theirs["source"]
         with one_thread():
-            fused = fuse(
-                weight,
-                theirs.weight(site).to(weight.device),
-                member,
-                site.axis,
-                how,
-                name=name,
-                source_base=other,
-                site=site,
-            )
+            fused = fuse(weight, new, member, site.axis, how, name=name, source_base=old, site=site)
         bias = target.bias(site) if biases and site.axis == 0 else None
         if bias is None:
             yield site, fused, None
             continue
         name = bias_name(name)
-        new = _bias(theirs, site, bias, name, "source")
-        old = None if base is None else _bias(base, site, bias, name, "source_base")
+        theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
+        old, new = theirs.get("source_base"), theirs["source"]
         yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:
     bias = weights.bias(site)
     if bias is None:
-        raise SnrfError(f"{name}: the {role} has no such bias, so it cannot move; leave out biases")
+        raise SnrfError(name, f"the {role} has no such bias to move it by", "leave out the biases", field="biases")
     return bias.to(like.device)
 
 
@@ -222,10 +219,7 @@ def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveWeights,
         parameter = weights.module(site).weight
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             what = "not in memory" if parameter.device.type == "meta" else f"stored as {parameter.dtype}"
-            raise SnrfError(
-                f"{weights.decoder.model}: {weights.name(site)} is {what}; to edit the model, load it whole and "
-                f"unquantised"
-            )
+            raise SnrfError(weights.decoder.model, f"{weights.name(site)} is {what}", "load it whole and unquantised")
     return weights, chosen
 
 

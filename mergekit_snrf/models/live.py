@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class LiveDecoder:
 
     model: str
     path: str
-    layers: tuple[nn.Module, ...]
+    layers: tuple[nn.Module, ...] = field(repr=False)
     shape: DecoderShape
 
 
@@ -49,19 +49,18 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
     if len(stacks) > 1:
         size = (shape.layers, shape.hidden_size) if shape else _configured_size(model)
         stacks = [(path, layers) for path, layers in stacks if (len(layers), _width(layers[0])) == size] or stacks
+    if len(stacks) > 1:
+        # The stack with embeddings and a final norm is the decoder; a resampler's has neither.
+        stacks = [(path, layers) for path, layers in stacks if _is_main(model, path)] or stacks
     if len(stacks) != 1:
         found = ", ".join(f"{path} ({len(layers)} layers of width {_width(layers[0])})" for path, layers in stacks)
-        raise SnrfError(
-            f"{name}: {'several text decoders' if stacks else 'no text decoder'} found in the loaded model"
-            f"{f': {found}' if stacks else ''}; the profiler needs one list of layers with {', '.join(_MODULES)}"
-        )
+        what = f"several text decoders found ({found})" if stacks else "no text decoder found"
+        raise SnrfError(name, f"{what} in the loaded model", f"use a model with one list of layers with {', '.join(_MODULES)}")
     path, layers = stacks[0]
     live = LiveDecoder(name, path, layers, _live_shape(name, path, layers))
     if shape is not None and live.shape != shape:
-        raise SnrfError(
-            f"{name}: the loaded decoder {path} is {live.shape}, but the checkpoint's is {shape}; load the model "
-            f"as it lies on disk"
-        )
+        what = f"the loaded decoder {path} is {live.shape}, but the checkpoint's is {shape}"
+        raise SnrfError(name, what, "load the model as it is on disk")
     return live
 
 
@@ -87,7 +86,7 @@ def _parameter_of(module: Any, name: str) -> Tensor:
         with align_module_device(module):
             parameter = getattr(module, name).detach().clone()
     if not parameter.is_floating_point():
-        raise SnrfError(f"a {name} is stored as {parameter.dtype}; load the model without quantisation")
+        raise SnrfError(None, f"a {name} is stored as {parameter.dtype}", "load the model without quantisation")
     return parameter.detach()
 
 
@@ -96,6 +95,11 @@ def _is_decoder_layer(layer: nn.Module) -> bool:
         return all(hasattr(layer.get_submodule(name), "weight") for name in _MODULES)
     except AttributeError:
         return False
+
+
+def _is_main(model: nn.Module, path: str) -> bool:
+    above = model.get_submodule(path.rpartition(".")[0])
+    return hasattr(above, "embed_tokens") and hasattr(above, "norm")
 
 
 def _width(layer: nn.Module) -> int:
@@ -118,18 +122,20 @@ def _live_shape(name: str, path: str, layers: tuple[nn.Module, ...]) -> DecoderS
     attention: Any = layers[0].get_submodule("self_attn")
     head_dim = getattr(attention, "head_dim", None) or getattr(getattr(attention, "config", None), "head_dim", None)
     if not isinstance(head_dim, int):
-        raise SnrfError(f"{name}: {path}.0.self_attn does not say its head_dim; the model is not supported")
+        raise SnrfError(name, f"{path}.0.self_attn has no head_dim", "the model is not supported")
     shapes = {
-        DecoderShape(
-            layers=len(layers),
-            hidden_size=_width(layer),
-            heads=_features(layer, "attn.q")[1] // head_dim,
-            kv_heads=_features(layer, "attn.k")[1] // head_dim,
-            head_dim=head_dim,
-            intermediate_size=_features(layer, "fwd.up")[1],
+        DecoderShape.of(
+            {
+                "num_hidden_layers": len(layers),
+                "hidden_size": _width(layer),
+                "num_attention_heads": _features(layer, "attn.q")[1] // head_dim,
+                "num_key_value_heads": _features(layer, "attn.k")[1] // head_dim,
+                "head_dim": head_dim,
+                "intermediate_size": _features(layer, "fwd.up")[1],
+            }
         )
         for layer in layers
     }
     if len(shapes) > 1:
-        raise SnrfError(f"{name}: the layers of {path} are of different shapes ({shapes}); the model is not supported")
+        raise SnrfError(name, f"the layers of {path} have different shapes ({shapes})", "the model is not supported")
     return shapes.pop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import complete_stacks, find_decoder
+from mergekit_snrf.models.decoder import complete_stacks, find_decoder, main_stacks
 from mergekit_snrf.models.live import LiveDecoder, bias_of, find_live_decoder, weight_of
 from mergekit_snrf.models.shards import ByteRange, byte_ranges, read_tensor
 from mergekit_snrf.neurons.sets import Site
+
+_MASK = "use a mask of this model"
 
 
 def bias_name(weight_name: str) -> str:
@@ -36,7 +38,7 @@ def stored_ranges(checkpoint: Checkpoint, folder: Path, names: Iterable[str]) ->
     shards = sorted({checkpoint.tensors[name].file for name in names})
     for shard in shards:
         if shard.endswith(".bin"):
-            raise SnrfError(f"{checkpoint.name}: is stored as .bin ({shard}); convert it to safetensors first")
+            raise SnrfError(checkpoint.name, f"is stored as .bin ({shard})", "convert it to safetensors first")
     return {name: where for shard in shards for name, where in byte_ranges(folder / shard).items()}
 
 
@@ -66,10 +68,8 @@ class LiveWeights:
             SnrfError: the decoder has no such layer.
         """
         if site.layer >= self.decoder.shape.layers:
-            raise SnrfError(
-                f"{self.decoder.model}: there is no layer {site.layer}, {self.decoder.path} has "
-                f"{self.decoder.shape.layers}; use a mask of this model"
-            )
+            what = f"has no layer {site.layer}, {self.decoder.path} has {self.decoder.shape.layers}"
+            raise SnrfError(self.decoder.model, what, _MASK)
         return self.decoder.layers[site.layer].get_submodule(site.module)
 
     def name(self, site: Site) -> str:
@@ -94,7 +94,7 @@ class StateWeights:
         prefix: what precedes the layer number, ``model.layers.``.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(repr=False)
     prefix: str
 
     @classmethod
@@ -104,13 +104,11 @@ class StateWeights:
         Raises:
             SnrfError: there is none with all five projections in every layer, or several.
         """
-        prefixes = sorted(complete_stacks(tensors))
+        prefixes = main_stacks(tensors, sorted(complete_stacks(tensors)))
         if len(prefixes) != 1:
             found = f"several text decoders ({', '.join(prefixes)})" if prefixes else "no text decoder"
-            raise SnrfError(
-                f"the state dict has {found}; it must have exactly one stack of layers with separate q, k, v, up and "
-                f"down weights"
-            )
+            remedy = "use one with one stack of layers with separate q, k, v, up and down weights"
+            raise SnrfError(None, f"the state dict has {found}", remedy)
         return cls(tensors, prefixes[0])
 
     def name(self, site: Site) -> str:
@@ -125,7 +123,7 @@ class StateWeights:
         """
         name = self.name(site)
         if name not in self.tensors:
-            raise SnrfError(f"the state dict has no tensor {name}; use a mask of this model")
+            raise SnrfError(None, f"the state dict has no tensor {name}", _MASK)
         return self.tensors[name]
 
     def bias(self, site: Site) -> Float[Tensor, " rows"] | None:
@@ -147,7 +145,7 @@ class StoredWeights:
     def __init__(self, checkpoint: Checkpoint, folder: Path | None = None) -> None:
         found = folder or checkpoint.folder
         if found is None:
-            raise SnrfError(f"{checkpoint.name}: its weights are only on the hub; download it first")
+            raise SnrfError(checkpoint.name, "its weights are only on the hub", "download it first")
         self._checkpoint, self._folder = checkpoint, found
         self._decoder = find_decoder(checkpoint)
 
@@ -174,7 +172,7 @@ class StoredWeights:
 
     def _read(self, name: str) -> Tensor:
         if name not in self._ranges:
-            raise SnrfError(f"{self._checkpoint.name}: has no tensor {name}; use a mask of this model")
+            raise SnrfError(self._checkpoint.name, f"has no tensor {name}", _MASK)
         return read_tensor(self._ranges[name])
 
 
@@ -189,5 +187,5 @@ def weights_of(model: nn.Module | Mapping[str, Tensor] | Checkpoint | Weights) -
     if isinstance(model, Checkpoint):
         return StoredWeights(model)
     if isinstance(model, str | Path):
-        raise SnrfError(f"{model}: is a path; give open_checkpoint(path), a loaded model or a state dict")
+        raise SnrfError(model, "is a path", "give open_checkpoint(path), a loaded model or a state dict")
     return StateWeights.of(model) if isinstance(model, Mapping) else model

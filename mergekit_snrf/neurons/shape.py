@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import NeuronSet
@@ -20,6 +21,29 @@ class DecoderShape:
     kv_heads: int
     head_dim: int
     intermediate_size: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> DecoderShape:
+        """Return the shape that a text configuration with transformers' names describes.
+
+        Raises:
+            ValueError: a number is missing, or is impossible.
+        """
+        try:
+            hidden_size, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+            shape = cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden_size=hidden_size,
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden_size // heads),
+                intermediate_size=int(config["intermediate_size"]),
+            )
+        except (KeyError, TypeError, ArithmeticError) as error:
+            raise ValueError(f"the configuration lacks a number ({error})") from None
+        if min(astuple(shape)) < 1 or shape.heads % shape.kv_heads:
+            raise ValueError(f"no decoder has the shape {shape}")
+        return shape
 
     @property
     def repeats(self) -> int:

@@ -128,16 +128,7 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
 
 def _gguf_info(ref: ModelRef) -> ModelInfo:
     config = load_config(ref)
-    heads = config.num_attention_heads
-    shape = DecoderShape(
-        layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        intermediate_size=config.intermediate_size,
-    )
-    return ModelInfo(shape, config.model_type)
+    return ModelInfo(DecoderShape.of(config.to_dict()), config.model_type)
 
 
 def _content_sha256(checkpoint: Checkpoint) -> str:

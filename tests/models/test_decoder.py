@@ -9,8 +9,9 @@ import pytest
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
-from mergekit_snrf.models.decoder import Decoder, DecoderShape, find_decoder, pairing_problems, site_of
+from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems, site_of
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.shape import DecoderShape
 
 TEXT = {
     "model_type": "qwen2",
@@ -119,7 +120,7 @@ def test_sites_are_every_layer_and_projection() -> None:
     ],
 )
 def test_names_of_other_weights(name: str) -> None:
-    with pytest.raises(SnrfError, match=r"is not a weight of a text decoder's attn\.q, attn\.k, attn\.v, fwd\.up, fwd"):
+    with pytest.raises(SnrfError, match="not a weight of a text decoder"):
         site_of(name)
 
 
@@ -139,55 +140,30 @@ def test_the_config_tells_a_resampler_from_the_decoder(first: bool) -> None:
         assert find_decoder(checkpoint(both)).prefix == "model.layers."
 
 
-def test_two_stacks_that_match_are_refused() -> None:
-    message = error_of({**stack("talker.model.layers."), **stack("thinker.model.layers.")})
-    assert message == (
-        "model: several text decoders match the configuration (talker.model.layers., thinker.model.layers.); "
-        "give a checkpoint with one"
-    )
-
-
-PHI3 = {
-    f"model.layers.{n}.{name}.weight": (4, 4)
-    for n in range(3)
-    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-}
-INTERNLM2 = {
-    f"language_model.model.layers.{n}.{name}.weight": (4, 4)
-    for n in range(3)
-    for name in ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-}
-FALCON = {f"transformer.h.{n}.self_attention.query_key_value.weight": (4, 4) for n in range(3)}
-GPT2 = {f"transformer.h.{n}.attn.c_attn.weight": (4, 4) for n in range(3)}
-GLM4 = {
-    f"model.layers.{n}.{name}.weight": (4, 4)
-    for n in range(3)
-    for name in (*MODULES[:3], "mlp.gate_up_proj", "mlp.down_proj")
-}
-
-
-FUSED_QKV = {
-    f"model.layers.{n}.{name}.weight": (4, 4)
-    for n in range(3)
-    for name in ("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-}
+def test_of_two_equal_stacks_the_one_with_embeddings_and_norm_is_the_decoder() -> None:
+    both = {**stack("model.resampler.layers."), **stack("model.text_model.layers.")}
+    assert "several text decoders" in error_of(both)
+    both |= headers({"model.text_model.embed_tokens.weight": (9, 16), "model.resampler.norm.weight": (16,)})
+    assert "several text decoders" in error_of(both)
+    both |= headers({"model.text_model.norm.weight": (16,)})
+    assert find_decoder(checkpoint(both)).prefix == "model.text_model.layers."
 
 
 @pytest.mark.parametrize(
-    ("shapes", "example"),
+    ("prefix", "modules"),
     [
-        (PHI3, "model.layers.0.self_attn.qkv_proj.weight"),
-        (INTERNLM2, "language_model.model.layers.0.attention.wqkv.weight"),
-        (FALCON, "transformer.h.0.self_attention.query_key_value.weight"),
-        (GPT2, "transformer.h.0.attn.c_attn.weight"),
-        (GLM4, "model.layers.0.mlp.gate_up_proj.weight"),
-        (FUSED_QKV, "model.layers.0.self_attn.qkv_proj.weight"),
+        ("model.layers.", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
+        ("language_model.model.layers.", ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2")),
+        ("transformer.h.", ("self_attention.query_key_value",)),
+        ("transformer.h.", ("attn.c_attn",)),
+        ("model.layers.", ("mlp.gate_up_proj", *MODULES[:3], "mlp.down_proj")),
+        ("model.layers.", ("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
     ],
     ids=["phi3", "internlm2", "falcon", "gpt2", "glm4", "fused qkv"],
 )
-def test_fused_decoders_are_refused_by_name(shapes: dict[str, tuple[int, ...]], example: str) -> None:
-    message = error_of({**vision_tower(), **headers(shapes)})
-    assert message.startswith(f"model: has fused projections ({example}); SNRF needs separate q, k, v, up and down")
+def test_fused_decoders_are_refused_by_name(prefix: str, modules: tuple[str, ...]) -> None:
+    fused = headers({f"{prefix}{n}.{name}.weight": (4, 4) for n in range(3) for name in modules})
+    assert f"has fused projections ({prefix}0.{modules[0]}.weight)" in error_of({**vision_tower(), **fused})
 
 
 def test_a_fused_vision_tower_is_no_obstacle() -> None:
@@ -207,9 +183,7 @@ def test_a_fused_vision_tower_is_no_obstacle() -> None:
 def test_mixtures_of_experts_are_refused_by_name(expert: str) -> None:
     attention = {name: header for name, header in stack().items() if ".mlp." not in name}
     for dense in (attention, stack()):
-        assert error_of({**dense, **headers({expert: (4, 4)})}) == (
-            f"model: is a mixture of experts ({expert}); SNRF needs dense decoder layers, experts are not supported"
-        )
+        assert f"is a mixture of experts ({expert})" in error_of({**dense, **headers({expert: (4, 4)})})
 
 
 @pytest.mark.parametrize("part", ["qweight", "weight_packed", "weight.absmax", "weight_scale"])
@@ -219,9 +193,13 @@ def test_quantised_decoders_are_refused_by_name(part: str) -> None:
         tensors = stack(shape=replace(SHAPE, hidden_size=1), dtype="U8")
     else:
         tensors = {name: header for name, header in stack().items() if not name.endswith("_proj.weight")}
-    assert error_of({**tensors, **headers({example: (4,)})}) == (
-        f"model: is quantised ({example}); merge the unquantised checkpoint and quantise the result"
-    )
+    assert f"is quantised ({example})" in error_of({**tensors, **headers({example: (4,)})})
+
+
+@pytest.mark.parametrize("part", ["base_layer.weight", "lora_A.weight"])
+def test_unmerged_adapters_are_refused_by_name(part: str) -> None:
+    example = f"base_model.model.model.layers.0.self_attn.q_proj.{part}"
+    assert f"has an adapter that is not merged ({example})" in error_of(headers({example: (4, 4)}))
 
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E4M3", "F8_E5M2", "I32", "BOOL", "C64", "torch.float8_e4m3fn"])
@@ -230,10 +208,7 @@ def test_weights_of_unusable_dtypes_are_refused_by_name(dtype: str) -> None:
         name = f"model.layers.1.{module}.weight"
         tensors = stack()
         message = error_of({**tensors, name: replace(tensors[name], dtype=dtype)})
-        assert message == (
-            f"model: {name} is stored as {dtype}; SNRF needs F16, BF16, F32, F64 weights, "
-            f"use the unquantised checkpoint"
-        )
+        assert f"{name} is stored as {dtype}, not as F16, BF16, F32, F64" in message
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -243,13 +218,13 @@ def test_a_missing_tensor_is_named(layer: int, module: str) -> None:
     visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
     tensors = {**vision_tower(), **visual, **stack()}
     del tensors[name]
-    assert error_of(tensors).startswith(f"model: tensor {name} is missing; SNRF needs all five projections in every")
+    assert error_of(tensors).startswith(f"model: tensor {name} is missing")
 
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_missing_layer_is_named(layer: int) -> None:
     tensors = {name: header for name, header in stack().items() if f"layers.{layer}." not in name}
-    assert error_of(tensors).startswith(f"model: tensor model.layers.{layer}.mlp.down_proj.weight is missing;")
+    assert error_of(tensors).startswith(f"model: tensor model.layers.{layer}.mlp.down_proj.weight is missing,")
 
 
 def test_a_missing_last_layer_contradicts_the_config() -> None:
@@ -264,7 +239,7 @@ def test_a_missing_last_layer_contradicts_the_config() -> None:
 @pytest.mark.parametrize("spelling", ["00", "\u0660", "0x0", "-0", "100000"])
 def test_layer_numbers_are_plain(spelling: str) -> None:
     tensors = {name.replace("layers.0.", f"layers.{spelling}."): header for name, header in stack().items()}
-    assert error_of(tensors).startswith("model: tensor model.layers.0.mlp.down_proj.weight is missing;")
+    assert error_of(tensors).startswith("model: tensor model.layers.0.mlp.down_proj.weight is missing,")
 
 
 @pytest.mark.parametrize("shape", [(), (16,), (8,), (16, 8), (2, 16, 16)])
@@ -335,11 +310,14 @@ def test_absurd_depths_are_refused_at_once(layers: int) -> None:
     assert f"config.json says {layers} layers" in error_of(stack(), config)
 
 
+def test_defaults_of_transformers_are_not_what_config_json_says() -> None:
+    text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"}
+    message = error_of(stack(), {"model_type": "llava", "text_config": {**text, "model_type": "llama"}})
+    assert "config.json leaves out num_hidden_layers, of which transformers' default is 32 layers" in message
+
+
 def test_checkpoints_without_a_decoder() -> None:
-    assert error_of({}, {**TEXT, "model_type": "unheard_of"}) == (
-        "model: no text decoder found, no tensor is called ...layers.N.self_attn.q_proj.weight with "
-        "...layers.N.mlp.up_proj.weight beside it; model_type 'unheard_of' is not supported"
-    )
+    assert "model: no text decoder found" in error_of({}, {**TEXT, "model_type": "unheard_of"})
 
 
 @pytest.mark.parametrize(
@@ -358,6 +336,10 @@ def test_checkpoints_without_a_decoder() -> None:
         ({"model_type": "gemma3", "text_config": {**TEXT, "model_type": "gemma3_text", "head_dim": 4}}, "gemma3"),
         ({**TEXT, "model_type": "unheard_of_text"}, "unheard_of"),
         ({**TEXT, "model_type": "minicpmv"}, "llama"),
+        ({**TEXT, "model_type": "llava_llama", "mm_vision_tower": "clip"}, "llama"),
+        ({**TEXT, "model_type": "llava_mistral"}, "mistral"),
+        ({**TEXT, "model_type": "llava_qwen"}, "qwen2"),
+        ({**TEXT, "model_type": "llava", "mm_vision_tower": "clip"}, "llama"),
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
@@ -395,36 +377,26 @@ def test_equal_decoders_pair_whatever_surrounds_them() -> None:
     assert pairing_problems(vlm, model("source")) == []
 
 
+def problems_of(target: Checkpoint, source: Checkpoint) -> list[str]:
+    return [str(problem).partition(":")[0] for problem in pairing_problems(target, source)]
+
+
 @pytest.mark.parametrize(
-    ("changes", "what", "example"),
+    ("attribute", "value", "what", "example"),
     [
-        ({"layers": 4}, "layers: the target target has 3, the source source has 4", "mlp.up_proj.weight [24, 16]"),
-        (
-            {"hidden_size": 32},
-            "hidden size: the target target has 16, the source source has 32",
-            "up_proj.weight [24, 32]",
-        ),
-        ({"heads": 8}, "attention heads: the target target has 4, the source source has 8", "q_proj.weight [32, 16]"),
-        (
-            {"kv_heads": 4},
-            "key and value heads: the target target has 2, the source source has 4",
-            "k_proj.weight [16, 16]",
-        ),
-        ({"head_dim": 8}, "head dimension: the target target has 4, the source source has 8", "k_proj.weight [16, 16]"),
-        (
-            {"intermediate_size": 25},
-            "intermediate size: the target target has 24, the source source has 25",
-            "[25, 16]",
-        ),
+        ("layers", 4, "layers", "mlp.up_proj.weight [24, 16]"),
+        ("hidden_size", 32, "hidden size", "up_proj.weight [24, 32]"),
+        ("heads", 8, "attention heads", "q_proj.weight [32, 16]"),
+        ("kv_heads", 4, "key and value heads", "k_proj.weight [16, 16]"),
+        ("head_dim", 8, "head dimension", "k_proj.weight [16, 16]"),
+        ("intermediate_size", 25, "intermediate size", "[25, 16]"),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_decoders_of_different_shapes_do_not_pair(changes: dict[str, int], what: str, example: str) -> None:
-    problems = pairing_problems(model("target"), model("source", **changes))
-    assert len(problems) == 1
-    assert problems[0].startswith(f"{what} (target.layers.0.")
-    assert example in problems[0]
-    assert problems[0].endswith("use a source with the same decoder shape")
+def test_decoders_of_different_shapes_do_not_pair(attribute: str, value: int, what: str, example: str) -> None:
+    (problem,) = map(str, pairing_problems(model("target"), model("source", **{attribute: value})))
+    was = getattr(SHAPE, attribute)
+    assert problem.startswith(f"{what}: the target target has {was}, the source source has {value} (target.layers.0.")
+    assert example in problem
 
 
 def test_head_layouts_of_equal_weights_do_not_pair() -> None:
@@ -432,24 +404,15 @@ def test_head_layouts_of_equal_weights_do_not_pair() -> None:
     target, source = model("target"), model("source", heads=2, kv_heads=1, head_dim=8)
     shapes = [[header.shape for header in side.tensors.values()] for side in (target, source)]
     assert shapes[0] == shapes[1]
-    assert [problem.partition(":")[0] for problem in pairing_problems(target, source)] == [
-        "attention heads",
-        "key and value heads",
-        "head dimension",
-    ]
+    assert problems_of(target, source) == ["attention heads", "key and value heads", "head dimension"]
+    source = model("source", "llama", layers=2, intermediate_size=9)
+    assert problems_of(model("target", "qwen2"), source) == ["layers", "intermediate size", "model type"]
 
 
-def test_every_difference_is_told_at_once() -> None:
-    problems = pairing_problems(model("target", "qwen2"), model("source", "llama", layers=2, intermediate_size=9))
-    assert [problem.partition(":")[0] for problem in problems] == ["layers", "intermediate size", "model type"]
-
-
-def test_families_do_not_pair_unless_told_to() -> None:
+def test_families_pair_only_on_request() -> None:
     target, source = model("target", "qwen2"), model("source", "llama")
-    (problem,) = pairing_problems(target, source)
-    assert problem.startswith(
-        "model type: the target's text decoder is 'qwen2' (target/config.json), the source's 'llama' (source/config"
-    )
+    (problem,) = map(str, pairing_problems(target, source))
+    assert "'qwen2' (target/config.json), the source's 'llama' (source/config" in problem
     assert "allow_family_mismatch: true" in problem
     assert pairing_problems(target, source, any_family=True) == []
     assert pairing_problems(target, model("source", "llama", layers=2), any_family=True) != []
