@@ -55,7 +55,8 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
     if len(stacks) != 1:
         found = ", ".join(f"{path} ({len(layers)} layers of width {_width(layers[0])})" for path, layers in stacks)
         what = f"several text decoders found ({found})" if stacks else "no text decoder found"
-        raise SnrfError(name, f"{what} in the loaded model", f"use a model with one list of layers with {', '.join(_MODULES)}")
+        remedy = f"use a model with one list of layers with {', '.join(_MODULES)}"
+        raise SnrfError(name, f"{what} in the loaded model", remedy)
     path, layers = stacks[0]
     live = LiveDecoder(name, path, layers, _live_shape(name, path, layers))
     if shape is not None and live.shape != shape:

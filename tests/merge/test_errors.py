@@ -220,19 +220,19 @@ def edit_config(**changes: Any) -> Callable[[Path], object]:
 SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "fused qkv": (
         rewrite(lambda t: concatenate(t, QKV)),
-        "has fused projections (model.layers.0.self_attn.qkv_proj.weight); SNRF needs separate q, k, v, up and down",
+        "has fused projections (model.layers.0.self_attn.qkv_proj.weight); convert the checkpoint to separate q, k, v",
     ),
     "fused gate and up": (
         rewrite(lambda t: concatenate(t, GATE_UP)),
-        "has fused projections (model.layers.0.mlp.gate_up_proj.weight); SNRF needs separate q, k, v, up and down",
+        "has fused projections (model.layers.0.mlp.gate_up_proj.weight); convert the checkpoint to separate q, k, v",
     ),
     "fused qkv, gate and up": (
         rewrite(lambda t: concatenate(t, QKV | GATE_UP)),
-        "_proj.weight); SNRF needs separate q, k, v, up and down weights, convert the checkpoint to that layout",
+        "_proj.weight); convert the checkpoint to separate q, k, v",
     ),
     "mixture of experts": (
         rewrite(lambda t: t | {"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(2, 2)}),
-        "is a mixture of experts (model.layers.0.mlp.experts.0.up_proj.weight); SNRF needs dense",
+        "is a mixture of experts (model.layers.0.mlp.experts.0.up_proj.weight); use a model with dense",
     ),
     "quantised": (
         rewrite(
@@ -245,11 +245,11 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "integer weights": (
         rewrite(lambda t: t | {UP: t[UP].to(torch.int8)}),
-        f"{UP} is stored as I8; SNRF needs F16, BF16",
+        f"{UP} is stored as I8, not as F16, BF16",
     ),
     "a weight missing": (
         rewrite(lambda t: {name: tensor for name, tensor in t.items() if name != UP}),
-        f"tensor {UP} is missing; SNRF needs all five projections in every one of the 3 layers",
+        f"tensor {UP} is missing, but all 3 layers need all five projections",
     ),
     "another shape than config.json": (
         rewrite(lambda t: t | {UP: t[UP][:90].contiguous()}),
@@ -302,7 +302,7 @@ def test_target_that_cannot_be_used(pair: Pair, tmp_path: Path) -> None:
     lost = target_name(Site(1, "fwd.up"))
     write(target, {name: tensor for name, tensor in tensors.items() if name != lost})
     message = one(pair.recipe(base_model=str(target)), tmp_path / "out")
-    assert message.startswith(f"{target}: tensor {lost} is missing; SNRF needs all five projections")
+    assert message.startswith(f"{target}: tensor {lost} is missing, but all")
 
 
 def test_remote_code_only_when_allowed(pair: Pair, tmp_path: Path) -> None:
