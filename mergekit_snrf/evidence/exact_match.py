@@ -10,7 +10,7 @@ Files are looked for beside the YAML. Prompts are rendered as the profiler rende
 or by ``template``, a format string over the row's columns.
 
 With ``answer_regex`` an answer is what the last match of the expression holds: its first group, or all of it. An answer
-without a match is malformed, which is wrong, and is counted besides. The row's own answer goes through the same
+without a match is malformed, which is wrong and is also counted. The row's own answer goes through the same
 expression where that matches. Answers are compared after normalisation: white space, case, and the spelling of
 decimal numbers (7, 7.0, 1,000) make no difference.
 
@@ -22,115 +22,89 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from mergekit_snrf.errors import SnrfError, problem
+from mergekit_snrf.errors import SnrfError, invalid, naming
 from mergekit_snrf.evidence.items import Items, Role
 from mergekit_snrf.files.reading import load_yaml
+from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
-from mergekit_snrf.profiling.probes.rows import Rows, load_rows
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
-from mergekit_snrf.profiling.probes.template import template_fields
+from mergekit_snrf.profiling.probes.rows import BadRow, Rows, load_rows
+from mergekit_snrf.profiling.probes.source import (
+    DATA_SUFFIXES,
+    AnswerRule,
+    Count,
+    Name,
+    ProbeSource,
+    Seed,
+    Template,
+    check_prompt,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedModel
 
-_MAX_BYTES = 1_000_000
 _MAX_PATTERN = 1_000
+_MAX_EXPANDED = 100_000
+"""Parts of an expression with its repeats written out, as the compiler does: each takes about 300 bytes."""
 _SEARCHED = 20_000
 """Characters at the end of an answer that its expression sees."""
 _SECONDS = 2.0
-_WORDS = {
-    regex.compile(rf"(?<![\w./-]){theirs}"): ours
-    for theirs, ours in {
-        r"this side of profile\.yml": "this metric",
-        r"profile\.yml": "the evaluation",
-        r"probes\.dataset\b": "data",
-        r"probes\.(question|images|split)\b": r"\1",
-        r"answer\.max_new_tokens\b": "max_new_tokens",
-    }.items()
-}
-"""What the profiler calls its keys, but not in the middle of a path, and the keys of an evaluation."""
+_PART = regex.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{(\d*)(?:,(\d*))?\}|.", regex.DOTALL)
+"""An escape, a set of characters, a repeat with its counts, or one character of an expression."""
 _NUMBER = regex.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", regex.ASCII)
 _THOUSANDS = regex.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", regex.ASCII)
 
-_Name = Annotated[str, Field(min_length=1)]
-_Count = Annotated[int, Field(ge=1, strict=True)]
 
+class MetricConfig(Settings):
+    """One metric of an exact-match evaluation."""
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MetricConfig(_Section):
-    """One metric of an exact-match evaluation.
-
-    Attributes:
-        data: a .jsonl, .json, .parquet or .csv file.
-        question: the column that holds the question; may be left out if ``template`` names the columns.
-        images: the column that holds the images, one or several a row.
-        answer: the column that holds the right answer.
-        answer_regex: what to look for in an answer; None: the answer is all that the model writes.
-        template: a format string in place of the chat template; ``<image>`` stands where an image goes.
-        role: whether a merge shall gain or keep it.
-    """
-
-    data: _Name
-    question: _Name | None = None
-    images: _Name | None = None
-    answer: _Name
-    answer_regex: Annotated[str, Field(min_length=1, max_length=_MAX_PATTERN)] | None = None
-    template: _Name | None = None
-    role: Literal["gain", "keep"] = "gain"
+    data: Name = Field(description="A .jsonl, .json, .parquet or .csv file.")
+    question: Name | None = Field(default=None, description="Column of the question; optional with a template.")
+    images: Name | None = Field(default=None, description="Column of the images, one or several in a row.")
+    answer: Name = Field(description="Column of the right answer.")
+    answer_regex: Annotated[str, Field(min_length=1, max_length=_MAX_PATTERN)] | None = Field(
+        default=None, description="Expression that finds the answer in what the model writes; default: all of it."
+    )
+    template: Template | None = Field(
+        default=None,
+        description="Format string over the columns that replaces the model's chat template; <image> marks an image.",
+    )
+    role: Role = Field(default="gain", description="Whether a merge should improve the metric (gain) or preserve it.")
 
     @field_validator("answer_regex")
     @classmethod
     def _check_regex(cls, pattern: str | None) -> str | None:
         if pattern is not None:
+            if _expanded(pattern) > _MAX_EXPANDED:
+                raise ValueError(f"repeats more than {_MAX_EXPANDED} parts; use smaller counts in braces")
             try:
                 regex.compile(pattern)
             except (regex.error, RecursionError) as error:
                 raise ValueError(f"is not a regular expression ({error})") from None
         return pattern
 
-    @field_validator("template")
-    @classmethod
-    def _check_template(cls, template: str | None) -> str | None:
-        if template is not None:
-            template_fields(template)
-        return template
-
     @model_validator(mode="after")
     def _check_question(self) -> MetricConfig:
-        if self.template is None and self.question is None:
-            raise ValueError("question is missing; name the column that holds the question, or write a template")
+        check_prompt(self.question, self.template)
         return self
 
 
-class ExactMatchConfig(_Section):
-    """A checked YAML file of an exact-match evaluation.
+class ExactMatchConfig(Settings):
+    """A checked YAML file of an exact-match evaluation."""
 
-    Attributes:
-        metrics: by name.
-        max_new_tokens: at most as many tokens are generated for an answer.
-        batch_size: prompts in a batch.
-        limit: rows taken from each file, drawn by ``seed``; None: all.
-    """
-
-    metrics: Annotated[dict[_Name, MetricConfig], Field(min_length=1)]
-    max_new_tokens: _Count = 512
-    batch_size: _Count = 8
-    limit: _Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = 0
+    metrics: Annotated[dict[Name, MetricConfig], Field(min_length=1)] = Field(description="By name.")
+    max_new_tokens: Count = Field(default=512, description="At most as many tokens are generated for an answer.")
+    batch_size: Count = Field(default=8, description="Prompts in a batch.")
+    limit: Count | None = Field(default=None, description="Rows drawn from each file; default: all.")
+    seed: Seed = Field(default=0, description="Seed of the draw.")
 
 
 @dataclass(frozen=True)
@@ -164,7 +138,7 @@ class ExactMatch:
         """
         found = {}
         for name, metric in self.metrics.items():
-            with _located(f"{self.path}: metric {name!r}"):
+            with _naming(name, self.path):
                 found[name] = _ask(metric, model, processor)
         return found
 
@@ -180,7 +154,7 @@ def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
     config = _read_config(path)
     metrics = {}
     for name, metric in config.metrics.items():
-        with _located(f"{path}: metric {name!r}"):
+        with _naming(name, path):
             metrics[name] = _load_metric(metric, config, path.parent)
     return ExactMatch(path, metrics)
 
@@ -199,10 +173,8 @@ def extract(pattern: regex.Pattern[str] | None, text: str) -> str | None:
     try:
         matches = list(pattern.finditer(text[-_SEARCHED:], timeout=_SECONDS))
     except TimeoutError:
-        raise SnrfError(
-            f"answer_regex {pattern.pattern!r} takes more than {_SECONDS:g} seconds on an answer of {len(text)} "
-            f"characters; write it without nested repetition"
-        ) from None
+        what = f"{pattern.pattern!r} takes more than {_SECONDS:g} seconds on an answer of {len(text)} characters"
+        raise SnrfError(None, what, "write it without nested repetition", field="answer_regex") from None
     if not matches:
         return None
     last = matches[-1]
@@ -219,7 +191,7 @@ def normalised(answer: str) -> str | Decimal:
 def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
     probes = prepare(metric.rows, processor, rule=metric.rule, batch_size=metric.batch_size, config=model.config)
     if probes.bad:
-        raise SnrfError(f"{probes.bad[0]}; every row must be asked, or models are not comparable")
+        raise _bad_row(probes.bad[0], metric.rows.name)
     answers: dict[int, str] = {}
     for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
@@ -237,9 +209,11 @@ def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
 def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -> _Metric:
     data = folder / Path(metric.data).expanduser()
     if data.suffix not in DATA_SUFFIXES:
-        raise SnrfError(f"data: {metric.data!r} must end in one of {', '.join(DATA_SUFFIXES)}")
+        remedy = f"use a file that ends in {', '.join(DATA_SUFFIXES)}"
+        raise SnrfError(None, f"{metric.data!r} is not a data file", remedy, field="data")
     if not data.is_file():
-        raise SnrfError(f"data: there is no file {data}; correct the path, which is relative to the evaluation's file")
+        remedy = "correct the path, which is relative to the evaluation's file"
+        raise SnrfError(None, f"there is no file {data}", remedy, field="data")
     source = ProbeSource(
         dataset=str(data),
         question=metric.question,
@@ -251,7 +225,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
     )
     rows = load_rows(source, answers=True)
     if rows.bad:
-        raise SnrfError(f"{rows.name}: {rows.bad[0]}; mend or remove it")
+        raise _bad_row(rows.bad[0], rows.name)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None
     expected = {}
     for row in rows.rows:
@@ -266,23 +240,45 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
 def _read_config(path: Path) -> ExactMatchConfig:
     raw = load_yaml(path, remedy="give the YAML file, not the data")
     if not isinstance(raw, dict):
-        found = "is empty" if raw is None else "is no mapping of keys to values"
-        raise SnrfError(f"{path}: {found}; an evaluation begins with metrics:, see docs/evidence.md")
+        found = "is empty" if raw is None else "is not a mapping of keys to values"
+        raise SnrfError(path, found, "an evaluation begins with metrics:, see docs/evidence.md")
     try:
         return ExactMatchConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        fields = (MetricConfig if first["loc"][:1] == ("metrics",) else ExactMatchConfig).model_fields
-        raise SnrfError(f"{path}: {problem(first, fields=fields)}") from None
+        fields = (MetricConfig if error.errors()[0]["loc"][:1] == ("metrics",) else ExactMatchConfig).model_fields
+        raise invalid(path, error.errors(), fields=fields) from None
 
 
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    try:
-        yield
-    except SnrfError as error:
-        # The profiler, which reads and renders the rows, knows only its own file.
-        message = str(error)
-        for theirs, ours in _WORDS.items():
-            message = theirs.sub(ours, message)
-        raise SnrfError(f"{where}: {message}") from None
+def _bad_row(bad: BadRow, name: str) -> SnrfError:
+    remedy = bad.error.remedy or "correct or remove the row; models are compared on all rows"
+    return SnrfError(bad.error.model or name, str(bad), remedy, field=bad.error.field)
+
+
+def _naming(metric: str, path: Path) -> AbstractContextManager[None]:
+    """Name the fields of errors as the keys of the evaluation's file."""
+
+    def key(field: str) -> str:
+        if field in ExactMatchConfig.model_fields:
+            return field
+        return f"metrics.{metric}.{'data' if field == 'dataset' else field}"
+
+    return naming(key, path)
+
+
+def _expanded(pattern: str) -> float:
+    """Return about how many parts an expression has with its counted repeats written out."""
+    groups, last = [0.0], 0.0
+    for match in _PART.finditer(pattern):
+        if match[0] == "(":
+            groups.append(0.0)
+        elif match[0] == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif match[1] or match[2]:
+            times = max(1.0, *(float(count or 0) for count in match.groups()))
+            groups[-1] += last * (times - 1)
+            last *= times
+        else:
+            last = 1.0
+            groups[-1] += 1
+    return sum(groups)

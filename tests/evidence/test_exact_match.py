@@ -160,7 +160,7 @@ def test_the_last_match_is_the_answer(pattern: str | None, text: str, expected: 
 @pytest.mark.parametrize("text", ["a" * 60 + "b", ("a" * 24 + "c") * 500])
 def test_an_expression_that_backtracks_without_end_is_stopped(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact_match, "_SECONDS", 0.2)
-    with pytest.raises(SnrfError, match=r"answer_regex '\(a\|aa\)\+\$' takes more than 0\.2 seconds"):
+    with pytest.raises(SnrfError, match=r"^answer_regex: '\(a\|aa\)\+\$' takes more than 0\.2 seconds"):
         extract(regex.compile("(a|aa)+$"), text)
 
 
@@ -168,75 +168,69 @@ GOOD = {"data": "rows.jsonl", "question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize(
-    ("metric", "message"),
+    ("change", "field"),
     [
-        ({**GOOD, "data": "none.jsonl"}, r"metric 'R': data: there is no file .*none\.jsonl"),
-        ({**GOOD, "data": "probes.jsonl"}, r"metric 'R': data: there is no file .*probes\.jsonl"),
-        ({**GOOD, "data": "rows.txt"}, r"metric 'R': data: 'rows\.txt' must end in one of"),
-        ({**GOOD, "answer": "b"}, r"metric 'R': .*has no column 'b'"),
-        ({**GOOD, "role": "lose"}, r"key 'metrics\.R\.role': must be 'gain' or 'keep', got 'lose'$"),
-        (
-            {**GOOD, "answers": "a"},
-            r"unknown key 'metrics\.R\.answers'; did you mean 'answer'\? the keys there are data, question, images, ",
-        ),
-        ({"data": "rows.jsonl", "answer": "a"}, r"key 'metrics\.R': question is missing; name the column"),
-        ({**GOOD, "answer_regex": "("}, r"key 'metrics\.R\.answer_regex': is not a regular expression \(missing \)"),
-        (
-            {**GOOD, "answer_regex": "(" * 499 + "a" + ")" * 499},
-            r"key 'metrics\.R\.answer_regex': is not a regular exp",
-        ),
-        (
-            {**GOOD, "answer_regex": "a" * 1001},
-            r"key 'metrics\.R\.answer_regex': must have at most 1000 characters, got 1001$",
-        ),
-        ({**GOOD, "template": "{q.__class__}"}, r"key 'metrics\.R\.template': .*plain name of a column"),
-        ({**GOOD, "answer_regex": ""}, r"key 'metrics\.R\.answer_regex': is empty; write a value or remove the key$"),
-        (
-            {**GOOD, "data": None},
-            r"key 'metrics\.R\.data': must be text, got nothing; write a value or remove the key$",
-        ),
-        ({**GOOD, "data": {"file": "a"}}, r"key 'metrics\.R\.data': must be text, got a mapping$"),
-        ({"data": "rows.jsonl", "question": "q"}, r"key 'metrics\.R\.answer' is missing; add it$"),
-        ({**GOOD, "data": "holes.jsonl"}, r"metric 'R': .*row 1: column 'a' is empty"),
-        ({**GOOD, "images": "i"}, r"metric 'R': .*row 0: .*no\.png.*cannot be read.*keys of the evaluation"),
+        ({"data": "none.jsonl"}, "metrics.R.data"),
+        ({"data": "rows.txt"}, "metrics.R.data"),
+        ({"data": None}, "metrics.R.data"),
+        ({"data": {"file": "a"}}, "metrics.R.data"),
+        ({"data": "holes.jsonl"}, None),
+        ({"answer": "b"}, "metrics.R.answer"),
+        ({"role": "lose"}, "metrics.R.role"),
+        ({"answers": "a"}, None),
+        ({"question": None}, "metrics.R"),
+        ({"template": "{q.__class__}"}, "metrics.R.template"),
+        ({"images": "i"}, None),
+        ({"answer_regex": "("}, "metrics.R.answer_regex"),
+        ({"answer_regex": ""}, "metrics.R.answer_regex"),
+        ({"answer_regex": "a" * 1001}, "metrics.R.answer_regex"),
+        ({"answer_regex": "(" * 499 + "a" + ")" * 499}, "metrics.R.answer_regex"),
+        ({"answer_regex": "(?:(?:(?:(?:ab){1000}){1000}){1000})"}, "metrics.R.answer_regex"),
+        ({"answer_regex": r"(?:[a{2}]\{9}{400}){,300}"}, "metrics.R.answer_regex"),
     ],
 )
-def test_a_file_that_cannot_be_used(metric: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_used(change: dict[str, Any], field: str | None, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"q": "one", "a": "1", "i": "no.png"}])
     write_rows(tmp_path / "holes.jsonl", [{"q": str(i), "a": "" if i == 1 else "1"} for i in range(100)])
-    path = write_yaml(tmp_path / "eval.yml", R=metric)
-    with pytest.raises(SnrfError, match=rf"^{re.escape(str(path))}: {message}"):
+    path = write_yaml(tmp_path / "eval.yml", R={**GOOD, **change})
+    with pytest.raises(SnrfError) as caught:
         load_evaluation(str(path))
+    assert (caught.value.field or "").replace("key ", "").strip("'") == (field or "")
+    assert str(caught.value).startswith(str(tmp_path))
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("pattern", [r"# (\d{1,300})", r"(?:\w{1,20} ){1,50}", r"a{3}" * 200, r"\{(\d+)\}"])
+def test_repeats_of_usual_size_compile(pattern: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"q": "one", "a": "1"}])
+    load_evaluation(str(write_yaml(tmp_path / "eval.yml", R={**GOOD, "answer_regex": pattern})))
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "field"),
     [
-        (b"metrics: [", "not valid YAML"),
-        (b"\xff\xfe\x00", "is not UTF-8"),
-        (b"[" * 100_000, "not valid YAML"),
-        (b"- 1", "is no mapping of keys to values; an evaluation begins with metrics:, see docs/evidence.md$"),
-        (b"", "is empty; an evaluation begins with metrics:, see docs/evidence.md$"),
-        (
-            b"metrics:",
-            "key 'metrics': must be a mapping of keys to values, got nothing; write a value or remove the key$",
-        ),
-        (b"metrics: {}", "key 'metrics': must have at least 1 entry, got 0$"),
-        (b"metrics: {R: 3}", "key 'metrics.R': must be a mapping of keys to values, got 3$"),
-        (b"metrics: {3: {data: a}}", "key 'metrics': a name in it must be text, got 3$"),
-        (b"%s\nbatch_size: 0", "key 'batch_size': must be at least 1, got 0$"),
-        (b"%s\nbatch_size: x", "key 'batch_size': must be a whole number, got 'x'$"),
-        (b"%s\nlimit: true", "key 'limit': must be a whole number, got true$"),
-        (b"%s\nseed: 4294967296", "key 'seed': must be below 4294967296, got 4294967296$"),
-        (b"%s\nbatch-size: 1", r"unknown key 'batch-size'; did you mean 'batch_size'\? the keys there are metrics, "),
-        (b"#" * 1_000_001, "has 1000001 bytes"),
+        (b"metrics: [", None),
+        (b"\xff\xfe\x00", None),
+        (b"[" * 100_000, None),
+        (b"- 1", None),
+        (b"", None),
+        (b"#" * 1_000_001, None),
+        (b"metrics:", "key 'metrics'"),
+        (b"metrics: {}", "key 'metrics'"),
+        (b"metrics: {R: 3}", "key 'metrics.R'"),
+        (b"metrics: {3: {data: a}}", "key 'metrics'"),
+        (b"%s\nbatch_size: 0", "key 'batch_size'"),
+        (b"%s\nlimit: true", "key 'limit'"),
+        (b"%s\nseed: 4294967296", "key 'seed'"),
+        (b"%s\nbatch-size: 1", None),
     ],
 )
-def test_a_file_that_is_no_evaluation(content: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_evaluation(content: bytes, field: str | None, tmp_path: Path) -> None:
     path = tmp_path / "eval.yml"
     path.write_bytes(content.replace(b"%s", b"metrics: {R: {data: a.jsonl, question: q, answer: a}}"))
-    with pytest.raises(SnrfError, match=f"^{re.escape(str(path))}: {message}") as caught:
+    with pytest.raises(SnrfError) as caught:
         load_evaluation(str(path))
+    assert (caught.value.where, caught.value.field) == (str(path), field)
     assert "\n" not in str(caught.value)
 
 
@@ -244,14 +238,14 @@ def test_a_row_that_cannot_be_asked_is_an_error(board: tuple[Any, Any], tmp_path
     rows = [{"q": "calc :" if index != 30 else "calc " * 60, "a": "1"} for index in range(40)]
     write_rows(tmp_path / "rows.jsonl", rows)
     path = write_yaml(tmp_path / "eval.yml", R={"data": "rows.jsonl", "template": "{q}", "answer": "a"})
-    with pytest.raises(SnrfError, match=r"metric 'R': row 30: 61 tokens .* exceed the model's 64 positions"):
+    with pytest.raises(SnrfError, match=r"rows\.jsonl: .*row 30: .*61 tokens"):
         evaluate(load_evaluation(str(path)), *board)
 
 
-def test_a_model_without_a_chat_template_is_told_what_to_set(board: tuple[Any, Any], tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_names_the_key_to_set(board: tuple[Any, Any], tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"q": "calc :", "a": "1"}])
     path = write_yaml(tmp_path / "eval.yml", R=GOOD)
-    with pytest.raises(SnrfError, match=r"has no chat template; set template for this metric, a format"):
+    with pytest.raises(SnrfError, match=r"metrics\.R\.template: has no chat template"):
         evaluate(load_evaluation(str(path)), *board)
 
 
