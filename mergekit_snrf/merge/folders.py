@@ -45,6 +45,7 @@ TOKENIZER_FILES = CHAT_TEMPLATE_FILES | {
 }
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 _MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
+_WRITTEN = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".yml", ".tiktoken", ".spm", ".bpe"}
 _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -208,6 +209,70 @@ def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]
         file = error.filename2 or error.filename
         what = f"the {kind} could not be written ({os_reason(error)}{f', {file}' if file else ''})"
         raise SnrfError(out_path, what, "make room, or choose another folder") from None
+
+
+def in_place_problem(plan: MergePlan, out_path: str) -> SnrfError | None:
+    """Return which input of a merge mergekit would overwrite while it writes into a folder, or None."""
+    for path in map(Path, inputs(plan)):
+        if path.parent == Path(out_path).resolve() and _MERGED_WEIGHTS.fullmatch(path.name):
+            return SnrfError(
+                path, "is read by the recipe, and would be replaced by the output", "choose another folder"
+            )
+    return None
+
+
+def is_unfinished(out_path: str) -> bool:
+    """Return whether a merge that was killed has left its beginnings in a folder."""
+    return os.path.isfile(os.path.join(out_path, MARKER))
+
+
+@contextmanager
+def written_in_place(out_path: str) -> Iterator[None]:
+    """Mark a folder as unfinished while mergekit writes into it.
+
+    The weights of a killed run are removed first. Recipe and card of an earlier merge do not stay beside new weights;
+    they come back where the block fails before it has replaced a weight. Links are replaced by copies, because mergekit
+    writes through them.
+    """
+    out = Path(out_path)
+    out.mkdir(parents=True, exist_ok=True)
+    if is_unfinished(out_path):
+        for name in _weights(out):
+            (out / name).unlink()
+    (out / MARKER).touch()
+    earlier = {}
+    for file in (out / "mergekit_config.yml", out / "README.md"):
+        if file.is_file():
+            earlier[file] = file.read_bytes()
+            file.unlink()
+    for file in out.rglob("*"):
+        if file.suffix in _WRITTEN and not file.is_dir() and (file.is_symlink() or file.stat().st_nlink > 1):
+            _unlink_from_others(file)
+    before = _weights(out)
+    try:
+        yield
+    except BaseException:
+        if _weights(out) == before:
+            for file, content in earlier.items():
+                file.write_bytes(content)
+            (out / MARKER).unlink()
+        raise
+    (out / MARKER).unlink()
+
+
+def _weights(out: Path) -> dict[str, tuple[int, int]]:
+    """Return inode and time of change of the merged weights in a folder."""
+    found = ((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(out))
+    return {name: (stats.st_ino, stats.st_mtime_ns) for name, stats in found if _MERGED_WEIGHTS.fullmatch(name)}
+
+
+def _unlink_from_others(file: Path) -> None:
+    if not file.exists():
+        file.unlink()
+        return
+    own = file.with_name(f".{file.name}{PARTIAL}")
+    shutil.copy(file, own)
+    own.replace(file)
 
 
 def _work_folder(out: Path) -> Path:

@@ -15,7 +15,7 @@ from outputs import assert_refused, done, hashes, run
 from pair import Pair, assert_same, merge, write_recipe
 from peft import LoraConfig
 
-from mergekit_snrf.merge.folders import MARKER, path_problem
+from mergekit_snrf.merge.folders import MARKER, is_unfinished, path_problem, written_in_place
 
 COMMANDS = ["patch", "lora"]
 
@@ -244,3 +244,51 @@ def test_another_target_leaves_nothing_of_the_old_one(pair: Pair, tmp_path: Path
     done("patch", pair.recipe(base_model=str(other)), out, "--overwrite")
     assert (out / "config.json").read_bytes() == (other / "config.json").read_bytes()
     assert set(os.listdir(out)) == {*os.listdir(other), "README.md", "mergekit_config.yml"}
+
+
+def earlier_merge(folder: Path) -> Path:
+    """A folder that is made of links, one of them to nothing."""
+    backup = folder / "backup"
+    for name in ("model.safetensors", "mergekit_config.yml", "README.md", "config.json", "sub/a.jinja"):
+        add(name)(backup)
+    shutil.copytree(backup, folder / "out", copy_function=os.link)
+    (folder / "out" / "vocab.json").symlink_to("nowhere")
+    return folder / "out"
+
+
+def test_nothing_is_written_through_links_in_place(tmp_path: Path) -> None:
+    out = earlier_merge(tmp_path)
+    before = hashes(tmp_path / "backup")
+    with written_in_place(str(out)):
+        assert is_unfinished(str(out))
+        assert hashes(out).keys() == {MARKER, "config.json", "model.safetensors", "sub/a.jinja"}
+        for name in ("config.json", "sub/a.jinja", "vocab.json", "README.md"):
+            (out / name).write_text("new")
+    assert not is_unfinished(str(out))
+    assert hashes(tmp_path / "backup") == before
+    assert not (out / "nowhere").exists()
+
+
+def interrupted(out: Path, name: str) -> None:
+    """Write a file of a merge in place, and stop."""
+    with written_in_place(str(out)):
+        (out / name).unlink(missing_ok=True)
+        (out / name).write_text("new")
+        raise KeyboardInterrupt
+
+
+def test_a_merge_in_place_that_fails_or_is_killed(tmp_path: Path) -> None:
+    """Card and recipe come back as long as the weights are the earlier ones; the next run removes those of a kill."""
+    out = earlier_merge(tmp_path)
+    before = hashes(out)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(out, "model-1.safetensors")
+    (out / "model-1.safetensors").unlink()
+    assert hashes(out) == before
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(out, "model.safetensors")
+    assert is_unfinished(str(out))
+    assert not (out / "README.md").exists()
+    with written_in_place(str(out)):
+        assert not (out / "model.safetensors").exists()
+    assert not is_unfinished(str(out))
