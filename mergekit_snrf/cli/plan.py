@@ -13,12 +13,14 @@ import click
 from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, share, size, table
 
 if TYPE_CHECKING:
-    from mergekit_snrf.fusion.fuse import Rounding
+    from mergekit_snrf.fusion.fuse import Fused
     from mergekit_snrf.fusion.lowrank import Certificate
-    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+    from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
+    from mergekit_snrf.merge.tally import Tally
 
-    _Certified = Sequence[tuple[PlannedEdit, Certificate | None, Rounding]]
+    _Certified = Sequence[tuple[PlannedEdit, Fused]]
 
+_ROLES = ("target", "source", "source_base")
 _NOTES = {
     "exact": "exact: M_S(Delta) itself; the rank is 0, or not below the smaller side of what would be truncated",
     "dare": "dare: M_S(Delta) with elements dropped at random; nothing is truncated, so there is nothing to certify",
@@ -50,7 +52,7 @@ def plan(
     """
     from mergekit.options import MergeOptions
 
-    from mergekit_snrf.merge.plan import plan_merge
+    from mergekit_snrf.merge.plan import draft_merge
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
     options = MergeOptions(
@@ -62,33 +64,53 @@ def plan(
     from mergekit_snrf.merge.recipefile import load_recipe
 
     config = load_recipe(recipe)
-    result = plan_merge(
+    draft = draft_merge(
         config,
         options,
         out_path=out_path,
         recipe_folder=str(Path(recipe).resolve().parent),
         merge_adapter=certify,
     )
-    certified = list(certified_edits(result, config, options)) if certify and not result.problems else []
-    click.echo(json.dumps(_as_json(result, certified), indent=2) if as_json else _as_text(result, certified))
-    if result.problems:
+    plan = None if draft.problems else draft.finish()
+    certified = list(certified_edits(plan, options)) if certify and plan is not None else []
+    if certified and plan is not None:
+        _judge(draft, plan, certified)
+    click.echo(json.dumps(_as_json(draft, plan, certified), indent=2) if as_json else _as_text(draft, plan, certified))
+    if draft.problems:
         raise click.exceptions.Exit(1)
 
 
-def _as_json(plan: MergePlan, certified: _Certified) -> dict[str, Any]:
+def _judge(draft: PlanDraft, plan: MergePlan, certified: _Certified) -> None:
+    """Add what the merge itself would find: updates of zero."""
+    tally = _tally(certified)
+    problem = tally.problem()
+    if problem is not None and not plan.recipe.value("allow_noop"):
+        draft.problems.append(problem)
+    if warning := tally.zeros():
+        draft.warnings.append(warning)
+
+
+def _tally(certified: _Certified) -> Tally:
+    from mergekit_snrf.merge.tally import Tally
+
+    tally = Tally(len(certified), allow_noop=True)
+    for edit, fused in certified:
+        tally.add(edit.target_name, fused)
+    return tally
+
+
+def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) -> dict[str, Any]:
     known = {
         edit.target_name: {
-            "method": _method(edit, certificate),
-            "certificate": certificate and asdict(certificate),
-            "rounding": asdict(rounding),
+            "method": _method(edit, fused.certificate),
+            "certificate": fused.certificate and asdict(fused.certificate),
+            "rounding": asdict(fused.rounding),
         }
-        for edit, certificate, rounding in certified
+        for edit, fused in certified
     }
     return {
-        "target": _model_as_json(plan.target, plan.target_decoder),
-        "source": _model_as_json(plan.source, plan.source_decoder),
-        "source_base": _model_as_json(plan.source_base, plan.source_base_decoder),
-        "mask": str(plan.mask_path) if plan.mask_path else None,
+        **{role: _model_as_json(draft, role) for role in _ROLES},
+        "mask": str(draft.mask_path) if draft.mask_path else None,
         "tensors": {
             "edited": [
                 {
@@ -102,69 +124,65 @@ def _as_json(plan: MergePlan, certified: _Certified) -> dict[str, Any]:
                     **asdict(edit.fusion),
                     **known.get(edit.target_name, {}),
                 }
-                for edit in plan.edits
+                for edit in draft.edits
             ],
-            "unmatched": plan.unmatched,
-            "copied": len(plan.copied),
+            "unmatched": plan.unmatched if plan else [],
+            "copied": len(plan.copied) if plan else 0,
         },
-        "parameters_touched": plan.parameters_touched,
-        "bytes_touched": plan.bytes_touched,
-        "source_bytes_read": plan.source_bytes,
-        "warnings": plan.warnings,
-        "problems": plan.problems,
+        "parameters_touched": plan.parameters_touched if plan else 0,
+        "bytes_touched": plan.bytes_touched if plan else 0,
+        "source_bytes_read": plan.source_bytes if plan else 0,
+        "warnings": draft.warnings,
+        "problems": list(map(str, draft.problems)),
     }
 
 
-def _model_as_json(checkpoint: Any, decoder: Any) -> dict[str, Any] | None:
+def _model_as_json(draft: PlanDraft, role: str) -> dict[str, Any] | None:
+    checkpoint, model = draft.checkpoints.get(role), draft.models.get(role)
     if checkpoint is None:
         return None
     return {
         "name": checkpoint.name,
         "model_type": checkpoint.model_type,
         "bytes": checkpoint.bytes,
-        "decoder": decoder.prefix if decoder else None,
-        "family": decoder.family if decoder else None,
+        "decoder": model.decoder.prefix if model else None,
+        "family": model.decoder.family if model else None,
     }
 
 
-def _as_text(plan: MergePlan, certified: _Certified) -> str:
+def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) -> str:
     lines = []
-    for role, checkpoint, decoder in (
-        ("target", plan.target, plan.target_decoder),
-        ("source", plan.source, plan.source_decoder),
-        ("source_base", plan.source_base, plan.source_base_decoder),
-    ):
-        if checkpoint is not None and decoder is not None:
-            lines.append(
-                f"{role}  {checkpoint.name} ({checkpoint.model_type}, {size(checkpoint.bytes)}; text decoder "
-                f"{decoder.family}, {decoder.shape.layers} layers at {decoder.prefix}*)"
-            )
-    if plan.mask is not None:
-        lines.append(f"mask    {plan.mask_path} ({plan.mask.neurons.count()} neurons)")
-    if plan.edits:
+    for role, model in draft.models.items():
+        checkpoint, decoder = model.checkpoint, model.decoder
+        lines.append(
+            f"{role}  {checkpoint.name} ({checkpoint.model_type}, {size(checkpoint.bytes)}; text decoder "
+            f"{decoder.family}, {decoder.shape.layers} layers at {decoder.prefix}*)"
+        )
+    if draft.mask is not None:
+        lines.append(f"mask    {draft.mask_path} ({draft.mask.neurons.count()} neurons)")
+    if plan is not None and plan.edits:
         lines += ["", _edits_as_text(plan)]
-    elif not plan.problems:
+    elif plan is not None:
         lines += ["", "nothing would change: no masked neuron has an update (beta 0, or an empty mask)"]
     if certified:
         lines += ["", _certified_as_text(certified)]
-    lines += [f"warning: {warning}" for warning in plan.warnings]
-    if plan.problems:
+    lines += [f"warning: {warning}" for warning in draft.warnings]
+    if draft.problems:
         lines += ["", "This merge cannot run:"]
-        lines += [f"  {number}. {problem}" for number, problem in enumerate(plan.problems, 1)]
+        lines += [f"  {number}. {problem}" for number, problem in enumerate(draft.problems, 1)]
     return "\n".join(lines).strip()
 
 
 def _edits_as_text(plan: MergePlan) -> str:
-    assert plan.target is not None
     rows: list[tuple[object, ...]] = [
         (name, tensors, neurons, total, share(neurons, total))
         for name, (tensors, neurons, total) in plan.counts().items()
     ]
     sums = [sum(int(str(row[column])) for row in rows) for column in (1, 2, 3)]
     rows.append(("all", *sums, share(sums[1], sums[2])))
-    donors = [("source", plan.source), ("source_base", plan.source_base)]
-    held = " and ".join(f"the {role}'s {size(c.bytes)}" for role, c in donors if c is not None)
-    parameters = sum(tensor.parameters for tensor in plan.target.tensors.values())
+    donors = [(role, one) for role, one in plan.checkpoints.items() if role != "target"]
+    held = " and ".join(f"the {role}'s {size(checkpoint.bytes)}" for role, checkpoint in donors)
+    parameters = sum(tensor.parameters for tensor in plan.target.checkpoint.tensors.values())
     return "\n".join(
         [
             table(("projection", "tensors", "neurons", "of", "share"), rows),
@@ -180,13 +198,12 @@ def _edits_as_text(plan: MergePlan) -> str:
 
 
 def _certified_as_text(certified: _Certified) -> str:
-    from mergekit_snrf.merge.tally import Tally, kept
+    from mergekit_snrf.merge.tally import kept
 
     header = ("tensor", "method", "rank", "passes", "captured", "error", "deficit", "gap", "rounding keeps")
     rows: list[tuple[object, ...]] = []
-    tally = Tally(-1)
-    for edit, certificate, rounding in certified:
-        tally.add(edit.target_name, certificate, rounding)
+    tally = _tally(certified)
+    for edit, (_, certificate, rounding) in certified:
         method = _method(edit, certificate)
         known: tuple[object, ...] = ("-",) * 6
         if certificate is not None:

@@ -21,7 +21,7 @@ from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import Decoder, DecoderShape
+from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.weights import LiveWeights, StoredWeights, Weights, bias_name
@@ -185,14 +185,13 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         source: of the plan's source.
         source_base: of the plan's source_base, None where it has none.
     """
-    assert plan.mask is not None
-    assert plan.target_decoder is not None
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
-    movable = [site for site in plan.target_decoder.shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    shape = plan.target.decoder.shape
+    movable = [site for site in shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
     return Merge(
-        shape=plan.target_decoder.shape,
-        neurons=NeuronSet({site: plan.mask.neurons[site] for site in {**weights, **biases}}),
+        shape=shape,
+        neurons=NeuronSet({edit.site: edit.member for edit in plan.edits}),
         fusions=weights,
         bias_fusions=biases,
         biases=tuple(movable) if biases else (),
@@ -202,12 +201,7 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
 
 
 def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    models: list[tuple[Checkpoint | None, Decoder | None]] = [
-        (plan.target, plan.target_decoder),
-        (plan.source, plan.source_decoder),
-        (plan.source_base, plan.source_base_decoder),
-    ]
-    return all(bias_name(d.weight_name(site)) in c.tensors for c, d in models if c is not None and d is not None)
+    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models)
 
 
 def linear(merge: Merge, beta: float) -> Merge:

@@ -16,8 +16,8 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
 from mergekit_snrf.files import references
 from mergekit_snrf.merge.plan import plan_merge
-from mergekit_snrf.merge.tensors import local_folder, wider_dtype
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from mergekit_snrf.merge.tensors import local_folder
+from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
 from mergekit_snrf.models.weights import Weights, bias_name
 
@@ -60,13 +60,9 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     Raises:
         SnrfError: the merge cannot run, or a model cannot be downloaded or is not stored as safetensors.
     """
-    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    plan.raise_problems()
-    assert plan.recipe is not None
-    assert plan.target is not None
-    assert plan.source is not None
-    assert plan.mask_path is not None
-    name = _dtype(config, plan.edits[0].dtype if plan.edits else "F32")
+    plan = plan_merge(config, options, recipe_folder=recipe_folder)
+    target, source = plan.target.checkpoint, plan.source.checkpoint
+    name = plan.recipe.working_dtype(plan.edits[0].dtype if plan.edits else "F32")
     dtype: torch.dtype | None = dtype_from_name(name)
     warnings = list(plan.warnings)
     if config.out_dtype is not None and config.out_dtype != name:
@@ -74,25 +70,25 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
             f"out_dtype {config.out_dtype} rounds the merged folder once more; the comparison is made in "
             f"{name or 'the dtype of the checkpoint'}"
         )
-    base = plan.source_base
+    base = None if plan.source_base is None else plan.source_base.checkpoint
     merge = planned(
         plan,
-        stored_weights(plan.source, local_folder(plan.source, options), dtype),
+        stored_weights(source, local_folder(source, options), dtype),
         None if base is None else stored_weights(base, local_folder(base, options), dtype),
     )
-    settings = {"source": plan.source.name, "source_config_sha256": plan.source.config_sha256}
+    settings = {"source": source.name, "source_config_sha256": source.config_sha256}
     if base is not None:
         settings["source_base"] = base.name
     return OpenedRecipe(
         merge=merge,
-        target=plan.target,
-        target_folder=local_folder(plan.target, options),
+        target=target,
+        target_folder=local_folder(target, options),
         dtype=name or "auto",
         mask=str(plan.mask_path),
         mask_sha256=references.sha256(plan.mask_path),
         any_family=bool(plan.recipe.value("allow_family_mismatch")),
         warnings=warnings,
-        settings={**settings, "config_sha256": plan.target.config_sha256},
+        settings={**settings, "config_sha256": target.config_sha256},
     )
 
 
@@ -114,9 +110,3 @@ def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights
                 f"leave out --base, or biases in the recipe"
             )
     return stored_weights(base, local_folder(base, options), dtype_from_name(opened.dtype.removeprefix("auto") or None))
-
-
-def _dtype(config: MergeConfiguration, stored: str) -> str | None:
-    """Return the dtype that the recipe has tensors computed in, None for that of the checkpoint."""
-    assert stored in FLOAT_DTYPES
-    return wider_dtype(config, stored) or config.dtype

@@ -1,47 +1,59 @@
-"""The door to mergekit: install, planner adapter, merge method."""
+"""The door to mergekit: ``install`` registers the merge method and wraps ``run_merge``."""
 
 from __future__ import annotations
 
 import functools
 import sys
-import threading
+from types import ModuleType
+from typing import Any
 
-_lock = threading.Lock()
+from mergekit_snrf_autoload import when_imported
 
 
 def install() -> None:
-    """Register the merge method ``snrf`` and wrap mergekit's ``get_architecture_info``; harmless when repeated.
+    """Register the merge method ``snrf`` and wrap mergekit's ``run_merge``; harmless when repeated.
 
-    Works in the middle of mergekit's own import: it needs no more than the registry and the architecture package.
+    Works in the middle of mergekit's own import: it needs no more than the registry of methods.
     """
-    import mergekit.architecture as architecture
-    from mergekit.merge_methods import registry
+    # It registers itself; where its own import led here, as soon as it is complete.
+    import mergekit_snrf.merge.method  # noqa: F401
 
-    from mergekit_snrf.merge.method import METHOD
-
-    with _lock:
-        if METHOD.spec.name not in registry._METHODS:
-            registry.register(METHOD)
-        original = architecture.get_architecture_info
-        if getattr(original, "__snrf__", False):
-            return
-
-        @functools.wraps(original)
-        def get_architecture_info(config, options):  # type: ignore[no-untyped-def]
-            if config.merge_method != METHOD.spec.name:
-                return original(config, options)
-            from mergekit_snrf.merge.adapter import architecture_of_merge
-
-            return architecture_of_merge(config, options)
-
-        get_architecture_info.__snrf__ = True  # type: ignore[attr-defined]
-        architecture.get_architecture_info = get_architecture_info
-        # mergekit.merge binds the function by name, and may do so before its registry is loaded.
-        merge = sys.modules.get("mergekit.merge")
-        if merge is not None and getattr(merge, "get_architecture_info", None) is original:
-            merge.get_architecture_info = get_architecture_info  # type: ignore[attr-defined]
+    when_imported("mergekit.merge", _wrap)
 
 
-# Whoever imports a module of this package before mergekit starts the autoload in the middle of that module's own
-# imports, where it would find the module half done. Loaded from here, mergekit's registry finds `install` above.
-import mergekit.merge_methods.registry  # noqa: E402, F401
+class _MergeModule(ModuleType):
+    """``mergekit.merge`` with ``run_merge`` wrapped, even where the module is still being executed."""
+
+    @property
+    def run_merge(self) -> Any:
+        """mergekit's function, which leaves configurations with ``merge_method: snrf`` to a session."""
+        return _with_sessions(self.__dict__["run_merge"])
+
+    @run_merge.setter
+    def run_merge(self, function: Any) -> None:
+        self.__dict__["run_merge"] = function
+
+
+def _wrap(module: ModuleType) -> None:
+    module.__class__ = _MergeModule
+    # Without the autoload they may have been imported before.
+    for script in map(sys.modules.get, ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge")):
+        if script is not None and "run_merge" in script.__dict__:
+            script.run_merge = _with_sessions(script.run_merge)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _with_sessions(original: Any) -> Any:
+    if getattr(original, "__snrf__", False):
+        return original
+
+    @functools.wraps(original)
+    def run_merge(merge_config: Any, out_path: str, options: Any, config_source: str | None = None) -> None:
+        if merge_config.merge_method != "snrf":
+            return original(merge_config, out_path, options, config_source)
+        from mergekit_snrf.merge.adapter import run_session
+
+        return run_session(original, merge_config, out_path, options, config_source)
+
+    run_merge.__snrf__ = True  # type: ignore[attr-defined]
+    return run_merge

@@ -1,6 +1,6 @@
-"""Turn a validated plan into what mergekit's planner, loader and writer understand.
+"""Run a planned merge through mergekit's planner, loader and writer.
 
-mergekit's own tables of architectures know few vision-language models, and mixing two architectures shuffles or
+mergekit's own tables of architectures contain few vision-language models, and mixing two architectures shuffles or
 drops tensors. So the output is described by the names that lie on disk, in two modules: ``copied``, every tensor
 that stays as it is, from the base alone; and ``edited``, the decoder weights with masked neurons, whose names in the
 source, and in the model that it was trained from, are aliases of the base's. Their tensors without masked neurons are
@@ -11,34 +11,38 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import logging
 import os
 import queue
+import re
 import threading
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
+from mergekit.io.tasks import LoaderCache
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.merge.cards import merge_card
+from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.merge.checks import temporary_shards
-from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES
-from mergekit_snrf.merge.method import as_click_error, remember_command, start_tally
-from mergekit_snrf.merge.plan import MergePlan, absolute, plan_merge
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files
+from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.plan import MergePlan, draft_merge
 from mergekit_snrf.merge.recipe import stray_keys
-from mergekit_snrf.merge.tensors import wider_dtype
+from mergekit_snrf.merge.session import MergeSession, find_session
 from mergekit_snrf.models import hub
-from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.checkpoint import FLOAT_DTYPES
 
 LOG = logging.getLogger(__name__)
+_DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.values())})(?=")')
 
 
 class LiteralModule(ModuleArchitecture):
@@ -46,7 +50,7 @@ class LiteralModule(ModuleArchitecture):
 
     Attributes:
         pre: tensors outside the layers.
-        layers: tensors of each layer, in the order of the stack, so that gradients over layers work.
+        layers: tensors of each layer, in the order of the stack.
     """
 
     def __init__(self, pre: Sequence[WeightInfo] = (), layers: Sequence[Sequence[WeightInfo]] = ()) -> None:
@@ -74,53 +78,74 @@ class LiteralModule(ModuleArchitecture):
         return ""
 
 
-def architecture_of_merge(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    """Validate a merge and describe its output; rewrites ``config`` to modules and absolute paths.
+RunMerge = Callable[..., None]
 
-    Stands in for mergekit's ``get_architecture_info``. Under a click command every problem becomes the command's
-    error message; a caller of mergekit's Python API gets the ``SnrfError``.
+
+def run_session(
+    run_merge: RunMerge,
+    config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None = None,
+) -> None:
+    """Plan an snrf merge and let mergekit's ``run_merge`` execute it.
+
+    ``config`` stays as it is: mergekit gets one of its own, with modules of literal names. Under a click command every
+    problem becomes the command's error message; a caller of the Python API gets the ``SnrfError``.
+
+    Args:
+        config_source: the recipe's text; None: it is made from ``config``.
 
     Raises:
-        SnrfError: the merge cannot run; the message lists every problem.
+        SnrfError: the merge cannot run, or fails; no shard of it stays.
     """
+    import mergekit.merge
+
     context = click.get_current_context(silent=True)
-    parameters = context.params if context is not None else {}
-    out_path, recipe_path = parameters.get("out_path"), parameters.get("config_file")
-    recipe_folder = os.path.dirname(os.path.abspath(recipe_path)) if recipe_path else None
     try:
-        plan = plan_merge(config, options, out_path=out_path, recipe_folder=recipe_folder, merge_adapter=True)
-        if recipe_path and os.path.isfile(recipe_path):
-            # mergekit drops what it does not know before anyone else sees it.
-            with open(recipe_path, encoding="utf-8") as file:
-                plan.problems += stray_keys(yaml.safe_load(file))
-        plan.raise_problems()
-        _fetch_side_files(plan, options)
+        session = _open_session(config, str(out_path), options, config_source, context)
+        with session.running(), _without_leftovers(str(out_path), options):
+            for warning in session.plan.warnings:
+                LOG.warning(warning)
+            if options.multi_gpu:
+                _wait_for_results_of_gpus()
+            _hook(mergekit.merge.__dict__)
+            run_merge(rewritten(config, session), out_path, options, config_source or config.to_yaml())
+            _write_config(session.plan, Path(out_path))
+            nested = [name for name in session.plan.target.checkpoint.side_files() if "/" in name]
+            if nested:
+                copy_files(nested, session.plan.target.checkpoint.local(options.transformers_cache), Path(out_path))
     except SnrfError as error:
-        raise as_click_error(error) from None
-    for warning in plan.warnings:
-        LOG.warning(warning)
-    if context is not None and out_path is not None:
-        remember_command(context)
-        _leave_no_shards_of_a_failed_run(context, out_path, options)
-    written = config.to_yaml()
-    rewrite(config, plan, recipe_folder)
-    tally = start_tally(len(plan.edits))
-
-    def card(name: str, recipe: str) -> str:
-        # Without the recipe's text mergekit takes the configuration, which by then is the rewritten one; no recipe that
-        # can run has modules of its own.
-        rewritten = "modules" in (yaml.safe_load(recipe) or {})
-        text, cast = written if rewritten else recipe, config.out_dtype or config.dtype
-        # What mergekit rounds after the method has returned was not counted.
-        return merge_card(plan, name, text, cast=cast, changed=None if config.out_dtype else tally.changed)
-
-    _write_our_card(config, card)
-    if options.multi_gpu:
-        _wait_for_results_of_gpus()
-    return describe(plan, config, options)
+        if context is None or context.params.get("verbosity", 0) > 1:
+            raise
+        raise click.ClickException(str(error)) from None
 
 
-def _leave_no_shards_of_a_failed_run(context: click.Context, out_path: str, options: MergeOptions) -> None:
+def _open_session(
+    config: MergeConfiguration,
+    out_path: str,
+    options: MergeOptions,
+    config_source: str | None,
+    context: click.Context | None,
+) -> MergeSession:
+    path = context.params.get("config_file") if context is not None else None
+    recipe_folder = os.path.dirname(os.path.abspath(path)) if path else None
+    draft = draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder)
+    if config_source is not None:
+        # mergekit drops what it does not know before anyone else sees it.
+        with draft.collect():
+            draft.problems += stray_keys(parse_yaml(config_source, path))
+    plan = draft.finish()
+    target = plan.target.checkpoint
+    if not os.path.isdir(target.name):
+        # mergekit's own download leaves some of the small files out, such as chat_template.jinja.
+        hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
+    return MergeSession(plan, config_source or config.to_yaml())
+
+
+@contextmanager
+def _without_leftovers(out_path: str, options: MergeOptions) -> Iterator[None]:
+    """Remove the shards of a merge that fails, and its folder if there was none before; forget what was read."""
     existed = os.path.isdir(out_path)
 
     def remove() -> None:
@@ -129,32 +154,111 @@ def _leave_no_shards_of_a_failed_run(context: click.Context, out_path: str, opti
         if not existed and os.path.isdir(out_path) and not os.listdir(out_path):
             os.rmdir(out_path)
 
-    context.call_on_close(remove)
-    if options.async_write:
-        # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
-        atexit.register(remove)
+    try:
+        yield
+    except BaseException:
+        remove()
+        if options.async_write:
+            # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
+            atexit.register(remove)
+        raise
+    finally:
+        # Another merge in this process may find other files in the same folders.
+        LoaderCache.loaders.clear()
 
 
-_CARDS: dict[int, Callable[[str, str], str]] = {}
+def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfiguration:
+    """Return a configuration that mergekit can plan: the modules ``copied`` and ``edited``, with absolute paths."""
+    plan = session.plan
+    # A relative path with one slash would look like a hub id to mergekit.
+    base, *donors = [InputModelDefinition(model=model.reference) for model in plan.models]
+    modules = {"copied": OutputModuleDefinition(models=[base])}
+    if plan.edits:
+        # The method distinguishes source and source_base by their order.
+        modules["edited"] = OutputModuleDefinition(models=[base, *donors])
+    changes = {"base_model": base.model, "models": None, "modules": modules, "parameters": {"masks": session.key}}
+    return config.model_copy(update=changes)
 
 
-def _write_our_card(config: MergeConfiguration, card: Callable[[str, str], str]) -> None:
-    """Let mergekit write this merge's card in place of its own, which knows neither mask nor neurons."""
-    import mergekit.merge
+def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
+    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``.
 
-    _CARDS[id(config)] = card
-    weakref.finalize(config, _CARDS.pop, id(config), None)
-    original = mergekit.merge.generate_card
-    if getattr(original, "__snrf__", False):
-        return
+    Args:
+        config: of ``rewritten``.
+    """
+    plan = session_of(config).plan
+    target = plan.target.checkpoint
+    layers: list[list[WeightInfo]] = [[] for _ in range(plan.target.decoder.shape.layers)]
+    for edit in plan.edits:
+        names = dict.fromkeys(name for name in (edit.source_name, edit.source_base_name) if name is not None)
+        aliases = tuple(name for name in names if name != edit.target_name) or None
+        dtype = plan.recipe.wider_dtype(edit.dtype)
+        layers[edit.site.layer].append(WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=dtype))
+    # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
+    copied = [
+        WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
+        for name in plan.copied
+    ]
+    modules = {"copied": ModuleDefinition(architecture=LiteralModule(pre=copied))}
+    if plan.edits:
+        modules["edited"] = ModuleDefinition(architecture=LiteralModule(layers=layers))
+    return ModelArchitecture(
+        modules=modules,
+        architectures=list(target.config.get("architectures") or []),
+        model_type=target.model_type,
+        tagalong_files=_tagalong_files(plan, config, options),
+    )
 
+
+def session_of(config: MergeConfiguration) -> MergeSession:
+    """Return the running session of a configuration of ``rewritten``.
+
+    Raises:
+        SnrfError: there is none.
+    """
+    return find_session(str((config.parameters or {}).get("masks")))
+
+
+def _hook(names: dict[str, Any]) -> None:
+    """Let ``mergekit.merge`` ask us for the architecture and the card of a running session."""
+    for name, ours in (("get_architecture_info", architecture_of), ("generate_card", _card)):
+        if not getattr(names[name], "__snrf__", False):
+            names[name] = _instead(names[name], ours)
+
+
+def _instead(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def generate_card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
-        card = _CARDS.get(id(config))
-        return original(config, config_yaml, name) if card is None else card(name or "merged", config_yaml)
+    def function(config: MergeConfiguration, *args: Any, **kwargs: Any) -> Any:
+        return (ours if config.merge_method == SPEC.name else original)(config, *args, **kwargs)
 
-    generate_card.__snrf__ = True  # type: ignore[attr-defined]
-    mergekit.merge.generate_card = generate_card
+    function.__snrf__ = True  # type: ignore[attr-defined]
+    return function
+
+
+def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
+    return session_of(config).card(name or "merged")
+
+
+def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:
+    left_out: set[str] = set()
+    if config.chat_template:
+        left_out |= CHAT_TEMPLATE_FILES
+    if not options.copy_tokenizer:
+        left_out |= TOKENIZER_FILES
+    # mergekit makes no folders inside the output.
+    return [name for name in plan.target.checkpoint.side_files() if name not in left_out and "/" not in name]
+
+
+def _write_config(plan: MergePlan, out_path: Path) -> None:
+    """Write the base's configuration with the output's dtype, and otherwise as it is."""
+    name = plan.recipe.out_dtype or plan.recipe.dtype
+    if name is None:
+        return
+    text = _DTYPE_KEY.sub(rf"\g<1>{name}", plan.target.checkpoint.config_bytes.decode("utf-8"))
+    content = json.loads(text)
+    if not {"dtype", "torch_dtype"} & {key for key, value in content.items() if value is not None}:
+        text = json.dumps({**content, "dtype": name}, indent=2, ensure_ascii=False) + "\n"
+    (out_path / "config.json").write_text(text, encoding="utf-8")
 
 
 class _Drained(threading.Event):
@@ -185,74 +289,3 @@ def _wait_for_results_of_gpus() -> None:
 
     __init__.__snrf__ = True  # type: ignore[attr-defined]
     MultiGPUExecutor.__init__ = __init__
-
-
-def _fetch_side_files(plan: MergePlan, options: MergeOptions) -> None:
-    """Download the base's small files that mergekit's own download leaves out, such as ``chat_template.jinja``."""
-    target = plan.target
-    assert target is not None
-    if os.path.isdir(target.name):
-        return
-    hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
-
-
-def rewrite(config: MergeConfiguration, plan: MergePlan, recipe_folder: str | None) -> None:
-    """Change ``config`` to the modules ``copied`` and ``edited`` with absolute paths, as mergekit can plan them."""
-    assert plan.recipe is not None
-    # A relative path with one slash would look like a hub id to mergekit's model card, which then asks the hub.
-    base = absolute(plan.recipe.target, recipe_folder)
-    source = absolute(plan.recipe.source, recipe_folder)
-    config.base_model = base
-    config.models = None
-    config.modules = {"copied": OutputModuleDefinition(models=[InputModelDefinition(model=base)])}
-    if plan.edits:
-        models = [
-            InputModelDefinition(model=base),
-            InputModelDefinition(model=source, parameters=dict(plan.recipe.source_parameters) or None),
-        ]
-        if plan.recipe.source_base is not None:
-            # The method tells the two apart by their order.
-            models.append(InputModelDefinition(model=absolute(plan.recipe.source_base, recipe_folder)))
-        config.modules["edited"] = OutputModuleDefinition(models=models)
-    config.parameters = {**(config.parameters or {}), "masks": str(plan.mask_path)}
-
-
-def describe(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``."""
-    target, decoder = plan.target, plan.target_decoder
-    assert target is not None
-    assert decoder is not None
-    layers: list[list[WeightInfo]] = [[] for _ in range(decoder.shape.layers)]
-    for edit in plan.edits:
-        names = dict.fromkeys(name for name in (edit.source_name, edit.source_base_name) if name is not None)
-        aliases = tuple(name for name in names if name != edit.target_name) or None
-        layers[edit.site.layer].append(
-            WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=wider_dtype(config, edit.dtype))
-        )
-    # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
-    copied = [
-        WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
-        for name in plan.copied
-    ]
-    modules = {"copied": ModuleDefinition(architecture=LiteralModule(pre=copied))}
-    if plan.edits:
-        modules["edited"] = ModuleDefinition(architecture=LiteralModule(layers=layers))
-    return ModelArchitecture(
-        modules=modules,
-        architectures=list(target.config.get("architectures") or []),
-        model_type=target.model_type,
-        tagalong_files=_tagalong_files(target, config, options),
-    )
-
-
-def _tagalong_files(target: Checkpoint, config: MergeConfiguration, options: MergeOptions) -> list[str]:
-    left_out: set[str] = set()
-    if config.chat_template:
-        left_out |= CHAT_TEMPLATE_FILES
-    if not options.copy_tokenizer:
-        left_out |= TOKENIZER_FILES
-    if config.dtype or config.out_dtype:
-        # mergekit writes the configuration with the new dtype; otherwise the base's file is right to the byte.
-        left_out.add("config.json")
-    # mergekit makes no folders inside the output.
-    return [name for name in target.side_files() if name not in left_out and "/" not in name]

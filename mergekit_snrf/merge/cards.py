@@ -36,8 +36,8 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
     """
     differ = "" if changed is None else f", {changed} of which differ from the target's after rounding"
     intro = (
-        f"{_model(plan.references[0])} with an update from {_model(plan.references[1])} on chosen neurons, merged by "
-        f"[Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
+        f"{_model(plan.target.reference)} with an update from {_model(plan.source.reference)} on chosen neurons, "
+        f"merged by [Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
         f"mergekit-snrf. The update covers {plan.parameters_touched} weights of the text decoder{differ}; all others "
         f"are the target's{f', cast to {cast}' if cast else ''}."
     )
@@ -60,9 +60,9 @@ def adapter_card(
         base_model: the target's hub id, where it is not that of the plan.
     """
     intro = (
-        f"A LoRA adapter for {_model(plan.references[0])}: the update beta * M_S(Delta_r) that [Shared Neuron Low-Rank "
-        f"Fusion]({PAPER}) adds to it from {_model(plan.references[1])}, in {modules} modules of the text decoder, "
-        f"rank {rank}. Made with mergekit-snrf."
+        f"A LoRA adapter for {_model(plan.target.reference)}: the update beta * M_S(Delta_r) that [Shared Neuron "
+        f"Low-Rank Fusion]({PAPER}) adds to it from {_model(plan.source.reference)}, in {modules} modules of the text "
+        f"decoder, rank {rank}. Made with mergekit-snrf."
     )
     use = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")'
     again = _reproduction(plan, recipe, "snrf lora snrf.yml adapter/", "peft")
@@ -79,14 +79,13 @@ def pipeline_tag(checkpoint: Checkpoint) -> str:
 def _front(
     plan: MergePlan, relation: str, library: str, tags: list[str], base_model: str | None = None
 ) -> dict[str, object]:
-    assert plan.target is not None
     paths = [path.path for model in plan.references for path in (model.model, model.lora) if path is not None]
     ids = [*([base_model] if base_model else []), *(path for path in paths if not os.path.isabs(path))]
     return {
         "base_model": list(dict.fromkeys(ids)),
         "base_model_relation": relation,
         "library_name": library,
-        "pipeline_tag": pipeline_tag(plan.target),
+        "pipeline_tag": pipeline_tag(plan.target.checkpoint),
         "tags": ["mergekit", *tags],
     }
 
@@ -97,8 +96,6 @@ def _description(plan: MergePlan) -> Iterable[str]:
     yield "## What was changed"
     yield markdown.table(("projection", "tensors", "neurons", "of", "share"), rows)
     yield f"Update: {plan.update}."
-    if plan.mask is None or plan.mask_path is None:
-        return
     digest = references.sha256(plan.mask_path)
     facts = [("file", f"`{plan.mask_path.name}`"), ("sha256", f"`{digest}`"), ("neurons", plan.mask.neurons.count())]
     yield "## Neurons"
@@ -110,8 +107,8 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
     names = ("mergekit", "torch", "transformers", *packages)
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in names)
     models = [
-        (_name(reference), reference.model.revision or "as of the merge", f"`{checkpoint.config_sha256}`")
-        for reference, checkpoint in zip(plan.references, plan.checkpoints, strict=True)
+        (_name(one.reference), one.reference.model.revision or "as of the merge", f"`{one.checkpoint.config_sha256}`")
+        for one in plan.models
     ]
     shared = portable(recipe, inputs(plan))
     cut = "" if shared == recipe else ", its local paths cut to their last part"

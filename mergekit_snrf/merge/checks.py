@@ -13,47 +13,45 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.cards import pipeline_tag
 from mergekit_snrf.merge.folders import path_problem
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
+from mergekit_snrf.models.decoder import pairing_problems
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
 
 if TYPE_CHECKING:
-    from mergekit_snrf.merge.plan import MergePlan
+    from mergekit_snrf.merge.plan import PlanDraft
     from mergekit_snrf.merge.recipe import Recipe
 
 _TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")
+_ANOTHER = "choose another folder"
 
 
-def check_output(plan: MergePlan, config: MergeConfiguration, options: MergeOptions, out_path: str | None) -> None:
+def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOptions, out_path: str | None) -> None:
     """Refuse an output folder that cannot be written, is a model of the recipe, or holds other weights."""
     if out_path is None:
         return
-    problem = path_problem(out_path)
-    if problem is not None:
-        plan.problems.append(str(problem))
-    if problem is not None or not os.path.exists(out_path):
-        return
-    for checkpoint in plan.checkpoints:
-        if checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
-            plan.problems.append(f"{out_path}: the output folder is a model of the recipe; choose another folder")
+    with draft.collect():
+        if problem := path_problem(out_path):
+            raise problem
+        if not os.path.exists(out_path):
             return
-    # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
-    unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
-    if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
-        plan.problems.append(
-            f"{os.path.join(out_path, unsharded)}: would be replaced, but the folder has no mergekit_config.yml of an "
-            f"earlier merge; remove the file or choose another folder"
-        )
-        return
-    fits = plan.target is None or output_bytes(plan.target, config) <= options.out_shard_size
-    others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
-    if others:
-        plan.problems.append(
-            f"{os.path.join(out_path, others[0])}: the output folder holds other weights ({len(others)} "
-            f"{'file' if len(others) == 1 else 'files'}), which would be mixed up with the new shards; remove them or "
-            f"choose another folder"
-        )
+        for checkpoint in draft.checkpoints.values():
+            if checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
+                raise SnrfError(out_path, "the output folder is a model of the recipe", _ANOTHER)
+        # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
+        unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
+        if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
+            what = "would be replaced, but the folder has no mergekit_config.yml of an earlier merge"
+            raise SnrfError(os.path.join(out_path, unsharded), what, f"remove the file or {_ANOTHER}")
+        target = draft.checkpoints.get("target")
+        fits = target is None or output_bytes(target, config) <= options.out_shard_size
+        others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
+        if others:
+            count = f"{len(others)} {'file' if len(others) == 1 else 'files'}"
+            what = f"the output folder holds other weights ({count}), which would be mixed up with the new shards"
+            raise SnrfError(os.path.join(out_path, others[0]), what, f"remove them or {_ANOTHER}")
 
 
 def output_bytes(target: Checkpoint, config: MergeConfiguration) -> int:
@@ -72,8 +70,8 @@ def temporary_shards(out_path: str) -> list[str]:
     return [os.path.join(out_path, n) for n in os.listdir(out_path) if _TEMPORARY_SHARD.fullmatch(n)]
 
 
-def check_dtypes(plan: MergePlan, config: MergeConfiguration) -> None:
-    """Refuse dtypes that mergekit does not know, or that would convert what is no floating-point tensor."""
+def check_dtypes(draft: PlanDraft, config: MergeConfiguration) -> None:
+    """Refuse dtypes that mergekit does not have, or that would convert what is not a floating-point tensor."""
     for key in ("dtype", "out_dtype"):
         name = getattr(config, key)
         if name is None:
@@ -83,19 +81,19 @@ def check_dtypes(plan: MergePlan, config: MergeConfiguration) -> None:
         except RuntimeError:
             valid = False
         if not valid:
-            plan.problems.append(f"{key}: {name!r} is not one of {', '.join(FLOAT_DTYPES.values())}")
+            what = f"must be one of {', '.join(FLOAT_DTYPES.values())}, got {name!r}"
+            draft.problems.append(SnrfError(None, what, field=key))
             continue
-        for tensor, header in (plan.target.tensors if plan.target else {}).items():
+        target = draft.checkpoints.get("target")
+        for tensor, header in target.tensors.items() if target else ():
             if header.dtype not in FLOAT_DTYPES and header.dtype != "I64":
-                assert plan.target is not None
-                plan.problems.append(
-                    f"{plan.target.name}: tensor {tensor} of shape {list(header.shape)} is {header.dtype}, which "
-                    f"mergekit would convert to {name}; remove {key} from the recipe to keep every dtype as it is"
-                )
+                what = f"tensor {tensor} of shape {list(header.shape)} is {header.dtype}, which mergekit would convert"
+                remedy = f"remove {key} from the recipe to keep every dtype as it is"
+                draft.problems.append(SnrfError(target and target.name, f"{what} to {name}", remedy))
                 break
 
 
-def check_chat_template(plan: MergePlan, config: MergeConfiguration) -> None:
+def check_chat_template(draft: PlanDraft, config: MergeConfiguration) -> None:
     """Refuse a chat template that mergekit cannot find."""
     if not config.chat_template or config.chat_template == "auto":
         return
@@ -105,34 +103,26 @@ def check_chat_template(plan: MergePlan, config: MergeConfiguration) -> None:
     try:
         _set_chat_template(SimpleNamespace(), config)
     except RuntimeError:
-        plan.problems.append(
-            f"chat_template: {config.chat_template!r} is neither Jinja text nor the name of one of mergekit's "
-            f"templates (chatml, llama3, ...); correct or remove it"
-        )
+        what = f"{config.chat_template!r} is neither Jinja text nor the name of one of mergekit's templates"
+        draft.problems.append(SnrfError(None, what, "correct or remove it", field="chat_template"))
 
 
-def check_distinct(plan: MergePlan, recipe: Recipe) -> None:
+def check_distinct(draft: PlanDraft, recipe: Recipe) -> None:
     """Refuse models that are one and the same, as far as no adapter makes them different."""
-    target, source, base = plan.target, plan.source, plan.source_base
-    if target is None or source is None:
-        return
+    target, source = draft.checkpoints["target"], draft.checkpoints["source"]
+    base = draft.checkpoints.get("source_base")
     if recipe.source.lora is None and _same(target, source):
-        plan.problems.append(
-            f"{source.name}: the source is the base_model {target.name} itself, so the merge would change nothing; "
-            f"name the text-only model under 'models'"
-        )
+        what = f"the source is the base_model {target.name} itself, so the merge would change nothing"
+        draft.problems.append(SnrfError(source.name, what, "name the text-only model under 'models'"))
     if base is None or recipe.source_base is None:
         return
+    trained_from = "name the model that the source was trained from"
     if recipe.source_base.lora is None and _same(target, base):
-        plan.problems.append(
-            f"{base.name}: source_base is the base_model itself, which Delta is taken from without it; remove it, or "
-            f"name the model that the source was trained from"
-        )
+        what = "source_base is the base_model itself, which Delta is taken from without it"
+        draft.problems.append(SnrfError(base.name, what, f"remove it, or {trained_from}"))
     if recipe.source_base.lora == recipe.source.lora and _same(source, base):
-        plan.problems.append(
-            f"{base.name}: source_base is the source itself, so the merge would change nothing; name the model that "
-            f"the source was trained from"
-        )
+        what = "source_base is the source itself, so the merge would change nothing"
+        draft.problems.append(SnrfError(base.name, what, trained_from))
 
 
 def _same(one: Checkpoint, other: Checkpoint) -> bool:
@@ -141,38 +131,50 @@ def _same(one: Checkpoint, other: Checkpoint) -> bool:
     return (one.name, one.revision) == (other.name, other.revision)
 
 
-def check_roles(plan: MergePlan) -> None:
+def check_roles(draft: PlanDraft) -> None:
     """Warn where target and source look exchanged."""
-    if plan.target is None or plan.source is None:
-        return
-    if pipeline_tag(plan.source) != pipeline_tag(plan.target) == "text-generation":
-        plan.warnings.append(
-            f"{plan.target.name}: the base_model, which gains and gives the output its shape, is a text-only model, "
-            f"and the source {plan.source.name} is the one that reads images; exchange them unless that is meant"
+    target, source = draft.checkpoints["target"], draft.checkpoints["source"]
+    if pipeline_tag(source) != pipeline_tag(target) == "text-generation":
+        draft.warnings.append(
+            f"{target.name}: the base_model, which the output is made from, is a text-only model, and the source "
+            f"{source.name} reads images; exchange them unless this is intended"
         )
 
 
-def check_remote_code(plan: MergePlan, options: MergeOptions) -> None:
+def check_pairing(draft: PlanDraft, *, any_family: bool) -> None:
+    """Refuse donors whose neurons do not correspond to the target's."""
+    target = draft.checkpoints["target"]
+    for role in ("source", "source_base"):
+        if role not in draft.models:
+            continue
+        donor = draft.checkpoints[role]
+        for problem in pairing_problems(target, donor, any_family=any_family):
+            where = f"source_base {donor.name} as the source"
+            draft.problems.append(problem if role == "source" else problem.at(where))
+
+
+def check_remote_code(draft: PlanDraft, options: MergeOptions) -> None:
     """Refuse checkpoints whose code must run, unless the user allows it."""
-    for checkpoint in plan.checkpoints:
+    for checkpoint in draft.checkpoints.values():
         if options.trust_remote_code or not checkpoint.needs_remote_code:
             continue
         if not checkpoint.model_type and "auto_map" not in checkpoint.config:
-            plan.problems.append(
-                f"{checkpoint.name}: its config.json has no model_type; get the file again, or give the folder of a "
-                f"transformers model"
-            )
+            what = "its config.json has no model_type"
+            remedy = "get the file again, or give the folder of a transformers model"
         else:
-            plan.problems.append(
-                f"{checkpoint.name}: model_type {checkpoint.model_type!r} is defined by code in the checkpoint, which "
-                f"mergekit must run to read the configuration; look at the code, then pass --trust-remote-code"
+            what = (
+                f"model_type {checkpoint.model_type!r} is defined by code in the checkpoint, which mergekit must run "
+                f"to read the configuration"
             )
+            remedy = "look at the code, then pass --trust-remote-code"
+        draft.problems.append(SnrfError(checkpoint.name, what, remedy))
 
 
-def compare_provenance(plan: MergePlan, mask: Mask) -> None:
+def compare_provenance(draft: PlanDraft, mask: Mask) -> None:
     """Warn where the mask says that it was made for other models."""
-    for role, checkpoint in (("target", plan.target), ("source", plan.source)):
+    for role in ("target", "source"):
         recorded: ModelProvenance | None = getattr(mask.provenance, role)
+        checkpoint = draft.checkpoints.get(role) if role in draft.models else None
         if recorded is None or checkpoint is None:
             continue
         contradictions = []
@@ -186,4 +188,39 @@ def compare_provenance(plan: MergePlan, mask: Mask) -> None:
         elif recorded.path and Path(recorded.path).name != Path(checkpoint.name).name:
             contradictions.append(f"{recorded.path!r} against {checkpoint.name!r}")
         if contradictions:
-            plan.warnings.append(f"{mask.path}: was made for another {role}: {'; '.join(contradictions)}")
+            draft.warnings.append(f"{mask.path}: was made for another {role}: {'; '.join(contradictions)}")
+
+
+def check_names(draft: PlanDraft) -> None:
+    """Refuse a model with two tensors that mergekit, which takes the first of several names, would mix up."""
+    for edit in draft.edits:
+        names = [name for name in (edit.target_name, edit.source_name, edit.source_base_name) if name is not None]
+        for role, own in zip(("source", "source_base"), names[1:], strict=False):
+            checkpoint = draft.checkpoints[role]
+            wrong = next((name for name in names[: names.index(own)] if name in checkpoint.tensors), None)
+            if wrong is not None:
+                what = f"has a tensor {wrong} besides its decoder's {own}; mergekit would take the wrong one"
+                draft.problems.append(SnrfError(checkpoint.name, what, "use a model with a text decoder alone"))
+                return
+
+
+def check_edits(draft: PlanDraft, recipe: Recipe, mask: Mask, *, failed: bool) -> None:
+    """Warn of filters without effect; refuse a merge without edits, and biases where none moves."""
+    for text in recipe.filters():
+        if text != "*" and not any(text in edit.target_name for edit in draft.edits):
+            what = f"filter {text!r} matches no tensor with masked neurons, so its value is never used"
+            draft.warnings.append(what)
+    if failed:
+        return
+    if not draft.edits and not recipe.value("allow_noop"):
+        empty = mask.neurons.count() == 0
+        where, field = (mask.path, None) if empty else ("parameters", "beta")
+        what = f"{'the mask has no neurons' if empty else 'is 0 for every masked tensor'}, so the merge changes nothing"
+        remedy = f"give {'a mask with neurons' if empty else 'a beta above 0'}, or set allow_noop: true"
+        draft.problems.append(SnrfError(where, what, remedy, field=field))
+    elif recipe.value("biases") and not any(edit.is_bias for edit in draft.edits):
+        what = (
+            f"is true, but no masked neuron of {draft.checkpoints['target'].name} that changes has a bias (this "
+            f"decoder has none, or none in the masked projections)"
+        )
+        draft.problems.append(SnrfError("parameters", what, "remove it", field="biases"))

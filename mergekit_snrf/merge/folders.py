@@ -20,7 +20,7 @@ from mergekit_snrf.errors import SnrfError, os_reason
 from mergekit_snrf.files.reading import load_yaml, parse_yaml, read_text
 
 if TYPE_CHECKING:
-    from mergekit_snrf.merge.plan import MergePlan
+    from mergekit_snrf.merge.plan import MergePlan, PlanDraft
 
 try:
     import fcntl
@@ -75,7 +75,7 @@ def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
     return None
 
 
-def output_problem(plan: MergePlan, out_path: str, kind: Kind, *, overwrite: bool) -> SnrfError | None:
+def output_problem(plan: MergePlan | PlanDraft, out_path: str, kind: Kind, *, overwrite: bool) -> SnrfError | None:
     """Return why ``built_aside`` cannot put a folder at ``out_path``, or None.
 
     Args:
@@ -106,10 +106,10 @@ def output_problem(plan: MergePlan, out_path: str, kind: Kind, *, overwrite: boo
     return None
 
 
-def inputs(plan: MergePlan) -> list[str]:
+def inputs(plan: MergePlan | PlanDraft) -> list[str]:
     """Return the local folders and files that a merge reads."""
     parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
-    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints if checkpoint.folder]
+    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
     masks = [str(plan.mask_path)] if plan.mask_path else []
     return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *masks]
 
@@ -119,7 +119,7 @@ def _holds(folder: str, path: str) -> bool:
     return Path(folder).resolve() in (inside, *inside.parents)
 
 
-def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
+def _not_of_a_merge(plan: MergePlan | PlanDraft, folder: str) -> str | None:
     """Return how a folder differs from the output of an earlier merge, or None."""
     try:
         recipe = load_yaml(Path(folder, "mergekit_config.yml"))
@@ -127,9 +127,8 @@ def _not_of_a_merge(plan: MergePlan, folder: str) -> str | None:
         recipe = None
     if not isinstance(recipe, dict) or recipe.get("merge_method") != "snrf":
         return "holds no mergekit_config.yml of an earlier snrf merge"
-    assert plan.target is not None
     weights = {name for name in os.listdir(folder) if _MERGED_WEIGHTS.fullmatch(name)}
-    return _foreign(folder, {*weights, *plan.target.side_files(), *TOKENIZER_FILES, *_MERGE_FILES})
+    return _foreign(folder, {*weights, *plan.checkpoints["target"].side_files(), *TOKENIZER_FILES, *_MERGE_FILES})
 
 
 def _not_of_an_adapter(folder: str) -> str | None:

@@ -6,6 +6,7 @@ for fwd.down the masked columns are zero columns of A. So the adapter is the upd
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,13 @@ from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
 from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.merge.tensors import Tensors, threads
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
+from mergekit_snrf.merge.tally import no_update, some_without_update
+from mergekit_snrf.merge.tensors import Tensors, cast, threads
 from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
 from mergekit_snrf.models.decoder import find_decoder
+
+LOG = logging.getLogger(__name__)
 
 
 class AdapterSettings(Settings):
@@ -112,10 +116,9 @@ def export_adapter(
         overwrite=overwrite,
         problems=_problems,
     )
-    assert plan.target is not None
     settings = settings or AdapterSettings.model_validate({})
     rank = _rank(plan.edits, settings.rank)
-    prefix = live_prefix(plan.target)
+    prefix = live_prefix(plan.target.checkpoint)
     modules = [f"{prefix}{edit.site.layer}.{edit.site.module}" for edit in plan.edits]
     # The folder first: one that cannot be made is better known before the work than after it.
     with built_aside(out_path, "adapter", overwrite=overwrite) as building:
@@ -130,16 +133,16 @@ def export_adapter(
         card = adapter_card(plan, Path(out_path).absolute().name, recipe, len(modules), rank, settings.base_model)
         (building / "README.md").write_text(card, encoding="utf-8")
         size = (building / "adapter_model.safetensors").stat().st_size
-        _config(plan.target, modules, rank, settings.base_model).save_pretrained(building)
+        _config(plan.target.checkpoint, modules, rank, settings.base_model).save_pretrained(building)
     return Adapter(len(modules), rank, size)
 
 
-def _problems(plan: MergePlan) -> Iterator[SnrfError]:
-    if any(edit.is_bias for edit in plan.edits):
+def _problems(draft: PlanDraft) -> Iterator[SnrfError]:
+    if any(edit.is_bias for edit in draft.edits):
         what = "a LoRA adapter, a product of two matrices added to a weight, cannot move biases"
         yield SnrfError(None, what, "remove it, or merge with mergekit-yaml or 'snrf patch'", field="biases")
-    if not plan.edits and not plan.problems:
-        yield SnrfError(plan.mask_path, "the merge changes nothing, so there is no adapter to write")
+    if not draft.edits and not draft.problems:
+        yield SnrfError(draft.mask_path, "the merge changes nothing, so there is no adapter to write")
 
 
 def _rank(edits: Sequence[PlannedEdit], wanted: int | None) -> int:
@@ -157,19 +160,24 @@ def _matrices(
     plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield A and B of every edit, in their order."""
-    assert plan.target_decoder is not None
-    read, shape, dtype = Tensors(plan, options), plan.target_decoder.shape, getattr(torch, settings.dtype)
+    read, dtype = Tensors(plan, options), getattr(torch, settings.dtype)
+    unmoved = 0
 
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        neurons = shape.neurons(edit.site.projection)
-        a, b = factors(_update_of(plan, edit, read), neurons, edit.site.axis, edit.fusion.beta)
-        return _padded(a.to(dtype), (rank, a.shape[1])), _padded(b.to(dtype), (b.shape[0], rank))
+        a, b = factors(_update_of(edit, read), len(edit.member), edit.site.axis, edit.fusion.beta)
+        a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
+        return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
 
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
     with one_thread(), progress, threads(workers) as pool:
         for pair in pool.map(matrices, plan.edits):
+            unmoved += not all(bool(matrix.any()) for matrix in pair)
             yield pair
             progress.update()
+    if unmoved == len(plan.edits) and not plan.recipe.value("allow_noop"):
+        raise no_update(unmoved)
+    if unmoved:
+        LOG.warning(some_without_update(unmoved, len(plan.edits)))
 
 
 def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "more_rows more_columns"]:
@@ -179,13 +187,12 @@ def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Fl
     return padded
 
 
-def _update_of(plan: MergePlan, edit: PlannedEdit, tensors: Tensors) -> Update:
-    assert plan.mask is not None
+def _update_of(edit: PlannedEdit, tensors: Tensors) -> Update:
     target, source, source_base = tensors.read(edit)
     return masked_update(
         target,
         source,
-        plan.mask.neurons[edit.site],
+        edit.member,
         edit.site.axis,
         edit.fusion,
         name=edit.target_name,

@@ -10,7 +10,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.folders import Kind, output_problem
-from mergekit_snrf.merge.plan import MergePlan, plan_merge
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, draft_merge
 
 LOG = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def plan_output(
     *,
     recipe_folder: str | None,
     overwrite: bool,
-    problems: Callable[[MergePlan], Iterable[SnrfError]],
+    problems: Callable[[PlanDraft], Iterable[SnrfError]],
 ) -> MergePlan:
     """Return the plan of a merge that can be written to ``out_path``, and log its warnings.
 
@@ -36,10 +36,10 @@ def plan_output(
     Raises:
         SnrfError: it cannot be written, with every problem.
     """
-    plan = plan_merge(config, options, recipe_folder=recipe_folder, merge_adapter=True)
-    of_folder = output_problem(plan, out_path, kind, overwrite=overwrite)
-    plan.problems += [str(problem) for problem in (*problems(plan), of_folder) if problem is not None]
-    plan.raise_problems()
+    draft = draft_merge(config, options, recipe_folder=recipe_folder)
+    of_folder = output_problem(draft, out_path, kind, overwrite=overwrite)
+    draft.problems += [problem for problem in (*problems(draft), of_folder) if problem is not None]
+    plan = draft.finish()
     for warning in plan.warnings:
         LOG.warning(warning)
     return plan

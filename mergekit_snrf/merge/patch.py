@@ -29,9 +29,9 @@ from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
 from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
-from mergekit_snrf.merge.tensors import Tensors, fuse_tensor, threads
+from mergekit_snrf.merge.tensors import Tensors, fuse_edit, threads
 from mergekit_snrf.models.checkpoint import ITEM_BYTES
 from mergekit_snrf.models.shards import ByteRange, overwrite_neurons, read_tensor
 
@@ -82,10 +82,9 @@ def patch_merge(
         overwrite=overwrite,
         problems=lambda plan: _problems(plan, config),
     )
-    assert plan.target is not None
     tensors = Tensors(plan, options)
-    folder, side_files = tensors.target_folder, plan.target.side_files()
-    tally = Tally(len(plan.edits))
+    folder, side_files = tensors.target_folder, plan.target.checkpoint.side_files()
+    tally = Tally(len(plan.edits), allow_noop=plan.recipe.value("allow_noop"))
     with built_aside(out_path, "merge", overwrite=overwrite) as building:
         patched = _write_shards(plan, tensors, building, hard_links, workers, options.quiet, tally)
         if options.write_model_card:
@@ -98,13 +97,13 @@ def patch_merge(
     return patched
 
 
-def _problems(plan: MergePlan, config: MergeConfiguration) -> Iterator[SnrfError]:
+def _problems(draft: PlanDraft, config: MergeConfiguration) -> Iterator[SnrfError]:
     for key in ("dtype", "out_dtype"):
         if getattr(config, key) is not None:
             yield SnrfError(None, "a patch keeps every dtype", "remove it, or merge with mergekit-yaml", field=key)
     if config.chat_template:
         yield SnrfError(None, "a patch copies the tokenizer", "merge with mergekit-yaml", field="chat_template")
-    for checkpoint in plan.checkpoints:
+    for checkpoint in draft.checkpoints.values():
         if any(tensor.file.endswith(".bin") for tensor in checkpoint.tensors.values()):
             yield SnrfError(
                 checkpoint.name,
@@ -117,9 +116,9 @@ def _write_shards(
     plan: MergePlan, tensors: Tensors, building: Path, hard_links: bool, workers: int, quiet: bool, tally: Tally
 ) -> Patched:
     """Copy the shards one by one and write the edits of each when its copy is complete; return what was done."""
-    assert plan.target is not None
-    files = {edit: plan.target.tensors[edit.target_name].file for edit in plan.edits}
-    shards = sorted({tensor.file for tensor in plan.target.tensors.values()})
+    stored = plan.target.checkpoint.tensors
+    files = {edit: stored[edit.target_name].file for edit in plan.edits}
+    shards = sorted({tensor.file for tensor in stored.values()})
     linked = set(shards) - set(files.values()) if hard_links else set()
     edits = sorted(plan.edits, key=lambda edit: (files[edit], tensors.place(edit).offset))
     stop, written = Event(), 0
@@ -132,12 +131,9 @@ def _write_shards(
             _copy(original, copy, stop)
 
     def fuse(edit: PlannedEdit) -> Tensor:
-        member = _member(plan, edit)
-        fused, certificate, rounding = fuse_tensor(
-            *tensors.read(edit), member, edit.site, edit.fusion, edit.target_name
-        )
-        tally.add(edit.target_name, certificate, rounding)
-        return fused[:, member] if edit.site.axis else fused[member]
+        fused = fuse_edit(edit, *tensors.read(edit))
+        tally.add(edit.target_name, fused)
+        return fused.tensor[:, edit.member] if edit.site.axis else fused.tensor[edit.member]
 
     progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
     with one_thread(), progress, threads(1, stop) as copier, threads(workers, stop) as pool:
@@ -148,16 +144,11 @@ def _write_shards(
                 if copy.done():
                     copy.result()
             copies[files[edit]].result()
-            written += _write(changed, tensors.place(edit), building / files[edit], _member(plan, edit), edit.site.axis)
+            written += _write(changed, tensors.place(edit), building / files[edit], edit.member, edit.site.axis)
             progress.update()
         for copy in copies.values():
             copy.result()
     return Patched(written, len(shards) - len(linked), len(linked))
-
-
-def _member(plan: MergePlan, edit: PlannedEdit) -> Bool[Tensor, " neurons"]:
-    assert plan.mask is not None
-    return plan.mask.neurons[edit.site]
 
 
 def _computed_ahead(

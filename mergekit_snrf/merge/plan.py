@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mergekit.common import ModelPath, ModelReference
+from jaxtyping import Bool
+from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge.checks import (
-    check_chat_template,
-    check_distinct,
-    check_dtypes,
-    check_output,
-    check_remote_code,
-    check_roles,
-    compare_provenance,
-)
-from mergekit_snrf.merge.recipe import Recipe, default, read_recipe
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, open_checkpoint
-from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
+from mergekit_snrf.merge import checks
+from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
+from mergekit_snrf.merge.recipe import Recipe, read_recipe
+from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint
+from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
@@ -36,25 +30,28 @@ from mergekit_snrf.neurons.shape import check_fit
 
 @dataclass(frozen=True)
 class PlannedEdit:
-    """One tensor that a merge changes: a weight, or the bias beside it.
+    """One tensor that a merge changes: a weight, or the bias beside it, and all that a kernel needs for it.
 
     Attributes:
         target_name: its name in the target and in the output.
         source_name: its name in the source.
-        neurons: how many of its rows (or columns) change.
-        source_bytes: what is read of the source and of its base.
         source_base_name: its name in the source's base, where the recipe has one.
+        dtype: that the target stores it in, such as ``BF16``.
+        member: which of its rows (or columns) change.
+        neurons: how many.
+        source_bytes: what is read of the source and of its base.
     """
 
     site: Site
     target_name: str
     source_name: str
+    source_base_name: str | None
     shape: tuple[int, ...]
     dtype: str
     neurons: int
     source_bytes: int
     fusion: Fusion
-    source_base_name: str | None = None
+    member: Bool[Tensor, " neurons"] = field(compare=False, repr=False)
 
     @property
     def is_bias(self) -> bool:
@@ -67,60 +64,47 @@ class PlannedEdit:
         return self.neurons if self.is_bias else self.neurons * self.shape[1 - self.site.axis]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MergePlan:
-    """A validated merge, or the reasons why it cannot run.
+    """A merge that can run.
 
     Attributes:
-        problems: one sentence each; a merge runs only if there is none.
+        edits: in the order of the decoder's layers.
+        copied: names of the target's tensors that stay as they are.
         warnings: one sentence each.
-        copied: names of the target's tensors that are taken over unchanged.
-        references: the models as the recipe names them, local folders by their absolute path: target, source, and the
-            source's base if there is one.
     """
 
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    recipe: Recipe | None = None
-    target: Checkpoint | None = None
-    source: Checkpoint | None = None
-    source_base: Checkpoint | None = None
-    target_decoder: Decoder | None = None
-    source_decoder: Decoder | None = None
-    source_base_decoder: Decoder | None = None
-    mask: Mask | None = None
-    mask_path: Path | None = None
-    edits: list[PlannedEdit] = field(default_factory=list)
-    copied: list[str] = field(default_factory=list)
-    references: list[ModelReference] = field(default_factory=list)
+    recipe: Recipe
+    target: OpenedModel
+    source: OpenedModel
+    source_base: OpenedModel | None
+    mask: Mask
+    mask_path: Path
+    edits: tuple[PlannedEdit, ...]
+    copied: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
-    def checkpoints(self) -> list[Checkpoint]:
-        """The models of the recipe that were found: target, source and the source's base."""
-        return [c for c in (self.target, self.source, self.source_base) if c is not None]
+    def models(self) -> tuple[OpenedModel, ...]:
+        """Target, source and, where the recipe has one, the source's base."""
+        return tuple(model for model in (self.target, self.source, self.source_base) if model is not None)
 
-    def raise_problems(self) -> None:
-        """Raise ``SnrfError`` with every problem, one a line; do nothing if there is none."""
-        if len(self.problems) == 1:
-            raise SnrfError(self.problems[0])
-        if self.problems:
-            lines = "".join(f"\n  {number}. {problem}" for number, problem in enumerate(self.problems, 1))
-            raise SnrfError(f"the merge cannot run, there are {len(self.problems)} problems:{lines}")
+    @property
+    def references(self) -> list[ModelReference]:
+        """The models as the recipe names them, with absolute folders."""
+        return [model.reference for model in self.models]
 
-    @contextmanager
-    def _collect(self) -> Iterator[None]:
-        try:
-            yield
-        except SnrfError as error:
-            self.problems.append(str(error))
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """The checkpoints by ``target``, ``source`` and ``source_base``."""
+        roles = ("target", "source", "source_base")
+        return {role: model.checkpoint for role, model in zip(roles, self.models, strict=False)}
 
     @property
     def unmatched(self) -> list[str]:
         """Decoder projections of the target that have no masked neuron, or no strength, and stay as they are."""
-        if self.target_decoder is None:
-            return []
-        edited = {edit.site for edit in self.edits}
-        return [self.target_decoder.weight_name(s) for s in self.target_decoder.shape.sites() if s not in edited]
+        decoder, edited = self.target.decoder, {edit.site for edit in self.edits}
+        return [decoder.weight_name(site) for site in decoder.shape.sites() if site not in edited]
 
     @property
     def source_bytes(self) -> int:
@@ -142,32 +126,30 @@ class MergePlan:
         """The update in words: beta and what has a part in the variant."""
         if not self.edits:
             return "nothing"
-        how = self.edits[0].fusion
         said = [f"beta {_span([edit.fusion.beta for edit in self.edits])}"]
-        fusions = [edit.fusion for edit in self.edits if not edit.is_bias] or [how]
-        if how.update == "dare":
-            rescaled = "" if how.rescale else ", not rescaled"
+        fusions = [edit.fusion for edit in self.edits if not edit.is_bias]
+        if fusions and fusions[0].update == "dare":
+            rescaled = "" if fusions[0].rescale else ", not rescaled"
             rates = _span([fusion.drop_rate for fusion in fusions])
-            said.append(f"dare: drop_rate {rates}, seed {how.seed}{rescaled}")
-        else:
+            said.append(f"dare: drop_rate {rates}, seed {fusions[0].seed}{rescaled}")
+        elif fusions:
             ranks = [fusion.rank for fusion in fusions]
-            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}, {how.order}")
+            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}, {fusions[0].order}")
         if self.source_base is not None:
             said.append("Delta = source - source_base")
-        if any(edit.is_bias for edit in self.edits):
+        if len(fusions) < len(self.edits):
             said.append("biases")
         return ", ".join(said)
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """Return (weights, neurons changed, neurons in all) by projection."""
-        if self.target_decoder is None:
-            return {}
-        shape = self.target_decoder.shape
-        weights = [edit for edit in self.edits if not edit.is_bias]
-        tensors = Counter(edit.site.projection for edit in weights)
+        shape = self.target.decoder.shape
+        tensors: Counter[str] = Counter()
         changed: Counter[str] = Counter()
-        for edit in weights:
-            changed[edit.site.projection] += edit.neurons
+        for edit in self.edits:
+            if not edit.is_bias:
+                tensors[edit.site.projection] += 1
+                changed[edit.site.projection] += edit.neurons
         return {name: (tensors[name], changed[name], shape.layers * shape.neurons(name)) for name in PROJECTIONS}
 
 
@@ -176,15 +158,69 @@ def _span(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def plan_merge(
+@dataclass
+class PlanDraft:
+    """What was found of a merge so far, and every problem.
+
+    Attributes:
+        problems: a merge can run only if there is none.
+        warnings: one sentence each.
+        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
+        models: those of them that have a text decoder.
+        references: all models as the recipe names them, with absolute folders.
+        edits: none where there was a problem before.
+    """
+
+    problems: list[SnrfError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, OpenedModel] = field(default_factory=dict)
+    references: list[ModelReference] = field(default_factory=list)
+    mask: Mask | None = None
+    mask_path: Path | None = None
+    edits: list[PlannedEdit] = field(default_factory=list)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take what the block raises as a problem."""
+        try:
+            yield
+        except SnrfError as error:
+            self.problems.append(error)
+
+    def finish(self) -> MergePlan:
+        """Return the plan.
+
+        Raises:
+            SnrfError: the merge cannot run, with every problem.
+        """
+        if self.problems:
+            raise SnrfError.several("the merge cannot run", self.problems)
+        assert self.recipe is not None and self.mask is not None and self.mask_path is not None  # noqa: PT018
+        edited = {edit.target_name for edit in self.edits}
+        return MergePlan(
+            recipe=self.recipe,
+            target=self.models["target"],
+            source=self.models["source"],
+            source_base=self.models.get("source_base"),
+            mask=self.mask,
+            mask_path=self.mask_path,
+            edits=tuple(self.edits),
+            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
+            warnings=tuple(self.warnings),
+        )
+
+
+def draft_merge(
     config: MergeConfiguration,
     options: MergeOptions,
     *,
     out_path: str | None = None,
     recipe_folder: str | None = None,
-    merge_adapter: bool = False,
-) -> MergePlan:
-    """Read configurations and headers of both models and the mask, and work out the merge without reading a weight.
+    merge_adapter: bool = True,
+) -> PlanDraft:
+    """Read configurations and headers of the models and the mask, and work out the merge without reading a weight.
 
     Args:
         config: the recipe as mergekit parsed it; not changed.
@@ -193,226 +229,141 @@ def plan_merge(
         merge_adapter: let mergekit apply a LoRA source (``model+adapter``) to its cache folder first, which
             reads weights; otherwise the plan shows the names of the model below the adapter.
     """
-    plan = MergePlan()
-    plan.recipe = read_recipe(config, plan.problems)
-    if plan.recipe is None:
-        return plan
-    recipe = plan.recipe
-    named = [recipe.target, recipe.source, recipe.source_base]
-    plan.references = [absolute(model, recipe_folder) for model in named if model is not None]
-    with plan._collect():
-        plan.target = _open(recipe.target, options, recipe_folder)
-        plan.target_decoder = find_decoder(plan.target)
-    with plan._collect():
-        plan.source = _open_donor(plan, recipe.source, options, recipe_folder, merge_adapter)
-        plan.source_decoder = find_decoder(plan.source)
-    if recipe.source_base is not None:
-        with plan._collect():
-            plan.source_base = _open_donor(plan, recipe.source_base, options, recipe_folder, merge_adapter)
-            plan.source_base_decoder = find_decoder(plan.source_base)
-    if recipe.target.lora is not None:
-        plan.problems.append(
-            f"base_model {recipe.target} has a LoRA adapter, which would lose the processor's files; "
-            f"merge the adapter into a folder of its own first and name that folder"
-        )
-    if isinstance(recipe.parameters.get("masks"), str):
-        with plan._collect():
-            plan.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
-            expected = str(_tolerant(recipe, "masks_sha256"))
-            if expected:
-                with naming({"sha256": "masks_sha256"}):
-                    check_sha256(plan.mask_path, expected)
-            plan.mask = read_mask(plan.mask_path)
-    check_output(plan, config, options, out_path)
-    check_dtypes(plan, config)
-    check_chat_template(plan, config)
-    check_remote_code(plan, options)
-    if plan.target is None or plan.target_decoder is None:
-        return plan
-    if plan.mask is not None:
-        with plan._collect():
-            shape, model = plan.target_decoder.shape, plan.target.name
-            check_fit(plan.mask.neurons, shape, where=plan.mask.path, model=model)
-        compare_provenance(plan, plan.mask)
-    if plan.source is None or plan.source_decoder is None:
-        return plan
-    any_family = bool(_tolerant(recipe, "allow_family_mismatch"))
-    check_distinct(plan, recipe)
-    check_roles(plan)
-    plan.problems += map(str, pairing_problems(plan.target, plan.source, any_family=any_family))
-    if plan.source_base is not None and plan.source_base_decoder is not None:
-        unfit = pairing_problems(plan.target, plan.source_base, any_family=any_family)
-        plan.problems += [f"source_base {plan.source_base.name} as the source: {problem}" for problem in unfit]
-    if plan.mask is not None and not plan.problems:
-        _plan_edits(plan, recipe, plan.mask, plan.target, plan.source)
-    return plan
+    draft = PlanDraft()
+    draft.recipe = recipe = read_recipe(config, draft.problems)
+    if recipe is None:
+        return draft
+    for role in ("target", "source", "source_base"):
+        reference: ModelReference | None = getattr(recipe, role)
+        if reference is not None:
+            draft.references.append(absolute(reference, recipe_folder))
+            with draft.collect():
+                _open(draft, role, draft.references[-1], options, merge_adapter)
+    _read_mask(draft, recipe, recipe_folder)
+    checks.check_output(draft, config, options, out_path)
+    checks.check_dtypes(draft, config)
+    checks.check_chat_template(draft, config)
+    checks.check_remote_code(draft, options)
+    target = draft.models.get("target")
+    if target is None:
+        return draft
+    if draft.mask is not None:
+        with draft.collect():
+            model = target.checkpoint.name
+            check_fit(draft.mask.neurons, target.decoder.shape, where=draft.mask.path, model=model)
+        checks.compare_provenance(draft, draft.mask)
+    if "source" in draft.models:
+        checks.check_distinct(draft, recipe)
+        checks.check_roles(draft)
+        checks.check_pairing(draft, any_family=bool(recipe.value("allow_family_mismatch")))
+        if draft.mask is not None and not draft.problems:
+            _plan_edits(draft, recipe, draft.mask, target)
+    return draft
 
 
-def _tolerant(recipe: Recipe, name: str) -> object:
-    """Return a parameter's value, or its default where the recipe's value is invalid and already reported."""
-    try:
-        return recipe.value(name)
-    except ValueError:
-        return default(name)
+def plan_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    out_path: str | None = None,
+    recipe_folder: str | None = None,
+) -> MergePlan:
+    """Return the plan of a merge; args as ``draft_merge``.
+
+    Raises:
+        SnrfError: the merge cannot run, with every problem.
+    """
+    return draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder).finish()
 
 
-def located(reference: ModelReference, recipe_folder: str | None) -> str:
-    """Return a model's absolute folder, found from the working folder or beside the recipe, or else its hub id."""
-    path = reference.model.path
-    for folder in ("", recipe_folder or ""):
-        candidate = os.path.join(folder, path)
-        if os.path.isdir(candidate):
-            return os.path.abspath(candidate)
-    return path
+def _open(draft: PlanDraft, role: str, reference: ModelReference, options: MergeOptions, merge_adapter: bool) -> None:
+    checkpoint = draft.checkpoints[role] = opened(reference, options)
+    if reference.lora is not None and role == "target":
+        what = "a base_model with a LoRA adapter would lose the processor's files"
+        remedy = "merge the adapter into a folder of its own first and name that folder"
+        draft.problems.append(SnrfError(reference, what, remedy))
+    elif reference.lora is not None and not options.lora_merge_cache:
+        what = "the source has a LoRA adapter, which mergekit merges into a folder first"
+        raise SnrfError(reference, what, "pass --lora-merge-cache DIR")
+    elif reference.lora is not None and not merge_adapter:
+        what = "planned from the model below the adapter, which is applied when the merge runs"
+        draft.warnings.append(f"{reference}: {what}")
+    elif reference.lora is not None:
+        checkpoint = draft.checkpoints[role] = with_adapter(reference, options)
+    draft.models[role] = OpenedModel(reference, checkpoint, find_decoder(checkpoint))
 
 
-def absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
-    """Return the same model and adapter with absolute folders; hub ids stay as they are."""
-    lora = reference.lora
-    if lora is not None:
-        lora = ModelPath(path=located(ModelReference(model=lora), recipe_folder), revision=lora.revision)
-    return ModelReference(
-        model=ModelPath(path=located(reference, recipe_folder), revision=reference.model.revision),
-        lora=lora,
-        override_architecture=reference.override_architecture,
-    )
+def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
+    if not isinstance(recipe.parameters.get("masks"), str):
+        return
+    with draft.collect(), naming({"sha256": "masks_sha256"}):
+        draft.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
+        if recipe.value("masks_sha256"):
+            check_sha256(draft.mask_path, str(recipe.value("masks_sha256")))
+        draft.mask = read_mask(draft.mask_path)
 
 
-def _open(reference: ModelReference, options: MergeOptions, recipe_folder: str | None) -> Checkpoint:
-    return open_checkpoint(
-        located(reference, recipe_folder),
-        reference.model.revision,
-        cache_dir=options.transformers_cache,
-        trust_remote_code=options.trust_remote_code,
-    )
-
-
-def _open_donor(
-    plan: MergePlan, reference: ModelReference, options: MergeOptions, recipe_folder: str | None, merge_adapter: bool
-) -> Checkpoint:
-    below = _open(reference, options, recipe_folder)
-    if reference.lora is None:
-        return below
-    return _with_adapter(plan, absolute(reference, recipe_folder), below, options, merge_adapter)
-
-
-def _with_adapter(
-    plan: MergePlan, reference: ModelReference, below: Checkpoint, options: MergeOptions, merge_adapter: bool
-) -> Checkpoint:
-    if not options.lora_merge_cache:
-        raise SnrfError(
-            f"{reference}: the source has a LoRA adapter, which mergekit merges into a folder first; "
-            f"pass --lora-merge-cache DIR"
-        )
-    if not merge_adapter:
-        plan.warnings.append(
-            f"{reference}: planned from the model below the adapter, which is applied when the merge runs"
-        )
-        return below
-    try:
-        merged = reference.merged(
-            cache_dir=options.lora_merge_cache,
-            trust_remote_code=options.trust_remote_code,
-            lora_merge_dtype=options.lora_merge_dtype,
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SnrfError(
-            f"{reference}: mergekit cannot merge the adapter into the source ({reason}); check the adapter, and empty "
-            f"{options.lora_merge_cache} before the next run"
-        ) from error
-    return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)
-
-
-def _plan_edits(plan: MergePlan, recipe: Recipe, mask: Mask, target: Checkpoint, source: Checkpoint) -> None:
-    mine = plan.target_decoder
-    assert mine is not None
-    last = mine.shape.layers - 1
-    failures: Counter[str] = Counter()
-    biases = bool(recipe.value("biases"))
+def _plan_edits(draft: PlanDraft, recipe: Recipe, mask: Mask, target: OpenedModel) -> None:
+    decoder = target.decoder
+    last = decoder.shape.layers - 1
+    failures: list[SnrfError] = []
     for site, member in mask.neurons.nonempty().items():
         t = site.layer / last if last else 1.0
-        weight = mine.weight_name(site)
-        for name in (weight, bias_name(weight)) if biases and site.axis == 0 else (weight,):
-            if name not in target.tensors:
+        weight = decoder.weight_name(site)
+        for name in (weight, bias_name(weight)) if recipe.value("biases") and site.axis == 0 else (weight,):
+            if name not in target.checkpoint.tensors:
                 continue
             try:
-                edit = _planned_edit(plan, recipe, site, name, int(member.sum()), t)
+                edit = _planned_edit(draft, recipe.fusion(name, t), site, name, member)
             except SnrfError as error:
-                # The same mistake in every layer is one problem.
-                failures[str(error) if not failures else ""] += 1
+                failures.append(error)
                 continue
             if edit.fusion.beta > 0:
-                plan.edits.append(edit)
+                draft.edits.append(edit)
     if failures:
-        message = next(iter(failures))
-        more = sum(failures.values()) - 1
-        plan.problems.append(message + (f" ({more} further tensors likewise)" if more else ""))
-    edited = {edit.target_name for edit in plan.edits}
-    plan.copied = [name for name in target.tensors if name not in edited]
-    _check_names(plan)
-    unused = [text for text in recipe.filters() if text != "*" and not any(text in e.target_name for e in plan.edits)]
-    for text in unused:
-        plan.warnings.append(f"filter {text!r} matches no tensor with masked neurons, so its value is never used")
-    if not plan.edits and not failures and not recipe.value("allow_noop"):
-        empty = mask.neurons.count() == 0
-        reason = f"{mask.path}: the mask has no neurons" if empty else "parameter 'beta' is 0 for every masked tensor"
-        remedy = "give a mask with neurons" if empty else "give a beta above 0"
-        plan.problems.append(f"{reason}, so the merge would change nothing; {remedy}, or set allow_noop: true")
-    elif biases and not failures and not any(edit.is_bias for edit in plan.edits):
-        plan.problems.append(
-            f"parameter 'biases' is true, but no masked neuron of {target.name} that changes has a bias (this decoder "
-            f"has none, or none in the masked projections); remove it"
-        )
+        # The same mistake in every layer is one problem.
+        first, more = failures[0], len(failures) - 1
+        also = f" ({more} further tensors likewise)" if more else ""
+        draft.problems.append(SnrfError(first.where, f"{first.what}{also}", first.remedy, field=first.field))
+    checks.check_names(draft)
+    checks.check_edits(draft, recipe, mask, failed=bool(failures))
 
 
-def _planned_edit(plan: MergePlan, recipe: Recipe, site: Site, name: str, neurons: int, t: float) -> PlannedEdit:
+def _planned_edit(
+    draft: PlanDraft, fusion: Fusion, site: Site, name: str, member: Bool[Tensor, " neurons"]
+) -> PlannedEdit:
     """Return the edit of a weight or bias of the target; raise ``SnrfError`` where it cannot be fused."""
-    assert plan.target is not None
-    header = plan.target.tensors[name]
+    header = draft.checkpoints["target"].tensors[name]
     is_bias = len(header.shape) == 1
-    names, size = [], 0
-    donors = [(plan.source, plan.source_decoder, "source"), (plan.source_base, plan.source_base_decoder, "source_base")]
-    for checkpoint, decoder, role in donors:
-        if checkpoint is None or decoder is None:
+    names, size = {}, 0
+    for role, model in draft.models.items():
+        if role == "target":
             continue
-        weight = decoder.weight_name(site)
-        theirs = bias_name(weight) if is_bias else weight
-        other = checkpoint.tensors.get(theirs)
+        weight = model.decoder.weight_name(site)
+        names[role] = theirs = bias_name(weight) if is_bias else weight
+        other = model.checkpoint.tensors.get(theirs)
         if other is None or other.shape != header.shape or other.dtype not in FLOAT_DTYPES:
             found = "is missing" if other is None else f"is {other.dtype} of shape {list(other.shape)}"
             raise SnrfError(
-                f"{checkpoint.name}: tensor {theirs} of the {role} {found}, but {name} of {plan.target.name} has shape "
-                f"{list(header.shape)}; its bias cannot move, remove biases from the recipe"
+                model.checkpoint.name,
+                f"tensor {theirs} of the {role} {found}, but {name} of {draft.checkpoints['target'].name} has shape "
+                f"{list(header.shape)}",
+                "its bias cannot move, remove biases from the recipe",
             )
-        names.append(theirs)
         size += other.bytes
-    fusion = recipe.fusion(name, t)
-    if not is_bias:
+    if is_bias:
+        fusion = fusion.of_bias()
+    else:
         fusion.check_rank(name, header.shape)
     return PlannedEdit(
         site=site,
         target_name=name,
-        source_name=names[0],
+        source_name=names["source"],
+        source_base_name=names.get("source_base"),
         shape=header.shape,
         dtype=header.dtype,
-        neurons=neurons,
+        neurons=int(member.sum()),
         source_bytes=size,
         fusion=fusion,
-        source_base_name=names[1] if len(names) > 1 else None,
+        member=member,
     )
-
-
-def _check_names(plan: MergePlan) -> None:
-    """Refuse a model with two tensors that mergekit, which takes the first of several names, would mix up."""
-    for edit in plan.edits:
-        names = [name for name in (edit.target_name, edit.source_name, edit.source_base_name) if name is not None]
-        for checkpoint, own in zip((plan.source, plan.source_base), names[1:], strict=False):
-            assert checkpoint is not None
-            wrong = next((name for name in names[: names.index(own)] if name in checkpoint.tensors), None)
-            if wrong is not None:
-                plan.problems.append(
-                    f"{checkpoint.name}: has a tensor {wrong} besides its decoder's {own}; mergekit "
-                    f"would take the wrong one, use a model with a text decoder alone"
-                )
-                return

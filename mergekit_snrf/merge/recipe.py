@@ -1,28 +1,29 @@
-"""A recipe's own rules: what mergekit accepts silently and SNRF must refuse."""
+"""A recipe: read from YAML, and checked against what mergekit ignores and SNRF must refuse."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from mergekit.common import ModelReference
+import torch
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration, ParameterSetting
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.parameter_resolver import resolve_parameters
 from pydantic import ValidationError
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, invalid
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.parameters import OF_FUSION
+from mergekit_snrf.models.checkpoint import FLOAT_DTYPES
 
-_SPECS: Mapping[str, ParameterSpec] = {parameter.name: parameter for parameter in SPEC.parameters}
-# These hold for the whole merge: one value, no gradient and no filter.
-_PLAIN = tuple(parameter.name for parameter in SPEC.shared_parameters)
-_FUSION = tuple(entry.name for entry in fields(Fusion))
+_SPECS = {parameter.name: parameter for parameter in SPEC.parameters}
 _OF_DARE = ("drop_rate", "seed", "rescale")
 _OF_LOW_RANK = ("rank", "order")
+_TOP = "parameters"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Recipe:
         source_parameters: as written under ``models``.
         parameters: as written at the top level.
         source_base: the model that Delta is taken from; None: the target.
+        dtype: every tensor is read in it; None: as stored.
+        out_dtype: every tensor is written in it; None: as it was computed.
     """
 
     target: ModelReference
@@ -42,14 +45,19 @@ class Recipe:
     source_parameters: Mapping[str, ParameterSetting] = field(default_factory=dict)
     parameters: Mapping[str, ParameterSetting] = field(default_factory=dict)
     source_base: ModelReference | None = None
+    dtype: str | None = None
+    out_dtype: str | None = None
 
     def value(self, name: str) -> Any:
-        """Return a parameter that holds for the whole merge."""
+        """Return a parameter that holds for the whole merge; its default where the recipe's value is invalid."""
         spec = _SPECS[name]
-        return spec.validate(self.parameters.get(name, spec.default))
+        try:
+            return spec.validate(self.parameters.get(name, spec.default))
+        except ValueError:
+            return spec.default
 
     def fusion(self, tensor_name: str, t: float) -> Fusion:
-        """Resolve what ``Fusion`` holds for one tensor exactly as mergekit will.
+        """Resolve what ``Fusion`` holds for one tensor as mergekit would.
 
         Args:
             tensor_name: on the target; ``filter`` entries match parts of it.
@@ -67,9 +75,12 @@ class Recipe:
                 base_model=self.target,
                 t=t,
             )
-        except (ValidationError, ValueError, RuntimeError) as error:
-            raise SnrfError(f"{tensor_name}: {_first_line(error)}") from None
-        return fusion_of(shared, by_source[self.source])
+        except ValidationError as error:
+            raise invalid(tensor_name, error.errors()) from None
+        except (ValueError, RuntimeError) as error:
+            raise SnrfError(tensor_name, first_line(error)) from None
+        values = {**shared, **by_source[self.source]}
+        return Fusion(**{name: values[name] for name in OF_FUSION})
 
     def _sources(self, model: ModelReference | None = None) -> Iterable[Mapping[str, ParameterSetting]]:
         if model == self.source:
@@ -78,124 +89,36 @@ class Recipe:
 
     def filters(self) -> list[str]:
         """Return every ``filter`` text of the recipe."""
-        settings = [*self.parameters.values(), *self.source_parameters.values()]
-        return [entry.filter for setting in settings for entry in _conditionals(setting) if entry.filter]
+        written = [*self.parameters.values(), *self.source_parameters.values()]
+        return [entry.filter for setting in written for entry in _conditionals(setting) if entry.filter]
+
+    def wider_dtype(self, stored: str) -> str | None:
+        """Return ``out_dtype`` where it is wider than what the maths would be rounded to before it is applied.
+
+        Args:
+            stored: dtype of the target's tensor in its file, such as ``BF16``.
+        """
+        working = dtype_from_name(self.dtype or FLOAT_DTYPES[stored])
+        out: torch.dtype | None = dtype_from_name(self.out_dtype)
+        return self.out_dtype if out is not None and out.itemsize > working.itemsize else None
+
+    def working_dtype(self, stored: str) -> str | None:
+        """Return the dtype that an edited tensor is computed in, None for the stored one."""
+        return self.wider_dtype(stored) or self.dtype
 
 
-def fusion_of(shared: Mapping[str, Any], of_source: Mapping[str, Any]) -> Fusion:
-    """Return what the parameters of one tensor say, those of the whole merge and those of the source.
+def stray_keys(content: Any) -> list[SnrfError]:
+    """Return a problem for every key outside the parameters that mergekit would ignore.
 
-    A parameter that is left out has its default.
-
-    Raises:
-        SnrfError: a value is out of range, or values exclude each other.
-    """
-    values = {**shared, **of_source}
-    return Fusion(**{name: values[name] for name in _FUSION if name in values})
-
-
-def default(name: str) -> Any:
-    """Return the default of a parameter."""
-    return _SPECS[name].default
-
-
-def read_recipe(config: MergeConfiguration, problems: list[str]) -> Recipe | None:
-    """Check a mergekit configuration against SNRF's rules.
-
-    Args:
-        config: as mergekit parsed it.
-        problems: takes one sentence for every rule that is broken.
-
-    Returns:
-        The recipe, or None if target and source cannot be told.
-    """
-    if config.merge_method != SPEC.name:
-        problems.append(f"merge_method is {config.merge_method!r}; this command is for recipes with merge_method: snrf")
-    if config.slices or config.modules:
-        used = "slices" if config.slices else "modules"
-        problems.append(
-            f"'{used}' is not supported by snrf; list the source under 'models' and the target as base_model"
-        )
-    if config.tokenizer_source is not None or config.tokenizer is not None:
-        used = "tokenizer_source" if config.tokenizer_source is not None else "tokenizer"
-        problems.append(
-            f"'{used}' is not supported by snrf: embeddings and tokenizer stay the target's; remove it from the recipe"
-        )
-    models = list(config.models or [])
-    target = config.base_model if config.base_model and config.base_model.model.path else None
-    if target is None:
-        problems.append(
-            "base_model is missing; set it to the vision-language model that shall gain reasoning (the target)"
-        )
-    sources = [entry for entry in models if entry.model != config.base_model]
-    if models and len(sources) != 1:
-        names = ", ".join(str(entry.model) for entry in sources) or "only the base_model itself"
-        problems.append(f"'models' must list exactly one source besides the base_model, got {names}")
-    for entry in models:
-        if entry.model == config.base_model and entry.parameters:
-            problems.append(
-                f"parameters under the base_model {entry.model} ({', '.join(entry.parameters)}) have no effect; "
-                f"move them to the source"
-            )
-    if any(not entry.model.model.path for entry in models):
-        problems.append("a model under 'models' has no name; write a folder or a hub id such as owner/model")
-    count = len(problems)
-    _check_parameters(config.parameters or {}, sources, problems)
-    if len(problems) == count:
-        _check_combinations([config.parameters or {}, *(entry.parameters or {} for entry in sources)], problems)
-    source_base = _source_base((config.parameters or {}).get("source_base"), problems)
-    if target is None or len(sources) != 1 or not sources[0].model.model.path:
-        return None
-    return Recipe(target, sources[0].model, sources[0].parameters or {}, config.parameters or {}, source_base)
-
-
-def _source_base(setting: object, problems: list[str]) -> ModelReference | None:
-    if setting is None or not isinstance(setting, str):
-        return None
-    try:
-        if not setting.strip():
-            raise ValueError("it names no model")
-        return ModelReference.parse(setting)
-    except (ValueError, RuntimeError) as error:
-        problems.append(
-            f"parameter 'source_base' in parameters: {setting!r} is not valid ({_first_line(error)}); give the folder "
-            f"or hub id of the model that the source was trained from, or remove it"
-        )
-        return None
-
-
-def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: list[str]) -> None:
-    """Refuse parameters that would be without effect beside the others; each is valid by itself."""
-
-    def written(name: str) -> list[Any]:
-        return [value for place in places if name in place for value in _scalars(place[name])]
-
-    def value(name: str) -> Any:
-        return _SPECS[name].validate((written(name) or [_SPECS[name].default])[0])
-
-    by_filter = any(_conditionals(place["rank"]) for place in places if "rank" in place)
-    full_rank = bool(written("rank")) and not any(map(float, written("rank"))) and not by_filter
-    if value("update") == "dare":
-        for name in filter(written, _OF_LOW_RANK):
-            problems.append(f"parameter {name!r} has no effect with update: dare, which truncates nothing; remove it")
-        return
-    for name in filter(written, _OF_DARE):
-        problems.append(f"parameter {name!r} has no effect without update: dare; remove it, or write update: dare")
-    if full_rank and value("order") == "mask-then-svd":
-        problems.append(
-            "parameter 'order' has no effect with rank: 0, which truncates nothing; remove it, or give a rank"
-        )
-
-
-def stray_keys(content: Any) -> list[str]:
-    """Return a sentence for every key outside the parameters that mergekit would drop in silence.
+    ``name`` (of a stage of mergekit-multi) and keys that begin with ``x-`` (anchors) are allowed at the top.
 
     Args:
-        content: the recipe as YAML gives it.
+        content: the recipe as YAML gives it; other methods than snrf have no problems.
     """
-    if not isinstance(content, Mapping):
+    if not isinstance(content, Mapping) or content.get("merge_method") != SPEC.name:
         return []
-    found = _strays(content, MergeConfiguration.model_fields, "at the top of the recipe")
+    own = {key: value for key, value in content.items() if key != "name" and not str(key).startswith("x-")}
+    found = _strays(own, MergeConfiguration.model_fields, "at the top of the recipe")
     models = content.get("models")
     for entry in models if isinstance(models, list) else []:
         if isinstance(entry, Mapping):
@@ -204,72 +127,159 @@ def stray_keys(content: Any) -> list[str]:
     return found
 
 
-def _strays(content: Mapping[Any, Any], known: Iterable[str], where: str) -> list[str]:
-    sentences = []
+def _strays(content: Mapping[Any, Any], known: Iterable[str], where: str) -> list[SnrfError]:
+    problems = []
     for key in content:
-        if key in known:
-            continue
         if key in _SPECS:
-            sentences.append(f"{key!r} stands {where}, where mergekit ignores it; move it under 'parameters:'")
-            continue
-        close = difflib.get_close_matches(str(key), list(known), n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"mergekit knows {', '.join(known)}"
-        sentences.append(f"unknown key {key!r} {where}; {hint}")
-    return sentences
+            problems.append(SnrfError(None, f"{key!r} {where} has no effect", f"move it under '{_TOP}:'"))
+        elif key not in known:
+            hint = did_you_mean(str(key), known, "the keys there are")
+            problems.append(SnrfError(None, f"unknown key {key!r} {where}", hint))
+    return problems
+
+
+def read_recipe(config: MergeConfiguration, problems: list[SnrfError]) -> Recipe | None:
+    """Check a mergekit configuration against SNRF's rules.
+
+    Args:
+        config: as mergekit parsed it.
+        problems: receives one entry for every rule that is broken.
+
+    Returns:
+        The recipe, or None if it does not name one target and one source.
+    """
+    _check_keys(config, problems)
+    models = list(config.models or [])
+    target = config.base_model if config.base_model and config.base_model.model.path else None
+    if target is None:
+        what = "set it to the vision-language model that receives the update (the target)"
+        problems.append(SnrfError(None, "is missing", what, field="base_model"))
+    sources = [entry for entry in models if entry.model != config.base_model]
+    if models and len(sources) != 1:
+        names = ", ".join(str(entry.model) for entry in sources) or "only the base_model itself"
+        what = f"must list exactly one source besides the base_model, got {names}"
+        problems.append(SnrfError(None, what, field="models"))
+    for entry in models:
+        if entry.model == config.base_model and entry.parameters:
+            what = f"parameters of the base_model have no effect ({', '.join(entry.parameters)})"
+            problems.append(SnrfError(entry.model, what, "move them to the source"))
+    if any(not entry.model.model.path for entry in models):
+        what = "a model has no name"
+        problems.append(SnrfError(None, what, "write a folder or a hub id such as owner/model", field="models"))
+    written = config.parameters or {}
+    count = len(problems)
+    _check_parameters(written, sources, problems)
+    if len(problems) == count:
+        _check_combinations([written, *(entry.parameters or {} for entry in sources)], problems)
+    base = _source_base(written.get("source_base"), problems)
+    if target is None or len(sources) != 1 or not sources[0].model.model.path:
+        return None
+    source = sources[0]
+    return Recipe(target, source.model, source.parameters or {}, written, base, config.dtype, config.out_dtype)
+
+
+def _check_keys(config: MergeConfiguration, problems: list[SnrfError]) -> None:
+    if config.merge_method != SPEC.name:
+        what, remedy = f"must be {SPEC.name}, got {config.merge_method!r}", "use a recipe of that method"
+        problems.append(SnrfError(None, what, remedy, field="merge_method"))
+    if config.slices or config.modules:
+        remedy = "list the source under 'models' and the target as base_model"
+        used = "slices" if config.slices else "modules"
+        problems.append(SnrfError(None, "is not supported by snrf", remedy, field=used))
+    if config.tokenizer_source is not None or config.tokenizer is not None:
+        what = "is not supported by snrf: embeddings and tokenizer stay those of the target"
+        used = "tokenizer_source" if config.tokenizer_source is not None else "tokenizer"
+        problems.append(SnrfError(None, what, "remove it", field=used))
+
+
+def _source_base(setting: object, problems: list[SnrfError]) -> ModelReference | None:
+    if not isinstance(setting, str):
+        return None
+    try:
+        if not setting.strip():
+            raise ValueError("it names no model")
+        return ModelReference.parse(setting)
+    except (ValueError, RuntimeError) as error:
+        what = f"{setting!r} is not valid ({first_line(error)})"
+        remedy = "give the folder or hub id of the model that the source was trained from, or remove it"
+        problems.append(SnrfError(_TOP, what, remedy, field="source_base"))
+        return None
+
+
+def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: list[SnrfError]) -> None:
+    """Refuse parameters that have no effect beside the others; each is valid by itself."""
+
+    def written(name: str) -> list[Any]:
+        return [value for place in places if name in place for value in _scalars(place[name])]
+
+    def value(name: str) -> Any:
+        return _SPECS[name].validate((written(name) or [_SPECS[name].default])[0])
+
+    def without_effect(name: str, why: str, remedy: str) -> None:
+        problems.append(SnrfError(_TOP, f"has no effect {why}", remedy, field=name))
+
+    if value("update") == "dare":
+        for name in filter(written, _OF_LOW_RANK):
+            without_effect(name, "with update: dare, which truncates nothing", "remove it")
+        return
+    for name in filter(written, _OF_DARE):
+        without_effect(name, "without update: dare", "remove it, or write update: dare")
+    by_filter = any(_conditionals(place["rank"]) for place in places if "rank" in place)
+    full_rank = bool(written("rank")) and not any(map(float, written("rank"))) and not by_filter
+    if full_rank and value("order") == "mask-then-svd":
+        without_effect("order", "with rank: 0, which truncates nothing", "remove it, or give a rank")
 
 
 def _check_parameters(
-    top_level: Mapping[str, ParameterSetting], sources: list[InputModelDefinition], problems: list[str]
+    top_level: Mapping[str, ParameterSetting], sources: list[InputModelDefinition], problems: list[SnrfError]
 ) -> None:
     if "masks" not in top_level and not any("masks" in (entry.parameters or {}) for entry in sources):
-        problems.append(
-            "parameter 'masks' is missing; write the path of a mask file under the recipe's top-level parameters"
-        )
+        problems.append(SnrfError(_TOP, "is missing", "write the path of a mask file", field="masks"))
     for name, setting in top_level.items():
-        _check_parameter(name, setting, "parameters", problems)
+        _check_parameter(name, setting, _TOP, problems)
     for entry in sources:
+        where = f"{_TOP} of {entry.model}"
         for name, setting in (entry.parameters or {}).items():
             spec = _SPECS.get(name)
             if spec is not None and spec.scope == ParameterScope.SHARED:
-                problems.append(
-                    f"parameter {name!r} is written under the model {entry.model}, where mergekit ignores it; "
-                    f"move it to the recipe's top-level parameters"
-                )
+                what = "has no effect under a model"
+                problems.append(SnrfError(where, what, "move it to the recipe's top-level parameters", field=name))
             else:
-                _check_parameter(name, setting, f"the parameters of {entry.model}", problems)
+                _check_parameter(name, setting, where, problems)
 
 
-def _check_parameter(name: str, setting: ParameterSetting, where: str, problems: list[str]) -> None:
+def _check_parameter(name: str, setting: ParameterSetting, where: str, problems: list[SnrfError]) -> None:
     spec = _SPECS.get(name)
     if spec is None:
         close = difflib.get_close_matches(name, _SPECS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"snrf knows {', '.join(_SPECS)}"
-        problems.append(f"unknown parameter {name!r} in {where}; {hint}")
+        hint = f"did you mean {close[0]!r}?" if close else f"the parameters are {', '.join(_SPECS)}"
+        problems.append(SnrfError(where, f"unknown parameter {name!r}", hint))
         return
-    if name in _PLAIN and not isinstance(setting, (str, bool, int, float)):
-        problems.append(f"parameter {name!r} in {where} must be one plain value, not a gradient or a list of filters")
+    if spec.scope == ParameterScope.SHARED and not isinstance(setting, (str, bool, int, float)):
+        what = "must be one plain value, not a gradient or a list of filters"
+        problems.append(SnrfError(where, what, field=name))
         return
     values = list(_scalars(setting))
     if not values:
-        problems.append(f"parameter {name!r} in {where} is an empty list; give a value, or remove it")
+        problems.append(SnrfError(where, "is an empty list", "give a value, or remove it", field=name))
     for value in values:
         try:
             _check_value(spec, value)
         except SnrfError as error:
-            problems.append(f"parameter {name!r} in {where}: {error}")
-            return
-        except (ValidationError, ValueError) as error:
-            problems.append(f"parameter {name!r} in {where}: {value!r} is not valid ({_first_line(error)})")
+            problems.append(error.at(where, field=name))
             return
 
 
 def _check_value(spec: ParameterSpec, value: Any) -> None:
     if isinstance(value, bool) and spec.value_type is not bool:
-        raise SnrfError(f"expected a number or text, got {value!r}")
+        raise SnrfError(None, f"must be a number or text, got {str(value).lower()}")
     if spec.name == "rank" and isinstance(value, float) and not value.is_integer():
-        raise SnrfError(f"rank must be a whole number, got {value}")
-    checked = spec.validate(value)
-    if spec.name in _FUSION:
+        raise SnrfError(None, f"must be a whole number, got {value}")
+    try:
+        checked = spec.validate(value)
+    except ValidationError as error:
+        raise invalid(None, error.errors()) from None
+    if spec.name in OF_FUSION:
         Fusion(**{spec.name: checked})
 
 
@@ -286,9 +296,3 @@ def _scalars(setting: ParameterSetting) -> Iterator[Any]:
             yield from _scalars(entry)
     else:
         yield setting
-
-
-def _first_line(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"]
-    return str(error).strip().splitlines()[0]

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from mergekit_snrf.errors import SnrfError, first_line, invalid
 from mergekit_snrf.files.reading import load_yaml
-from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.recipe import stray_keys
 
 # What pydantic adds to the place of an error where a value may be of several types.
@@ -33,8 +32,8 @@ def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
     parsed = load_yaml(path)
     if not isinstance(parsed, dict):
         raise SnrfError(path, "is not a recipe", "begin it with merge_method: snrf")
-    if parsed.get("merge_method") == SPEC.name and (strays := stray_keys(parsed)):
-        raise SnrfError(path, "; ".join(map(str, strays)), None)
+    if strays := stray_keys(parsed):
+        raise SnrfError.several(f"{path}: the recipe cannot be used", [stray.at(path) for stray in strays])
     try:
         return MergeConfiguration.model_validate(parsed)
     except ValidationError as error:

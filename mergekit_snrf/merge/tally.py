@@ -1,4 +1,4 @@
-"""What a whole merge did to its tensors: certificates, and what rounding leaves of the update."""
+"""What a whole merge did to its tensors: certificates, what rounding leaves, and whether anything changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import math
 import threading
 
-from mergekit_snrf.fusion.fuse import Rounding
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fused, Rounding
 from mergekit_snrf.fusion.lowrank import Certificate
 
 LOG = logging.getLogger(__name__)
@@ -14,29 +15,40 @@ LOST_TOO_MUCH = 0.5
 
 
 class Tally:
-    """Counts the edited tensors of one merge and speaks when the last one is done; shared by worker threads."""
+    """Counts the edited tensors of one merge; shared by worker threads.
 
-    def __init__(self, expected: int) -> None:
+    Args:
+        expected: how many there are; with the last one the sum is logged.
+        allow_noop: accept a merge that changes nothing.
+    """
+
+    def __init__(self, expected: int, *, allow_noop: bool = False) -> None:
         self._lock = threading.Lock()
         self._expected = expected
+        self._allow_noop = allow_noop
         self._certificates: list[Certificate] = []
         self._roundings: list[Rounding] = []
 
-    def add(self, name: str, certificate: Certificate | None, rounding: Rounding) -> bool:
-        """Take note of one tensor, and return whether it was the last; log the sum, or a warning, with that."""
-        LOG.info("%s: %s", name, in_words(certificate, rounding))
+    def add(self, name: str, fused: Fused) -> None:
+        """Take note of one tensor; log the sum, or a warning, with the last.
+
+        Raises:
+            SnrfError: it was the last, and no weight of any tensor changes.
+        """
+        LOG.info("%s: %s", name, in_words(fused.certificate, fused.rounding))
         with self._lock:
-            self._roundings.append(rounding)
-            if certificate is not None:
-                self._certificates.append(certificate)
+            self._roundings.append(fused.rounding)
+            if fused.certificate is not None:
+                self._certificates.append(fused.certificate)
             if len(self._roundings) != self._expected:
-                return False
+                return
+        problem = self.problem()
+        if problem is not None and not self._allow_noop:
+            raise problem
         LOG.info("%s", self.summary())
-        if self.lost > LOST_TOO_MUCH:
-            LOG.warning("%s", self.sentence())
-        else:
-            LOG.info("%s", self.sentence())
-        return True
+        LOG.log(logging.WARNING if self.lost > LOST_TOO_MUCH else logging.INFO, "%s", self.sentence())
+        if warning := self.zeros():
+            LOG.warning("%s", warning)
 
     @property
     def changed(self) -> int | None:
@@ -51,6 +63,20 @@ class Tally:
         """Norm of what rounding to the output's dtype takes away, as a share of the norm of the update."""
         update = math.hypot(*(rounding.update for rounding in self._roundings))
         return math.hypot(*(rounding.lost for rounding in self._roundings)) / update if update else 0.0
+
+    def problem(self) -> SnrfError | None:
+        """Return what is wrong where no tensor changes, or None."""
+        if not self._roundings or any(rounding.changed for rounding in self._roundings):
+            return None
+        if not any(rounding.update for rounding in self._roundings):
+            return no_update(len(self._roundings))
+        what = "no masked weight changes: rounding to the output's dtype takes the whole update"
+        return SnrfError(None, what, "write dtype: float32 into the recipe, or set allow_noop: true")
+
+    def zeros(self) -> str:
+        """Say how many tensors have an update of zero; empty if none or all have."""
+        count = sum(not rounding.update for rounding in self._roundings)
+        return some_without_update(count, len(self._roundings)) if count < len(self._roundings) else ""
 
     def summary(self) -> str:
         """Say how many tensors were fused, and how well those that were truncated."""
@@ -76,6 +102,19 @@ class Tally:
         if self.lost <= LOST_TOO_MUCH:
             return said
         return f"{said}; write dtype: float32 into the recipe, or export the update with 'snrf lora', to keep it"
+
+
+def no_update(tensors: int) -> SnrfError:
+    """Return the error of a merge whose masked differences are all zero."""
+    what = f"the update of all {tensors} edited tensors is zero: source and target are equal at the masked neurons"
+    return SnrfError(None, what, "check the source (or source_base), or set allow_noop: true")
+
+
+def some_without_update(count: int, tensors: int) -> str:
+    """Return the warning of tensors whose masked difference is zero; empty if there are none."""
+    if not count:
+        return ""
+    return f"{count} of {tensors} edited tensors have an update of zero: the models are equal at their masked neurons"
 
 
 def kept(rounding: Rounding) -> float:

@@ -10,37 +10,72 @@ from threading import Event
 
 import torch
 import tqdm
-from jaxtyping import Bool
 from mergekit.common import dtype_from_name
-from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.fusion.fuse import Fused, Fusion, Rounding, fuse_and_report
-from mergekit_snrf.fusion.lowrank import Certificate
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
-from mergekit_snrf.neurons.sets import Site
 
 
-def fuse_tensor(
-    target: Tensor,
-    source: Tensor,
-    source_base: Tensor | None,
-    member: Bool[Tensor, " neurons"],
-    site: Site,
-    fusion: Fusion,
-    name: str,
-) -> Fused:
-    """Fuse a weight, or the bias beside it; all arguments as in ``fuse_and_report``.
+def fuse_edit(edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None) -> Fused:
+    """Fuse the tensor of a planned edit.
 
     Raises:
-        SnrfError: as ``fuse_and_report``.
+        SnrfError: a weight is not finite, or the result overflows the target's dtype.
     """
-    return fuse_and_report(target, source, member, site.axis, fusion, name=name, source_base=source_base, site=site)
+    return fuse_and_report(
+        target,
+        source,
+        edit.member,
+        edit.site.axis,
+        edit.fusion,
+        name=edit.target_name,
+        source_base=source_base,
+        site=edit.site,
+    )
+
+
+def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
+    """Return a tensor in another dtype; None: as it is.
+
+    Raises:
+        SnrfError: a finite weight would become infinite.
+    """
+    if dtype is None:
+        return tensor
+    result = tensor.to(dtype)
+    if overflows(tensor, result):
+        raise overflow(tensor, dtype, name)
+    return result
+
+
+def can_overflow(stored: torch.dtype, dtype: torch.dtype) -> bool:
+    """Return whether a finite number of one floating-point dtype may be infinite in another."""
+    return torch.finfo(stored).max > torch.finfo(dtype).max
+
+
+def overflows(tensor: Tensor, result: Tensor) -> bool:
+    """Return whether a finite number of ``tensor`` is infinite in ``result``, its copy in another dtype."""
+    if not tensor.is_floating_point() or not can_overflow(tensor.dtype, result.dtype) or not tensor.numel():
+        return False
+    # Most tensors are judged by their ends alone.
+    if all(bool(end.isfinite()) for end in result.aminmax()):
+        return False
+    return bool((tensor.isfinite() & result.isinf()).any())
+
+
+def overflow(tensor: Tensor, dtype: torch.dtype, name: str) -> SnrfError:
+    """Return the error of a cast that makes finite weights infinite."""
+    largest = float(tensor[tensor.isfinite()].abs().amax())
+    kind = str(dtype).removeprefix("torch.")
+    what = f"holds weights up to {largest:.3g}, which are infinite in {kind}"
+    return SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
 def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
@@ -55,25 +90,20 @@ def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
 class Tensors:
     """What the edits of a plan read: of the source, and of its base, nothing else.
 
-    Args:
-        plan: without problems.
-
     Raises:
         SnrfError: a model cannot be downloaded, or the header of a shard is damaged.
     """
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
-        assert plan.target is not None
-        assert plan.source is not None
-        self.target_folder = local_folder(plan.target, options)
-        self._target = stored_ranges(plan.target, self.target_folder, [edit.target_name for edit in plan.edits])
-        self._source = stored_ranges(
-            plan.source, local_folder(plan.source, options), [e.source_name for e in plan.edits]
-        )
+        target, source = plan.target.checkpoint, plan.source.checkpoint
+        self.target_folder = local_folder(target, options)
+        self._target = stored_ranges(target, self.target_folder, [edit.target_name for edit in plan.edits])
+        self._source = stored_ranges(source, local_folder(source, options), [edit.source_name for edit in plan.edits])
         self._source_base: dict[str, ByteRange] = {}
         if plan.source_base is not None:
+            base = plan.source_base.checkpoint
             names = [edit.source_base_name for edit in plan.edits if edit.source_base_name is not None]
-            self._source_base = stored_ranges(plan.source_base, local_folder(plan.source_base, options), names)
+            self._source_base = stored_ranges(base, local_folder(base, options), names)
 
     def place(self, edit: PlannedEdit) -> ByteRange:
         """Return where the target's tensor lies."""
@@ -91,7 +121,7 @@ class Tensors:
 
 @contextmanager
 def threads(count: int, stop: Event | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Give a pool of threads. When the block fails, what waits is not begun any more, and ``stop`` is set."""
+    """Give a pool of threads. When the block fails, what waits is cancelled, and ``stop`` is set."""
     with ThreadPoolExecutor(max(1, count)) as pool:
         try:
             yield pool
@@ -102,37 +132,23 @@ def threads(count: int, stop: Event | None = None) -> Iterator[ThreadPoolExecuto
             raise
 
 
-def certify(
-    plan: MergePlan, config: MergeConfiguration, options: MergeOptions
-) -> Iterator[tuple[PlannedEdit, Certificate | None, Rounding]]:
-    """Fuse every edited tensor as the merge would, write nothing, and yield what is known of each.
-
-    Args:
-        plan: of ``config``.
+def certify(plan: MergePlan, options: MergeOptions) -> Iterator[tuple[PlannedEdit, Fused]]:
+    """Fuse every edited tensor as the merge would, write nothing, and yield the result of each.
 
     Raises:
-        SnrfError: the merge cannot run, or a weight is not finite.
+        SnrfError: a weight is not finite, or a dtype of the recipe cannot hold it.
     """
-    plan.raise_problems()
-    assert plan.mask is not None
     tensors = Tensors(plan, options)
+    out = dtype_from_name(plan.recipe.out_dtype)
     for edit in tqdm.tqdm(plan.edits, desc="Certifying", unit="tensor", disable=options.quiet):
-        dtype = dtype_from_name(wider_dtype(config, edit.dtype) or config.dtype)
-        target, source, base = (
-            tensor if tensor is None or dtype is None else tensor.to(dtype) for tensor in tensors.read(edit)
-        )
-        assert target is not None
-        assert source is not None
-        member = plan.mask.neurons[edit.site]
+        dtype = dtype_from_name(plan.recipe.working_dtype(edit.dtype))
+        target, source, base = tensors.read(edit)
         with one_thread():
-            _, certificate, rounding = fuse_tensor(
-                target, source, base, member, edit.site, edit.fusion, edit.target_name
+            fused = fuse_edit(
+                edit,
+                cast(target, dtype, edit.target_name),
+                cast(source, dtype, edit.source_name),
+                None if base is None else cast(base, dtype, str(edit.source_base_name)),
             )
-        yield edit, certificate, rounding
-
-
-def wider_dtype(config: MergeConfiguration, dtype: str) -> str | None:
-    """Return ``out_dtype`` where it is wider than what the maths would be rounded to before it is applied."""
-    working = dtype_from_name(config.dtype or FLOAT_DTYPES[dtype])
-    out: torch.dtype | None = dtype_from_name(config.out_dtype)
-    return config.out_dtype if out is not None and out.itemsize > working.itemsize else None
+        cast(fused.tensor, out, edit.target_name)
+        yield edit, fused

@@ -20,7 +20,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor
 
 from mergekit_snrf.merge import install
-from mergekit_snrf.merge.plan import MergePlan, plan_merge
+from mergekit_snrf.merge.plan import PlanDraft, draft_merge
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
@@ -131,9 +131,9 @@ def merge(recipe: dict[str, Any] | Path, out: Path, *flags: str) -> dict[str, Te
     return read(out)
 
 
-def plan(recipe: dict[str, Any], out: Path | None = None, **options: Any) -> MergePlan:
+def plan(recipe: dict[str, Any], out: Path | None = None, **options: Any) -> PlanDraft:
     """Plan a merge as the command does before it."""
-    return plan_merge(
+    return draft_merge(
         MergeConfiguration.model_validate(recipe), MergeOptions(**options), out_path=None if out is None else str(out)
     )
 

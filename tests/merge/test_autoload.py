@@ -56,14 +56,14 @@ for snippet in sys.argv[1:]:
 # What a process knows of the plugin once mergekit is imported.
 STATE = """
 import sys
-import mergekit.architecture, mergekit.merge
+import mergekit.merge, mergekit.scripts.run_yaml, mergekit.scripts.multimerge
 from mergekit.merge_methods import registry
-function = mergekit.architecture.get_architecture_info
+function = mergekit.merge.run_merge
 result = {
     "method": "snrf" in registry._METHODS,
     "wrapped": getattr(function, "__snrf__", False),
     "wrapped once": not hasattr(getattr(function, "__wrapped__", None), "__snrf__"),
-    "bound in merge": mergekit.merge.get_architecture_info is function,
+    "bound": mergekit.scripts.run_yaml.run_merge is mergekit.scripts.multimerge.run_merge is function,
     "others": len(registry._METHODS) > 15,
     "finders": sum(type(finder).__module__ == "mergekit_snrf_autoload" for finder in sys.meta_path),
     "loader": type(registry.__loader__).__name__,
@@ -73,7 +73,7 @@ LOADED = {
     "method": True,
     "wrapped": True,
     "wrapped once": True,
-    "bound in merge": True,
+    "bound": True,
     "others": True,
     "finders": 0,
     "loader": "SourceFileLoader",
@@ -255,6 +255,8 @@ def test_any_module_first(installed: Environment) -> None:
         "mergekit.scripts.multimerge",
         "mergekit_snrf.merge",
         "mergekit_snrf.merge.method",
+        "mergekit_snrf.merge.recipe",
+        "mergekit_snrf.merge.session",
         "mergekit_snrf.merge.plan",
         "mergekit_snrf.merge.patch",
         "mergekit_snrf.merge.lora",
@@ -271,6 +273,12 @@ def test_any_module_first(installed: Environment) -> None:
     snippets += [twice + STATE + twice + STATE, again + STATE, failing + STATE]
     for snippet, outcome in zip(snippets, installed.forks(*snippets), strict=True):
         assert outcome == {"result": LOADED, "warnings": []}, snippet
+
+
+def test_light_modules_import_no_mergekit(installed: Environment) -> None:
+    modules = ("parameters", "cards", "folders", "tally")
+    imports = "".join(f"import mergekit_snrf.merge.{name}\n" for name in modules)
+    assert installed.python(f"import json, sys\n{imports}print(json.dumps('mergekit' in sys.modules))") is False
 
 
 def test_merge_in_a_fresh_environment(installed: Environment, pair: Pair, tmp_path: Path) -> None:
@@ -311,7 +319,7 @@ def test_mergekit_snrf_where_autoload_is_switched_off(installed: Environment, pa
 def test_broken_package_only_warns(install: Callable[[], Environment]) -> None:
     environment = install()
     package = environment.site_packages / "mergekit_snrf"
-    spoil = f"import pathlib; pathlib.Path({str(package / 'plugin' / '__init__.py')!r}).write_text('def (')\n"
+    spoil = f"import pathlib; pathlib.Path({str(package / 'merge' / '__init__.py')!r}).write_text('def (')\n"
     remove = f"import shutil; shutil.rmtree({str(package)!r})\n"
     strict = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
     torch_works = "import torch\nresult['torch'] = torch.ones(2).sum().item()\n"
