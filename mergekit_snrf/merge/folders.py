@@ -210,7 +210,7 @@ def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]
         raise SnrfError(out_path, what, "make room, or choose another folder") from None
 
 
-def in_place_problem(plan: MergePlan, out_path: str) -> SnrfError | None:
+def in_place_problem(plan: MergePlan | PlanDraft, out_path: str) -> SnrfError | None:
     """Return which input of a merge mergekit would overwrite while it writes into a folder, or None."""
     for path in map(Path, inputs(plan)):
         if path.parent == Path(out_path).resolve() and _MERGED_WEIGHTS.fullmatch(path.name):
