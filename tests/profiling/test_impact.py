@@ -21,6 +21,7 @@ from mergekit_snrf.profiling.impact.layer import (
     ffn_impact,
 )
 from mergekit_snrf.profiling.impact.released import released_attention_scores, released_ffn_scores
+from mergekit_snrf.profiling.impact.sdpa import Backend
 
 WINDOWED = {"head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 CAPPED = WINDOWED | {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0}
@@ -54,6 +55,10 @@ def differences(name: str, projection: str, site: str) -> Tensor:
     return family(name).differences(projection, site)
 
 
+def backends(layer: Layer) -> list[Backend]:
+    return ["blocked"] if layer.inputs.softcap is not None else ["blocked", "sdpa"]
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
     """Largest error relative to the largest impact of the layer and projection."""
     return ((actual.double() - expected).abs().max() / expected.max()).item()
@@ -72,27 +77,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_neuron_equals_zeroing_it_in_the_real_module(
-    name: str, record_property: Callable[[str, object], None]
+    name: str, backend: Backend, record_property: Callable[[str, object], None]
 ) -> None:
     layer = family(name)
+    if backend == "sdpa" and layer.inputs.softcap is not None:
+        pytest.skip("fused attention cannot cap the scores")
     huge = 10 if "400" in name else 1
     o_weight, down = layer.attention.o_proj.weight, layer.mlp.down_proj.weight
-    readouts = {
-        "pre_o": None,
-        "post_o": Readout.of(o_weight, layer.inputs.heads, layer.inputs.kv_heads),
-    }
+    readouts = {"pre_o": None, "post_o": Readout.of(o_weight, layer.inputs.heads, layer.inputs.kv_heads)}
     for site, readout in readouts.items():
         expected = [norms(differences(name, p, site), layer.counted) for p in (*ATTENTION, "up_proj")]
         expected += [norms(differences(name, "down_proj", "post_o"), layer.counted)]
         for dtype, bar in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
             ffn = ffn_impact(layer.hidden.to(dtype), column_norms(down.to(dtype)), layer.counted)
-            actual = [*attention_impact(to_dtype(layer.inputs, dtype), readout=readout), ffn, ffn]
+            attention = attention_impact(to_dtype(layer.inputs, dtype), readout=readout, backend=backend)
+            actual = [*attention, ffn, ffn]
             assert all(scores.dtype == dtype and scores.isfinite().all() for scores in actual)
             errors = [error(one, other) for one, other in zip(actual, expected, strict=True)]
             record_property(
-                "impact error", f"{name:36}{site:8}{str(dtype)[6:]:9}" + "".join(f"{e:10.1e}" for e in errors)
+                "impact error",
+                f"{name:36}{backend:8}{site:8}{str(dtype)[6:]:9}" + "".join(f"{e:10.1e}" for e in errors),
             )
             assert max(errors) <= bar * huge
 
@@ -152,8 +159,10 @@ def test_finite_entries_of_an_additive_mask_bias_the_scores(name: str) -> None:
         call=(args, kwargs | {"attention_mask": mask}),
         inputs=replace(layer.inputs, window=None, key_mask=None, mask=mask),
     )
-    for projection, scores in zip(ATTENTION, attention_impact(biased.inputs, layer.counted), strict=True):
-        assert error(scores, norms(biased.differences(projection, "pre_o"), layer.counted)) <= 1e-12
+    expected = [norms(biased.differences(projection, "pre_o"), layer.counted) for projection in ATTENTION]
+    for backend in backends(layer):
+        actual = attention_impact(biased.inputs, layer.counted, backend=backend)
+        assert max(error(one, other) for one, other in zip(actual, expected, strict=True)) <= 1e-12
 
 
 def test_a_mask_that_is_not_causal() -> None:
@@ -167,9 +176,10 @@ def test_a_mask_that_is_not_causal() -> None:
         call=(args, kwargs | {"attention_mask": additive}),
         inputs=replace(layer.inputs, key_mask=None, mask=visible),
     )
-    for projection, scores in zip(ATTENTION, attention_impact(scattered.inputs), strict=True):
-        expected = norms(scattered.differences(projection, "pre_o"), torch.ones_like(layer.counted))
-        assert error(scores, expected) <= 1e-12
+    expected = [norms(scattered.differences(p, "pre_o"), torch.ones_like(layer.counted)) for p in ATTENTION]
+    for backend in backends(layer):
+        actual = attention_impact(scattered.inputs, backend=backend)
+        assert max(error(one, other) for one, other in zip(actual, expected, strict=True)) <= 1e-12
 
 
 def random_inputs(
@@ -217,7 +227,8 @@ class Operations(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
-                self.largest = max(self.largest, leaf.numel() * leaf.element_size())
+                size = min(leaf.numel() * leaf.element_size(), leaf.untyped_storage().nbytes())
+                self.largest = max(self.largest, size)
         if "softmax" in str(function):
             self.softmaxed += output.numel()
         if "linear_pointwise" in str(function):
@@ -225,12 +236,14 @@ class Operations(TorchDispatchMode):
         return output
 
 
-def test_no_tensor_outgrows_the_block() -> None:
+@pytest.mark.parametrize(("backend", "size"), [("blocked", 200_000), ("sdpa", 700_000)])
+def test_no_tensor_outgrows_the_block(backend: Backend, size: int) -> None:
     inputs = random_inputs(tokens=400, batch=1)
     with Operations() as seen:
-        attention_impact(inputs, block_bytes=200_000)
-    # The keys twice for one head, [2, head_dim, tokens], are below it; [heads, head_dim, tokens, tokens] is 61 MB.
-    assert seen.largest <= 200_000
+        attention_impact(inputs, block_bytes=size, backend=backend)
+    # blocked: the keys twice for one head, [2, head_dim, tokens], are below it; sdpa: the mask of one probe is 640 kB.
+    # [heads, head_dim, tokens, tokens] is 61 MB.
+    assert seen.largest <= size
 
 
 def test_only_attended_keys_and_counted_rows_are_visited() -> None:
@@ -275,6 +288,9 @@ def test_padding_may_hold_anything() -> None:
         for one, other in zip(function(dirty), function(clean), strict=True):
             assert torch.equal(one, other)
     assert torch.equal(attention_output(dirty), attention_output(clean))
+    random = key_mask * torch.rand(2, 150, generator=torch.Generator().manual_seed(3))
+    for weights in (None, random, key_mask * (torch.arange(150) >= 100)):
+        assert_close(attention_impact(dirty, weights, backend="sdpa"), attention_impact(clean, weights), 2e-6)
     hidden = torch.rand(2, 150, 8)
     spoilt = torch.where(key_mask[..., None] != 0, hidden, torch.nan)
     assert torch.equal(ffn_impact(spoilt, torch.ones(8), key_mask), ffn_impact(hidden, torch.ones(8), key_mask))
