@@ -151,7 +151,7 @@ def invalid(
     """Return the first entry of pydantic's ``ValidationError.errors()`` as an error with the key as its field.
 
     Args:
-        where: the file that was read.
+        where: the file that was read; None: the values come from Python or options, so the field is the plain name.
         entries: of ``errors()``.
         fields: the keys that are known where an unknown one stands.
         keys: where the value stands; None: where the entry says.
@@ -170,7 +170,10 @@ def invalid(
     if entry["type"] == "missing":
         return SnrfError(where, f"key {key!r} is missing", "add it")
     what = f"must be {expected}, got {_given(entry['input'])}" if expected is not None else _message(entry)
-    return SnrfError(where, f"a name in it {what}" if of_name else what, remedy, field=key and f"key {key!r}")
+    field = key and f"key {key!r}"
+    if where is None:
+        field, what = key, what.replace("remove the key", "leave it out")
+    return SnrfError(where, f"a name in it {what}" if of_name else what, remedy, field=field)
 
 
 def _message(entry: Mapping[str, Any]) -> str:
@@ -205,4 +208,4 @@ def _part(text: str) -> str:
 
 def problem(entry: Mapping[str, Any], **options: Any) -> str:
     """Return ``invalid`` as text, until every reader raises it itself."""
-    return str(invalid(None, [entry], **options))
+    return str(invalid("", [entry], **options))

@@ -6,19 +6,15 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.references import find_attribute
 from mergekit_snrf.evidence.results import TokenOdds
 
 WORDS = "words"
-"""The default classifier: the word list ``math_words.txt`` beside this module."""
+"""The name of the classifier: the word list ``math_words.txt`` beside this module."""
 
 # What tokenizers write for a space or a line break, and what they put before or behind fragments of words.
 _MARKERS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n", "ĉ": "\t"})
@@ -27,32 +23,6 @@ _FRAGMENTS = ("##", "</w>", "@@")
 _NOT_MATH = "|~"
 _LETTERS = ("GREEK SMALL", "GREEK CAPITAL", "MATHEMATICAL", "DOUBLE-STRUCK")
 _NUMBER = re.compile(r"\d[\d.,:]*(st|nd|rd|th|[a-z])?|[a-z]\d+")
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """What counts as a math token.
-
-    Attributes:
-        name: the reference that it was found by.
-        sha256: of the word list or of the file; None for a module.
-    """
-
-    name: str
-    function: Callable[[str], Any]
-    sha256: str | None = None
-
-    def __call__(self, token: str) -> bool:
-        """Tell whether a token is a math token.
-
-        Raises:
-            SnrfError: the function fails.
-        """
-        try:
-            return bool(self.function(token))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise SnrfError(f"{self.name}: fails on {token!r} with {type(error).__name__}: {reason}") from error
 
 
 def token_text(tokenizer: Any, token: int) -> str:
@@ -89,36 +59,18 @@ def _log_odds(count: int, total: int) -> float:
     return math.log((count + 0.5) / (total - count + 0.5))
 
 
-def math_share(ranked: Sequence[TokenOdds], classifier: Classifier, top: int = 10) -> float | None:
+def math_share(ranked: Sequence[TokenOdds], top: int = 10) -> float | None:
     """Return the share of math tokens among the leading ``top`` (K of Fig. 12) of those with log-odds above zero.
 
     None if there is no such token.
     """
     leading = [entry.token for entry in ranked[:top] if entry.log_odds > 0]
-    return sum(map(classifier, leading)) / len(leading) if leading else None
+    return sum(map(is_math, leading)) / len(leading) if leading else None
 
 
-def load_classifier(reference: str = WORDS) -> Classifier:
-    """Find a classifier: ``words``, ``package.module:function`` or ``path/file.py:function`` (token text -> bool).
-
-    Python that a reference names is imported, so it runs with the user's rights.
-
-    Raises:
-        SnrfError: there is no such file, module or function, or it cannot be imported.
-    """
-    if reference == WORDS:
-        return Classifier(WORDS, is_math, hashlib.sha256(_word_list().encode()).hexdigest())
-    where, colon, name = reference.rpartition(":")
-    if not colon or not where or not name:
-        raise SnrfError(
-            f"{reference}: is not a classifier; give {WORDS}, package.module:function or path/file.py:function"
-        )
-    function = find_attribute(reference)
-    if not callable(function):
-        raise SnrfError(f"{reference}: is {type(function).__name__}, not callable; name a function of a token's text")
-    path = Path(where).expanduser()
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if where.endswith(".py") else None
-    return Classifier(reference, function, digest)
+def words_sha256() -> str:
+    """Return the sha256 of the list of math words."""
+    return hashlib.sha256(_word_list().encode()).hexdigest()
 
 
 def is_math(token: str) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,8 @@ from processors import TARGET_CHATS, TARGET_CORPUS, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.results import TokenOdds
-from mergekit_snrf.evidence.tokens import Classifier, is_math, load_classifier, math_share, rank_tokens, token_text
+from mergekit_snrf.evidence.tokens import is_math, math_share, rank_tokens, token_text
 
 
 def test_log_odds_are_those_of_the_two_by_two_table_of_token_against_rest() -> None:
@@ -90,49 +87,7 @@ def odds(*tokens: tuple[str, float]) -> list[TokenOdds]:
 
 
 def test_math_share_counts_the_leading_tokens_above_zero_only() -> None:
-    words = load_classifier()
     ranked = odds(("4", 3.0), ("cat", 2.0), ("+", 1.0), ("sum", 0.5), ("the", 0.0), ("blue", -1.0))
-    assert math_share(ranked, words, top=10) == 3 / 4
-    assert math_share(ranked, words, top=2) == 1 / 2
-    assert math_share(odds(("4", 0.0), ("5", -1.0)), words) is None
-
-
-def test_classifier_of_a_file_and_of_a_module(tmp_path: Path) -> None:
-    file = tmp_path / "own.py"
-    file.write_text(
-        textwrap.dedent(
-            """
-            from dataclasses import dataclass
-
-            @dataclass
-            class Rule:
-                word: str
-
-            def colors(token):
-                return token.strip() in {"red", Rule("blue").word}
-
-            value = 3
-            """
-        )
-    )
-    colors = load_classifier(f"{file}:colors")
-    assert [colors(token) for token in (" red", "blue", "4")] == [True, True, False]
-    assert load_classifier("mergekit_snrf.evidence.tokens:is_math")("4")
-    with pytest.raises(SnrfError, match=r"own.py:value: is int, not callable"):
-        load_classifier(f"{file}:value")
-    with pytest.raises(SnrfError, match="has no attribute 'absent'"):
-        load_classifier(f"{file}:absent")
-
-
-def test_classifiers_that_cannot_be_found_or_fail(tmp_path: Path) -> None:
-    with pytest.raises(SnrfError, match="is not a classifier; give words"):
-        load_classifier("word")
-    with pytest.raises(SnrfError, match="there is no file"):
-        load_classifier(f"{tmp_path}/absent.py:f")
-    with pytest.raises(SnrfError, match=r"cannot be imported .ModuleNotFoundError"):
-        load_classifier("no_such_module_here:f")
-    (tmp_path / "broken.py").write_text("1 / 0")
-    with pytest.raises(SnrfError, match=r"cannot be imported .ZeroDivisionError"):
-        load_classifier(f"{tmp_path}/broken.py:f")
-    with pytest.raises(SnrfError, match="own: fails on 'x' with ValueError: no"):
-        Classifier("own", lambda token: (_ for _ in ()).throw(ValueError("no")))("x")
+    assert math_share(ranked, top=10) == 3 / 4
+    assert math_share(ranked, top=2) == 1 / 2
+    assert math_share(odds(("4", 0.0), ("5", -1.0))) is None
