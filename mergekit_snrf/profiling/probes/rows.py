@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,10 +174,8 @@ def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence
     if len(every) > BAD_SHARE * total:
         shown = "; ".join(map(str, every[:_SHOWN])) + ("; ..." if len(every) > _SHOWN else "")
         what = f"{len(every)} of {total} rows cannot be used ({shown})"
-        fields = {row.error.field for row in every}
-        if len(fields) == 1 and (error := every[0].error).field is not None:
-            raise SnrfError(name, what, error.remedy, field=error.field)
-        raise SnrfError(name, what, "correct the data set, at most 5 % may be bad")
+        (field, remedy), _ = Counter((row.error.field, row.error.remedy) for row in every).most_common(1)[0]
+        raise SnrfError(name, what, remedy or "correct the data set, at most 5 % may be bad", field=field)
     for row in bad:
         log.warning("%s: %s; left out", name, row)
 

@@ -1,0 +1,153 @@
+"""Models and processors as transformers loads them, from tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_source, make_target, read, write
+from processors import SOURCE_CHATS, SOURCE_CORPUS, make_tokenizer, processor_missing
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models.loading import load_model, load_processor
+from mergekit_snrf.models.reference import ModelRef
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    targets = ("llava", "qwen2_5_vl", "internvl_chat")
+    made = {name: make_target(root / name, name, "hub") for name in targets}
+    return {"llama": make_source(root / "llama", "llama"), **made}
+
+
+def ref(folder: Path, **keys: Any) -> ModelRef:
+    return ModelRef(**{"model": str(folder), "device": "cpu", **keys})
+
+
+@pytest.mark.parametrize(
+    ("family", "images", "model_class", "processor_class"),
+    [
+        ("llama", False, "LlamaForCausalLM", None),
+        ("llama", None, "LlamaForCausalLM", None),
+        ("llava", True, "LlavaForConditionalGeneration", "LlavaProcessor"),
+        ("llava", None, "LlavaForConditionalGeneration", "LlavaProcessor"),
+        ("llava", False, "LlavaForConditionalGeneration", None),
+    ],
+)
+def test_the_class_follows_the_configuration_and_the_images(family, images, model_class, processor_class, folders):
+    model, processor = load_model(ref(folders[family]), images=images)
+    assert type(model).__name__ == model_class
+    assert (type(processor).__name__ == processor_class) is (processor_class is not None)
+    assert hasattr(processor, "image_processor") is (processor_class is not None)
+    assert not model.training
+    assert model.config._attn_implementation == "sdpa"
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_tokenizer_without_padding_gets_one(tmp_path):
+    folder = make_source(tmp_path / "llama", "llama")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("pad_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_processor(ref(folder), images=False)
+    assert tokenizer.pad_token == tokenizer.eos_token
+
+
+def test_a_chat_template_that_only_the_processor_reads_is_found(tmp_path):
+    folder = make_target(tmp_path / "llava", "llava", "hub")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_processor(ref(folder), images=False).chat_template == template
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_does_not_exist_is_named(device, folders):
+    with pytest.raises(SnrfError, match=device) as caught:
+        load_model(ref(folders["llama"], device=device), images=False)
+    assert caught.value.field == "device"
+
+
+def test_images_need_an_image_processor(folders):
+    with pytest.raises(SnrfError) as caught:
+        load_model(ref(folders["llama"]), images=True)
+    assert (caught.value.where, caught.value.field) == (str(folders["llama"]), "images")
+
+
+@pytest.mark.skipif(not processor_missing("qwen2_5_vl"), reason="torchvision is installed")
+def test_a_processor_that_needs_torchvision_is_explained(folders):
+    with pytest.raises(SnrfError, match="torchvision"):
+        load_processor(ref(folders["qwen2_5_vl"]), images=True)
+
+
+def test_a_checkpoints_own_code_runs_only_if_trusted(folders):
+    with pytest.raises(SnrfError) as caught:
+        load_model(ref(folders["internvl_chat"]), images=False)
+    assert caught.value.field == "trust_remote_code"
+    model, _ = load_model(ref(folders["internvl_chat"], trust_remote_code=True), images=False)
+    assert type(model).__name__ == "InternVLChatModel"
+
+
+def test_a_missing_folder_or_weight_is_named(tmp_path):
+    with pytest.raises(SnrfError, match="nothing"):
+        load_model(ref(tmp_path / "nothing"), images=False)
+    folder = make_source(tmp_path / "llama", "llama")
+    tensors = read(folder)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    write(folder, tensors)
+    with pytest.raises(SnrfError, match=r"model.layers.1.mlp.up_proj.weight"):
+        load_model(ref(folder), images=False)
+
+
+def test_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    values = write_gguf(gguf, tmp_path / "tiny.gguf")
+    model, tokenizer = load_model(ref(tmp_path, gguf_file="tiny.gguf"), images=False)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    weights = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    np.testing.assert_array_equal(weights, values["blk.1.ffn_up.weight"])
+    assert tokenizer.chat_template
+
+
+def write_gguf(gguf: Any, path: Path) -> dict[str, np.ndarray]:
+    """Write a Llama of two layers with its tokenizer, as llama.cpp does, and return its tensors."""
+    tokenizer = make_tokenizer(SOURCE_CHATS["llama"], SOURCE_CORPUS, size=300)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([1] * len(vocabulary))
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    shapes = {"token_embd": (len(vocabulary), 32), "output_norm": (32,), "output": (len(vocabulary), 32)}
+    block = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+    block |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
+    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
+    draw = np.random.RandomState(0)
+    values = {f"{name}.weight": draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, value in values.items():
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
