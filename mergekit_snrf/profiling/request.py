@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mergekit_snrf.errors import SnrfError, naming, os_reason
+from mergekit_snrf.files.references import sha256
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.models.loading import load_config
@@ -136,7 +137,7 @@ def _content_sha256(checkpoint: Checkpoint) -> str:
     digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
     for name in checkpoint.side_files() if checkpoint.folder is not None else ():
         assert checkpoint.folder is not None
-        digest.update(name.encode() + b"\0" + hashlib.sha256((checkpoint.folder / name).read_bytes()).digest())
+        digest.update(name.encode() + b"\0" + bytes.fromhex(sha256(checkpoint.folder / name)))
     return digest.hexdigest()
 
 
