@@ -18,7 +18,7 @@ from mergekit_snrf.cli.common import (
     silence_progress,
 )
 from mergekit_snrf.cli.study import loaded, study_text
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Study
@@ -124,16 +124,16 @@ def _check_chosen(row: str, needed: str) -> None:
     """Refuse a row that was asked for by name and cannot be made; of the rows by default it is left out."""
     context = click.get_current_context()
     if context.get_parameter_source("rows") == click.core.ParameterSource.COMMANDLINE:
-        raise SnrfError(f"--rows: the row {row} needs {needed}; give it, or leave out the row")
+        raise SnrfError(None, f"the row {row} needs {needed}", "give it, or leave out the row", field="--rows")
 
 
 def _check_options(from_lmms_eval: bool) -> None:
     context = click.get_current_context()
     for name in _OF_RECIPE if from_lmms_eval else _OF_LMMS_EVAL:
         if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            option = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+            given = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
             where = "with a recipe only" if from_lmms_eval else "with --from-lmms-eval only"
-            raise SnrfError(f"{option} has an effect {where}; leave it out")
+            raise SnrfError(None, f"has an effect {where}", "leave it out", field=given)
 
 
 def _from_lmms_eval(
@@ -147,7 +147,8 @@ def _from_lmms_eval(
 ) -> tuple[Study, list[str]]:
     from mergekit_snrf.evidence.lmms_eval import compare_runs
 
-    return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
+    with naming(option):
+        return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
 
 
 def _from_recipe(
@@ -169,9 +170,9 @@ def _from_recipe(
     **_: Any,
 ) -> tuple[Study, list[str]]:
     if len(places) != 1:
-        raise SnrfError(f"expected one recipe, got {len(places)}; several folders are compared with --from-lmms-eval")
+        raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
-        raise SnrfError("--eval is missing; name what the models shall be asked, see --help")
+        raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
     keys = _keys(rows)
     betas = _betas(linear_betas)
     from mergekit.options import MergeOptions
@@ -236,7 +237,8 @@ def _keys(rows: str) -> list[str]:
     keys = [key.strip() for key in rows.split(",") if key.strip()]
     unknown = [key for key in keys if key not in _ROWS]
     if unknown:
-        raise SnrfError(f"--rows: {unknown[0]!r} is none of {', '.join(_ROWS)}")
+        what = f"{unknown[0]!r} is not a row"
+        raise SnrfError(None, what, did_you_mean(unknown[0], _ROWS, "rows are"), field="--rows")
     return keys
 
 
@@ -244,7 +246,9 @@ def _betas(text: str) -> list[float]:
     try:
         betas = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise SnrfError(f"--linear-betas: {text!r} is not a list of numbers such as 0.25,0.5,1.0") from None
+        what = f"{text!r} is not a list of numbers"
+        raise SnrfError(None, what, "write 0.25,0.5,1.0", field="--linear-betas") from None
     if not all(0 < beta <= 1 for beta in betas):
-        raise SnrfError(f"--linear-betas: must lie above 0 and not above 1, got {text!r}")
+        what = f"{text!r} has a number that is not above 0 and at most 1"
+        raise SnrfError(None, what, "write 0.25,0.5,1.0", field="--linear-betas")
     return betas

@@ -173,21 +173,24 @@ def test_everything_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yml"
     wrong.write_text(recipe.read_text().replace("beta: 1.0", "betta: 1.0").replace("rank: 16", "rank: -1"))
     for words, text in (
-        ((recipe,), "--eval is missing"),
+        ((recipe,), "--eval: is missing"),
         ((recipe, recipe, "--eval", EVAL), "expected one recipe, got 2"),
         ((tmp_path / "none.yml", "--eval", EVAL), f"{tmp_path}/none.yml: cannot be read"),
         ((wrong, "--eval", EVAL), "the merge cannot run, there are "),
         ((recipe, "--eval", "none.py:f"), "none.py:f: there is no file none.py"),
-        ((recipe, "--eval", EVAL, "--rows", "linear,other"), "--rows: 'other' is none of random, equal-norm, least"),
+        (
+            (recipe, "--eval", EVAL, "--rows", "linear,other"),
+            "--rows: 'other' is not a row; rows are",
+        ),
         ((recipe, "--eval", EVAL, "--linear-betas", "0.5,x"), "--linear-betas: '0.5,x' is not a list of numbers"),
-        ((recipe, "--eval", EVAL, "--linear-betas", "0,1"), "--linear-betas: must lie above 0"),
+        ((recipe, "--eval", EVAL, "--linear-betas", "0,1"), "--linear-betas: '0,1' has a number that is not above 0"),
         ((recipe, "--eval", EVAL, "--profile", short), f"{short}: has "),
         ((recipe, "--eval", EVAL, "--profile", partial), f"{partial}: has 0 neurons at"),
         ((recipe, "--eval", EVAL, "--base", tmp_path / "none"), f"{tmp_path}/none"),
         ((recipe, "--eval", EVAL, "--base", other), f"--base {other} in place of the source: "),
         ((recipe, "--eval", EVAL, "--json", tmp_path / "none" / "x"), f"{tmp_path}/none/x: there is no such folder"),
-        ((recipe, "--eval", EVAL, "--keep", "P"), "--keep has an effect with --from-lmms-eval only"),
-        ((tmp_path, tmp_path, "--from-lmms-eval", "--draws", "2"), "--draws has an effect with a recipe only"),
+        ((recipe, "--eval", EVAL, "--keep", "P"), "--keep: has an effect with --from-lmms-eval only"),
+        ((tmp_path, tmp_path, "--from-lmms-eval", "--draws", "2"), "--draws: has an effect with a recipe only"),
     ):
         message = refused(*words)
         assert message.startswith(text), message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_pope_accuracy_counts_and_its_other_metrics_do_not(tmp_path: Path) -> No
     assert means(study, "pope/pope_accuracy") == [0.5, 1.0]
     assert list(study.items) == ["pope/pope_accuracy"]
     assert sorted(skipped) == [
-        f"Left out: pope/pope_{name}, which is no mean over samples"
+        f"Left out: pope/pope_{name}, which is not a mean over samples"
         for name in ("f1_score", "precision", "recall", "yes_ratio")
     ]
 
@@ -171,9 +172,9 @@ def test_values_that_are_understood(value: Any, score: float, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ("0.5", "no number but str"),
-        (None, "no number but NoneType"),
-        ([1.0], "no number but list"),
+        ("0.5", "is str, not a number"),
+        (None, "is NoneType, not a number"),
+        ([1.0], "is list, not a number"),
         (float("nan"), "not finite or too large"),
         (10**400, "not finite or too large"),
         ({"prediction": "x", "category": "y"}, r"an object without a score that is understood (it has prediction, "),
@@ -220,18 +221,19 @@ def test_tasks_metrics_and_roles_are_chosen(tmp_path: Path) -> None:
         write(tmp_path / name, "two", [sample(0, m=1.0)])
     write(tmp_path / "b", "three", [sample(0, m=1.0)])
     folders = [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(SnrfError, match=r"^a and b do not have the same tasks: only one has three; choose"):
+    with pytest.raises(SnrfError, match=r"^a and b: task: do not have the same tasks: only one has three; "):
         compare_runs(folders)
     study, _ = compare_runs(folders, tasks=["one", "two"], metrics=["m"], keep=["two/m"])
     assert study.roles == {"one/m": "gain", "two/m": "keep"}
     assert list(compare_runs(folders, tasks=["one"], metrics=["one/n"])[0].items) == ["one/n"]
-    for options, text in (
-        ({"tasks": ["one", "four"]}, "--task: 'four' is none of one"),
-        ({"tasks": ["one"], "metrics": ["x"]}, "--metric: 'x' is none of m, n, one/m, one/n"),
-        ({"tasks": ["one"], "keep": ["x"]}, "--keep: 'x' is none of m, n, one/m, one/n"),
+    for options, field in (
+        ({"tasks": ["one", "four"]}, "task"),
+        ({"tasks": ["one"], "metrics": ["x"]}, "metric"),
+        ({"tasks": ["one"], "keep": ["x"]}, "keep"),
     ):
-        with pytest.raises(SnrfError, match=f"^{text}"):
+        with pytest.raises(SnrfError) as caught:
             compare_runs(folders, **options)
+        assert caught.value.field == field
 
 
 @pytest.mark.parametrize("older", ["20251231_235959", "zz_20251231_235959", "latest"])
@@ -262,13 +264,13 @@ def test_a_task_of_one_metric_is_kept_by_its_name(tmp_path: Path) -> None:
     assert kept("two", metrics=["n"]) == {"two/n"}
     # A name of a metric is that of the metric in every task, as before.
     assert kept("m") == {"one/m", "two/m"}
-    with pytest.raises(SnrfError, match=r"^--keep: two has 2 metrics; name one of two/m, two/n$"):
+    with pytest.raises(SnrfError, match=r"^keep: two has 2 metrics; name one of two/m, two/n$"):
         kept("two")
-    with pytest.raises(SnrfError, match=r"^--keep: 'three' is none of m, m/x, n, one/m, two/m, two/n, x$"):
+    with pytest.raises(SnrfError, match=r"^keep: 'three' does not exist; there is m, m/x, n, one/m, two/m, two/n, x$"):
         kept("three")
 
 
-def test_folders_of_one_name_are_told_apart_by_as_few_parts_as_are_needed(tmp_path: Path) -> None:
+def test_folders_of_one_name_are_named_by_as_few_parts_as_are_needed(tmp_path: Path) -> None:
     places = [tmp_path / "target" / "run" / "out", tmp_path / "merged" / "run" / "out"]
     for place in places:
         write(place, "t", [sample(0, m=1.0)])
@@ -302,10 +304,10 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         (b"{", "line 2: not JSON"),
         (b"\xff\xfe", "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
-        (b"[]", "line 2: is no sample of lmms-eval"),
-        (b'{"doc_id": true}', "line 2: is no sample of lmms-eval"),
-        (b'{"doc_id": 0}', "line 2: doc_id 0 is that of line 1, too"),
-        (b'{"doc_id": 1, "a\\u202eb": 1}', r"line 2: 'a\\\\u202eb' is no name of a metric"),
+        (b"[]", "line 2: is not a sample of lmms-eval"),
+        (b'{"doc_id": true}', "line 2: is not a sample of lmms-eval"),
+        (b'{"doc_id": 0}', "line 2: doc_id 0 is also that of line 1"),
+        (b'{"doc_id": 1, "a\\u202eb": 1}', r"line 2: 'a\\u202eb' is not a name of a metric"),
         (b'{"doc_id": "' + b"x" * 300 + b'"}', "line 2: the doc_id has 302 characters"),
         (json.dumps({"doc_id": 1, **{f"m{n}": 1 for n in range(101)}}).encode(), "line 2: has 101 metrics"),
     ],
@@ -326,18 +328,27 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         write(tmp_path / name, "t", lines)
     folders = [tmp_path / "a", tmp_path / "b"]
     for limit, value, text in (
-        ("_MAX_FILE_BYTES", 10, "bytes are too many for a file of samples"),
-        ("_MAX_LINE_BYTES", 50, "line 1: the line is too long"),
-        ("_MAX_SAMPLES", 2, "line 3: the line is too long, or there are too many samples"),
+        ("_MAX_FILE_BYTES", 10, "bytes, more than the limit of 10"),
+        ("_MAX_LINE_BYTES", 50, "line 1: has more than 50 bytes"),
+        ("_MAX_SAMPLES", 2, "line 3: the file has more than 2 samples"),
         ("_MAX_FILES", 0, "has more than 0 .jsonl files"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"mergekit_snrf.evidence.lmms_eval.{limit}", value)
+            patch.setattr(f"mergekit_snrf.evidence.lmms_files.{limit}", value)
             with pytest.raises(SnrfError, match=text):
                 compare_runs(folders)
     with monkeypatch.context() as patch:
-        patch.setattr("mergekit_snrf.evidence.lmms_eval._MAX_SAMPLES", 3)
+        patch.setattr("mergekit_snrf.evidence.lmms_files._MAX_SAMPLES", 3)
         compare_runs(folders)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / name, "t", [sample(0, m=1.0)])
+    path = tmp_path / "b" / f"{DATE}_samples_u.jsonl"
+    os.mkfifo(path)
+    with pytest.raises(SnrfError, match="is not a regular file"):
+        compare_runs([tmp_path / "a", tmp_path / "b"])
 
 
 JSON = st.recursive(

@@ -1,0 +1,127 @@
+"""Metrics of lmms-eval's samples: numbers, and the objects that a task's own aggregation reads."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergekit_snrf.errors import printable
+from mergekit_snrf.evidence.items import Items
+from mergekit_snrf.evidence.lmms_files import Run, Sample
+
+_MAX_SCORE = 1e9
+_NO_MEAN = re.compile(r"(precision|recall|f1|f1_score|yes_ratio)$", re.IGNORECASE)
+_MME = re.compile(r"mme_(perception|percetion|cognition)_score")
+
+
+class UnknownMetricError(Exception):
+    """Why a metric is left out."""
+
+
+def metric_items(run: Run, task: str, metric: str, first: Run) -> Items:
+    """Return the items of a metric, in the order of the first run.
+
+    Raises:
+        UnknownMetricError: a value is not understood, or some model lacks it.
+    """
+    by_key = {sample.key: sample for sample in run.tasks[task]}
+    samples = [by_key[sample.key] for sample in first.tasks[task] if metric in sample.values]
+    extra = sum(metric in sample.values for sample in by_key.values())
+    missing = sum(metric not in sample.values for sample in samples)
+    if missing or extra != len(samples):
+        raise UnknownMetricError(f"which {run.name} and {first.name} do not have for the same samples")
+    if _NO_MEAN.search(metric):
+        raise UnknownMetricError("which is not a mean over samples")
+    where = f"{printable(run.files[task].name)}, line"
+    if _MME.fullmatch(metric):
+        return _mme(samples, metric, where)
+    return Items(
+        tuple(_score(sample.values[metric], f"{where} {sample.line}") for sample in samples),
+        ids=tuple(sample.key for sample in samples),
+    )
+
+
+def _score(value: Any, place: str) -> float:
+    number = _number(value)
+    if number is not None:
+        return number
+    if isinstance(value, dict):
+        for name in ("score", "true_false"):
+            found = value.get(name)
+            found = found[0] if isinstance(found, list) and len(found) == 1 else found
+            number = _number(float(found) if found in ("0", "1") else found)
+            if number is not None:
+                return number
+        if "parsed_pred" in value and "score" not in value:
+            return _mmmu(value, place)
+    raise UnknownMetricError(f"whose value in {place} is {_described(value)}")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object without a score that is understood (it has {printable(', '.join(list(value)[:5]))[:100]})"
+    return "not finite or too large" if isinstance(value, int | float) else f"{type(value).__name__}, not a number"
+
+
+def _number(value: Any) -> float | None:
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if abs(number) <= _MAX_SCORE else None
+
+
+def _mmmu(value: Mapping[str, Any], place: str) -> float:
+    """Score one answer of MMMU: a choice must be the answer; an open one must have the answer among its candidates."""
+    answer, parsed = value.get("answer"), value["parsed_pred"]
+    answers = answer if isinstance(answer, list) else [answer]
+    candidates = parsed if isinstance(parsed, list) else [parsed]
+    candidates = [one for entry in candidates for one in (entry if isinstance(entry, list) else [entry])]
+    if not all(isinstance(one, str | int | float) for one in (*answers, *candidates)):
+        raise UnknownMetricError(f"whose value in {place} holds an answer that is neither text nor a number")
+    if isinstance(answer, list) and value.get("question_type") is None:
+        raise UnknownMetricError(f"whose value in {place} has several answers at once")
+    if value.get("question_type", "multiple-choice") == "multiple-choice":
+        return float(any(candidate in answers for candidate in candidates))
+    wanted = [form for one in answers for form in _forms(str(one))]
+    return float(
+        any(
+            any(isinstance(form, str) and form in candidate for form in wanted)
+            if isinstance(candidate, str)
+            else candidate in wanted
+            for candidate in candidates
+        )
+    )
+
+
+def _forms(text: str) -> list[str | float]:
+    """Return an open answer as MMMU compares it: a number to two places, or text, a single letter as a word's end."""
+    text = text.strip()
+    try:
+        return [round(float(text.replace(",", "")), 2)]
+    except ValueError:
+        text = text.lower()
+        return [f" {text}", f"{text} "] if len(text) == 1 else [text]
+
+
+def _mme(samples: Sequence[Sample], metric: str, where: str) -> Items:
+    """Return a picture an item: accuracy plus accuracy+ of its two questions, so that the mean is MME's score."""
+    pictures: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for sample in samples:
+        value, place = sample.values[metric], f"{where} {sample.line}"
+        if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in ("category", "question_id")):
+            raise UnknownMetricError(f"whose value in {place} is not an object with category, question_id and score")
+        pictures[value["category"], value["question_id"]].append(_score(value, place))
+    uneven = sum(len(scores) != 2 for scores in pictures.values())
+    if uneven:
+        raise UnknownMetricError(f"where {uneven} of {len(pictures)} pictures do not have two questions")
+    categories = len({category for category, _ in pictures})
+    return Items(
+        tuple(categories * 100 * (sum(scores) / 2 + (sum(scores) == 2)) for scores in pictures.values()),
+        ids=tuple(printable(f"{category}/{question}") for category, question in pictures),
+        groups=tuple(printable(category) for category, _ in pictures),
+    )
