@@ -159,8 +159,8 @@ class Side:
             raise SnrfError(
                 self.name,
                 f"out of memory ({first_line(error)})",
-                f"lower batch_size (now {self.config.batch_size}), max_new_tokens or token_limit, use a smaller dtype, or "
-                f"device_map: auto",
+                f"lower batch_size (now {self.config.batch_size}), max_new_tokens or token_limit, or use a smaller "
+                f"dtype or device_map",
             ) from None
 
 
