@@ -33,7 +33,7 @@ from transformers import PretrainedConfig
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.merge.checks import temporary_shards
-from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files, written_in_place
 from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.plan import MergePlan, draft_merge
 from mergekit_snrf.merge.recipe import stray_keys
@@ -110,11 +110,9 @@ def run_session(
             if options.multi_gpu:
                 _wait_for_results_of_gpus()
             _hook(mergekit.merge.__dict__)
-            run_merge(rewritten(config, session), out_path, options, config_source or config.to_yaml())
-            _write_config(session.plan, Path(out_path))
-            nested = [name for name in session.plan.target.checkpoint.side_files() if "/" in name]
-            if nested:
-                copy_files(nested, session.plan.target.checkpoint.local(options.transformers_cache), Path(out_path))
+            with written_in_place(str(out_path)):
+                run_merge(rewritten(config, session), out_path, options, config_source or config.to_yaml())
+                _complete(session.plan, Path(out_path), options)
     except SnrfError as error:
         if context is None or context.params.get("verbosity", 0) > 1:
             raise
@@ -249,11 +247,15 @@ def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeO
     return [name for name in plan.target.checkpoint.side_files() if name not in left_out and "/" not in name]
 
 
-def _write_config(plan: MergePlan, out_path: Path) -> None:
-    """Write the base's configuration with the output's dtype, and otherwise as it is."""
+def _complete(plan: MergePlan, out_path: Path, options: MergeOptions) -> None:
+    """Add what mergekit does not write: side files in sub-folders, and the base's own configuration."""
+    nested = [name for name in plan.target.checkpoint.side_files() if "/" in name]
+    if nested:
+        copy_files(nested, plan.target.checkpoint.local(options.transformers_cache), out_path)
     name = plan.recipe.out_dtype or plan.recipe.dtype
     if name is None:
         return
+    # Nothing but the dtype differs from the base's file.
     text = _DTYPE_KEY.sub(rf"\g<1>{name}", plan.target.checkpoint.config_bytes.decode("utf-8"))
     content = json.loads(text)
     if not {"dtype", "torch_dtype"} & {key for key, value in content.items() if value is not None}:

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.cards import pipeline_tag
-from mergekit_snrf.merge.folders import path_problem
+from mergekit_snrf.merge.folders import in_place_problem, is_unfinished, path_problem
 from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
@@ -40,6 +40,10 @@ def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOpt
         for checkpoint in draft.checkpoints.values():
             if checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
                 raise SnrfError(out_path, "the output folder is a model of the recipe", _ANOTHER)
+        if problem := in_place_problem(draft, out_path):
+            raise problem
+        if is_unfinished(out_path):
+            return
         # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
         unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
         if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
