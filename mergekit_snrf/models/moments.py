@@ -210,6 +210,7 @@ def write_moments(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], p
     Raises:
         SnrfError: the file cannot be written, or another kind of file lies there.
     """
+    check_moments_replaceable(path)
     container.write(
         path,
         tensors,
@@ -217,3 +218,13 @@ def write_moments(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], p
         version=MOMENTS_VERSION,
         content=provenance.model_dump(mode="json", exclude_none=True),
     )
+
+
+def check_moments_replaceable(path: str | os.PathLike[str]) -> None:
+    """Raise ``SnrfError`` where moments would replace another kind of file, such as a model's weights."""
+    if not os.path.isfile(path):
+        return
+    try:
+        read_moments(path)
+    except SnrfError:
+        raise SnrfError(path, "already exists and is not a moments file", "choose another path, or delete it") from None

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,10 +22,10 @@ from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_pro
 from mergekit_snrf.models.loading import load_config
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import ModelProvenance, check_replaceable
-from mergekit_snrf.profiling.journal import Tally, differences, journals_of
+from mergekit_snrf.profiling.journal import Tally, differences
 from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.probes.source import ProbeColumns
+from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeColumns, ProbeSource
 from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideConfig, SideName, model_keys
 
@@ -62,8 +62,13 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
     return stem.with_name(f"{stem.name}.profile.safetensors")
 
 
-def check_output(mask: str | os.PathLike[str], *, resume: bool) -> None:
+def check_output(
+    mask: str | os.PathLike[str], *, resume: bool, replaceable: Callable[[Path], None] = check_replaceable
+) -> None:
     """Check that the mask can be written and no unfinished run would be lost.
+
+    Args:
+        replaceable: raises ``SnrfError`` where another kind of file lies.
 
     Raises:
         SnrfError: it cannot be written, or there are journals and ``resume`` is False.
@@ -81,8 +86,10 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool) -> None:
     except OSError as error:
         what = f"cannot be written ({os_reason(error)})"
         raise SnrfError(path, what, "choose a folder that exists and is writable") from None
-    check_replaceable(path)
-    unfinished = [file for side in SIDES for file in journals_of(stem_of(mask, side))]
+    replaceable(path)
+    stem = path.name.removesuffix(".safetensors")
+    found = path.parent.glob("*.journal-*.safetensors")
+    unfinished = sorted(file for file in found if file.name.startswith(f"{stem}."))
     if unfinished and not resume:
         raise SnrfError(
             unfinished[0],
@@ -101,15 +108,9 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
     checkpoints: dict[SideName, Checkpoint] = {}
     models: dict[SideName, ModelInfo] = {}
     for name in SIDES:
-        ref = config.model_of(name)
-        with naming(model_keys(name)):
-            if ref.gguf_file is not None:
-                models[name] = _gguf_info(ref)
-                continue
-            checkpoint = open_checkpoint(ref.model, ref.revision, trust_remote_code=ref.trust_remote_code)
-            shape = find_decoder(checkpoint).shape
-        checkpoints[name] = checkpoint
-        models[name] = ModelInfo(shape, checkpoint.model_type, checkpoint.config_sha256, _content_sha256(checkpoint))
+        models[name], checkpoint = _opened(config, name)
+        if checkpoint is not None:
+            checkpoints[name] = checkpoint
     if len(checkpoints) == 2:
         target, source = checkpoints["target"], checkpoints["source"]
         problems = pairing_problems(target, source, any_family=True)
@@ -119,12 +120,32 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
             logger.warning("%s", problem)
     elif models["target"].shape != models["source"].shape:
         raise SnrfError(
-            config.source.model,
+            config.side("source").model,
             f"the decoder has the shape {models['source'].shape}, that of {config.target.model} has "
             f"{models['target'].shape}",
             "use a source with the same decoder shape",
         )
     return models
+
+
+def check_model(config: ProfileConfig, name: SideName) -> ModelInfo:
+    """Return the headers of one model.
+
+    Raises:
+        SnrfError: it cannot be read, or has no usable text decoder.
+    """
+    return _opened(config, name)[0]
+
+
+def _opened(config: ProfileConfig, name: SideName) -> tuple[ModelInfo, Checkpoint | None]:
+    ref = config.model_of(name)
+    with naming(model_keys(name)):
+        if ref.gguf_file is not None:
+            return _gguf_info(ref), None
+        checkpoint = open_checkpoint(ref.model, ref.revision, trust_remote_code=ref.trust_remote_code)
+        shape = find_decoder(checkpoint).shape
+    info = ModelInfo(shape, checkpoint.model_type, checkpoint.config_sha256, _content_sha256(checkpoint))
+    return info, checkpoint
 
 
 def _gguf_info(ref: ModelRef) -> ModelInfo:
@@ -149,10 +170,6 @@ def request_of(
     Paths are as the user wrote them: those found beside profile.yml are relative to it.
     """
     side = config.side(name)
-    digest = hashlib.sha256()
-    for row in rows.rows:
-        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
-        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     kernel: dict[str, Any] = {} if config.backend == "auto" else {"backend": config.backend}
     return {
         **kernel,
@@ -163,7 +180,7 @@ def request_of(
             "config_sha256": model.config_sha256,
             "content_sha256": model.content_sha256,
         },
-        "probes": {**_probes(side, folder), "rows_sha256": digest.hexdigest()},
+        "probes": {**_probes(side, folder), "rows_sha256": _rows_sha256(rows)},
         "template": side.template,
         "answer": config.answer.model_dump(exclude_none=True),
         "limit": config.limit,
@@ -176,6 +193,32 @@ def request_of(
         "measure": config.measure.provenance(),
         "versions": versions(),
     }
+
+
+def moments_request(
+    config: ProfileConfig, source: ProbeSource, rule: AnswerRule, model: ModelInfo, rows: Rows, folder: Path | None
+) -> dict[str, Any]:
+    """Return everything that the moments of one kind of probes depend on, as JSON values."""
+    return {
+        "model": {
+            "path": model_path(config, "target", folder),
+            "config_sha256": model.config_sha256,
+            "content_sha256": model.content_sha256,
+        },
+        "probes": {**_source(source, folder), "rows_sha256": _rows_sha256(rows)},
+        "answer": rule.model_dump(exclude_none=True),
+        "sketch": config.sketch,
+        **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype", "device")},
+        "versions": versions(),
+    }
+
+
+def _rows_sha256(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
+        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def fingerprint(request: Mapping[str, Any]) -> str:
@@ -212,9 +255,20 @@ def probes_provenance(
     """Return where the probes of one side come from, and how many there are."""
     side = config.side(name)
     origin = {**_probes(side, folder), "limit": config.limit, "template": side.template}
-    answer = config.answer.model_dump(exclude_none=True)
+    return _counted({key: value for key, value in origin.items() if value is not None}, config.answer, probes, tally)
+
+
+def source_provenance(
+    source: ProbeSource, rule: AnswerRule, folder: Path | None, probes: Probes, tally: Tally
+) -> dict[str, Any]:
+    """Return where the probes of one kind come from, and how many there are."""
+    return _counted(_source(source, folder), rule, probes, tally)
+
+
+def _counted(origin: Mapping[str, Any], rule: AnswerRule, probes: Probes, tally: Tally) -> dict[str, Any]:
+    answer = rule.model_dump(exclude_none=True)
     return {
-        **{key: value for key, value in origin.items() if value is not None},
+        **origin,
         "answer": {**answer, "cut": tally.cut} if answer["by"] == "model" else answer,
         "count": len(probes),
         "left_out": len(probes.bad),
@@ -238,6 +292,11 @@ def versions() -> dict[str, str]:
 def _probes(side: SideConfig, folder: Path | None) -> dict[str, Any]:
     found = side.probes.model_dump(exclude_none=True)
     return {**found, "dataset": _written(side.probes.dataset, folder)}
+
+
+def _source(source: ProbeSource, folder: Path | None) -> dict[str, Any]:
+    found = source.model_dump(exclude_none=True)
+    return {**found, "dataset": _written(source.dataset, folder)}
 
 
 def _written(value: str, folder: Path | None) -> str:

@@ -46,11 +46,34 @@ class SideConfig(Settings):
         return self
 
 
+class KeepConfig(ProbeColumns):
+    """One kind of probes that a merge keeps (``update: regmean``), such as counting, OCR or general questions."""
+
+    name: Name | None = Field(default=None, description="For messages and results; default: the data set's.")
+    template: Template | None = Field(default=None, description="Replaces the model's chat template.")
+    limit: Count | None = Field(default=None, description="Rows drawn; default: limit of the profile.")
+    max_new_tokens: Count | None = Field(default=None, description="Default: that of answer.")
+
+    @model_validator(mode="after")
+    def _prompts_differ(self) -> KeepConfig:
+        check_prompt(self.question, self.template)
+        return self
+
+
 class ProfileConfig(Settings):
     """A checked profile.yml."""
 
     target: SideConfig = Field(description="The vision-language model and its probes.")
-    source: SideConfig = Field(description="The text model and its probes.")
+    source: SideConfig | None = Field(
+        default=None, description="The text model and its probes; optional for snrf moments."
+    )
+    keep: tuple[KeepConfig, ...] = Field(
+        default=(), description="Probes of the target that a merge keeps; with them the moments are taken, too."
+    )
+    sketch: Count | None = Field(
+        default=None,
+        description="Eigenvectors of the moments; default: dense up to 4096 inputs, 512 eigenvectors beyond.",
+    )
     answer: AnswerRule = Field(default=AnswerRule(), description="What follows every question.")
     select: Selection = Field(default=Selection(top_ratio=0.1), description="The rule of Eq. 5.")
     limit: Count | None = Field(default=None, description="Rows drawn from each data set; default: all.")
@@ -90,26 +113,64 @@ class ProfileConfig(Settings):
         for side in SIDES:
             if isinstance(shared.get(side), Mapping):
                 shared[side] = {"template": values["template"], **shared[side]}
+        if isinstance(shared.get("keep"), list):
+            shared["keep"] = [
+                {"template": values["template"], **kind} if isinstance(kind, Mapping) else kind
+                for kind in shared["keep"]
+            ]
         return shared
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ProfileConfig:
         if self.device is not None and self.device_map is not None:
             raise ValueError("device and device_map exclude each other; device_map: auto uses all devices")
-        for name in SIDES:
-            if self.answer.by == "column" and self.probes_of(name).answer is None:
+        if self.answer.by == "column":
+            sources = {f"{name}.probes": self.probes_of(name) for name in self.sides}
+            sources |= {f"keep.{index}": self.keep_source(index) for index in range(len(self.keep))}
+            lacking = next((key for key, source in sources.items() if source.answer is None), None)
+            if lacking is not None:
                 raise ValueError(
-                    f"answer is {{by: column}}, but no column is named for the {name}; add column to answer, or "
-                    f"answer to {name}.probes"
+                    f"answer is {{by: column}}, but no column is named for {lacking}; add column to answer, or "
+                    f"answer to {lacking}"
                 )
         for key in ("weight", "site", "backend"):
             if self.scoring == "released" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no meaning with scoring: released; remove it")
         return self
 
+    @property
+    def sides(self) -> tuple[SideName, ...]:
+        """The sides that are written."""
+        return SIDES if self.source is not None else ("target",)
+
     def side(self, name: SideName) -> SideConfig:
-        """Return one of the two sides, as it is written."""
-        return self.target if name == "target" else self.source
+        """Return one of the two sides, as it is written.
+
+        Raises:
+            SnrfError: the source is not written.
+        """
+        side = self.target if name == "target" else self.source
+        if side is None:
+            raise SnrfError(None, f"key {name!r} is missing", "add it")
+        return side
+
+    def keep_source(self, index: int) -> ProbeSource:
+        """Return the probe source of one kind of probes to keep."""
+        kind = self.keep[index]
+        columns = {key: getattr(kind, key) for key in ProbeColumns.model_fields}
+        columns["answer"] = kind.answer or self.answer.column
+        return ProbeSource(**columns, template=kind.template, limit=kind.limit or self.limit, seed=self.seed)
+
+    def keep_rule(self, index: int) -> AnswerRule:
+        """Return where the answers of one kind of probes to keep come from."""
+        tokens = self.keep[index].max_new_tokens
+        if tokens is None or self.answer.by == "column":
+            return self.answer
+        return AnswerRule(max_new_tokens=tokens)
+
+    def keep_name(self, index: int) -> str:
+        """Return the name of one kind of probes to keep."""
+        return self.keep[index].name or Path(self.keep[index].dataset).stem
 
     def model_of(self, name: SideName) -> ModelRef:
         """Return the model of a side."""
@@ -157,6 +218,12 @@ def probe_keys(side: SideName) -> dict[str, str]:
     return {**keys, "template": f"{side}.template", **{key: f"answer.{key}" for key in AnswerRule.model_fields}}
 
 
+def keep_keys(index: int) -> dict[str, str]:
+    """Return the keys of profile.yml that set the fields of one kind of probes to keep, for ``errors.naming``."""
+    keys = {field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}
+    return {**{key: f"answer.{key}" for key in AnswerRule.model_fields}, **keys}
+
+
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
     """Return the checked content of a profile.yml.
 
@@ -171,7 +238,12 @@ def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
     if not isinstance(raw, dict):
         raise SnrfError(path, "must be a mapping with the keys target and source", "see the examples folder")
     config = _validated(raw, path)
-    return config.model_copy(update={name: _located(config.side(name), path, name) for name in SIDES})
+    located: dict[str, Any] = {name: _located(config.side(name), path, name) for name in config.sides}
+    located["keep"] = tuple(
+        kind.model_copy(update={"dataset": _find(kind.dataset, path, f"keep.{index}.dataset", "dataset")})
+        for index, kind in enumerate(config.keep)
+    )
+    return config.model_copy(update=located)
 
 
 def _located(side: SideConfig, path: Path, name: str) -> SideConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,3 +90,12 @@ class NormMedians:
     def medians(self) -> dict[InputSite, float]:
         """Return the median norm of every input."""
         return {site: float(torch.cat(norms).median()) for site, norms in self._norms.items()}
+
+
+def run_watched(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Run a model once on a batch in eval mode, without gradients, cache and logits that are not needed."""
+    accepted = inspect.signature(type(model).forward).parameters
+    extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
+    model.eval()
+    with torch.no_grad():
+        model(**{**inputs, **extra})
