@@ -31,7 +31,6 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 from board_task import IMAGE_TOKEN, distinct_problems, render
 
-
 KEPT = ("read", "find", "color")
 
 

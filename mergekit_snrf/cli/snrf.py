@@ -11,6 +11,7 @@ from mergekit_snrf.cli.card import card
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
+from mergekit_snrf.cli.moments import moments
 from mergekit_snrf.cli.overlap import overlap
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
@@ -28,6 +29,7 @@ main.add_command(plan)
 main.add_command(patch)
 main.add_command(lora)
 main.add_command(mask)
+main.add_command(moments)
 main.add_command(overlap)
 main.add_command(report)
 main.add_command(ablate)

@@ -28,15 +28,16 @@ from mergekit_snrf.models.moments import (
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling.distributed import joined_ranks
 from mergekit_snrf.profiling.groups import Groups, RunOptions
-from mergekit_snrf.profiling.journal import Journals, Tally
+from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_watched, watched_inputs
+from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, prepare
 from mergekit_snrf.profiling.probes.rows import load_rows
+from mergekit_snrf.profiling.rendering import side_probes, side_rows
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     check_model,
     check_output,
-    fingerprint,
     model_path,
     moments_request,
     source_provenance,
@@ -44,14 +45,17 @@ from mergekit_snrf.profiling.request import (
     versions,
 )
 from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
+from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
+from mergekit_snrf.profiling.result.statistics import Statistics
 from mergekit_snrf.profiling.settings import ProfileConfig, keep_keys, model_keys
-from mergekit_snrf.profiling.side import side_probes, side_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FEW_DENSE, FEW_SKETCH = 5, 2
 """Fewer tokens than this for each input (dense) or eigenvector (sketch) get a warning."""
+
+_GAIN = "gain."
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,109 @@ class KeepProbes:
             else:
                 total.merge(done.statistics)
         return total, tallies
+
+    def finish(
+        self, model: PreTrainedModel, gain: Progress, info: ModelInfo, profile: ProfileProvenance
+    ) -> Statistics | None:
+        """Take the moments of the probes to keep and write the file of a profiling run; return its statistics."""
+        decoder = find_live_decoder(model, info.shape, name=self.config.target.model)
+        kept, tallies = self.sums(model, decoder)
+        if kept is None:
+            return None
+        both: GainAndStatistics = gain.statistics
+        origin = (profile.model and profile.model.probes) or {}
+        self.write(moments_path(self.options.mask), model, info, (both.gain, origin), (kept, tallies))
+        return both.statistics
+
+    def write(
+        self,
+        out: Path,
+        model: PreTrainedModel,
+        info: ModelInfo,
+        gain: tuple[MomentSums, dict[str, Any]],
+        keep: tuple[MomentSums, list[Tally]],
+    ) -> None:
+        """Write a moments file, and warn where tokens are few.
+
+        Args:
+            gain: sums and provenance of the probes to gain.
+            keep: sums of all kinds to keep, and the tally of each.
+        """
+        config, folder = self.config, self.options.folder
+        kinds = [
+            {"name": one.name, **source_provenance(one.probes.rows.source, one.rule, folder, one.probes, tally)}
+            for one, tally in zip(self.groups, keep[1], strict=True)
+        ]
+        facts = {"gain": gain[0].facts(), "keep": keep[0].facts()}
+        for which, sums in (("gain", gain[0]), ("keep", keep[0])):
+            _warn_of_few_tokens(sums, which)
+        provenance = MomentsProvenance(
+            model=ModelProvenance(
+                path=model_path(config, "target", folder),
+                revision=config.target.revision or getattr(model.config, "_commit_hash", None),
+                model_type=info.model_type,
+                config_sha256=info.config_sha256,
+            ),
+            gain=gain[1],
+            keep=kinds,
+            inputs={key: {which: facts[which][key] for which in facts} for key in facts["gain"]},
+            sketch=config.sketch,
+            seed=config.seed,
+            dtype=str(model.dtype).removeprefix("torch."),
+            versions=versions(),
+        )
+        write_moments(out, {**gain[0].tensors("gain"), **keep[0].tensors("keep")}, provenance)
+
+
+@dataclass
+class GainAndStatistics:
+    """The statistics of a profile and the moments of the same probes, in the same passes."""
+
+    statistics: Statistics
+    gain: MomentSums
+
+    @staticmethod
+    def of(
+        groups: Groups, model: PreTrainedModel, meter: Meter, config: ProfileConfig
+    ) -> tuple[Callable[[], GainAndStatistics], Callable[[GainAndStatistics, ProbeBatch], None]]:
+        """Return what ``Groups.measure`` needs: a function that returns empty sums, and one that adds a batch."""
+        decoder = meter.decoder
+        clips = clips_of((groups,), model, decoder)
+
+        def empty() -> GainAndStatistics:
+            return GainAndStatistics(Statistics(meter.neurons), empty_sums(config, decoder, clips))
+
+        def visit(both: GainAndStatistics, batch: ProbeBatch) -> None:
+            with watching(both.gain, decoder, batch):
+                impacts = meter.impacts(batch)
+            both.statistics.update(impacts)
+
+        return empty, visit
+
+    @property
+    def probes(self) -> int:
+        """Number of probes."""
+        return self.statistics.probes
+
+    def merge(self, other: GainAndStatistics) -> None:
+        """Add what another process has measured."""
+        self.statistics.merge(other.statistics)
+        self.gain.merge(other.gain)
+
+    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
+        """Combine with other processes."""
+        self.statistics.reduce(reduce)
+        self.gain.reduce(reduce)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything except ``probes``."""
+        return {**self.statistics.state(), **{f"{_GAIN}{key}": one for key, one in self.gain.state().items()}}
+
+    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
+        """Take over a state."""
+        gain = {key.removeprefix(_GAIN): one for key, one in tensors.items() if key.startswith(_GAIN)}
+        self.statistics.restore({key: one for key, one in tensors.items() if not key.startswith(_GAIN)}, probes)
+        self.gain.restore(gain, probes)
 
 
 def prepare_keep(config: ProfileConfig, info: ModelInfo, options: RunOptions) -> KeepProbes:
@@ -163,50 +270,6 @@ def moments_path(mask: str | os.PathLike[str]) -> Path:
     return path.with_name(f"{path.name.removesuffix('.safetensors')}.moments.safetensors")
 
 
-def finish(
-    out: Path,
-    config: ProfileConfig,
-    info: ModelInfo,
-    gain: tuple[MomentSums, dict[str, Any]],
-    keep: tuple[MomentSums, KeepProbes, list[Tally]],
-    model: PreTrainedModel,
-) -> None:
-    """Write the moments file on rank 0 and warn where tokens are few.
-
-    Args:
-        gain: sums and provenance of the probes to gain.
-        keep: sums, probes and tallies of the kinds to keep.
-    """
-    folder = keep[1].options.folder
-    kinds = [
-        {
-            "name": groups.name,
-            **source_provenance(groups.probes.rows.source, groups.rule, folder, groups.probes, tally),
-        }
-        for groups, tally in zip(keep[1].groups, keep[2], strict=True)
-    ]
-    facts = {which: sums.facts() for which, sums in (("gain", gain[0]), ("keep", keep[0]))}
-    _warn_of_few_tokens(gain[0], "gain")
-    _warn_of_few_tokens(keep[0], "keep")
-    tensors: dict[str, Tensor] = {**gain[0].tensors("gain"), **keep[0].tensors("keep")}
-    provenance = MomentsProvenance(
-        model=ModelProvenance(
-            path=model_path(config, "target", folder),
-            revision=config.target.revision or getattr(model.config, "_commit_hash", None),
-            model_type=info.model_type,
-            config_sha256=info.config_sha256,
-        ),
-        gain=gain[1],
-        keep=kinds,
-        inputs={key: {which: facts[which][key] for which in facts} for key in facts["gain"]},
-        sketch=config.sketch,
-        seed=config.seed,
-        dtype=str(model.dtype).removeprefix("torch."),
-        versions=versions(),
-    )
-    write_moments(out, tensors, provenance)
-
-
 def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
     lowest: tuple[float, str] | None = None
     for site, one in sums.sums.items():
@@ -270,8 +333,7 @@ def take_moments(
         if kept is None:
             return None
         origin = source_provenance(source, rule, options.folder, gain.probes, done.tally)
-        finish(path, config, info, (done.statistics, origin), (kept, keep, tallies), model)
+        keep.write(path, model, info, (done.statistics, origin), (kept, tallies))
         for groups in (gain, *keep.groups):
             groups.journals.delete()
-        logger.info("%s: %s", path, fingerprint(request))
         return read_moments(path)

@@ -171,8 +171,14 @@ def request_of(
     """
     side = config.side(name)
     kernel: dict[str, Any] = {} if config.backend == "auto" else {"backend": config.backend}
+    moments: dict[str, Any] = {}
+    if name == "target" and config.keep:
+        kinds = [kind.model_dump(exclude_none=True) for kind in config.keep]
+        moments = {"keep": [{**kind, "dataset": _written(kind["dataset"], folder)} for kind in kinds]}
+        moments["sketch"] = config.sketch
     return {
         **kernel,
+        **moments,
         "model": {
             "path": _written(side.model, folder),
             "revision": side.revision,

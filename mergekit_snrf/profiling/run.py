@@ -27,12 +27,13 @@ from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
 from mergekit_snrf.profiling.groups import RunOptions
 from mergekit_snrf.profiling.measure.meter import Batch, Measure, Meter
+from mergekit_snrf.profiling.rendering import side_probes, side_rows
 from mergekit_snrf.profiling.request import check_models, check_output, profile_path
 from mergekit_snrf.profiling.result.profilefile import Profile
 from mergekit_snrf.profiling.result.selection import select
 from mergekit_snrf.profiling.result.statistics import Statistics
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName
-from mergekit_snrf.profiling.side import prepare_side, side_probes, side_rows
+from mergekit_snrf.profiling.side import prepare_side
 
 JOURNAL_SECONDS = 30.0
 """A killed run loses at most about this much work, unless one group of probes takes longer."""

@@ -6,20 +6,20 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line, naming
-from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
+from mergekit_snrf.models.loading import find_device, load_model
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling import memory
 from mergekit_snrf.profiling.groups import Groups, RunOptions
 from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import Probes, prepare
-from mergekit_snrf.profiling.probes.rows import Rows, load_rows
+from mergekit_snrf.profiling.moments import GainAndStatistics, KeepProbes, prepare_keep
+from mergekit_snrf.profiling.probes.batches import Probes
+from mergekit_snrf.profiling.rendering import side_probes, side_rows
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     changes,
@@ -41,30 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def side_rows(config: ProfileConfig, name: SideName, folder: Path | None) -> Rows:
-    """Return the rows of one side; errors name the keys of profile.yml."""
-    with naming(probe_keys(name)):
-        return load_rows(config.probes_of(name), answers=config.answer.by == "column", folder=folder)
-
-
-def side_probes(config: ProfileConfig, name: SideName, rows: Rows) -> Probes:
-    """Return the rendered rows of one side, without loading weights; errors name the keys of profile.yml."""
-    ref = config.model_of(name)
-    with naming(model_keys(name)):
-        model_config = load_config(ref)
-        processor = load_processor(ref, images=rows.source.images is not None)
-    with naming(probe_keys(name)):
-        return prepare(
-            rows,
-            processor,
-            rule=config.answer,
-            batch_size=config.batch_size,
-            token_limit=config.token_limit,
-            config=model_config,
-            model=ref.model,
-        )
-
-
 @dataclass(frozen=True)
 class Side:
     """One side, ready to be measured.
@@ -72,6 +48,7 @@ class Side:
     Attributes:
         probes: None if an earlier run has finished the side.
         finished: the profile of that run, on rank 0.
+        keep: the probes to keep, whose moments are taken with the target's profile; None: there are none.
     """
 
     name: SideName
@@ -83,6 +60,7 @@ class Side:
     block: int
     probes: Probes | None
     finished: Profile | None
+    keep: KeepProbes | None = None
 
     def profile(self) -> Profile | None:
         """Measure the side and write its profile; return it on rank 0, and None on other ranks.
@@ -93,19 +71,27 @@ class Side:
         ranks = self.options.ranks
         if self.probes is None:
             if ranks.first:
-                self.journals.delete()
+                self._delete_journals()
                 logger.info("%s: finished by an earlier run", self.name)
             return self.finished
         with naming(model_keys(self.name)):
             model, _ = load_model(self.config.model_of(self.name), images=self.probes.rows.source.images is not None)
         with self._memory_explained(), naming(probe_keys(self.name)):
             done = self._measure(self.probes, model)
+            statistics, provenance = done.statistics, self._provenance(self.probes, model, done.tally)
+            if self.keep is not None:
+                statistics = self.keep.finish(model, done, self.info, provenance)
         if not ranks.first:
             return None
-        profile = done.statistics.profile(self._provenance(self.probes, model, done.tally))
+        profile: Profile = statistics.profile(provenance)
         write_profile(profile_path(self.options.mask, self.name), profile)
-        self.journals.delete()
+        self._delete_journals()
         return profile
+
+    def _delete_journals(self) -> None:
+        self.journals.delete()
+        for groups in () if self.keep is None else self.keep.groups:
+            groups.journals.delete()
 
     def _measure(self, probes: Probes, model: PreTrainedModel) -> Progress:
         """Return on rank 0 what all ranks have measured."""
@@ -118,9 +104,14 @@ class Side:
             backend=self.config.backend,
         )
         groups = Groups(self.name, probes, self.config.answer, self.journals, self.options)
-        done = groups.measure(
-            model, lambda: Statistics(meter.neurons), lambda statistics, batch: statistics.update(meter.impacts(batch))
-        )
+        if self.keep is not None:
+            done = groups.measure(model, *GainAndStatistics.of(groups, model, meter, self.config))
+        else:
+            done = groups.measure(
+                model,
+                lambda: Statistics(meter.neurons),
+                lambda statistics, batch: statistics.update(meter.impacts(batch)),
+            )
         logger.info("%s: peak memory of the process %s", self.name, memory.peak(model.device))
         return done
 
@@ -177,7 +168,8 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     finished = _finished(options, name, request) if options.ranks.first else None
     probes = None if options.ranks.from_first(finished is not None) else side_probes(config, name, rows)
     journals = Journals(stem_of(options.mask, name), request)
-    return Side(name, config, options, info, request, journals, block, probes, finished)
+    keep = prepare_keep(config, info, options) if config.keep and name == "target" else None
+    return Side(name, config, options, info, request, journals, block, probes, finished, keep)
 
 
 def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -> Profile | None:

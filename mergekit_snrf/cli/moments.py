@@ -1,0 +1,123 @@
+"""``snrf moments``: second moments of a model's inputs, for ``update: regmean``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mergekit_snrf.cli.common import command_options, is_quiet, share, silence_progress, size, table
+from mergekit_snrf.errors import naming, option
+
+
+class _Group(click.Group):
+    """A group that takes ``snrf moments PROFILE.yml OUT`` for ``snrf moments take PROFILE.yml OUT``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the subcommand; a first word that is none of them is the argument of ``take``."""
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = ["take", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group)
+def moments() -> None:
+    """Take second moments of a target's inputs on probes to gain and to keep, for update: regmean.
+
+    snrf moments PROFILE.yml OUT.safetensors is short for snrf moments take.
+    """
+
+
+@moments.command()
+@click.argument("profile", metavar="PROFILE.yml", type=click.Path())
+@click.argument("out", metavar="OUT.safetensors", type=click.Path())
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+@click.option("--device", help="Such as cuda, cuda:1 or cpu; overrides PROFILE.yml.")
+@click.option("--dtype", help="Of the weights: auto, bfloat16, float16, float32 or float64; overrides PROFILE.yml.")
+@click.option("--limit", type=click.IntRange(1), help="Probes of each data set; overrides PROFILE.yml.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
+@command_options
+def take(
+    profile: str,
+    out: str,
+    resume: bool,
+    device: str | None,
+    dtype: str | None,
+    limit: int | None,
+    trust_remote_code: bool,
+) -> None:
+    """Send the target's probes and those under keep: through the target and write the moments of its inputs.
+
+    snrf-profile writes the same file beside the mask. Start it under torchrun to split the probes over processes.
+    """
+    from mergekit_snrf.profiling.moments import take_moments
+    from mergekit_snrf.profiling.settings import load_profile_config
+
+    silence_progress()
+    with naming({"resume": option("resume")}):
+        config = load_profile_config(profile).override(
+            device=device, dtype=dtype, limit=limit, trust_remote_code=trust_remote_code or None
+        )
+        written = take_moments(config, out, folder=Path(profile).parent, resume=resume, progress=not is_quiet())
+    if written is not None:
+        click.echo(f"{out}: {written.layers} layers, {size(Path(out).stat().st_size)}")
+
+
+@moments.command()
+@click.argument("file", metavar="MOMENTS")
+@click.option("--layers", is_flag=True, help="Print a line for every input of every layer.")
+@command_options
+def show(file: str, layers: bool) -> None:
+    """Print what MOMENTS holds: probes, tokens for each dimension, clipped tokens, and the share of the sketches.
+
+    MOMENTS is a file, or hf://owner/repo@revision/path.
+    """
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.models.moments import INPUTS, SETS, read_moments
+
+    path = local_path(file)
+    found = read_moments(path)
+    origin = found.provenance
+    rows = []
+    for name in INPUTS:
+        sites = [site for site in found.sizes if site.input == name]
+        groups = [[site] for site in sites] if layers else [sites]
+        for group in groups:
+            for which in SETS:
+                facts = [(origin.inputs or {}).get(site.key, {}).get(which, {}) for site in group]
+                tokens = [one["tokens"] for one in facts if "tokens" in one]
+                clipped = [one["clipped"] for one in facts if "clipped" in one]
+                longest = [one["largest"] / one["median"] for one in facts if one.get("median")]
+                rows.append(
+                    (
+                        group[0].key if layers else name,
+                        which,
+                        found.sizes[group[0]],
+                        f"{min(tokens) / found.sizes[group[0]]:.1f}" if tokens else "-",
+                        f"{max(longest):.1f}" if longest else "-",
+                        f"{max(clipped):.0f}" if clipped else "-",
+                        _sketch(found, group, which),
+                    )
+                )
+    header = ("input", "set", "size", "tokens / size", "longest / median", "clipped", "trace in sketch")
+    click.echo(table(header, rows))
+    facts_of = [("gain", origin.gain), *((f"keep {one.get('name', '')}", one) for one in origin.keep or [])]
+    for label, one in facts_of:
+        if one:
+            click.echo(
+                f"{label}: {one.get('count', '?')} probes of {one.get('dataset', '?')}, {one.get('tokens', '?')} tokens"
+            )
+    click.echo(f"{path}: {size(path.stat().st_size)}")
+
+
+def _sketch(found: object, group: list, which: str) -> str:  # type: ignore[type-arg]
+    from mergekit_snrf.models.moments import Moments
+
+    assert isinstance(found, Moments)
+    if group[0] not in found.sketches:
+        return "dense"
+    rests = [found.moment(site, which).rest for site in group]
+    lowest = 1 - max(rests)
+    return share(round(10_000 * lowest), 10_000)
