@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from mergekit_snrf.cli.common import command_options, is_quiet, share, silence_progress, size, table
+from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, size, table
 from mergekit_snrf.errors import naming, option
+
+if TYPE_CHECKING:
+    from mergekit_snrf.models.moments import InputSite, Moments
 
 
 class _Group(click.Group):
@@ -112,12 +116,10 @@ def show(file: str, layers: bool) -> None:
     click.echo(f"{path}: {size(path.stat().st_size)}")
 
 
-def _sketch(found: object, group: list, which: str) -> str:  # type: ignore[type-arg]
-    from mergekit_snrf.models.moments import Moments
+def _sketch(found: Moments, group: list[InputSite], which: str) -> str:
+    """Return the smallest share of the trace that the sketches of some inputs hold."""
+    from mergekit_snrf.fusion.regmean import SketchMoment
 
-    assert isinstance(found, Moments)
-    if group[0] not in found.sketches:
-        return "dense"
-    rests = [found.moment(site, which).rest for site in group]
-    lowest = 1 - max(rests)
-    return share(round(10_000 * lowest), 10_000)
+    moments = [found.moment(site, which) for site in group] if group[0] in found.sketches else []
+    rests = [moment.rest for moment in moments if isinstance(moment, SketchMoment)]
+    return f"{100 * (1 - max(rests)):.1f} %" if rests else "dense"
