@@ -168,7 +168,7 @@ class HeadGroup:
         return query, key, value
 
     def base_scores(self, block: Block) -> list[Float[Tensor, "rows keys"]]:
-        """Return S of every head, masked already where nothing stands between Delta and the mask."""
+        """Return S of every head, masked already unless a cap or a growth comes first."""
         rows, keys = block.rows, block.keys
         bias = None if self.masks_late(block) else block.bias(self.values)
         scores = []
@@ -208,7 +208,7 @@ class HeadGroup:
         return [slice(start, min(start + step, head_dim)) for start in range(0, head_dim, step)]
 
     def masks_late(self, block: Block) -> bool:
-        """Return whether a cap or a growth stands between the changed scores and the mask."""
+        """Return whether a cap or a growth is applied to the changed scores before the mask."""
         grows = self.query.growth is not None or self.key.growth is not None
         return self.softcap is not None or (grows and block.extra is not None)
 

@@ -21,8 +21,8 @@ def released_attention_scores(
     """Return the attention scores that the paper's released code ranks by. They are not Eq. 14.
 
     - attn.q: squared change of the attention weights (Eq. 20), summed over positions, when column k of the
-      ROTATED queries times column k of the rotated keys is taken from the scores. That is no weight row of the
-      model: RoPE spreads a row over two columns. V plays no part.
+      ROTATED queries times column k of the rotated keys is taken from the scores. That differs from a weight row
+      of the model, which RoPE spreads over two columns. V has no influence.
     - attn.k: the same numbers (the released code has one score for both), summed over the query heads that read the
       key row.
     - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.

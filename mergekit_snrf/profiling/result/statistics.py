@@ -219,7 +219,7 @@ class Statistics:
         """Return the profile of the probes so far, with fwd.down beside fwd.up.
 
         Raises:
-            SnrfError: there is no probe yet.
+            SnrfError: no probe was added yet.
         """
         if not self.probes:
             raise SnrfError(None, "a profile needs at least one probe")
