@@ -186,6 +186,7 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
     """
     plan = session_of(config).plan
     target = plan.target.checkpoint
+    target.register_type()
     layers: list[list[WeightInfo]] = [[] for _ in range(plan.target.decoder.shape.layers)]
     for edit in plan.edits:
         names = dict.fromkeys(name for name in (edit.source_name, edit.source_base_name) if name is not None)

@@ -118,10 +118,21 @@ class Checkpoint:
 
     @property
     def needs_remote_code(self) -> bool:
-        """Whether transformers must run code from the checkpoint to read the configuration."""
+        """Whether transformers must run code from the checkpoint to read the configuration, or cannot read it."""
         from transformers import CONFIG_MAPPING
 
-        return self.model_type not in CONFIG_MAPPING and "auto_map" in self.config
+        return self.model_type not in CONFIG_MAPPING and ("auto_map" in self.config or not self.model_type)
+
+    def register_type(self) -> None:
+        """Let transformers in this process read a configuration of a type that it has no class for, as it is written.
+
+        Original LLaVA checkpoints have such types, and bring no code for them either.
+        """
+        from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+        if self.model_type and self.model_type not in CONFIG_MAPPING and "auto_map" not in self.config:
+            written = type("WrittenConfig", (PretrainedConfig,), {"model_type": self.model_type})
+            AutoConfig.register(self.model_type, written)
 
     def side_files(self) -> tuple[str, ...]:
         """Return the small files that belong to the model: configuration, tokenizer, processor, templates, code.

@@ -325,7 +325,7 @@ def test_configs_that_transformers_refuses(config: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "internvl_chat"}, {"model_type": ["qwen2"]}])
 def test_unknown_model_types_need_remote_code_if_there_is_some(config: dict[str, Any]) -> None:
-    assert not Checkpoint("model", None, {}, config, b"").needs_remote_code
+    assert Checkpoint("model", None, {}, config, b"").needs_remote_code == (not config)
     code = {"AutoConfig": "configuration_x.XConfig"}
     assert Checkpoint("model", None, {}, {**config, "auto_map": code}, b"").needs_remote_code
 

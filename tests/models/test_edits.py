@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target, read
+from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target, read, write
 from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pair
 
 
-def merge(folder: Path, out: str) -> nn.Module:
+def run_merge(folder: Path, out: str) -> None:
     install()
     (folder / "snrf.yml").write_text(
         f"merge_method: snrf\nbase_model: target\nmodels:\n  - model: source\n"
@@ -59,6 +60,10 @@ def merge(folder: Path, out: str) -> nn.Module:
     )
     result = CliRunner().invoke(mergekit_yaml, [str(folder / "snrf.yml"), str(folder / out), "--quiet"])
     assert result.exit_code == 0, result.output
+
+
+def merge(folder: Path, out: str) -> nn.Module:
+    run_merge(folder, out)
     return load(folder / out)
 
 
@@ -368,3 +373,18 @@ def test_python_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     result = doctest.testfile(str(root / "docs/python.md"), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert result.attempted > 20
     assert result.failed == 0
+
+
+def test_original_llava_is_merged_by_the_names_on_disk(pairs: Any, tmp_path: Path) -> None:
+    """Its type has no class in transformers and no code in the checkpoint."""
+    _, neurons = pairs("llava")
+    target = make_source(tmp_path / "target", SOURCE_OF["llava"])
+    tensors = {**read(target), "model.mm_projector.0.weight": torch.ones(4, 4, dtype=torch.bfloat16)}
+    config = {**json.loads((target / "config.json").read_text()), "model_type": "llava_llama", "mm_vision_tower": "x"}
+    (target / "config.json").write_text(json.dumps(config))
+    write(target, {name: tensor * 1.5 for name, tensor in tensors.items()})
+    make_source(tmp_path / "source", SOURCE_OF["llava"])
+    write_mask(tmp_path / "mask.safetensors", neurons)
+    run_merge(tmp_path, "merged")
+    assert_same(read(tmp_path / "merged"), fuse_state_dict(read(target), read(tmp_path / "source"), neurons, FUSION))
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (target / "config.json").read_bytes()
