@@ -3,7 +3,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import checkpoints
 import pytest
 import torch
 from checkpoints import (
@@ -215,12 +214,6 @@ def test_shards_hold_the_same_tensors(safe: bool, tmp_path: Path) -> None:
     load(whole)
 
 
-def test_target_in_shards_loads(tmp_path: Path) -> None:
-    folder = make_target(tmp_path, "gemma3", "nested", max_shard_size="100KB")
-    assert len([*folder.glob("model-*-of-*.safetensors")]) > 1
-    load(folder)
-
-
 def test_seed_and_dtype(tmp_path: Path) -> None:
     first = read(make_target(tmp_path / "a", "qwen3_vl", "hub", seed=3, dtype=torch.float32))
     again = read(make_target(tmp_path / "b", "qwen3_vl", "hub", seed=3, dtype=torch.float32))
@@ -256,14 +249,3 @@ def test_load_refuses_a_tensor_too_many_or_too_few(tmp_path: Path) -> None:
         load(folder)
     write(folder, {**tensors, "model.text_model.layers.1.mlp.up_proj.weight": lost})
     load(folder)
-
-
-def test_impossible_requests_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="sideways"):
-        make_target(tmp_path, "llava", "sideways")
-    with pytest.raises(ValueError, match="at least the tokenizer's"):
-        make_source(tmp_path, "llama", vocab_size=32)
-    with pytest.raises(ValueError, match="the same name"):
-        checkpoints.rename({"a": torch.ones(1), "b": torch.ones(1)}, {"b": "a"})
-    with pytest.raises(FileNotFoundError, match=r"no \.safetensors"):
-        read(tmp_path)

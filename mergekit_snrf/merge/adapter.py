@@ -39,7 +39,7 @@ from mergekit_snrf.merge.plan import MergePlan, draft_merge
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession, find_session
 from mergekit_snrf.models import hub
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES
+from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 LOG = logging.getLogger(__name__)
 _DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.values())})(?=")')

@@ -16,8 +16,9 @@ from mergekit.options import MergeOptions
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.cards import pipeline_tag
 from mergekit_snrf.merge.folders import in_place_problem, is_unfinished, path_problem
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint, weight_files
+from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
+from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
 
 if TYPE_CHECKING:

@@ -32,8 +32,9 @@ from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
 from mergekit_snrf.merge.tensors import Tensors, cast, threads
-from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.headers import TensorHeader
 
 LOG = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, fuse_edit, threads
-from mergekit_snrf.models.checkpoint import ITEM_BYTES
+from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.shards import ByteRange, overwrite_neurons, read_tensor
 
 LOG = logging.getLogger(__name__)

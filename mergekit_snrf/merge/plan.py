@@ -20,8 +20,9 @@ from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, ITEM_BYTES, Checkpoint
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site

@@ -18,7 +18,7 @@ from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import can_overflow, fuse_edit, overflow, overflows
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES
+from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 
 class MergeSession:

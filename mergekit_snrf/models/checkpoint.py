@@ -18,8 +18,6 @@ from typing import Any
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 from mergekit_snrf.models import hub
-from mergekit_snrf.models.headers import FLOAT_DTYPES as FLOAT_DTYPES
-from mergekit_snrf.models.headers import ITEM_BYTES as ITEM_BYTES
 from mergekit_snrf.models.headers import TensorHeader, parse_object, read_headers, weight_map
 
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".bpe"}

@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.checkpoint import FLOAT_DTYPES, Checkpoint, TensorHeader
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.headers import FLOAT_DTYPES, TensorHeader
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 

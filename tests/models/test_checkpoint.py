@@ -17,7 +17,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.checkpoint import ITEM_BYTES, Checkpoint, TensorHeader, open_checkpoint, weight_files
+from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint, weight_files
+from mergekit_snrf.models.headers import ITEM_BYTES, TensorHeader
 
 CONFIG = {
     "model_type": "qwen2",

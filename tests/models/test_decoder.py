@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.checkpoint import Checkpoint, TensorHeader
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems, site_of
+from mergekit_snrf.models.headers import TensorHeader
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.neurons.shape import DecoderShape
 
