@@ -60,15 +60,13 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 
 def recipe_table() -> str:
-    """Parameters of a recipe, from the merge method's specification."""
-    from mergekit_snrf.merge.method import METHOD
+    """Parameters of a recipe."""
+    from mergekit_snrf.merge.parameters import documentation
 
-    rows = ["| parameter | where | default | meaning |", "|---|---|---|---|"]
-    for parameter in METHOD.spec.parameters:
-        shared = parameter.scope.name == "SHARED"
-        where = "top level" if shared else "source or top level"
-        default = "required" if parameter.required else code(parameter.default)
-        rows.append(f"| `{parameter.name}` | {where} | {default} | {cell(parameter.description)} |")
+    rows = ["| parameter | where | default | range | meaning |", "|---|---|---|---|---|"]
+    for row in documentation():
+        default = row.default if row.default in ("required", "none") else code(row.default)
+        rows.append(f"| `{row.name}` | {row.where} | {default} | {cell(row.range)} | {cell(row.meaning)} |")
     return "\n".join(rows)
 
 
