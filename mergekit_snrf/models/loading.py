@@ -232,7 +232,7 @@ def _missing_package(ref: ModelRef, what: str, error: Exception) -> SnrfError:
     except PackageNotFoundError:
         state = "is not installed" if "torchvision" in str(error).lower() else None
     except Exception as broken:
-        state = f"{installed} cannot be imported ({first_line(broken)})"
+        state = f"is installed as {installed} and cannot be imported ({first_line(broken)})"
     else:
         state = None
     if state is None:

@@ -388,3 +388,16 @@ def test_original_llava_is_merged_by_the_names_on_disk(pairs: Any, tmp_path: Pat
     run_merge(tmp_path, "merged")
     assert_same(read(tmp_path / "merged"), fuse_state_dict(read(target), read(tmp_path / "source"), neurons, FUSION))
     assert (tmp_path / "merged" / "config.json").read_bytes() == (target / "config.json").read_bytes()
+
+
+def test_of_two_live_stacks_the_one_with_embeddings_and_norm_is_the_decoder(pairs: Any) -> None:
+    folder, _ = pairs("llava")
+    model = load(folder / "target")
+    path = find_live_decoder(model).path
+    model.resampler = nn.Module()
+    model.resampler.layers = nn.ModuleList(model.get_submodule(path))
+    assert find_live_decoder(model).path == path
+    assert "LlamaDecoderLayer" not in repr(find_live_decoder(model))
+    tensors = model.state_dict()
+    assert f"{path}." == StateWeights.of(tensors).prefix
+    assert "tensor(" not in repr(StateWeights.of(tensors)) + repr(deactivate(model, NeuronSet({})))

@@ -13,6 +13,7 @@ from checkpoints import make_source, make_target, read, write
 from processors import SOURCE_CHATS, SOURCE_CORPUS, make_tokenizer, processor_missing
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.models import loading
 from mergekit_snrf.models.loading import load_model, load_processor
 from mergekit_snrf.models.reference import ModelRef
 
@@ -83,6 +84,22 @@ def test_images_need_an_image_processor(folders):
 def test_a_processor_that_needs_torchvision_is_explained(folders):
     with pytest.raises(SnrfError, match="torchvision"):
         load_processor(ref(folders["qwen2_5_vl"]), images=True)
+
+
+def test_a_torchvision_that_does_not_load_is_named_with_the_version_that_fits(folders, monkeypatch):
+    def raising(error):
+        def fail(*arguments, **options):
+            raise error
+
+        return fail
+
+    broken = RuntimeError("operator torchvision::nms does not exist")
+    monkeypatch.setattr(loading, "version", lambda package: "0.1.0")
+    monkeypatch.setattr(loading, "import_module", raising(broken))
+    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", raising(ModuleNotFoundError("No Processor")))
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(SnrfError, match=r"as 0\.1\.0 and cannot .*nms.*'torchvision==0\.24\.\*'"):
+        load_processor(ref(folders["llava"]), images=True)
 
 
 def test_a_checkpoints_own_code_runs_only_if_trusted(folders):
