@@ -181,7 +181,7 @@ def _summary(result: Amplification) -> str:
 
 
 def _shown(token: str) -> str:
-    from mergekit_snrf.evidence.wording import printable
+    from mergekit_snrf.errors import printable
 
     return printable(repr(token))
 

@@ -84,8 +84,9 @@ def _table(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
 
 
 def _pair_text(pair: Overlap) -> str:
+    from mergekit_snrf.errors import printable
     from mergekit_snrf.evidence.overlap import by_projection
-    from mergekit_snrf.evidence.wording import chance_sentence, printable, rule
+    from mergekit_snrf.evidence.wording import chance_sentence, rule
 
     sums = by_projection(pair)
     heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\nselected by {rule(pair.rule)}"
@@ -101,7 +102,7 @@ def _pairs_text(pairs: list[Overlap]) -> str:
 
 
 def _name(pair: Overlap) -> str:
-    from mergekit_snrf.evidence.wording import printable
+    from mergekit_snrf.errors import printable
 
     return printable(f"{pair.names[0]}, {pair.names[1]}")
 

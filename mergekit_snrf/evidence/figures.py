@@ -1,46 +1,33 @@
-"""Figures of the results (matplotlib), each readable on light and dark pages and by the colour-blind.
-
-The functions draw on figures of their own and leave pyplot's state and the user's settings alone. ``svg`` turns a
-figure into text with an alternative text for screen readers; equal figures give equal bytes. What is drawn needs the
-extra ``analysis``; a function that misses a package of it raises ``SnrfError``.
-"""
+"""Figures of the results (matplotlib)."""
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import wraps
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from textwrap import fill
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import printable
+from mergekit_snrf.evidence.drawing import COLORS, INK, WIDTH, new_figure, save, styled, svg
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
-from mergekit_snrf.evidence.wording import percent, printable, quoted, scale
-from mergekit_snrf.files import writing
+from mergekit_snrf.evidence.wording import percent, quoted, scale
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-INK = "#767676"
-"""Text and lines: as well readable on white as on black; a page puts its own text colour in its place."""
-
-COLORS = ("#2f7fd6", "#d0701a", "#1a9a6c", "#a566c9", "#c44e6c")
-"""At least 3:1 on white and on near-black."""
-
-WIDTH = 4.6
-"""Inches. Narrow enough to be read on a phone."""
+__all__ = [
+    "mask_map",
+    "overlap_curve",
+    "overlap_diagram",
+    "overlap_map",
+    "save",
+    "study_intervals",
+    "svg",
+    "word_cloud",
+]
 
 _SETS = COLORS[:2]
 _ROLES = {"reference": (INK, "s"), "claim": (COLORS[0], "o"), "control": (COLORS[1], "D")}
@@ -49,72 +36,14 @@ _LINES = {name: (color, dash) for name, color, dash in zip(PROJECTIONS, COLORS, 
 _MAX_HEIGHT = 60.0
 _MAX_LABELLED_LAYERS = 128
 
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 9,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
-    "legend.labelcolor": INK,
-    "savefig.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mergekit-snrf",
-}
 
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
-        # A token may be in a script that the font lacks; an SVG viewer has others.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def _styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    @wraps(function)
-    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            with _style():
-                return function(*args, **kwargs)
-        except ModuleNotFoundError as error:
-            raise SnrfError(
-                f"figures need the package {error.name}; install what the analyses need with "
-                f"pip install 'mergekit-snrf[analysis]'"
-            ) from None
-
-    return wrapper
-
-
-def _figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-
-
-@_styled
+@styled
 def overlap_diagram(overlap: Overlap) -> Figure:
     """Draw both sets as circles whose areas are the counts, and beside them, to the same scale, those of chance."""
     from matplotlib.patches import Patch
 
     counts = total(overlap.sites)
-    figure, panels = _figure(2.2, columns=2)
+    figure, panels = new_figure(2.2, columns=2)
     sizes = counts.shared + counts.only[0], counts.shared + counts.only[1]
     drawings = {"measured": float(counts.shared), "by chance": counts.chance}
     for panel, (title, shared) in zip(panels, drawings.items(), strict=True):
@@ -160,14 +89,14 @@ def _count(value: float) -> str:
     return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
 
 
-@_styled
+@styled
 def mask_map(neurons: NeuronSet) -> Figure:
     """Draw where the neurons live: counts in cells coloured by their share of the layer's projection."""
     shares = {site: (int(member.sum()) / len(member), str(int(member.sum()))) for site, member in neurons.items()}
     return _map(shares, "neurons; colour: share of the projection")
 
 
-@_styled
+@styled
 def overlap_map(overlap: Overlap) -> Figure:
     """Draw the shared neurons as per cent of the union for every layer and projection."""
     shares = {
@@ -185,7 +114,7 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
 
     layers = sorted({site.layer for site in cells})
     height = min(_MAX_HEIGHT, 1.3 + 0.19 * len(layers))
-    figure, (panel,) = _figure(height)
+    figure, (panel,) = new_figure(height)
     if not cells:
         panel.set_axis_off()
         panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
@@ -222,10 +151,10 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def overlap_curve(overlap: Overlap) -> Figure:
     """Draw the share of the union over top ratios: all projections, each of them, and what chance would give."""
-    figure, (panel,) = _figure(3.4)
+    figure, (panel,) = new_figure(3.4)
     points = sorted(overlap.curve, key=lambda point: point.rule["top_ratio"])
     ratios = [point.rule["top_ratio"] for point in points]
     curves: dict[tuple[float, ...], list[str]] = {}
@@ -255,13 +184,13 @@ def _numbers(values: Iterable[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
-@_styled
+@styled
 def study_intervals(study: Study, metric: str) -> Figure:
     """Draw mean and interval of every condition on one metric, and a line at the reference."""
     rows = [condition for condition in study.conditions if metric in condition.metrics]
     labels = [fill(printable(condition.name), 26) for condition in rows]
     height = min(_MAX_HEIGHT, 0.9 + sum(0.12 + 0.17 * max(1, len(label.splitlines())) for label in labels))
-    figure, (panel,) = _figure(height)
+    figure, (panel,) = new_figure(height)
     factor, unit = scale(study, metric)
     for row, condition in enumerate(rows):
         mean = condition.metrics[metric].mean
@@ -279,7 +208,7 @@ def study_intervals(study: Study, metric: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figure:
     """Draw the tokens that amplifying a neuron makes more frequent, by log-odds."""
     from matplotlib.font_manager import findfont
@@ -292,7 +221,7 @@ def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figur
         if word and token.log_odds > 0:
             weights[word] = max(weights.get(word, 0.0), token.log_odds)
     height = 2.4
-    figure, (panel,) = _figure(height)
+    figure, (panel,) = new_figure(height)
     figure.set_layout_engine("none")
     panel.set_position((0, 0, 1, 1))
     panel.set_axis_off()
@@ -321,63 +250,3 @@ def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figur
         place = (float(column - left), float(row - top))
         panel.text(*place, word, color=COLORS[index % len(COLORS)], fontsize=points, ha="left", va="baseline")
     return figure
-
-
-_NAMESPACE = "http://www.w3.org/2000/svg"
-
-
-@_styled
-def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str = INK) -> str:
-    """Return a figure as an SVG element with a title and an alternative text, for a file or to stand in a page.
-
-    Args:
-        prefix: of all ids inside, so that several figures can stand in one page.
-        ink: the colour of text and lines: ``currentColor`` takes that of the page.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    root = ElementTree.fromstring(buffer.getvalue())
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
-        for name, value in element.attrib.items():
-            if name == "id":
-                element.set(name, f"{prefix}-{value}")
-            elif name == "href" or value.startswith("url(#"):
-                element.set(name, value.replace("#", f"#{prefix}-", 1))
-            elif name == "style":
-                element.set(name, value.replace(INK, ink))
-    # A style element would apply to the whole page.
-    for defs in root.findall("defs"):
-        for style in defs.findall("style"):
-            defs.remove(style)
-    title, text = printable(title), printable(text)
-    root.attrib |= {
-        "xmlns": _NAMESPACE,
-        "role": "img",
-        "aria-label": f"{title}. {text}",
-        "style": "stroke-linejoin: round; stroke-linecap: butt",
-    }
-    for position, (tag, content) in enumerate({"title": title, "desc": text}.items()):
-        element = ElementTree.Element(tag)
-        element.text = content
-        root.insert(position, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-@_styled
-def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, text: str) -> list[Path]:
-    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths.
-
-    Raises:
-        SnrfError: the folder cannot be written.
-    """
-    image = io.BytesIO()
-    metadata = {"Software": None, "Title": printable(title), "Description": printable(text)}
-    figure.savefig(image, format="png", dpi=200, metadata=metadata)
-    contents = {".svg": f"{svg(figure, title, text, name)}\n".encode(), ".png": image.getvalue()}
-    paths = {Path(folder) / f"{name}{suffix}": content for suffix, content in contents.items()}
-    for path, content in paths.items():
-        with writing.replacing(path) as file:
-            file.write(content)
-    return list(paths)

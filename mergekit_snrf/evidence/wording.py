@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.intervals import scale_of, spoken
 from mergekit_snrf.evidence.overlap import by_projection, total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, Study, TokenOdds
@@ -18,15 +19,10 @@ _LOCAL = re.compile(
 )
 
 
-def printable(text: str) -> str:
-    """Return ``text`` with line breaks, control characters and text-direction marks written as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
-
-
 def without_folders(text: str) -> str:
     """Return a path, a model or an evaluation with absolute local paths cut to their last part.
 
-    Where a page's author keeps files is nobody's business. Hub ids and relative paths stay as they are.
+    Local folders do not belong on a page that is shared. Hub ids and relative paths stay as they are.
     """
     return _LOCAL.sub(r"\1\2", text)
 

@@ -131,7 +131,7 @@ def test_full_report(full: str, mask: Mask) -> None:
         "Where the neurons live",
         "Overlap of target and source",
         "Do these neurons matter? (target)",
-        "Does the merge beat what is easier? (target)",
+        "Does the merge beat simpler baselines? (target)",
         "What single neurons promote",
         "Where the mask comes from",
     ]
@@ -144,7 +144,6 @@ def test_full_report(full: str, mask: Mask) -> None:
         "-26.8 [-29.8, -23.8]",
         "-18.6 [-23.1, -14.0]",
         "1.5 %",
-        "control",
         "abc",
         "qwen2_5_vl",
         "gsm8k",
@@ -447,7 +446,7 @@ def test_command_writes_the_same_bytes_in_every_process(folder: Path) -> None:
     [
         (["nothing.safetensors", "r.html"], "nothing.safetensors: no such file"),
         (["target.profile", "r.html"], "snrf-mask"),
-        (["mask.safetensors", "--profile", "target.profile", "r.html"], "give both"),
+        (["mask.safetensors", "--profile", "target.profile", "r.html"], "is the only profile"),
         (["mask.safetensors", "--result", "mask.safetensors", "r.html"], "mask.safetensors: is not JSON"),
         (["mask.safetensors", "no/where.html"], "no/where.html: cannot be written"),
     ],
@@ -536,5 +535,5 @@ def test_settings_in_words(mask: Mask) -> None:
     )
     page = Page(report(mask, [], [study]))
     assert "seeds [0, 1], means R [0.3, 0.333333], norm None, rescale True, update dare" in page.said("td")
-    assert "Does the merge beat what is easier? (mine)" in page.said("h2")
+    assert "Does the merge beat simpler baselines? (mine)" in page.said("h2")
     assert {"a", "b", "c"} <= set(page.said("li"))
