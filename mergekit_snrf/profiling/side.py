@@ -56,11 +56,14 @@ class Side:
     options: RunOptions
     info: ModelInfo
     request: Mapping[str, Any]
-    journals: Journals
-    block: int
     probes: Probes | None
     finished: Profile | None
     keep: KeepProbes | None = None
+
+    @property
+    def journals(self) -> Journals:
+        """What an unfinished run has left."""
+        return Journals(stem_of(self.options.mask, self.name), self.request)
 
     def profile(self) -> Profile | None:
         """Measure the side and write its profile; return it on rank 0, and None on other ranks.
@@ -100,7 +103,7 @@ class Side:
             self.config.measure,
             shape=self.info.shape,
             name=self.config.side(self.name).model,
-            block_bytes=self.block,
+            block_bytes=self.request["block_bytes"],
             backend=self.config.backend,
         )
         groups = Groups(self.name, probes, self.config.answer, self.journals, self.options)
@@ -167,9 +170,8 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     request = request_of(config, name, info, rows, options.folder, device=kind.type, block=block)
     finished = _finished(options, name, request) if options.ranks.first else None
     probes = None if options.ranks.from_first(finished is not None) else side_probes(config, name, rows)
-    journals = Journals(stem_of(options.mask, name), request)
     keep = prepare_keep(config, info, options) if config.keep and name == "target" else None
-    return Side(name, config, options, info, request, journals, block, probes, finished, keep)
+    return Side(name, config, options, info, request, probes, finished, keep)
 
 
 def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -> Profile | None:
