@@ -161,18 +161,15 @@ def check_pairing(draft: PlanDraft, *, any_family: bool) -> None:
 def check_remote_code(draft: PlanDraft, options: MergeOptions) -> None:
     """Refuse checkpoints whose code must run, unless the user allows it."""
     for checkpoint in draft.checkpoints.values():
-        if options.trust_remote_code or not checkpoint.needs_remote_code:
-            continue
         if not checkpoint.model_type and "auto_map" not in checkpoint.config:
-            what = "its config.json has no model_type"
             remedy = "get the file again, or give the folder of a transformers model"
-        else:
+            draft.problems.append(SnrfError(checkpoint.name, "its config.json has no model_type", remedy))
+        elif checkpoint.needs_remote_code and not options.trust_remote_code:
             what = (
                 f"model_type {checkpoint.model_type!r} is defined by code in the checkpoint, which mergekit must run "
                 f"to read the configuration"
             )
-            remedy = "look at the code, then pass --trust-remote-code"
-        draft.problems.append(SnrfError(checkpoint.name, what, remedy))
+            draft.problems.append(SnrfError(checkpoint.name, what, "look at the code, then pass --trust-remote-code"))
 
 
 def compare_provenance(draft: PlanDraft, mask: Mask) -> None:

@@ -19,6 +19,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.plan import PlanDraft, draft_merge
 from mergekit_snrf.neurons.maskfile import write_mask
@@ -136,6 +137,13 @@ def plan(recipe: dict[str, Any], out: Path | None = None, **options: Any) -> Pla
     return draft_merge(
         MergeConfiguration.model_validate(recipe), MergeOptions(**options), out_path=None if out is None else str(out)
     )
+
+
+def problem(recipe: dict[str, Any], out: Path | None = None, **options: Any) -> SnrfError:
+    """Plan a merge that cannot run for one reason; return it."""
+    problems = plan(recipe, out, **options).problems
+    assert len(problems) == 1, problems
+    return problems[0]
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -46,7 +46,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
-from mergekit_snrf.merge.adapter import architecture_of_merge
+from mergekit_snrf.merge.adapter import architecture_of, rewritten
+from mergekit_snrf.merge.plan import plan_merge
+from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sets import Site
 
 if TYPE_CHECKING:
@@ -167,17 +169,18 @@ def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:
     assert MergeOptions(gpu_rich=True).device == "cuda"
     assert (here.problems, cuda.problems) == ([], [])
     assert here.edits == cuda.edits
-    assert here.copied == cuda.copied
 
 
 def test_multi_gpu_spreads_the_tensors(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_gpu, "get_torch_accelerator_type", lambda name=None: "cuda")
     config, options = MergeConfiguration.model_validate(pair.recipe()), MergeOptions(multi_gpu=True, cuda=True)
-    architecture = architecture_of_merge(config, options)
+    session = MergeSession(plan_merge(config, options), "")
     LoaderCache.loaders.clear()
     LoaderCache().setup(options=options)
-    planner = MergePlanner(config, architecture, options, config.base_model.config())
-    executor = multi_gpu.MultiGPUExecutor(planner.plan_to_disk(str(tmp_path)), num_gpus=2, storage_device="cpu")
+    with session.running():
+        ours = rewritten(config, session)
+        planner = MergePlanner(ours, architecture_of(ours, options), options, ours.base_model.config())
+        executor = multi_gpu.MultiGPUExecutor(planner.plan_to_disk(str(tmp_path)), num_gpus=2, storage_device="cpu")
     kernels = [
         {h.task().output_weight.name for h in handles if isinstance(h.task(), ExecuteMergeMethodTask)}
         for handles in executor.gpu_assignments.values()
@@ -192,9 +195,9 @@ def test_multi_gpu_spreads_the_tensors(pair: Pair, tmp_path: Path, monkeypatch: 
 def test_multi_gpu(flags: str, pair: Pair, plain: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads, inner = [], method.merge_group
 
-    def recorded(group: TensorGroup, **parameters: Any) -> Tensor:
+    def recorded(group: TensorGroup, key: str) -> Tensor:
         threads.append(threading.get_ident())
-        return inner(group, **parameters)
+        return inner(group, key)
 
     monkeypatch.setattr(method, "merge_group", recorded)
     assert_same(merge(pair.recipe(), tmp_path / "out", "--multi-gpu", *flags.split()), plain)
@@ -216,22 +219,27 @@ def test_multi_gpu_loses_no_result_to_a_slow_main_process(
     assert_same(merge(pair.recipe(), tmp_path / "out", "--multi-gpu"), plain)
 
 
-def test_kernel_in_many_threads(pair: Pair, plain: Tensors, tmp_path: Path) -> None:
-    """Workers share the cache of masks; two masks in turn make it change all the time."""
+def test_two_merges_in_many_threads(pair: Pair, plain: Tensors, tmp_path: Path) -> None:
+    """Workers of two merges at once; each finds its own session."""
     base, source = read(pair.target), read(pair.source)
     other = make_pair_of_masks(pair, tmp_path)
+    recipes = {path: pair.recipe(parameters={"masks": str(path)}) for path in (pair.mask, other)}
+    sessions = {
+        path: MergeSession(plan_merge(MergeConfiguration.model_validate(recipe), MergeOptions()), "")
+        for path, recipe in recipes.items()
+    }
 
     def merged(job: tuple[Site, Path]) -> Tensor:
         site, mask = job
         name = target_name(site)
         entries = (TensorEntry("t", base[name], is_base=True), TensorEntry("s", source[source_name(site)]))
         group = TensorGroup(entries=entries, metadata=TensorMetadata(name=name))
-        return method.merge_group(group, masks=str(mask), order=ORDERS[0], beta={"s": 0.5}, rank={"s": 4})
+        return method.merge_group(group, sessions[mask].key)
 
-    jobs = [(site, mask) for _ in range(4) for site in pair.neurons for mask in (pair.mask, other)]
-    with ThreadPoolExecutor(8) as pool:
+    jobs = [(site, mask) for site in pair.neurons for mask in (pair.mask, other)]
+    with sessions[pair.mask].running(), sessions[other].running(), ThreadPoolExecutor(8) as pool:
         results = [*pool.map(merged, jobs)]
-    reread = merge(pair.recipe(parameters={"masks": str(other)}), tmp_path / "out")
+    reread = merge(recipes[other], tmp_path / "out")
     for (site, mask), result in zip(jobs, results, strict=True):
         assert same_bits(result, (plain if mask == pair.mask else reread)[target_name(site)])
 

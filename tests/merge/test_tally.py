@@ -10,7 +10,7 @@ import torch
 from checkpoints import read, write
 from pair import Pair, merge, target_name
 
-from mergekit_snrf.fusion.fuse import Fusion, Rounding, fuse, fuse_and_report
+from mergekit_snrf.fusion.fuse import Fused, Fusion, Rounding, fuse, fuse_and_report
 from mergekit_snrf.merge.tally import Tally
 
 
@@ -48,11 +48,12 @@ def test_rounding_is_what_float64_says() -> None:
 
 
 def test_changed_weights_are_known_when_the_last_tensor_is_done() -> None:
-    tally, rounding = Tally(2), Rounding(update=1.0, lost=0.5, weights=10, changed=7)
+    rounding = Rounding(update=1.0, lost=0.5, weights=10, changed=7)
+    tally, fused = Tally(2), Fused(torch.zeros(0), None, rounding)
     assert tally.changed is None
-    tally.add("a", None, rounding)
+    tally.add("a", fused)
     assert tally.changed is None
-    tally.add("b", None, rounding)
+    tally.add("b", fused)
     assert tally.changed == 14
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from checkpoints import example_inputs, load, make_source, make_target, read, wr
 from click.testing import CliRunner, Result
 from mergekit.io import LazyTensorLoader
 from numpy.typing import NDArray
-from pair import MODULES, Pair, assert_same, make_neurons, merge, one, plan, refused, same_bits, write_recipe
+from pair import MODULES, assert_same, make_neurons, merge, one, problem, same_bits, write_recipe
 from peft import PeftModel
 from torch import Tensor
 
@@ -241,122 +240,48 @@ def test_damage_of_the_base_is_named(models: Models, tmp_path: Path) -> None:
     assert message.startswith("model.layers.0.self_attn.k_proj.weight: the source_base's tensor of shape [32, 64] ")
 
 
-def with_top(**top: Any) -> dict[str, Any]:
-    return {"top": top}
-
-
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "update": (with_top(update="frank"), "update: must be one of low-rank, dare, got 'frank'"),
-    "seed": (with_top(update="dare", seed=-3), "seed: must be in [0, 4294967296), got -3"),
-    "seed text": (with_top(update="dare", seed="many"), "parameter 'seed' in parameters: 'many' is not valid"),
-    "rescale": (with_top(update="dare", rescale="perhaps"), "parameter 'rescale' in parameters: 'perhaps' is not"),
-    "biases": (with_top(biases="some"), "parameter 'biases' in parameters: 'some' is not valid"),
-    "drop_rate": (
-        {"top": {"update": "dare"}, "source": {"drop_rate": [0.5, 1.0]}},
-        "drop_rate: must be in [0, 1), got 1.0",
-    ),
-    "rank with dare": (
-        {"top": {"update": "dare"}, "source": {"rank": 4}},
-        "parameter 'rank' has no effect with update: dare, which truncates nothing; remove it",
-    ),
-    "order with dare": (
-        with_top(update="dare", order="svd-then-mask"),
-        "parameter 'order' has no effect with update: dare, which truncates nothing; remove it",
-    ),
-    "drop_rate without dare": (
-        {"source": {"drop_rate": 0.5}},
-        "parameter 'drop_rate' has no effect without update: dare; remove it, or write update: dare",
-    ),
-    "seed without dare": (with_top(seed=0), "parameter 'seed' has no effect without update: dare; remove it"),
-    "rescale without dare": (with_top(rescale=True), "parameter 'rescale' has no effect without update: dare"),
-    "order of full rank": (
-        {"top": {"order": "mask-then-svd"}, "source": {"rank": [0, 0.0]}},
-        "parameter 'order' has no effect with rank: 0, which truncates nothing; remove it, or give a rank",
-    ),
-    "update under models": ({"source": {"update": "dare"}}, "parameter 'update' is written under the model "),
-    "source_base under models": ({"source": {"source_base": "x"}}, "parameter 'source_base' is written under the mod"),
-    "source_base of nothing": (with_top(source_base=" "), "parameter 'source_base' in parameters: ' ' is not valid ("),
-    "source_base with two adapters": (
-        with_top(source_base="a+b+c"),
-        "parameter 'source_base' in parameters: 'a+b+c' is not valid (",
-    ),
-    "source_base of nowhere": (with_top(source_base="./none"), "./none: no such folder; give the folder of a checkpo"),
-    "source_base by layer": (with_top(source_base=["a", "b"]), "parameter 'source_base' in parameters must be one pla"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistake_in_the_recipe(mistake: str, models: Models, tmp_path: Path) -> None:
-    variant, message = MISTAKES[mistake]
-    assert message in one(models.recipe(**copy.deepcopy(variant)), tmp_path / "out")
-
-
-def test_what_only_looks_like_a_mistake(models: Models) -> None:
-    by_filter = [{"filter": "mlp", "value": 0}]
-    for variant in (
-        {"top": {"order": "mask-then-svd"}, "source": {"rank": by_filter}},
-        {"top": {"order": "svd-then-mask"}, "source": {"rank": 0}},
-        {"top": {"update": "low-rank"}, "source": {"rank": [0, 4]}},
-        {"top": {"update": "dare", "rank": None}, "source": {"drop_rate": [0.1, 0.9]}},
-    ):
-        recipe = models.recipe(**variant)
-        recipe["parameters"] = {name: value for name, value in recipe["parameters"].items() if value is not None}
-        assert plan(recipe).problems == []
-
-
 def test_source_base_that_does_not_fit(models: Models, tmp_path: Path) -> None:
-    folder = models.folder
-    target, source = folder / "target", folder / "source"
-    assert "source_base is the base_model itself" in one(
-        models.recipe(top={"source_base": f"{target}/"}), tmp_path / "o"
-    )
-    assert "source_base is the source itself" in one(models.recipe(top={"source_base": str(source)}), tmp_path / "o")
+    target, source = models.folder / "target", models.folder / "source"
+    assert "source_base is the base_model itself" in problem(models.recipe(top={"source_base": f"{target}/"})).what
+    assert "source_base is the source itself" in problem(models.recipe(top={"source_base": str(source)})).what
     llama = make_source(tmp_path / "llama", "llama", dtype=torch.float32)
-    message = one(models.recipe(top={"source_base": str(llama)}), tmp_path / "o")
-    assert message.startswith(f"source_base {llama} as the source: model type: the target's text decoder is 'qwen2'")
+    found = problem(models.recipe(top={"source_base": str(llama)}))
+    assert found.where == f"source_base {llama} as the source"
+    assert "text decoder is 'qwen2'" in found.what
     merge(models.recipe(top={"source_base": str(llama), "allow_family_mismatch": True}), tmp_path / "mixed")
     small = make_source(tmp_path / "small", "qwen2", decoder={"intermediate_size": 48})
-    message = one(models.recipe(top={"source_base": str(small)}), tmp_path / "o")
-    assert message.startswith(f"source_base {small} as the source: intermediate size: the target ")
-    assert (
-        "the output folder is a model of the recipe"
-        in refused(models.recipe(top={"source_base": True}), folder / "base")[0]
-    )
+    found = problem(models.recipe(top={"source_base": str(small)}))
+    assert (found.where, "intermediate size" in str(found)) == (f"source_base {small} as the source", True)
+    found = problem(models.recipe(top={"source_base": True}), models.folder / "base")
+    assert "the output folder is a model of the recipe" in found.what
 
 
 def test_base_with_the_names_of_another_model_besides_its_own(models: Models, tmp_path: Path) -> None:
     shutil.copytree(models.folder / "base", tmp_path / "base")
     extra = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(2)}
     write(tmp_path / "base", {**read(tmp_path / "base"), **extra})
-    message = one(models.recipe(top={"source_base": str(tmp_path / "base")}), tmp_path / "out")
-    assert "base: has a tensor model.layers.0.self_attn.q_proj.weight besides its decoder's model.lang" in message
+    found = problem(models.recipe(top={"source_base": str(tmp_path / "base")}))
+    assert found.where == str(tmp_path / "base")
+    assert found.what.startswith("has a tensor model.layers.0.self_attn.q_proj.weight besides its decoder's model.lang")
 
 
-def test_biases_that_are_not_there(pair: Pair, models: Models, tmp_path: Path) -> None:
-    message = one(pair.recipe(parameters={"biases": True}), tmp_path / "out")
-    assert message == (
-        f"parameter 'biases' is true, but no masked neuron of {pair.target} that changes has a bias (this decoder has "
-        f"none, or none in the masked projections); remove it"
-    )
+def test_biases_that_are_not_there(models: Models, tmp_path: Path) -> None:
     only_ffn = NeuronSet({site: member for site, member in models.neurons.items() if "fwd" in site.projection})
     write_mask(tmp_path / "ffn.safetensors", only_ffn)
-    recipe = models.recipe(top={"biases": True, "masks": str(tmp_path / "ffn.safetensors")})
-    assert "none in the masked projections" in one(recipe, tmp_path / "out")
-    for role in ("source", "base"):
+    found = problem(models.recipe(top={"biases": True, "masks": str(tmp_path / "ffn.safetensors")}))
+    assert (found.field, "none in the masked projections" in found.what) == ("biases", True)
+    for role, called in (("source", "source"), ("base", "source_base")):
         shutil.copytree(models.folder / role, tmp_path / role)
-        tensors = read(tmp_path / role)
         name = f"{PREFIXES[role]}.0.self_attn.k_proj.bias"
-        write(tmp_path / role, {n: t for n, t in tensors.items() if n != name})
+        write(tmp_path / role, {n: t for n, t in read(tmp_path / role).items() if n != name})
         recipe = models.recipe(top={"biases": True, "source_base": True})
         if role == "source":
             recipe["models"][0]["model"] = str(tmp_path / role)
         else:
             recipe["parameters"]["source_base"] = str(tmp_path / role)
-        called = {"source": "source", "base": "source_base"}[role]
-        assert one(recipe, tmp_path / "out") == (
-            f"{tmp_path / role}: tensor {name} of the {called} is missing, but model.layers.0.self_attn.k_proj.bias of "
-            f"{models.folder / 'target'} has shape [32]; its bias cannot move, remove biases from the recipe"
-        )
+        found = problem(recipe)
+        assert found.where == str(tmp_path / role)
+        assert found.what.startswith(f"tensor {name} of the {called} is missing, but model.layers.0.self_attn.k_proj.b")
 
 
 def test_adapter_refuses_biases(models: Models, tmp_path: Path) -> None:
