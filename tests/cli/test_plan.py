@@ -215,14 +215,14 @@ def test_one_problem_without_models(pair: Pair, tmp_path: Path) -> None:
     assert result.exit_code == 1
     first, second = result.stdout.splitlines()
     assert first == "This merge cannot run:"
-    assert second.startswith("  1. base_model is missing; ")
+    assert second.startswith("  1. base_model: is missing; ")
     assert json.loads(plan(pair.recipe(base_model=None), tmp_path, "--json").stdout)["target"] is None
 
 
 def test_recipe_of_another_method(pair: Pair, tmp_path: Path) -> None:
     result = plan(pair.recipe(merge_method="linear"), tmp_path)
     assert result.exit_code == 1
-    assert "1. merge_method is 'linear'; this command is for recipes with merge_method: snrf" in result.stdout
+    assert "1. merge_method: must be snrf" in result.stdout
 
 
 def test_warnings(pair: Pair, tmp_path: Path) -> None:
