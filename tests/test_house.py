@@ -27,10 +27,13 @@ MANY_ARGUMENTS: dict[str, str] = {}
 # Names that no code of ours uses but others do: mergekit's and click's interfaces, pydantic's hooks.
 USED_ELSEWHERE = {
     "model_config",
+    "__class__",
     "__snrf__",
     "_execute",
+    "config_yaml",
     "done_event",
     "folded",
+    "frame",
     "input_dtypes",
     "layer_weights",
     "num_layers",
@@ -116,7 +119,9 @@ def unused_code() -> Iterator[Finding]:
 
 def public_names() -> set[str]:
     """Names that the documentation, the examples or other packages use."""
-    texts = [PACKAGE / "__init__.py", *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.py")]
+    texts = [PACKAGE / "__init__.py"]
+    for pattern in ("docs/**/*.md", "docs/*.py", "examples/**/*.py"):
+        texts += ROOT.glob(pattern)
     return {name for path in texts for name in re.findall(r"\w+", path.read_text("utf-8")) if not name.isdigit()}
 
 
