@@ -184,7 +184,7 @@ def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]
             work.mkdir(parents=True, exist_ok=True)
             with _lock(work) as held:
                 if held is False:
-                    raise SnrfError(work, "another run writes there", "wait for it, or choose another folder")
+                    raise _at_work(work)
                 try:
                     _clear(work)
                     (work / MARKER).touch()
@@ -232,10 +232,31 @@ def written_in_place(out_path: str) -> Iterator[None]:
     The weights of a killed run are removed first. Recipe and card of an earlier merge do not stay beside new weights;
     they come back where the block fails before it has replaced a weight. Links are replaced by copies, because mergekit
     writes through them.
+
+    Raises:
+        SnrfError: another run writes into the folder.
     """
     out = Path(out_path)
     out.mkdir(parents=True, exist_ok=True)
-    if is_unfinished(out_path):
+    with _lock(out) as held:
+        if held is False:
+            raise _at_work(out)
+        earlier = _begin_in_place(out)
+        before = _weights(out)
+        try:
+            yield
+        except BaseException:
+            if _weights(out) == before:
+                for file, content in earlier.items():
+                    file.write_bytes(content)
+                (out / MARKER).unlink()
+            raise
+        (out / MARKER).unlink()
+
+
+def _begin_in_place(out: Path) -> dict[Path, bytes]:
+    """Prepare a folder that mergekit writes into; return recipe and card of an earlier merge, which are removed."""
+    if is_unfinished(str(out)):
         for name in _weights(out):
             (out / name).unlink()
     (out / MARKER).touch()
@@ -247,16 +268,11 @@ def written_in_place(out_path: str) -> Iterator[None]:
     for file in out.rglob("*"):
         if file.suffix in _WRITTEN and not file.is_dir() and (file.is_symlink() or file.stat().st_nlink > 1):
             _unlink_from_others(file)
-    before = _weights(out)
-    try:
-        yield
-    except BaseException:
-        if _weights(out) == before:
-            for file, content in earlier.items():
-                file.write_bytes(content)
-            (out / MARKER).unlink()
-        raise
-    (out / MARKER).unlink()
+    return earlier
+
+
+def _at_work(folder: Path) -> SnrfError:
+    return SnrfError(folder, "another run writes there", "wait for it, or choose another folder")
 
 
 def _weights(out: Path) -> dict[str, tuple[int, int]]:

@@ -15,6 +15,7 @@ from outputs import assert_refused, done, hashes, run
 from pair import Pair, assert_same, merge, write_recipe
 from peft import LoraConfig
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.folders import MARKER, is_unfinished, path_problem, written_in_place
 
 COMMANDS = ["patch", "lora"]
@@ -261,6 +262,8 @@ def test_nothing_is_written_through_links_in_place(tmp_path: Path) -> None:
     before = hashes(tmp_path / "backup")
     with written_in_place(str(out)):
         assert is_unfinished(str(out))
+        with pytest.raises(SnrfError, match="another run"), written_in_place(str(out)):
+            pass
         assert hashes(out).keys() == {MARKER, "config.json", "model.safetensors", "sub/a.jinja"}
         for name in ("config.json", "sub/a.jinja", "vocab.json", "README.md"):
             (out / name).write_text("new")
