@@ -44,6 +44,7 @@ def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOpt
         if problem := in_place_problem(draft, out_path):
             raise problem
         if is_unfinished(out_path):
+            # The weights are those of a merge that was killed, and are removed before the next begins.
             return
         # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
         unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"

@@ -47,6 +47,7 @@ _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md
 _MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
 _WRITTEN = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".yml", ".tiktoken", ".spm", ".bpe"}
 _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_BEGUN_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
@@ -128,7 +129,9 @@ def _not_of_a_merge(plan: MergePlan | PlanDraft, folder: str) -> str | None:
     if not isinstance(recipe, dict) or recipe.get("merge_method") != "snrf":
         return "holds no mergekit_config.yml of an earlier snrf merge"
     weights = {name for name in os.listdir(folder) if _MERGED_WEIGHTS.fullmatch(name)}
-    return _foreign(folder, {*weights, *plan.checkpoints["target"].side_files(), *TOKENIZER_FILES, *_MERGE_FILES})
+    target = plan.checkpoints.get("target")
+    side_files = target.side_files() if target is not None else ()
+    return _foreign(folder, {*weights, *side_files, *TOKENIZER_FILES, *_MERGE_FILES})
 
 
 def _not_of_an_adapter(folder: str) -> str | None:
@@ -257,7 +260,7 @@ def written_in_place(out_path: str) -> Iterator[None]:
 def _begin_in_place(out: Path) -> dict[Path, bytes]:
     """Prepare a folder that mergekit writes into; return recipe and card of an earlier merge, which are removed."""
     if is_unfinished(str(out)):
-        for name in _weights(out):
+        for name in filter(_BEGUN_WEIGHTS.fullmatch, os.listdir(out)):
             (out / name).unlink()
     (out / MARKER).touch()
     earlier = {}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -295,3 +298,26 @@ def test_a_merge_in_place_that_fails_or_is_killed(tmp_path: Path) -> None:
     with written_in_place(str(out)):
         assert not (out / "model.safetensors").exists()
     assert not is_unfinished(str(out))
+
+
+KILLED = """
+import os, signal, sys
+from mergekit_snrf.cli.merge import main
+from mergekit_snrf.merge.session import MergeSession
+setattr(MergeSession, sys.argv.pop(1), lambda *words: os.kill(os.getpid(), signal.SIGKILL))
+main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["merged", "card"])
+def test_kill_of_a_merge_into_an_earlier_one(moment: str, pair: Pair, tmp_path: Path) -> None:
+    """While tensors are merged, and when all weights are written: no old card stays, and the rerun works."""
+    out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yml", pair.recipe(source={"beta": 1.0}))
+    merge(pair.recipe(), out)
+    words = [sys.executable, "-c", KILLED, moment, str(recipe), str(out), "--quiet"]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert is_unfinished(str(out))
+    assert not {"README.md", "mergekit_config.yml"} & set(os.listdir(out))
+    merge(recipe, out)
+    merge(recipe, tmp_path / "fresh" / "out")
+    assert hashes(out) == hashes(tmp_path / "fresh" / "out")
