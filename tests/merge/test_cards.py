@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,14 +186,15 @@ def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) ->
 def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     config = load_recipe(str(merged / "snrf.yml"))
     plan = plan_merge(config, MergeOptions(), recipe_folder=str(merged))
-    assert plan.target is not None
-    plan.references = [ModelReference.parse("owner/vlm@abc"), ModelReference.parse("owner/llm+owner/adapter")]
+    target = replace(plan.target, reference=ModelReference.parse("owner/vlm@abc"))
+    source = replace(plan.source, reference=ModelReference.parse("owner/llm+owner/adapter"))
+    plan = replace(plan, target=target, source=source)
     card = merge_card(plan, "merged", "recipe: 1", cast="float16")
     assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm", "owner/adapter"]
     assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card
     assert "with an update from `owner/llm + owner/adapter`" in card
     assert "all others are the target's, cast to float16." in card
-    assert ["owner/vlm", "abc", f"`{plan.target.config_sha256}`"] in rows_of(card)
+    assert ["owner/vlm", "abc", f"`{plan.target.checkpoint.config_sha256}`"] in rows_of(card)
     assert any(row[:2] == ["owner/llm + owner/adapter", "as of the merge"] for row in rows_of(card))
 
 
