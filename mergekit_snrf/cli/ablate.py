@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -10,48 +10,39 @@ from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
     is_quiet,
-    json_option,
-    model_options,
     silence_progress,
 )
+from mergekit_snrf.cli.options import (
+    construct,
+    draws_option,
+    eval_help,
+    json_option,
+    loading_options,
+    mask_option,
+    seed_option,
+)
 from mergekit_snrf.cli.study import check_mask, loaded, study_text
-
-if TYPE_CHECKING:
-    from mergekit_snrf.models.reference import Dtype
+from mergekit_snrf.models.reference import ModelRef
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@click.option("--mask", "mask_file", required=True, metavar="MASK", help="A file, or hf://owner/repo@revision/path.")
-@click.option(
-    "--eval",
-    "reference",
-    required=True,
-    metavar="EVAL",
-    help="file.yml (exact match), path/file.py:name, package.module:name, or an entry point.",
-)
+@mask_option
+@click.option("--eval", "reference", required=True, metavar="EVAL", help=eval_help)
 @click.option("--profile", "profile_file", metavar="PROFILE", help="Of MODEL, to find its least important neurons.")
-@click.option("--draws", type=click.IntRange(1), default=3, show_default=True, help="Sets of random neurons.")
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the first draw, and of the intervals.",
-)
-@model_options
+@draws_option
+@seed_option
+@loading_options
 @json_option
 @command_options
 def ablate(
     model: str,
-    mask_file: str,
+    mask: str,
     reference: str,
     profile_file: str | None,
     draws: int,
     seed: int,
-    device: str | None,
-    dtype: Dtype,
-    trust_remote_code: bool,
+    loading: dict[str, Any],
     json_file: str | None,
 ) -> None:
     """Deactivate the neurons of MASK in MODEL, and as many random and least important ones (Table 3).
@@ -63,29 +54,27 @@ def ablate(
     from mergekit_snrf.evidence.least import least_important, read_profile_of
     from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.evidence.study import Setup, run_study
-    from mergekit_snrf.files.references import local_path, sha256
+    from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
-    from mergekit_snrf.models.reference import ModelRef
-    from mergekit_snrf.neurons.maskfile import read_mask
+    from mergekit_snrf.neurons.maskfile import load_mask
 
     check_outputs(json_file)
-    checkpoint = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    mask = read_mask(local_path(mask_file))
-    check_mask(mask, find_decoder(checkpoint).shape, model)
-    settings: dict[str, Any] = {"dtype": dtype, "config_sha256": checkpoint.config_sha256}
+    ref = construct(ModelRef, {"model": model, **loading})
+    checkpoint = open_checkpoint(model, trust_remote_code=ref.trust_remote_code)
+    chosen = load_mask(mask)
+    check_mask(chosen, find_decoder(checkpoint).shape, model)
+    settings: dict[str, Any] = {"dtype": ref.dtype, "config_sha256": checkpoint.config_sha256}
     least = None
     if profile_file is not None:
         profile = read_profile_of(checkpoint, profile_file)
-        least = least_important([profile], mask.neurons)
+        least = least_important([profile], chosen.neurons)
         settings |= {"profile": profile.path, "profile_sha256": sha256(profile.path)}
-    rows = ablation_rows(mask.neurons, least=least, draws=draws, seed=seed)
+    rows = ablation_rows(chosen.neurons, least=least, draws=draws, seed=seed)
     silence_progress()
     evaluation = load_evaluation(reference)
-    subject, processor = loaded(
-        ModelRef(model=model, device=device, dtype=dtype, trust_remote_code=trust_remote_code), settings
-    )
-    setup = Setup("ablation", model, evaluation.name, mask.path, sha256(mask.path), seed, settings)
+    subject, processor = loaded(ref, settings)
+    setup = Setup("ablation", model, evaluation.name, chosen.path, sha256(chosen.path), seed, settings)
     study = run_study(setup, rows, subject, processor, evaluation, progress=not is_quiet())
     click.echo(study_text(study))
     if least is None:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, json_option, silence_progress, table
-from mergekit_snrf.cli.options import construct, figures_option, settings_options
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, silence_progress, table
+from mergekit_snrf.cli.options import construct, figures_option, json_option, loading_options, settings_options
 from mergekit_snrf.cli.study import loaded
 from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
@@ -81,7 +81,7 @@ def _listed(file: str | None) -> list[Neuron]:
 @click.option("--factor", type=float, default=10.0, show_default=True, help="What activations are multiplied by.")
 @click.option("--probes", required=True, type=click.Path(), help="A .jsonl, .parquet or .csv file, or profile.yml.")
 @settings_options("asked", AskedOptions)
-@settings_options("loading", ModelRef, "device", "dtype", "trust_remote_code")
+@loading_options
 @json_option
 @figures_option
 @command_options

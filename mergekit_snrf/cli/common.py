@@ -1,4 +1,4 @@
-"""What all commands share: verbosity, one-sentence errors, tables, and reading a recipe."""
+"""What all commands share: verbosity, errors in one line, checked outputs and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import click
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, os_reason
+from mergekit_snrf.files.writing import check_writable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -56,45 +57,6 @@ def _clean_up_when_terminated() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def model_options(function: _F) -> _F:
-    """Give a command that loads a model ``--device``, ``--dtype`` and ``--trust-remote-code``."""
-    options = (
-        click.option("--device", help="Such as cuda, cuda:1 or cpu; default: cuda if there is one."),
-        click.option(
-            "--dtype",
-            type=click.Choice(("auto", "float32", "bfloat16", "float16", "float64")),
-            default="auto",
-            show_default=True,
-            help="Of the weights: auto is that of the recipe, if it sets one, or of the checkpoint.",
-        ),
-        click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint."),
-    )
-    return _with(options, function)
-
-
-def cache_options(function: _F) -> _F:
-    """Give a command that reads a recipe's models mergekit's options for its caches."""
-    options = (
-        click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
-        click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),
-    )
-    return _with(options, function)
-
-
-def json_option(function: _F) -> _F:
-    """Give a command that measures something ``--json``, as ``json_file``."""
-    options = (
-        click.option(
-            "--json",
-            "json_file",
-            type=click.Path(dir_okay=False),
-            metavar="FILE",
-            help="Write everything as JSON, for snrf report too.",
-        ),
-    )
-    return _with(options, function)
-
-
 def is_quiet() -> bool:
     """Tell whether the running command was given ``--quiet``."""
     return bool(click.get_current_context().params.get("quiet"))
@@ -114,18 +76,14 @@ def silence_progress(*, quiet: bool | None = None) -> None:
 
 
 def check_outputs(json_file: str | None, figures: str | None = None) -> None:
-    """Find out before a model runs what would keep its results from being written; the folder of figures is made.
-
-    Raises:
-        SnrfError: there is no folder for ``json_file``, or that of the figures cannot be made.
-    """
-    if json_file is not None and not Path(json_file).absolute().parent.is_dir():
-        raise SnrfError(f"{json_file}: there is no such folder; make it, or choose another place for --json")
+    """Raise ``SnrfError`` before a model runs where its results could not be written; make the folder of figures."""
+    if json_file is not None:
+        check_writable(json_file)
     if figures is not None:
         try:
             Path(figures).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SnrfError(f"{figures}: cannot be made ({error.strerror or error}); choose another folder") from None
+            raise SnrfError(figures, f"cannot be made ({os_reason(error)})", "choose another folder") from None
 
 
 def _with(options: Sequence[Callable[[_F], _F]], function: _F) -> _F:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_snrf.cli.common import (
-    cache_options,
     check_outputs,
     command_options,
     is_quiet,
-    json_option,
-    model_options,
     silence_progress,
+)
+from mergekit_snrf.cli.options import (
+    cache_options,
+    construct,
+    draws_option,
+    eval_help,
+    json_option,
+    loading_options,
+    merge_options,
+    seed_option,
 )
 from mergekit_snrf.cli.study import loaded, study_text
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Study
-    from mergekit_snrf.models.reference import Dtype
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +52,7 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 
 @click.command()
 @click.argument("places", metavar="RECIPE.yml | DIR...", nargs=-1, required=True, type=click.Path())
-@click.option(
-    "--eval",
-    "reference",
-    metavar="EVAL",
-    help="file.yml (exact match), path/file.py:name, package.module:name, or an entry point.",
-)
+@click.option("--eval", "reference", metavar="EVAL", help=eval_help)
 @click.option(
     "--rows",
     metavar="ROWS",
@@ -59,16 +60,8 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     show_default=True,
     help="The controls, separated by commas. least needs --profile, base needs --base.",
 )
-@click.option(
-    "--draws", type=click.IntRange(1), default=3, show_default=True, help="Sets of random neurons, and DARE's draws."
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**32 - 1),
-    default=0,
-    show_default=True,
-    help="Of the first draw, and of the intervals.",
-)
+@draws_option
+@seed_option
 @click.option(
     "--profile",
     "profiles",
@@ -91,7 +84,7 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     show_default=True,
     help="Share of the elements that DARE drops.",
 )
-@model_options
+@loading_options
 @cache_options
 @click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
 @click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
@@ -162,11 +155,8 @@ def _from_recipe(
     base: str | None,
     linear_betas: str,
     drop_rate: float,
-    device: str | None,
-    dtype: Dtype,
-    trust_remote_code: bool,
-    transformers_cache: str | None,
-    lora_merge_cache: str | None,
+    loading: dict[str, Any],
+    caches: dict[str, Any],
     **_: Any,
 ) -> tuple[Study, list[str]]:
     if len(places) != 1:
@@ -175,8 +165,6 @@ def _from_recipe(
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
     keys = _keys(rows)
     betas = _betas(linear_betas)
-    from mergekit.options import MergeOptions
-
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.least import least_important, read_profile_of
@@ -185,12 +173,8 @@ def _from_recipe(
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
 
-    options = MergeOptions(
-        transformers_cache=transformers_cache,
-        lora_merge_cache=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-        quiet=is_quiet(),
-    )
+    trust = loading.get("trust_remote_code", False)
+    options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
     from mergekit_snrf.merge.recipefile import load_recipe
 
     config = load_recipe(places[0])
@@ -215,13 +199,10 @@ def _from_recipe(
         notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
     silence_progress()
     evaluation = load_evaluation(reference)
+    if loading.get("dtype", "auto") == "auto":
+        loading["dtype"] = opened.dtype
     model, processor = loaded(
-        ModelRef(
-            model=str(opened.target_folder),
-            device=device,
-            dtype=cast("Dtype", opened.dtype) if dtype == "auto" else dtype,
-            trust_remote_code=trust_remote_code,
-        ),
+        construct(ModelRef, {"model": str(opened.target_folder), **loading}),
         settings,
     )
     controls = Controls(keys, draws, seed, least, common, betas, drop_rate)

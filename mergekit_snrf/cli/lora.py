@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, size
+from mergekit_snrf.cli.common import command_options, is_quiet, size
+from mergekit_snrf.cli.options import merge_options, recipe_options, workers_option
 from mergekit_snrf.errors import naming
+from mergekit_snrf.files.reading import read_text
 
 
 @click.command()
@@ -26,11 +28,8 @@ from mergekit_snrf.errors import naming
 )
 @click.option("--base-model", metavar="HUB_ID", help="The target's hub id, for adapter_config.json.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier adapter in OUT when the new one is complete.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
-)
-@cache_options
-@click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
+@workers_option
+@recipe_options
 @command_options
 def lora(
     recipe: str,
@@ -40,26 +39,17 @@ def lora(
     base_model: str | None,
     overwrite: bool,
     workers: int,
-    transformers_cache: str | None,
-    lora_merge_cache: str | None,
-    trust_remote_code: bool,
+    reading: dict[str, Any],
 ) -> None:
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
-    from mergekit.options import MergeOptions
-
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
     from mergekit_snrf.merge.recipefile import load_recipe
 
-    options = MergeOptions(
-        transformers_cache=transformers_cache,
-        lora_merge_cache=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-        quiet=is_quiet(),
-    )
+    options = merge_options(reading, quiet=is_quiet())
     with naming({"adapter rank": "--rank"}):
         done = export_adapter(
             load_recipe(recipe),
-            Path(recipe).read_text(encoding="utf-8"),
+            read_text(recipe),
             options,
             out_path,
             settings=AdapterSettings(dtype=dtype, rank=rank, base_model=base_model),

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_snrf.cli.common import command_options, share, table
+from mergekit_snrf.cli.options import SEEDS
+from mergekit_snrf.errors import naming
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.decoder import DecoderShape
-    from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
+    from mergekit_snrf.neurons.maskfile import ModelProvenance
     from mergekit_snrf.neurons.sets import NeuronSet
 
 
@@ -26,13 +28,6 @@ def mask() -> None:
 
     A mask is a file, or hf://owner/repo@revision/path.
     """
-
-
-def _read(reference: str) -> Mask:
-    from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.neurons.maskfile import read_mask
-
-    return read_mask(local_path(reference))
 
 
 def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
@@ -52,13 +47,12 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 @command_options
 def show(mask_file: str, layers: bool, as_json: bool) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
-    from mergekit_snrf.files import references
-    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.files.references import local_path, sha256
     from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
 
     path = local_path(mask_file)
-    content, digest = read_mask(path), references.sha256(path)
+    content, digest = read_mask(path), sha256(path)
     counts = content.neurons.by_projection()
     provenance = content.provenance.model_dump(mode="json", exclude_none=True)
     if as_json:
@@ -91,12 +85,11 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
     @click.argument("out", type=click.Path(dir_okay=False))
     @command_options
     def command(masks: tuple[str, ...], out: str) -> None:
-        from mergekit_snrf.files.references import local_path
-        from mergekit_snrf.neurons.maskfile import provenance_of_operation, read_mask, write_mask
+        from mergekit_snrf.neurons.maskfile import load_mask, provenance_of_operation, write_mask
 
         if len(masks) < 2:
             raise click.UsageError("give at least two masks and the output file")
-        inputs = [read_mask(local_path(reference)) for reference in masks]
+        inputs = [load_mask(reference) for reference in masks]
         result = reduce(operation, (content.neurons for content in inputs))
         write_mask(out, result, provenance_of_operation(name, inputs))
         click.echo(f"{out}: {result.count()} neurons")
@@ -111,7 +104,7 @@ _combination("subtract", operator.sub, "Write to OUT the neurons of the first MA
 
 @mask.command()
 @click.argument("files", nargs=-1, required=True, metavar="[MASK] OUT")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--seed", type=SEEDS, default=0, show_default=True)
 @click.option("--model", help="Draw for this model instead of after a MASK; needs --ratio.")
 @click.option(
     "--ratio", type=click.FloatRange(0, 1, min_open=True), help="Share of each layer's projection, with --model."
@@ -126,8 +119,7 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     """
     import torch
 
-    from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.neurons.maskfile import Provenance, provenance_of_operation, read_mask, write_mask
+    from mergekit_snrf.neurons.maskfile import Provenance, load_mask, provenance_of_operation, write_mask
     from mergekit_snrf.neurons.sets import NeuronSet
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
@@ -138,7 +130,7 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
         raise click.UsageError("--disjoint needs a MASK to keep away from")
     out = files[-1]
     if model is None:
-        content = read_mask(local_path(files[0]))
+        content = load_mask(files[0])
         neurons = content.neurons.random(seed, disjoint=disjoint)
         provenance = provenance_of_operation("random disjoint" if disjoint else "random", [content], seed=seed)
     else:
@@ -168,13 +160,13 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 @command_options
 def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
     """Convert the released code's JSON to a mask, with the correct rows for grouped-query attention."""
-    from mergekit_snrf.files import references
+    from mergekit_snrf.files.references import sha256
     from mergekit_snrf.neurons.maskfile import Provenance, write_mask
     from mergekit_snrf.neurons.released import read_released
 
     shape, target = _shape(model)
     neurons = read_released(json_file, shape, "rows" if kv_indices == "rows" else "repeated")
-    source = {"file": Path(json_file).name, "sha256": references.sha256(json_file)}
+    source = {"file": Path(json_file).name, "sha256": sha256(json_file)}
     write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
     click.echo(f"{out}: {neurons.count()} neurons")
 
@@ -186,10 +178,11 @@ def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
 @command_options
 def export(mask_file: str, json_file: str, model: str) -> None:
     """Convert a mask to the released code's JSON."""
-    from mergekit_snrf.files import writing
+    from mergekit_snrf.files.writing import write_text
+    from mergekit_snrf.neurons.maskfile import load_mask
     from mergekit_snrf.neurons.released import released_json
 
-    content = released_json(_read(mask_file).neurons, _shape(model)[0])
-    with writing.replacing(json_file) as file:
-        file.write(json.dumps(content).encode())
+    with naming({}, where=mask_file):
+        content = released_json(load_mask(mask_file).neurons, _shape(model)[0])
+    write_text(json_file, json.dumps(content))
     click.echo(f"{json_file}: {sum(len(i) for layers in content.values() for i in layers.values())} indices")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import ValidationError
@@ -13,12 +13,76 @@ from pydantic.fields import FieldInfo
 
 from mergekit_snrf.errors import SnrfError, invalid, naming, option
 from mergekit_snrf.files.settings import Settings
+from mergekit_snrf.models.reference import ModelRef
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
+SEEDS = click.IntRange(0, 2**32 - 1)
+
+mask_option = click.option("--mask", required=True, metavar="MASK", help="A file, or hf://owner/repo@revision/path.")
+eval_help = "file.yml (exact match), path/file.py:name, package.module:name, or an entry point."
+seed_option = click.option(
+    "--seed", type=SEEDS, default=0, show_default=True, help="Seed of the first draw, and of the intervals."
+)
+draws_option = click.option(
+    "--draws", type=click.IntRange(1), default=3, show_default=True, help="Number of random draws of a control."
+)
+workers_option = click.option(
+    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
+)
+json_option = click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON."
+)
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
 )
+_caches = (
+    click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
+    click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),
+)
+_trust = click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along.")
+
+
+def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], Any]]) -> Callable[[_F], _F]:
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **given: Any) -> Any:
+            given[name] = {field: given.pop(field) for field in fields}
+            return function(*args, **given)
+
+        for add in reversed(options):
+            wrapper = add(wrapper)
+        return wrapper  # type: ignore[return-value]
+
+    return decorate
+
+
+recipe_options = _bundle("reading", ("transformers_cache", "lora_merge_cache", "trust_remote_code"), (*_caches, _trust))
+"""How the models of a recipe are read: one argument ``reading``, for ``merge_options``."""
+
+cache_options = _bundle("caches", ("transformers_cache", "lora_merge_cache"), _caches)
+"""One argument ``caches``, for a command that has ``--trust-remote-code`` already."""
+
+selection_options = _bundle(
+    "rule",
+    ("top_ratio", "sigma", "at_least"),
+    (
+        click.option("--top-ratio", metavar="SHARE", help="The strongest share, such as 0.1 or attn=0.3,fwd=0.1."),
+        click.option("--sigma", metavar="NUMBER", help="Impacts of at least this; also by projection, as --top-ratio."),
+        click.option("--at-least", metavar="SHARE|COUNT", help="Active on this share or number of probes, not on all."),
+    ),
+)
+"""One argument ``rule``, for ``Selection.of``."""
+
+
+def merge_options(reading: dict[str, Any], **more: Any) -> MergeOptions:
+    """Return mergekit's options of a merge."""
+    from mergekit.options import MergeOptions
+
+    return MergeOptions(**reading, **more)
 
 
 def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_F], _F]:
@@ -48,6 +112,10 @@ def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+loading_options = settings_options("loading", ModelRef, "device", "dtype", "trust_remote_code")
+"""How a model is loaded: one argument ``loading``, for ``ModelRef``."""
 
 
 def construct(of: type[Settings], given: dict[str, Any]) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, json_option, table
-from mergekit_snrf.cli.select import selection_options
+from mergekit_snrf.cli.common import check_outputs, command_options, table
+from mergekit_snrf.cli.options import figures_option, json_option, selection_options
 from mergekit_snrf.errors import naming, option
 
 if TYPE_CHECKING:
@@ -28,13 +28,11 @@ _SHOWN_RATIOS = ("0.01", "0.05", "0.1", "0.15", "0.2", "0.25", "0.3", "0.35", "0
 @click.option("--layers", is_flag=True, help="Also print every layer.")
 @click.option("--curve", is_flag=True, help="Also compute top ratios from 0.01 to 0.5.")
 @json_option
-@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG.")
+@figures_option
 @command_options
 def overlap(
     profiles: tuple[str, ...],
-    top_ratio: str | None,
-    sigma: str | None,
-    at_least: str | None,
+    rule: dict[str, Any],
     layers: bool,
     curve: bool,
     json_file: str | None,
@@ -52,14 +50,14 @@ def overlap(
 
     if len(profiles) < 2:
         raise click.UsageError("give at least two profiles")
-    if top_ratio is not None and sigma is not None:
+    if rule["top_ratio"] is not None and rule["sigma"] is not None:
         raise click.UsageError("give either --top-ratio or --sigma")
-    if top_ratio is None and sigma is None:
-        top_ratio = "0.1"
+    if rule["sigma"] is None:
+        rule["top_ratio"] = rule["top_ratio"] or "0.1"
     check_outputs(json_file, figures)
     contents = [read_profile(local_path(reference)) for reference in profiles]
     with naming(option):
-        selection = Selection.of(top_ratio=top_ratio, sigma=sigma, at_least=at_least)
+        selection = Selection.of(**rule)
         pairs = overlaps(contents, selection, curve=curve)
     if len(pairs) == 1:
         click.echo(_pair_text(pairs[0]))

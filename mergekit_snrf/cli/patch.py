@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, size
+from mergekit_snrf.cli.common import command_options, is_quiet, size
+from mergekit_snrf.cli.options import merge_options, recipe_options, workers_option
+from mergekit_snrf.files.reading import read_text
 
 
 @click.command()
@@ -14,11 +17,8 @@ from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, s
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--hard-links", is_flag=True, help="Link shards without edits; changing one later changes both.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier merge in OUT when the new one is complete.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
-)
-@cache_options
-@click.option("--trust-remote-code", is_flag=True, help="For checkpoints whose configuration is code.")
+@workers_option
+@recipe_options
 @click.option("--write-model-card/--no-write-model-card", default=True, help="Output README.md with the recipe.")
 @command_options
 def patch(
@@ -27,32 +27,21 @@ def patch(
     hard_links: bool,
     overwrite: bool,
     workers: int,
-    transformers_cache: str | None,
-    lora_merge_cache: str | None,
-    trust_remote_code: bool,
+    reading: dict[str, Any],
     write_model_card: bool,
 ) -> None:
     """Merge RECIPE into OUT by copying the target's shards and rewriting only the bytes that change.
 
     The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
-    from mergekit.options import MergeOptions
-
     from mergekit_snrf.merge.patch import patch_merge
-
-    options = MergeOptions(
-        transformers_cache=transformers_cache,
-        lora_merge_cache=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-        write_model_card=write_model_card,
-        quiet=is_quiet(),
-    )
     from mergekit_snrf.merge.recipefile import load_recipe
 
+    options = merge_options(reading, quiet=is_quiet(), write_model_card=write_model_card)
     config = load_recipe(recipe)
     done = patch_merge(
         config,
-        Path(recipe).read_text(encoding="utf-8"),
+        read_text(recipe),
         options,
         out_path,
         recipe_folder=str(Path(recipe).resolve().parent),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import cache_options, command_options, is_quiet, share, size, table
+from mergekit_snrf.cli.common import command_options, is_quiet, share, size, table
+from mergekit_snrf.cli.options import merge_options, recipe_options
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Fused
@@ -32,17 +33,14 @@ _NOTES = {
 @click.argument("recipe", type=click.Path(dir_okay=False))
 @click.option("--certify", is_flag=True, help="Read the edited tensors and say how well each is fused; write nothing.")
 @click.option("--out", "out_path", type=click.Path(), help="Also check this output folder.")
-@cache_options
-@click.option("--trust-remote-code", is_flag=True, help="Plan for a merge that runs code from the checkpoints.")
+@recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @command_options
 def plan(
     recipe: str,
     certify: bool,
     out_path: str | None,
-    transformers_cache: str | None,
-    lora_merge_cache: str | None,
-    trust_remote_code: bool,
+    reading: dict[str, Any],
     as_json: bool,
 ) -> None:
     """Show what merging RECIPE will change and read, and every problem at once.
@@ -50,19 +48,11 @@ def plan(
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
     run.
     """
-    from mergekit.options import MergeOptions
-
     from mergekit_snrf.merge.plan import draft_merge
+    from mergekit_snrf.merge.recipefile import load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
-    options = MergeOptions(
-        quiet=is_quiet(),
-        transformers_cache=transformers_cache,
-        lora_merge_cache=lora_merge_cache,
-        trust_remote_code=trust_remote_code,
-    )
-    from mergekit_snrf.merge.recipefile import load_recipe
-
+    options = merge_options(reading, quiet=is_quiet())
     config = load_recipe(recipe)
     draft = draft_merge(
         config,

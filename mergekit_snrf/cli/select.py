@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from mergekit_snrf.cli.common import command_options
+from mergekit_snrf.cli.options import selection_options
 from mergekit_snrf.errors import SnrfError, naming, option
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def selection_options(command: Command) -> Command:
-    """Add the options of a ``Selection``."""
-    for add in (
-        click.option("--at-least", metavar="SHARE|COUNT", help="Active on this share or number of probes, not on all."),
-        click.option("--sigma", metavar="NUMBER", help="Impacts of at least this; also by projection, as --top-ratio."),
-        click.option("--top-ratio", metavar="SHARE", help="The strongest share, such as 0.1 or attn=0.3,fwd=0.1."),
-    ):
-        command = add(command)
-    return command
 
 
 @click.command()
@@ -29,7 +16,7 @@ def selection_options(command: Command) -> Command:
 @click.argument("out", type=click.Path(dir_okay=False))
 @selection_options
 @command_options
-def select(profiles: tuple[str, ...], out: str, top_ratio: str | None, sigma: str | None, at_least: str | None) -> None:
+def select(profiles: tuple[str, ...], out: str, rule: dict[str, Any]) -> None:
     """Write to OUT the neurons that every PROFILE finds active (Eq. 5 and 6); give --top-ratio or --sigma.
 
     One profile gives the neurons of one model, the profiles of target and source the shared ones.
@@ -41,14 +28,14 @@ def select(profiles: tuple[str, ...], out: str, top_ratio: str | None, sigma: st
     from mergekit_snrf.profiling.result.selection import Selection
     from mergekit_snrf.profiling.result.selection import select as select_neurons
 
-    if (top_ratio is None) == (sigma is None):
+    if (rule["top_ratio"] is None) == (rule["sigma"] is None):
         raise click.UsageError("give either --top-ratio or --sigma")
     if _is_profile(out):
         raise click.UsageError(f"OUT, {out}, is a profile, which the mask would replace; name the mask's file last")
     paths = [local_path(reference) for reference in profiles]
     contents = [read_profile(path) for path in paths]
     with naming(option):
-        selection = Selection.of(top_ratio=top_ratio, sigma=sigma, at_least=at_least)
+        selection = Selection.of(**rule)
         neurons = select_neurons(contents, selection)
     sides = {content.provenance.side: content.provenance.model for content in contents}
     provenance = Provenance(

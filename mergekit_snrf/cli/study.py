@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.cli.common import table
@@ -30,18 +28,6 @@ def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = Non
         model, processor = loading.load_model(ref, images=images)
     settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
     return model, processor
-
-
-@contextmanager
-def reworded(words: Mapping[str, str]) -> Iterator[None]:
-    """Put the words of this command in place of those of what it calls, in the messages of ``SnrfError``."""
-    try:
-        yield
-    except SnrfError as error:
-        message = str(error)
-        for theirs, ours in words.items():
-            message = message.replace(theirs, ours)
-        raise SnrfError(message) from error
 
 
 def study_text(study: Study) -> str:
