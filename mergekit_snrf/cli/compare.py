@@ -192,7 +192,8 @@ def _from_recipe(
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
     common = None
     if "base" in keys and base is not None:
-        common = open_base(base, opened, options)
+        with naming(option):
+            common = open_base(base, opened, options)
         settings["base"] = base
     elif "base" in keys:
         _check_chosen("base", "--base, the model that both were trained from")
@@ -206,9 +207,10 @@ def _from_recipe(
         settings,
     )
     controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, opened.mask_sha256, seed, settings)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, sha256(opened.mask), seed, settings)
     chosen = comparison_rows(opened.merge, model, controls)
-    study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
+    with naming({"dtype": "--dtype"}):
+        study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes

@@ -1,8 +1,4 @@
-"""A planned merge applied to its loaded target in memory, and the merges that it is compared with.
-
-A control differs from the recipe in one thing: its neurons, its update, or its source. Everything else, the strength of
-every tensor included, stays as the recipe says. Only the linear merge, a rival, is of all neurons at one strength.
-"""
+"""A planned merge applied to its loaded target in memory, and its variants: linear, rescaled, DARE."""
 
 from __future__ import annotations
 
@@ -66,7 +62,7 @@ def stored_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | No
     """
     other = sorted({header.file for header in checkpoint.tensors.values() if not header.file.endswith(".safetensors")})
     if other:
-        raise SnrfError(f"{checkpoint.name}: is stored as {other[0]}; convert it to safetensors first")
+        raise SnrfError(checkpoint.name, f"is stored as {other[0]}", "convert it to safetensors first")
     stored = StoredWeights(checkpoint, folder)
     return stored if dtype is None else Cast(stored, dtype)
 
@@ -153,7 +149,8 @@ class Merge:
             before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
             fused = (before.to(rows.dtype) + betas[site] * rows).to(parameter.dtype)
             if not torch.isfinite(fused).all():
-                raise SnrfError(f"{weights.name(site)}: the fused weights overflow {fused.dtype}; use --dtype float32")
+                what = f"the fused weights overflow {fused.dtype}"
+                raise SnrfError(weights.name(site), what, "use float32", field="dtype")
             edit.write(parameter, site.axis, update.selected, fused)
 
     def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
@@ -163,7 +160,7 @@ class Merge:
             ours, theirs = weights.bias(site), self.source.bias(site)
             base = None if self.source_base is None else self.source_base.bias(site)
             if ours is None or theirs is None or (self.source_base is not None and base is None):
-                raise SnrfError(f"{name}: is missing in one of the models; remove biases from the recipe")
+                raise SnrfError(name, "is missing in one of the models", "remove biases from the recipe")
             fused = fuse(
                 ours,
                 theirs.to(ours.device),
@@ -220,7 +217,7 @@ def linear(merge: Merge, beta: float) -> Merge:
 def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:
     """Return a merge whose update has the given Frobenius norm at every site.
 
-    A site whose update is zero stays as it is, whatever norm it shall have.
+    A site whose update is zero stays as it is.
 
     Args:
         norms: ||beta * M_S(Delta_r)||_F by site.

@@ -35,6 +35,13 @@ _DASHES: tuple[Any, ...] = (":", "-.", (0, (1, 1)), "--", (0, (5, 1)))
 _LINES = {name: (color, dash) for name, color, dash in zip(PROJECTIONS, COLORS, _DASHES, strict=True)}
 _MAX_HEIGHT = 60.0
 _MAX_LABELLED_LAYERS = 128
+_CLOUD: dict[str, Any] = {
+    "margin": 8,
+    "prefer_horizontal": 1.0,
+    "min_font_size": 6,
+    "max_font_size": 44,
+    "normalize_plurals": False,
+}
 
 
 @styled
@@ -231,18 +238,8 @@ def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figur
     font = findfont("DejaVu Sans")
     # At 72 pixels an inch a pixel of the cloud is a point of the figure.
     columns, rows = round(72 * WIDTH), round(72 * height)
-    cloud = WordCloud(
-        font_path=font,
-        width=columns,
-        height=rows,
-        margin=8,
-        max_words=words,
-        prefer_horizontal=1.0,
-        min_font_size=6,
-        max_font_size=44,
-        random_state=seed,
-        normalize_plurals=False,
-    ).generate_from_frequencies(weights)
+    size = {"width": columns, "height": rows, "max_words": words}
+    cloud = WordCloud(font_path=font, random_state=seed, **size, **_CLOUD).generate_from_frequencies(weights)
     panel.set(xlim=(0, columns), ylim=(rows, 0))
     for index, ((word, _), points, (row, column), _, _) in enumerate(cloud.layout_):
         # The cloud gives the upper left corner of the ink.

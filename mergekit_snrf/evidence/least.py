@@ -22,7 +22,7 @@ def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
     """Read the profile of a model.
 
     A profile without the sha256 of its model's config.json is accepted. Weights that differ under an equal config.json,
-    such as those of a fine-tune and its parent, cannot be told apart.
+    such as those of a fine-tune and its parent, are not noticed.
 
     Args:
         checkpoint: of the model.

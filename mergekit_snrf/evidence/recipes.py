@@ -14,7 +14,6 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
-from mergekit_snrf.files import references
 from mergekit_snrf.merge.plan import plan_merge
 from mergekit_snrf.merge.tensors import local_folder
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
@@ -32,7 +31,6 @@ class OpenedRecipe:
         target_folder: to load it from.
         dtype: to load it in; ``auto`` is that of the checkpoint.
         mask: path of the mask.
-        mask_sha256: its sha256.
         any_family: whether the recipe pairs models of different families.
         warnings: one sentence each.
         settings: for the study.
@@ -43,7 +41,6 @@ class OpenedRecipe:
     target_folder: Path
     dtype: str
     mask: str
-    mask_sha256: str
     any_family: bool
     warnings: Sequence[str]
     settings: Mapping[str, Any]
@@ -85,7 +82,6 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
         target_folder=local_folder(target, options),
         dtype=name or "auto",
         mask=str(plan.mask_path),
-        mask_sha256=references.sha256(plan.mask_path),
         any_family=bool(plan.recipe.value("allow_family_mismatch")),
         warnings=warnings,
         settings={**settings, "config_sha256": target.config_sha256},
@@ -101,12 +97,11 @@ def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights
     base = open_checkpoint(name, cache_dir=options.transformers_cache, trust_remote_code=options.trust_remote_code)
     problems = pairing_problems(opened.target, base, any_family=opened.any_family)
     if problems:
-        raise SnrfError(f"--base {name} in place of the source: {problems[0]}")
+        what = f"does not fit in place of the source: {problems[0]}"
+        raise SnrfError(name, what, "give the model that both were trained from", field="base")
     decoder = find_decoder(base)
     for site in opened.merge.bias_fusions:
         if bias_name(decoder.weight_name(site)) not in base.tensors:
-            raise SnrfError(
-                f"--base {name}: has no tensor {bias_name(decoder.weight_name(site))}, but the recipe moves biases; "
-                f"leave out --base, or biases in the recipe"
-            )
+            what = f"has no tensor {bias_name(decoder.weight_name(site))}, but the recipe moves biases"
+            raise SnrfError(name, what, "leave out this row, or biases in the recipe", field="base")
     return stored_weights(base, local_folder(base, options), dtype_from_name(opened.dtype.removeprefix("auto") or None))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from mergekit_snrf.errors import SnrfError, problem
+from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
@@ -87,7 +87,7 @@ class Study(_Part):
         items: number of items of each metric.
         level: of all intervals, 0.95.
         seed: of the bootstrap and the first draw.
-        roles: of the metrics: what a merge shall gain, and what it shall keep.
+        roles: of the metrics: what a merge should improve, and what it should preserve.
         verdict: sentences that say what the intervals support.
         settings: whatever else is needed to repeat the study.
     """
@@ -297,19 +297,19 @@ def read_result(path: str | os.PathLike[str]) -> Result:
     try:
         return _RESULT.validate_json(content)
     except ValidationError as error:
-        raise SnrfError(
-            f"{path}: {_problem(error.errors()[0])}; expected a file that 'snrf ablate', 'snrf compare', "
-            f"'snrf overlap' or 'snrf amplify' wrote with --json"
-        ) from None
+        raise _unreadable(path, error.errors()) from None
 
 
-def _problem(entry: Mapping[str, Any]) -> str:
-    kind, found = entry["type"], entry.get("ctx") or {}
+def _unreadable(path: object, entries: Sequence[Mapping[str, Any]]) -> SnrfError:
+    kind, found = entries[0]["type"], entries[0].get("ctx") or {}
+    remedy = "give a file that 'snrf ablate', 'snrf compare', 'snrf overlap' or 'snrf amplify' wrote with --json"
     if kind == "json_invalid":
-        return f"is not JSON ({found['error']})"
+        return SnrfError(path, f"is not JSON ({found['error']})", remedy)
     if kind == "union_tag_not_found":
-        return "has no key 'format'"
+        return SnrfError(path, "has no key 'format'", remedy)
     if kind == "union_tag_invalid":
-        return f"key 'format': must be one of {found['expected_tags']}, got {found['tag']!r}"
+        what = f"must be one of {found['expected_tags']}, got {found['tag']!r}"
+        return SnrfError(path, what, remedy, field="key 'format'")
     # Of a union, the place begins with the format.
-    return problem(entry, keys=entry["loc"][1:])
+    error = invalid(path, entries, keys=entries[0]["loc"][1:])
+    return SnrfError(path, error.what, remedy, field=error.field)

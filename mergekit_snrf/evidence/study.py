@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mergekit_snrf.evidence.evaluation import Evaluation, evaluate
 from mergekit_snrf.evidence.intervals import LEVEL, RESAMPLES, measure, resample
 from mergekit_snrf.evidence.items import Role, Scores
-from mergekit_snrf.evidence.results import Condition, Contrast, Study
+from mergekit_snrf.evidence.results import Condition, Contrast, Measured, Study
 from mergekit_snrf.evidence.sweep import at_equal
 from mergekit_snrf.evidence.verdict import Words, format_losses, verdict
 from mergekit_snrf.models.edits import Edit
@@ -146,30 +146,14 @@ def build_study(
         for metric, bootstrap in bootstraps.items()
         for row in controls
     ]
-    conditions = [
-        Condition(
-            name=row.name,
-            role=row.role,
-            draws=max(1, len(scores.get(row.name, ()))),
-            neurons=row.neurons,
-            settings={**row.settings, **_draw_means(scores.get(row.name, ()))},
-            metrics=measured[row.name],
-        )
-        for row in rows
-    ]
+    conditions = [_condition(row, scores.get(row.name, ()), measured[row.name]) for row in rows]
     study = Study(
-        kind=setup.kind,
-        model=setup.model,
-        mask=setup.mask,
-        mask_sha256=setup.mask_sha256,
-        evaluation=setup.evaluation,
         items={metric: len(items) for metric, items in scores[reference][0].items()},
         roles=dict(roles),
         level=LEVEL,
-        seed=setup.seed,
         conditions=conditions,
         contrasts=[contrast for contrast in contrasts if contrast.right not in sweep],
-        settings={"resamples": RESAMPLES, **setup.settings},
+        **{**vars(setup), "settings": {"resamples": RESAMPLES, **setup.settings}},
     )
     words = {row.name: row.words for row in rows}
     sentences = verdict(study, words, contrasts)
@@ -178,7 +162,15 @@ def build_study(
     return study.model_copy(update={"verdict": sentences})
 
 
-def _draw_means(draws: Sequence[Scores]) -> dict[str, Any]:
-    if len(draws) < 2:
-        return {}
-    return {"means": {metric: [draw[metric].mean for draw in draws] for metric in draws[0]}}
+def _condition(row: Row, draws: Sequence[Scores], metrics: Mapping[str, Measured]) -> Condition:
+    settings = dict(row.settings)
+    if len(draws) > 1:
+        settings["means"] = {metric: [draw[metric].mean for draw in draws] for metric in draws[0]}
+    return Condition(
+        name=row.name,
+        role=row.role,
+        draws=max(1, len(draws)),
+        neurons=row.neurons,
+        settings=settings,
+        metrics=dict(metrics),
+    )
