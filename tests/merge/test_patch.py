@@ -148,7 +148,7 @@ def test_mask_that_changes_nothing(pair: Pair, tmp_path: Path) -> None:
     recipe = pair.recipe(source={"beta": 0}, parameters={"allow_noop": True})
     out = done("patch", recipe, tmp_path / "out")
     assert (out / "model.safetensors").read_bytes() == (pair.target / "model.safetensors").read_bytes()
-    assert_refused(run("patch", pair.recipe(source={"beta": 0}), tmp_path / "noop"), "would change nothing")
+    assert_refused(run("patch", pair.recipe(source={"beta": 0}), tmp_path / "noop"), "changes nothing", "allow_noop")
 
 
 def test_workers_and_memory_do_not_change_the_bytes(
@@ -353,7 +353,13 @@ def test_signals_do_not_wait_for_the_copy(number: int, code: int, pair: Pair, tm
 
 @pytest.mark.parametrize(
     ("module", "name", "call"),
-    [(patch_module, "_copy", 1), (os, "pwrite", 0), (os, "pwrite", 5), (shutil, "copy", 2), (Path, "write_text", 1)],
+    [
+        (patch_module, "_copy", 1),
+        (patch_module, "overwrite_neurons", 0),
+        (patch_module, "overwrite_neurons", 5),
+        (shutil, "copy", 2),
+        (Path, "write_text", 1),
+    ],
 )
 def test_disk_full(
     module: Any, name: str, call: int, sharded: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
