@@ -356,7 +356,7 @@ def test_signals_do_not_wait_for_the_copy(number: int, code: int, pair: Pair, tm
     [
         (patch_module, "_copy", 1),
         (patch_module, "overwrite_neurons", 0),
-        (patch_module, "overwrite_neurons", 5),
+        (patch_module, "overwrite_neurons", 3),
         (shutil, "copy", 2),
         (Path, "write_text", 1),
     ],
