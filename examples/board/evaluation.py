@@ -20,7 +20,7 @@ from board_models import has_vision
 from board_scores import PERCEPTION, REASONING, answers, problems
 from board_task import final_answer
 
-from mergekit_snrf.evidence.evaluation import Items
+from mergekit_snrf.evidence.items import Items
 
 
 def board(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,12 @@ from mergekit_snrf.cli.study import loaded, study_text
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+    from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
+    from mergekit_snrf.models.weights import Weights
+    from mergekit_snrf.neurons.sets import NeuronSet
 
 logger = logging.getLogger(__name__)
 
@@ -167,8 +173,7 @@ def _from_recipe(
     betas = _betas(linear_betas)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
-    from mergekit_snrf.evidence.least import least_important, read_profile_of
-    from mergekit_snrf.evidence.recipes import open_base, open_recipe
+    from mergekit_snrf.evidence.recipes import open_recipe
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
@@ -182,22 +187,7 @@ def _from_recipe(
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    notes, least = [], None
-    if "least" in keys and profiles:
-        read = [read_profile_of(opened.target, profile) for profile in profiles]
-        least = least_important(read, opened.merge.neurons)
-        settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
-    elif "least" in keys:
-        _check_chosen("least", "--profile, a profile of the target")
-        notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
-    common = None
-    if "base" in keys and base is not None:
-        with naming(option):
-            common = open_base(base, opened, options)
-        settings["base"] = base
-    elif "base" in keys:
-        _check_chosen("base", "--base, the model that both were trained from")
-        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
+    least, common, notes = _of_options(keys, opened, profiles, base, options, settings)
     silence_progress()
     evaluation = load_evaluation(reference)
     if loading.get("dtype", "auto") == "auto":
@@ -214,6 +204,37 @@ def _from_recipe(
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes
+
+
+def _of_options(
+    keys: Collection[str],
+    opened: OpenedRecipe,
+    profiles: Sequence[str],
+    base: str | None,
+    options: MergeOptions,
+    settings: dict[str, Any],
+) -> tuple[NeuronSet | None, Weights | None, list[str]]:
+    """Return the least important neurons, the common base, and notes on rows left out; add to the settings."""
+    from mergekit_snrf.evidence.least import least_important, read_profile_of
+    from mergekit_snrf.evidence.recipes import open_base
+    from mergekit_snrf.files.references import sha256
+
+    least, common, notes = None, None, []
+    if "least" in keys and profiles:
+        read = [read_profile_of(opened.target, profile) for profile in profiles]
+        least = least_important(read, opened.merge.neurons)
+        settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
+    elif "least" in keys:
+        _check_chosen("least", "--profile, a profile of the target")
+        notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
+    if "base" in keys and base is not None:
+        with naming(option):
+            common = open_base(base, opened, options)
+        settings["base"] = base
+    elif "base" in keys:
+        _check_chosen("base", "--base, the model that both were trained from")
+        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
+    return least, common, notes
 
 
 def _keys(rows: str) -> list[str]:

@@ -188,7 +188,7 @@ def test_everything_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
         ((recipe, "--eval", EVAL, "--profile", partial), f"{partial}: has 0 neurons at"),
         ((recipe, "--eval", EVAL, "--base", tmp_path / "none"), f"{tmp_path}/none"),
         ((recipe, "--eval", EVAL, "--base", other), f"{other}: --base: does not fit in place of the source: "),
-        ((recipe, "--eval", EVAL, "--json", tmp_path / "none" / "x"), f"{tmp_path}/none/x: there is no such folder"),
+        ((recipe, "--eval", EVAL, "--json", tmp_path / "none" / "x"), f"{tmp_path}/none/x: cannot be written"),
         ((recipe, "--eval", EVAL, "--keep", "P"), "--keep: has an effect with --from-lmms-eval only"),
         ((tmp_path, tmp_path, "--from-lmms-eval", "--draws", "2"), "--draws: has an effect with a recipe only"),
     ):
