@@ -25,6 +25,7 @@ _ROLES = ("target", "source", "source_base")
 _NOTES = {
     "exact": "exact: M_S(Delta) itself; the rank is 0, or not below the smaller side of what would be truncated",
     "dare": "dare: M_S(Delta) with elements dropped at random; nothing is truncated, so there is nothing to certify",
+    "regmean": "regmean: M_S(D F) itself; the rank is 0, so nothing is truncated",
     "bias": "bias: the whole difference of the masked elements, a vector has no rank",
 }
 
@@ -101,6 +102,7 @@ def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
     return {
         **{role: _model_as_json(draft, role) for role in _ROLES},
         "mask": str(draft.mask_path) if draft.mask_path else None,
+        "moments": draft.moments.path if draft.moments else None,
         "tensors": {
             "edited": [
                 {
@@ -149,7 +151,11 @@ def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
             f"{decoder.family}, {decoder.shape.layers} layers at {decoder.prefix}*)"
         )
     if draft.mask is not None:
-        lines.append(f"mask    {draft.mask_path} ({draft.mask.neurons.count()} neurons)")
+        lines.append(f"mask    {draft.mask_path or draft.mask.path} ({draft.mask.neurons.count()} neurons)")
+    if draft.moments is not None:
+        sketched = len(draft.moments.sketches)
+        form = f"{sketched} of {len(draft.moments.sizes)} inputs as sketches" if sketched else "dense"
+        lines.append(f"moments {draft.moments.path} ({size(Path(draft.moments.path).stat().st_size)}, {form})")
     if plan is not None and plan.edits:
         lines += ["", _edits_as_text(plan)]
     elif plan is not None:
@@ -226,4 +232,4 @@ def _method(edit: PlannedEdit, certificate: Certificate | None) -> str:
     """Say how an update was found: the method of its truncation, or what it is where nothing is truncated."""
     if certificate is not None:
         return certificate.method
-    return "bias" if edit.is_bias else "dare" if edit.fusion.update == "dare" else "exact"
+    return "bias" if edit.is_bias else "exact" if edit.fusion.update == "low-rank" else edit.fusion.update

@@ -40,7 +40,7 @@ class OpenedRecipe:
     target: Checkpoint
     target_folder: Path
     dtype: str
-    mask: str
+    mask: str | None
     any_family: bool
     warnings: Sequence[str]
     settings: Mapping[str, Any]
@@ -81,7 +81,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
         target=target,
         target_folder=local_folder(target, options),
         dtype=name or "auto",
-        mask=str(plan.mask_path),
+        mask=None if plan.mask_path is None else str(plan.mask_path),
         any_family=bool(plan.recipe.value("allow_family_mismatch")),
         warnings=warnings,
         settings={**settings, "config_sha256": target.config_sha256},

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
+from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.updates import Update, dropped, low_rank, working_dtype
 from mergekit_snrf.neurons.sets import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")
-UPDATES = ("low-rank", "dare")
+UPDATES = ("low-rank", "dare", "regmean")
 # Elements that are converted at a time.
 _PANEL = 2**20
 
@@ -25,7 +26,9 @@ class Setting:
     """What a field of ``Fusion`` means and which values it takes; documentation and recipes are made from it.
 
     Attributes:
+        default: of the field.
         meaning: one clause.
+        of_regmean: the default with ``update: regmean``, where it is another.
         least: the smallest value; None: there is none.
         most: the largest value.
         below: a number that every value is below.
@@ -33,7 +36,9 @@ class Setting:
         by_tensor: whether tensors of one merge may differ in it.
     """
 
+    default: Any
     meaning: str
+    of_regmean: Any = None
     least: float | None = None
     most: float | None = None
     below: float | None = None
@@ -59,8 +64,9 @@ class Setting:
         return f"at least {self.least:g}" if self.most is None else f"in [{self.least:g}, {self.most:g}]"
 
 
-def _setting(default: Any, meaning: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(meaning, **limits)})
+def _setting(default: Any, meaning: str, *, of_regmean: Any = None, **limits: Any) -> Any:
+    known = Setting(default, meaning, of_regmean, **limits)
+    return field(default=default if of_regmean is None else None, metadata={"setting": known})
 
 
 @dataclass(frozen=True)
@@ -71,22 +77,28 @@ class Fusion:
         SnrfError: a value is out of range.
     """
 
-    beta: float = _setting(0.5, "strength of the update (Eq. 11)", least=0, most=1, by_tensor=True)
-    rank: int = _setting(4, "rank of the update (Eq. 10); 0: full rank", least=0, by_tensor=True)
+    beta: float = _setting(0.5, "strength of the update (Eq. 11)", of_regmean=1.0, least=0, most=1, by_tensor=True)
+    rank: int = _setting(4, "rank of the update (Eq. 10); 0: full rank", of_regmean=0, least=0, by_tensor=True)
     order: str = _setting(
         ORDERS[0], "truncate before or after the neurons are chosen (Appendix B: after)", choices=ORDERS
     )
     update: str = _setting(
         UPDATES[0],
-        "dare drops elements at random instead of truncating",
+        "dare drops elements at random instead of truncating; regmean keeps what the moments say",
         choices=UPDATES,
     )
     drop_rate: float = _setting(0.5, "share of the elements that dare drops", least=0, below=1, by_tensor=True)
     seed: int = _setting(0, "of dare's draw", least=0, below=2**32)
     rescale: bool = _setting(True, "dare multiplies what it keeps by 1 / (1 - drop_rate)")
+    keep: float = _setting(
+        3.0, "how strongly regmean holds the target to its probes to keep", least=0, below=1e9, by_tensor=True
+    )
 
     def __post_init__(self) -> None:
         for name, setting in settings().items():
+            if getattr(self, name) is None:
+                usual = setting.of_regmean if self.update == "regmean" else setting.default
+                object.__setattr__(self, name, usual)
             value = getattr(self, name)
             if not setting.accepts(value):
                 shown = repr(value) if isinstance(value, str) else value
@@ -97,12 +109,12 @@ class Fusion:
         return Fusion(beta=self.beta, rank=0)
 
     def check_rank(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check the rank against a weight's shape; DARE has no rank.
+        """Check the rank against a weight's shape; only DARE has none.
 
         Raises:
             SnrfError: the rank exceeds the smaller side.
         """
-        if self.update == "low-rank" and self.rank > min(shape):
+        if self.update != "dare" and self.rank > min(shape):
             raise SnrfError(
                 name,
                 f"{self.rank} exceeds the smaller side of shape {list(shape)}",
@@ -151,6 +163,7 @@ def masked_update(
     name: str = "weight",
     source_base: Float[Tensor, "rows columns"] | None = None,
     site: Site | None = None,
+    moments: Filter | None = None,
 ) -> Update:
     """Return M_S(Delta_r) of Eq. 9-11, or the variant of it that ``fusion`` says, without the factor beta.
 
@@ -162,11 +175,12 @@ def masked_update(
         name: the tensor's name, for messages.
         source_base: Delta = W_src - W_source_base in place of W_src - W_tgt.
         site: the tensor's layer and projection; DARE draws by them.
+        moments: F of the tensor's input, for ``update: regmean``.
 
     Raises:
         SnrfError: the shapes differ, the mask's length does not fit, the rank exceeds the smaller side, or a weight
             is NaN or infinite.
-        ValueError: DARE without ``site``.
+        ValueError: DARE without ``site``, or regmean without ``moments`` of its size.
     """
     _check_shapes(name, target, source, source_base)
     if len(neurons) != target.shape[axis]:
@@ -180,11 +194,26 @@ def masked_update(
     delta = _delta(name, target, source, source_base)
     by_neuron = delta if axis == 0 else delta.mT
     selected = neurons.to(delta.device).nonzero().flatten()
+    if fusion.update == "regmean":
+        if moments is None:
+            raise ValueError(f"{name}: update 'regmean' needs the moments of the tensor's input")
+        return _filtered(delta, selected, axis, fusion, moments)
     if fusion.update == "low-rank":
         return low_rank(by_neuron, selected, fusion.rank, mask_first=fusion.order == "mask-then-svd")
     if site is None:
         raise ValueError(f"{name}: update 'dare' draws by layer and projection; pass site")
     return dropped(by_neuron, selected, fusion.drop_rate, fusion.seed, site, rescale=fusion.rescale)
+
+
+def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moments: Filter) -> Update:
+    """Return M_S(D F), or its truncation."""
+    if fusion.rank:
+        whole = moments.apply(delta)
+        mask_first = fusion.order == "mask-then-svd"
+        return low_rank(whole if axis == 0 else whole.mT, selected, fusion.rank, mask_first=mask_first)
+    if axis == 1:
+        return Update(selected, None, moments.apply(delta, selected).mT)
+    return Update(selected, None, moments.apply(delta if len(selected) == len(delta) else delta[selected]))
 
 
 def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> None:
@@ -241,6 +270,7 @@ def fuse(
     name: str = "weight",
     source_base: Float[Tensor, "rows ..."] | None = None,
     site: Site | None = None,
+    moments: Filter | None = None,
 ) -> Float[Tensor, "rows ..."]:
     """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype; args as ``masked_update``.
 
@@ -258,7 +288,8 @@ def fuse(
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    return fuse_and_report(target, source, neurons, axis, fusion, name=name, source_base=source_base, site=site).tensor
+    options = {"name": name, "source_base": source_base, "site": site, "moments": moments}
+    return fuse_and_report(target, source, neurons, axis, fusion, **options).tensor  # type: ignore[arg-type]
 
 
 def fuse_and_report(
@@ -271,6 +302,7 @@ def fuse_and_report(
     name: str = "weight",
     source_base: Float[Tensor, "rows ..."] | None = None,
     site: Site | None = None,
+    moments: Filter | None = None,
 ) -> Fused:
     """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update.
 
@@ -281,7 +313,8 @@ def fuse_and_report(
         columns = target.unsqueeze(1), source.unsqueeze(-1)
         fused = fuse_and_report(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
         return fused._replace(tensor=fused.tensor.squeeze(1))
-    update = masked_update(target, source, neurons, axis, fusion, name=name, source_base=source_base, site=site)
+    options: dict[str, Any] = {"name": name, "source_base": source_base, "site": site, "moments": moments}
+    update = masked_update(target, source, neurons, axis, fusion, **options)
     result = target.clone()
     rounding = _add(result if axis == 0 else result.mT, update.selected, update.rows() * fusion.beta, name)
     return Fused(result, update.certificate, rounding)

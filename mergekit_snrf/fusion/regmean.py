@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Float64
+from jaxtyping import Bool, Float, Float16, Float32, Float64, Int
 from torch import Tensor
 
 EPS = 1e-3
@@ -133,7 +133,7 @@ class Filter:
         return len(matrix)
 
     def apply(
-        self, delta: Float[Tensor, "rows d"], columns: Bool[Tensor, " d"] | None = None
+        self, delta: Float[Tensor, "rows d"], columns: Bool[Tensor, " d"] | Int[Tensor, " selected"] | None = None
     ) -> Float[Tensor, "rows selected"]:
         """Return D F, or the chosen columns of it, in the dtype of D.
 

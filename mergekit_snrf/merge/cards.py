@@ -14,6 +14,7 @@ from mergekit_snrf.files import markdown, references
 from mergekit_snrf.merge.folders import inputs
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, share, without_folders
 
 if TYPE_CHECKING:
@@ -96,10 +97,32 @@ def _description(plan: MergePlan) -> Iterable[str]:
     yield "## What was changed"
     yield markdown.table(("projection", "tensors", "neurons", "of", "share"), rows)
     yield f"Update: {plan.update}."
+    if plan.moments is not None:
+        yield from _moments(plan.moments)
+    if plan.mask_path is None:
+        return
     digest = references.sha256(plan.mask_path)
     facts = [("file", f"`{plan.mask_path.name}`"), ("sha256", f"`{digest}`"), ("neurons", plan.mask.neurons.count())]
     yield "## Neurons"
     yield markdown.table(("", ""), [*facts, *provenance_rows(without_folders(plan.mask))])
+
+
+def _moments(moments: Moments) -> Iterable[str]:
+    """Yield where the moments come from, and what they protect."""
+    found = moments.provenance
+    kinds = [("gain", found.gain), *((f"keep: {one.get('name', '')}", one) for one in found.keep or ())]
+    rows = [
+        (kind, Path(str(one.get("dataset", ""))).name, one.get("count", ""), one.get("tokens", ""))
+        for kind, one in kinds
+        if one is not None
+    ]
+    yield "## Moments"
+    yield f"`{Path(moments.path).name}`, sha256 `{references.sha256(moments.path)}`."
+    yield markdown.table(("probes", "data set", "count", "tokens"), rows)
+    yield (
+        "Only what the probes to keep show is protected. The update restores what the target lost of its base more "
+        "than it adds new skills of the source."
+    )
 
 
 def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) -> Iterable[str]:
@@ -114,7 +137,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
     cut = "" if shared == recipe else ", its local paths cut to their last part"
     yield "## To make it again"
     yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"
-    yield f"with this as `snrf.yml`{cut}, and the mask of the sha256 above where it says:"
+    yield f"with this as `snrf.yml`{cut}, and the files of the sha256 above where it says:"
     yield _fenced("yaml", shared.rstrip())
     yield markdown.table(("model", "revision", "sha256 of config.json"), models)
 

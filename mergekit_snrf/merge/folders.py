@@ -112,6 +112,7 @@ def inputs(plan: MergePlan | PlanDraft) -> list[str]:
     parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
     opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
     masks = [str(plan.mask_path)] if plan.mask_path else []
+    masks += [plan.moments.path] if plan.moments is not None else []
     return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *masks]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
-from mergekit_snrf.merge.tensors import Tensors, cast, threads
+from mergekit_snrf.merge.tensors import Tensors, cast, filter_of, threads
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import TensorHeader
@@ -118,6 +118,7 @@ def export_adapter(
         problems=_problems,
     )
     settings = settings or AdapterSettings.model_validate({})
+    plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
     rank = _rank(plan.edits, settings.rank)
     prefix = live_prefix(plan.target.checkpoint)
     modules = [f"{prefix}{edit.site.layer}.{edit.site.module}" for edit in plan.edits]
@@ -146,10 +147,20 @@ def _problems(draft: PlanDraft) -> Iterator[SnrfError]:
         yield SnrfError(draft.mask_path, "the merge changes nothing, so there is no adapter to write")
 
 
+def _truncated(edit: PlannedEdit, rank: int | None) -> PlannedEdit:
+    """Return an edit of regmean, whose update has full rank, with the rank of the adapter."""
+    if edit.fusion.update != "regmean" or edit.fusion.rank:
+        return edit
+    if rank is None:
+        what = "the update of regmean has full rank, too large for an adapter"
+        raise SnrfError(None, what, "set it to 16, in the recipe or for the adapter", field="rank")
+    return replace(edit, fusion=replace(edit.fusion, rank=min(rank, *edit.shape)))
+
+
 def _rank(edits: Sequence[PlannedEdit], wanted: int | None) -> int:
     """Return the rank of all modules: the wanted one, or the largest that the update of a weight has."""
     full = [min(edit.neurons, edit.shape[1 - edit.site.axis]) for edit in edits]
-    limits = [edit.fusion.rank if edit.fusion.update == "low-rank" else 0 for edit in edits]
+    limits = [edit.fusion.rank if edit.fusion.update != "dare" else 0 for edit in edits]
     needed = max(min(size, limit or size) for size, limit in zip(full, limits, strict=True))
     if wanted is not None and wanted < needed:
         what = f"{wanted} is smaller than the rank {needed} of the update"
@@ -199,6 +210,7 @@ def _update_of(edit: PlannedEdit, tensors: Tensors) -> Update:
         name=edit.target_name,
         source_base=source_base,
         site=edit.site,
+        moments=filter_of(edit, tensors.filters),
     )
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import torch
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
-    MISSING,
     BasePolicy,
     BatchOptions,
     InputContract,
@@ -32,7 +31,8 @@ def _spec(parameter: Parameter) -> ParameterSpec:
         parameter.name,
         _Whole if parameter.kind is int and parameter.by_tensor else parameter.kind,
         ParameterScope.NON_BASE if parameter.by_tensor else ParameterScope.SHARED,
-        MISSING if parameter.default is REQUIRED else parameter.default,
+        # The recipe's own checks know when a mask is required.
+        "" if parameter.default is REQUIRED else parameter.default,
         parameter.meaning,
     )
 

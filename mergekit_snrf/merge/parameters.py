@@ -27,8 +27,9 @@ class Parameter:
 
 
 _OF_RECIPE = (
-    Parameter("masks", str, REQUIRED, "mask file: a path, or hf://owner/repo@revision/path"),
+    Parameter("masks", str, REQUIRED, "mask file: a path, or hf://owner/repo@revision/path; optional with regmean"),
     Parameter("masks_sha256", str, "", "the mask file must have this sha256"),
+    Parameter("moments", str, "", "moments file of the target for regmean: a path, or hf://owner/repo@revision/path"),
     Parameter("source_base", str, "", "the model that the source was trained from: Delta = W_source - W_source_base"),
     Parameter("biases", bool, False, "the biases of masked neurons move, too (attn.q, attn.k, attn.v of Qwen2)"),
     Parameter("allow_noop", bool, False, "accept a merge that changes nothing"),
@@ -43,8 +44,8 @@ OF_FUSION = tuple(entry.name for entry in fields(Fusion))
 PARAMETERS = (
     *_OF_RECIPE,
     *(
-        Parameter(entry.name, type(entry.default), entry.default, known.meaning, known.range, known.by_tensor)
-        for entry, known in zip(fields(Fusion), settings().values(), strict=True)
+        Parameter(name, type(known.default), known.default, known.meaning, known.range, known.by_tensor)
+        for name, known in settings().items()
     ),
 )
 
@@ -65,7 +66,7 @@ def documentation() -> list[Row]:
         Row(
             one.name,
             "source or top level" if one.by_tensor else "top level",
-            "required" if one.default is REQUIRED else _written(one.default),
+            "required" if one.default is REQUIRED else _written(one.name, one.default),
             one.range,
             one.meaning,
         )
@@ -73,5 +74,7 @@ def documentation() -> list[Row]:
     ]
 
 
-def _written(default: Any) -> str:
-    return str(default).lower() if isinstance(default, bool) else str(default) or "none"
+def _written(name: str, default: Any) -> str:
+    text = str(default).lower() if isinstance(default, bool) else str(default) or "none"
+    of_regmean = settings()[name].of_regmean if name in OF_FUSION else None
+    return text if of_regmean is None else f"{text} (regmean: {of_regmean:g})"

@@ -131,7 +131,7 @@ def _write_shards(
             _copy(original, copy, stop)
 
     def fuse(edit: PlannedEdit) -> Tensor:
-        fused = fuse_edit(edit, *tensors.read(edit))
+        fused = fuse_edit(edit, *tensors.read(edit), tensors.filters)
         tally.add(edit.target_name, fused)
         return fused.tensor[:, edit.member] if edit.site.axis else fused.tensor[edit.member]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from jaxtyping import Bool
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -19,13 +20,15 @@ from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
+from mergekit_snrf.merge.moments import check_moments, compare_moments, open_moments
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
+from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 from mergekit_snrf.neurons.shape import check_fit
 
 
@@ -71,6 +74,9 @@ class MergePlan:
 
     Attributes:
         edits: in the order of the decoder's layers.
+        mask: the recipe's, or all neurons of the decoder.
+        mask_path: None: the recipe names no mask.
+        moments: None: the update needs none.
         copied: names of the target's tensors that stay as they are.
         warnings: one sentence each.
     """
@@ -80,7 +86,8 @@ class MergePlan:
     source: OpenedModel
     source_base: OpenedModel | None
     mask: Mask
-    mask_path: Path
+    mask_path: Path | None
+    moments: Moments | None
     edits: tuple[PlannedEdit, ...]
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -135,7 +142,10 @@ class MergePlan:
             said.append(f"dare: drop_rate {rates}, seed {fusions[0].seed}{rescaled}")
         elif fusions:
             ranks = [fusion.rank for fusion in fusions]
-            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}, {fusions[0].order}")
+            if fusions[0].update == "regmean":
+                said.append(f"regmean: keep {_span([fusion.keep for fusion in fusions])}")
+            order = "" if set(ranks) == {0} else f", {fusions[0].order}"
+            said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}{order}")
         if self.source_base is not None:
             said.append("Delta = source - source_base")
         if len(fusions) < len(self.edits):
@@ -180,6 +190,7 @@ class PlanDraft:
     references: list[ModelReference] = field(default_factory=list)
     mask: Mask | None = None
     mask_path: Path | None = None
+    moments: Moments | None = None
     edits: list[PlannedEdit] = field(default_factory=list)
 
     @contextmanager
@@ -198,7 +209,7 @@ class PlanDraft:
         """
         if self.problems:
             raise SnrfError.several("the merge cannot run", self.problems)
-        assert self.recipe is not None and self.mask is not None and self.mask_path is not None  # noqa: PT018
+        assert self.recipe is not None and self.mask is not None  # noqa: PT018
         edited = {edit.target_name for edit in self.edits}
         return MergePlan(
             recipe=self.recipe,
@@ -207,6 +218,7 @@ class PlanDraft:
             source_base=self.models.get("source_base"),
             mask=self.mask,
             mask_path=self.mask_path,
+            moments=self.moments,
             edits=tuple(self.edits),
             copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
             warnings=tuple(self.warnings),
@@ -241,6 +253,7 @@ def draft_merge(
             with draft.collect():
                 _open(draft, role, draft.references[-1], options, merge_adapter)
     _read_mask(draft, recipe, recipe_folder)
+    _read_moments(draft, recipe, recipe_folder)
     checks.check_output(draft, config, options, out_path)
     checks.check_dtypes(draft, config)
     checks.check_chat_template(draft, config)
@@ -302,6 +315,24 @@ def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> N
         if recipe.value("masks_sha256"):
             check_sha256(draft.mask_path, str(recipe.value("masks_sha256")))
         draft.mask = read_mask(draft.mask_path)
+
+
+def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
+    """Read the moments of ``update: regmean``; a recipe without a mask then is about all neurons."""
+    target = draft.models.get("target")
+    if recipe.value("update") != "regmean":
+        return
+    if target is not None and "masks" not in recipe.parameters:
+        shape = target.decoder.shape
+        every = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
+        draft.mask = Mask(NeuronSet(every), path="all neurons")
+    if not recipe.value("moments"):
+        return
+    with draft.collect():
+        draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)
+        if target is not None:
+            check_moments(draft.moments, target.checkpoint, target.decoder)
+            draft.warnings += compare_moments(draft.moments, target.checkpoint)
 
 
 def _plan_edits(draft: PlanDraft, recipe: Recipe, mask: Mask, target: OpenedModel) -> None:

@@ -9,7 +9,13 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration, ParameterSetting
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    MergeConfiguration,
+    ParameterSetting,
+    evaluate_setting,
+)
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from mergekit.parameter_resolver import resolve_parameters
 from pydantic import ValidationError
@@ -23,6 +29,7 @@ from mergekit_snrf.models.headers import FLOAT_DTYPES
 _SPECS = {parameter.name: parameter for parameter in SPEC.parameters}
 _OF_DARE = ("drop_rate", "seed", "rescale")
 _OF_LOW_RANK = ("rank", "order")
+_OF_REGMEAN = ("moments", "keep")
 _TOP = "parameters"
 
 
@@ -80,7 +87,12 @@ class Recipe:
         except (ValueError, RuntimeError) as error:
             raise SnrfError(tensor_name, first_line(error)) from None
         values = {**shared, **by_source[self.source]}
-        return Fusion(**{name: values[name] for name in OF_FUSION})
+        # What no part of the recipe sets for this tensor has the default of its update.
+        return Fusion(**{name: values[name] for name in OF_FUSION if self._is_set(name, tensor_name, t)})
+
+    def _is_set(self, name: str, tensor_name: str, t: float) -> bool:
+        written = [scope[name] for scope in self._sources(self.source) if name in scope]
+        return any(evaluate_setting(tensor_name, setting, t) is not None for setting in written)
 
     def _sources(self, model: ModelReference | None = None) -> Iterable[Mapping[str, ParameterSetting]]:
         if model == self.source:
@@ -218,11 +230,18 @@ def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: 
     def without_effect(name: str, why: str, remedy: str) -> None:
         problems.append(SnrfError(_TOP, f"has no effect {why}", remedy, field=name))
 
+    if value("update") == "regmean":
+        for name in filter(written, (*_OF_DARE, "biases")):
+            without_effect(name, "with update: regmean, which moves weights as their inputs say", "remove it")
+        if not written("moments"):
+            problems.append(SnrfError(_TOP, "is missing", "write the path of a moments file", field="moments"))
+    for name in filter(written, _OF_REGMEAN if value("update") != "regmean" else ()):
+        without_effect(name, "without update: regmean", "remove it, or write update: regmean")
     if value("update") == "dare":
         for name in filter(written, _OF_LOW_RANK):
             without_effect(name, "with update: dare, which truncates nothing", "remove it")
         return
-    for name in filter(written, _OF_DARE):
+    for name in filter(written, _OF_DARE if value("update") == "low-rank" else ()):
         without_effect(name, "without update: dare", "remove it, or write update: dare")
     by_filter = any(_conditionals(place["rank"]) for place in places if "rank" in place)
     full_rank = bool(written("rank")) and not any(map(float, written("rank"))) and not by_filter
@@ -233,7 +252,8 @@ def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: 
 def _check_parameters(
     top_level: Mapping[str, ParameterSetting], sources: list[InputModelDefinition], problems: list[SnrfError]
 ) -> None:
-    if "masks" not in top_level and not any("masks" in (entry.parameters or {}) for entry in sources):
+    needed = top_level.get("update") != "regmean"
+    if needed and "masks" not in top_level and not any("masks" in (entry.parameters or {}) for entry in sources):
         problems.append(SnrfError(_TOP, "is missing", "write the path of a mask file", field="masks"))
     for name, setting in top_level.items():
         _check_parameter(name, setting, _TOP, problems)

@@ -17,7 +17,7 @@ from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
-from mergekit_snrf.merge.tensors import can_overflow, fuse_edit, overflow, overflows
+from mergekit_snrf.merge.tensors import can_overflow, filters_of, fuse_edit, overflow, overflows
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 
@@ -37,6 +37,7 @@ class MergeSession:
         self.key = f"session {uuid.uuid4()}"
         self.tally = Tally(len(plan.edits), allow_noop=bool(plan.recipe.value("allow_noop")))
         self._recipe = recipe
+        self._filters = filters_of(plan)
         self._edits: dict[str, PlannedEdit] = {edit.target_name: edit for edit in plan.edits}
 
     @contextmanager
@@ -69,7 +70,8 @@ class MergeSession:
                 self._check_read(role, str(own), entry)
             tensors = [entry.tensor for entry in donors]
             with one_thread():
-                fused = fuse_edit(edit, base.tensor, tensors[0], tensors[1] if len(tensors) > 1 else None)
+                second = tensors[1] if len(tensors) > 1 else None
+                fused = fuse_edit(edit, base.tensor, tensors[0], second, self._filters)
             self.tally.add(name, fused)
             result = fused.tensor
         out = dtype_from_name(self.plan.recipe.out_dtype)

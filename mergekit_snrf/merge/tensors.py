@@ -16,15 +16,22 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
+from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.merge.moments import Filters
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
 
-def fuse_edit(edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None) -> Fused:
+def fuse_edit(
+    edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None, filters: Filters | None = None
+) -> Fused:
     """Fuse the tensor of a planned edit.
+
+    Args:
+        filters: of the plan's moments, for ``update: regmean``.
 
     Raises:
         SnrfError: a weight is not finite, or the result overflows the target's dtype.
@@ -38,7 +45,20 @@ def fuse_edit(edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Te
         name=edit.target_name,
         source_base=source_base,
         site=edit.site,
+        moments=filter_of(edit, filters),
     )
+
+
+def filter_of(edit: PlannedEdit, filters: Filters | None) -> Filter | None:
+    """Return the filter of a planned edit; None where its update needs none."""
+    if filters is None or edit.fusion.update != "regmean":
+        return None
+    return filters.of(edit.site, edit.fusion.keep)
+
+
+def filters_of(plan: MergePlan) -> Filters | None:
+    """Return the filters of a plan's moments; None where it has none."""
+    return None if plan.moments is None else Filters(plan.moments)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
@@ -90,12 +110,16 @@ def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
 class Tensors:
     """What the edits of a plan read: of the source, and of its base, nothing else.
 
+    Attributes:
+        filters: of the plan's moments; None: it has none.
+
     Raises:
         SnrfError: a model cannot be downloaded, or the header of a shard is damaged.
     """
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
         target, source = plan.target.checkpoint, plan.source.checkpoint
+        self.filters = filters_of(plan)
         self.target_folder = local_folder(target, options)
         self._target = stored_ranges(target, self.target_folder, [edit.target_name for edit in plan.edits])
         self._source = stored_ranges(source, local_folder(source, options), [edit.source_name for edit in plan.edits])
@@ -149,6 +173,7 @@ def certify(plan: MergePlan, options: MergeOptions) -> Iterator[tuple[PlannedEdi
                 cast(target, dtype, edit.target_name),
                 cast(source, dtype, edit.source_name),
                 None if base is None else cast(base, dtype, str(edit.source_base_name)),
+                tensors.filters,
             )
         cast(fused.tensor, out, edit.target_name)
         yield edit, fused
