@@ -92,7 +92,8 @@ class Recipe:
 
     def _is_set(self, name: str, tensor_name: str, t: float) -> bool:
         written = [scope[name] for scope in self._sources(self.source) if name in scope]
-        return any(evaluate_setting(tensor_name, setting, t) is not None for setting in written)
+        validate = _SPECS[name].validate
+        return any(evaluate_setting(tensor_name, one, t, validate=validate) is not None for one in written)
 
     def _sources(self, model: ModelReference | None = None) -> Iterable[Mapping[str, ParameterSetting]]:
         if model == self.source:
