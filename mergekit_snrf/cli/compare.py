@@ -197,7 +197,8 @@ def _from_recipe(
         settings,
     )
     controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, sha256(opened.mask), seed, settings)
+    digest = None if opened.mask is None else sha256(opened.mask)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, seed, settings)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
         study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())

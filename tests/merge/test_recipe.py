@@ -61,7 +61,7 @@ def test_documentation_lists_every_parameter() -> None:
     rows = {row.name: row for row in documentation()}
     assert next(iter(rows)) == "masks"
     assert rows["masks"][1:3] == ("top level", "required")
-    assert rows["beta"][1:4] == ("source or top level", "0.5", "in [0, 1]")
+    assert rows["beta"][1:4] == ("source or top level", "0.5 (regmean: 1)", "in [0, 1]")
     assert rows["order"][1:4] == ("top level", "svd-then-mask", "one of svd-then-mask, mask-then-svd")
     assert rows["rescale"][2] == "true"
     assert all(row.meaning for row in rows.values())
