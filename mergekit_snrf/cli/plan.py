@@ -16,7 +16,8 @@ from mergekit_snrf.cli.options import merge_options, recipe_options
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Fused
     from mergekit_snrf.fusion.lowrank import Certificate
-    from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
+    from mergekit_snrf.merge.draft import PlanDraft
+    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
     from mergekit_snrf.merge.tally import Tally
 
     _Certified = Sequence[tuple[PlannedEdit, Fused]]
@@ -49,7 +50,7 @@ def plan(
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
     run.
     """
-    from mergekit_snrf.merge.plan import draft_merge
+    from mergekit_snrf.merge.draft import draft_merge
     from mergekit_snrf.merge.recipefile import load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
-from mergekit_snrf.merge.plan import plan_merge
+from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.tensors import local_folder
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems

@@ -33,9 +33,10 @@ from transformers import PretrainedConfig
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.merge.checks import temporary_shards
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files, written_in_place
 from mergekit_snrf.merge.method import SPEC
-from mergekit_snrf.merge.plan import MergePlan, draft_merge
+from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession, find_session
 from mergekit_snrf.models import hub

@@ -22,7 +22,7 @@ from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
 
 if TYPE_CHECKING:
-    from mergekit_snrf.merge.plan import PlanDraft
+    from mergekit_snrf.merge.draft import PlanDraft
     from mergekit_snrf.merge.recipe import Recipe
 
 _TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")

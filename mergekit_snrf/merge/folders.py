@@ -20,7 +20,8 @@ from mergekit_snrf.errors import SnrfError, os_reason
 from mergekit_snrf.files.reading import load_yaml, parse_yaml, read_text
 
 if TYPE_CHECKING:
-    from mergekit_snrf.merge.plan import MergePlan, PlanDraft
+    from mergekit_snrf.merge.draft import PlanDraft
+    from mergekit_snrf.merge.plan import MergePlan
 
 try:
     import fcntl

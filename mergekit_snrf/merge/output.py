@@ -9,8 +9,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.merge.draft import PlanDraft, draft_merge
 from mergekit_snrf.merge.folders import Kind, output_problem
-from mergekit_snrf.merge.plan import MergePlan, PlanDraft, draft_merge
+from mergekit_snrf.merge.plan import MergePlan
 
 LOG = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pair import merge
 
 from mergekit_snrf.files import references
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.plan import plan_merge
+from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipefile import load_recipe
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask

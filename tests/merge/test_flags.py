@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
 from mergekit_snrf.merge.adapter import architecture_of, rewritten
-from mergekit_snrf.merge.plan import plan_merge
+from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sets import Site
 

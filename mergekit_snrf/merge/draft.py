@@ -1,0 +1,264 @@
+"""Work out a merge from configurations and headers alone, and find every problem at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from torch import Tensor
+
+from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.files.references import check_sha256, local_path
+from mergekit_snrf.fusion.fuse import Fusion
+from mergekit_snrf.merge import checks
+from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
+from mergekit_snrf.merge.moments import check_moments, compare_moments, open_moments
+from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.recipe import Recipe, read_recipe
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.headers import FLOAT_DTYPES
+from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.weights import bias_name
+from mergekit_snrf.neurons.maskfile import Mask, read_mask
+from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.shape import check_fit
+
+
+@dataclass
+class PlanDraft:
+    """What was found of a merge so far, and every problem.
+
+    Attributes:
+        problems: a merge can run only if there is none.
+        warnings: one sentence each.
+        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
+        models: those of them that have a text decoder.
+        references: all models as the recipe names them, with absolute folders.
+        edits: none where there was a problem before.
+    """
+
+    problems: list[SnrfError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, OpenedModel] = field(default_factory=dict)
+    references: list[ModelReference] = field(default_factory=list)
+    mask: Mask | None = None
+    mask_path: Path | None = None
+    moments: Moments | None = None
+    edits: list[PlannedEdit] = field(default_factory=list)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take what the block raises as a problem."""
+        try:
+            yield
+        except SnrfError as error:
+            self.problems.append(error)
+
+    def finish(self) -> MergePlan:
+        """Return the plan.
+
+        Raises:
+            SnrfError: the merge cannot run, with every problem.
+        """
+        if self.problems:
+            raise SnrfError.several("the merge cannot run", self.problems)
+        assert self.recipe is not None and self.mask is not None  # noqa: PT018
+        edited = {edit.target_name for edit in self.edits}
+        return MergePlan(
+            recipe=self.recipe,
+            target=self.models["target"],
+            source=self.models["source"],
+            source_base=self.models.get("source_base"),
+            mask=self.mask,
+            mask_path=self.mask_path,
+            moments=self.moments,
+            edits=tuple(self.edits),
+            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
+            warnings=tuple(self.warnings),
+        )
+
+
+def draft_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    out_path: str | None = None,
+    recipe_folder: str | None = None,
+    merge_adapter: bool = True,
+) -> PlanDraft:
+    """Read configurations and headers of the models and the mask, and work out the merge without reading a weight.
+
+    Args:
+        config: the recipe as mergekit parsed it; not changed.
+        out_path: the output folder, checked if given.
+        recipe_folder: where relative paths are looked for after the working folder.
+        merge_adapter: let mergekit apply a LoRA source (``model+adapter``) to its cache folder first, which
+            reads weights; otherwise the plan shows the names of the model below the adapter.
+    """
+    draft = PlanDraft()
+    draft.recipe = recipe = read_recipe(config, draft.problems)
+    if recipe is None:
+        return draft
+    for role in ("target", "source", "source_base"):
+        reference: ModelReference | None = getattr(recipe, role)
+        if reference is not None:
+            draft.references.append(absolute(reference, recipe_folder))
+            with draft.collect():
+                _open(draft, role, draft.references[-1], options, merge_adapter)
+    _read_mask(draft, recipe, recipe_folder)
+    _read_moments(draft, recipe, recipe_folder)
+    checks.check_output(draft, config, options, out_path)
+    checks.check_dtypes(draft, config)
+    checks.check_chat_template(draft, config)
+    checks.check_remote_code(draft, options)
+    target = draft.models.get("target")
+    if target is None:
+        return draft
+    if draft.mask is not None:
+        with draft.collect():
+            model = target.checkpoint.name
+            check_fit(draft.mask.neurons, target.decoder.shape, where=draft.mask.path, model=model)
+        checks.compare_provenance(draft, draft.mask)
+    if "source" in draft.models:
+        checks.check_distinct(draft, recipe)
+        checks.check_roles(draft)
+        checks.check_pairing(draft, any_family=bool(recipe.value("allow_family_mismatch")))
+        if draft.mask is not None and not draft.problems:
+            _plan_edits(draft, recipe, draft.mask, target)
+    return draft
+
+
+def plan_merge(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    *,
+    out_path: str | None = None,
+    recipe_folder: str | None = None,
+) -> MergePlan:
+    """Return the plan of a merge; args as ``draft_merge``.
+
+    Raises:
+        SnrfError: the merge cannot run, with every problem.
+    """
+    return draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder).finish()
+
+
+def _open(draft: PlanDraft, role: str, reference: ModelReference, options: MergeOptions, merge_adapter: bool) -> None:
+    checkpoint = draft.checkpoints[role] = opened(reference, options)
+    if reference.lora is not None and role == "target":
+        what = "a base_model with a LoRA adapter would lose the processor's files"
+        remedy = "merge the adapter into a folder of its own first and name that folder"
+        draft.problems.append(SnrfError(reference, what, remedy))
+    elif reference.lora is not None and not options.lora_merge_cache:
+        what = "the source has a LoRA adapter, which mergekit merges into a folder first"
+        raise SnrfError(reference, what, "pass --lora-merge-cache DIR")
+    elif reference.lora is not None and not merge_adapter:
+        what = "planned from the model below the adapter, which is applied when the merge runs"
+        draft.warnings.append(f"{reference}: {what}")
+    elif reference.lora is not None:
+        checkpoint = draft.checkpoints[role] = with_adapter(reference, options)
+    draft.models[role] = OpenedModel(reference, checkpoint, find_decoder(checkpoint))
+
+
+def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
+    if not isinstance(recipe.parameters.get("masks"), str):
+        return
+    with draft.collect(), naming({"sha256": "masks_sha256"}):
+        draft.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
+        if recipe.value("masks_sha256"):
+            check_sha256(draft.mask_path, str(recipe.value("masks_sha256")))
+        draft.mask = read_mask(draft.mask_path)
+
+
+def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
+    """Read the moments of ``update: regmean``; a recipe without a mask then is about all neurons."""
+    target = draft.models.get("target")
+    if recipe.value("update") != "regmean":
+        return
+    if target is not None and "masks" not in recipe.parameters:
+        shape = target.decoder.shape
+        every = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
+        draft.mask = Mask(NeuronSet(every), path="all neurons")
+    if not recipe.value("moments"):
+        return
+    with draft.collect():
+        draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)
+        if target is not None:
+            check_moments(draft.moments, target.checkpoint, target.decoder)
+            draft.warnings += compare_moments(draft.moments, target.checkpoint)
+
+
+def _plan_edits(draft: PlanDraft, recipe: Recipe, mask: Mask, target: OpenedModel) -> None:
+    decoder = target.decoder
+    last = decoder.shape.layers - 1
+    failures: list[SnrfError] = []
+    for site, member in mask.neurons.nonempty().items():
+        t = site.layer / last if last else 1.0
+        weight = decoder.weight_name(site)
+        for name in (weight, bias_name(weight)) if recipe.value("biases") and site.axis == 0 else (weight,):
+            if name not in target.checkpoint.tensors:
+                continue
+            try:
+                edit = _planned_edit(draft, recipe.fusion(name, t), site, name, member)
+            except SnrfError as error:
+                failures.append(error)
+                continue
+            if edit.fusion.beta > 0:
+                draft.edits.append(edit)
+    if failures:
+        # The same mistake in every layer is one problem.
+        first, more = failures[0], len(failures) - 1
+        also = f" ({more} further tensors likewise)" if more else ""
+        draft.problems.append(SnrfError(first.where, f"{first.what}{also}", first.remedy, field=first.field))
+    checks.check_names(draft)
+    checks.check_edits(draft, recipe, mask, failed=bool(failures))
+
+
+def _planned_edit(
+    draft: PlanDraft, fusion: Fusion, site: Site, name: str, member: Bool[Tensor, " neurons"]
+) -> PlannedEdit:
+    """Return the edit of a weight or bias of the target; raise ``SnrfError`` where it cannot be fused."""
+    header = draft.checkpoints["target"].tensors[name]
+    is_bias = len(header.shape) == 1
+    names, size = {}, 0
+    for role, model in draft.models.items():
+        if role == "target":
+            continue
+        weight = model.decoder.weight_name(site)
+        names[role] = theirs = bias_name(weight) if is_bias else weight
+        other = model.checkpoint.tensors.get(theirs)
+        if other is None or other.shape != header.shape or other.dtype not in FLOAT_DTYPES:
+            found = "is missing" if other is None else f"is {other.dtype} of shape {list(other.shape)}"
+            raise SnrfError(
+                model.checkpoint.name,
+                f"tensor {theirs} of the {role} {found}, but {name} of {draft.checkpoints['target'].name} has shape "
+                f"{list(header.shape)}",
+                "its bias cannot move, remove biases from the recipe",
+            )
+        size += other.bytes
+    if is_bias:
+        fusion = fusion.of_bias()
+    else:
+        fusion.check_rank(name, header.shape)
+    return PlannedEdit(
+        site=site,
+        target_name=name,
+        source_name=names["source"],
+        source_base_name=names.get("source_base"),
+        shape=header.shape,
+        dtype=header.dtype,
+        neurons=int(member.sum()),
+        source_bytes=size,
+        fusion=fusion,
+        member=member,
+    )
