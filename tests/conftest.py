@@ -21,6 +21,7 @@ settings.load_profile("snrf")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-messages", action="store_true", help="write tests/messages/messages.yml")
     parser.addoption("--update-families", action="store_true", help="write the table of families in docs/models.md")
 
 
