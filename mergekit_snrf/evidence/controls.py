@@ -21,7 +21,8 @@ from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.weights import LiveWeights, StoredWeights, Weights, bias_name
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

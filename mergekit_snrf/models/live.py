@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.neurons.sets import PROJECTIONS
+from mergekit_snrf.neurons.sites import PROJECTIONS
 
 _MODULES = (*(projection.module for projection in PROJECTIONS.values()), "self_attn.o_proj")
 
