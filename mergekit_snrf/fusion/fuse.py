@@ -1,4 +1,4 @@
-"""Shared Neuron Low-Rank Fusion of one tensor (Eq. 9-11) and its variants. Knows no mergekit and no files."""
+"""Shared Neuron Low-Rank Fusion of one tensor (Eq. 9-11) and its variants. Pure tensors: no mergekit, no files."""
 
 from __future__ import annotations
 
