@@ -24,18 +24,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), *(str(TESTS / room) for room in ("merge", "profiling", "evidence"))]
-
 import click
 import numpy as np
+import torch
 from campaign_files import Reader, readers
 from campaign_kills import kills
 from campaign_mutations import damage, replaced
 
 from mergekit_snrf.errors import SnrfError
 
+TESTS = Path(__file__).parents[1] / "tests"
 SECONDS = 20.0
 SLOW = 2.0
 MEMORY = 8 * 2**30
@@ -83,13 +81,17 @@ class Findings:
         except _Hang:
             kind, sentence = "hang", f"{reader.name}: {how}"
         except BaseException as error:
-            frame = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "mergekit_snrf" in f.filename), None)
+            frame = next(
+                (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "mergekit_snrf" in f.filename), None
+            )
             place = f"{Path(frame.filename).name}:{frame.lineno}" if frame else "?"
             kind, sentence = "traceback", f"{reader.name}: {type(error).__name__} at {place}: {str(error)[:200]!r}"
         took = time.monotonic() - start
         self.counts[reader.name][kind] += 1
         self.slowest = max(self.slowest, (took, f"{reader.name}: {how}"))
-        if kind == "refused" and (len(sentence) > LONGEST or any(not c.isprintable() for c in sentence.replace("\n", ""))):
+        if kind == "refused" and (
+            len(sentence) > LONGEST or any(not c.isprintable() for c in sentence.replace("\n", ""))
+        ):
             kind, sentence = "unfit message", f"{reader.name}: {sentence!r:.300}"
             self.counts[reader.name][kind] += 1
         if took > SLOW and kind != "hang":
@@ -110,6 +112,22 @@ class Findings:
         """Return how often something happened."""
         return sum(counts[kind] for counts in self.counts.values())
 
+    def show(self) -> int:
+        """Print everything and return the number of failures."""
+        for name, counts in self.counts.items():
+            click.echo(f"{name:16} {json.dumps(dict(sorted(counts.items())))}")
+        for example in self.examples.values():
+            click.echo(f"  {example}")
+        accepted, refused, tracebacks, hangs, unfit, slow = map(
+            self.total, ("accepted", "refused", "traceback", "hang", "unfit message", "slow")
+        )
+        click.echo(
+            f"{accepted + refused + tracebacks + hangs} files: {accepted} accepted, {refused} refused, {tracebacks} "
+            f"tracebacks, {hangs} hangs over {SECONDS:g} s, {unfit} unfit messages, {slow} over {SLOW:g} s; slowest "
+            f"{self.slowest[0]:.1f} s ({self.slowest[1]})"
+        )
+        return tracebacks + hangs + unfit
+
 
 def run_files(folder: Path, number: int, seed: int, keep: Path) -> Findings:
     """Send damaged files through every reader in turn."""
@@ -118,7 +136,9 @@ def run_files(folder: Path, number: int, seed: int, keep: Path) -> Findings:
     everyone = list(readers(folder / "inputs"))
     for reader in everyone:
         with limited():
-            reader.read(reader.folder, reader.folder / reader.files[0])  # What is whole is accepted, or the damage would say nothing.
+            reader.read(
+                reader.folder, reader.folder / reader.files[0]
+            )  # What is whole is accepted, or the damage would say nothing.
     shares = np.array([reader.share for reader in everyone])
     for index in range(number):
         reader = everyone[int(generator.choice(len(everyone), p=shares / shares.sum()))]
@@ -145,6 +165,9 @@ def run_files(folder: Path, number: int, seed: int, keep: Path) -> Findings:
 def main(files: int, number: int, seed: int, keep: str | None) -> None:
     """Print what a campaign brings out; exit code 1 if anything fails."""
     failed = 0
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    torch.set_num_threads(1)
+    sys.path[:0] = [str(TESTS), *(str(TESTS / room) for room in ("merge", "profiling", "evidence"))]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         kept = Path(keep or folder / "kept")
@@ -152,20 +175,9 @@ def main(files: int, number: int, seed: int, keep: str | None) -> None:
         if files:
             start, limits = time.process_time(), resource.getrlimit(resource.RLIMIT_AS)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limits[1]))
-            findings = run_files(folder, files, seed, kept)
+            failed += run_files(folder, files, seed, kept).show()
             resource.setrlimit(resource.RLIMIT_AS, limits)
-            for name, counts in findings.counts.items():
-                click.echo(f"{name:16} {json.dumps(dict(sorted(counts.items())))}")
-            for example in findings.examples.values():
-                click.echo(f"  {example}")
-            bad = {kind: findings.total(kind) for kind in ("traceback", "hang", "unfit message", "slow")}
-            failed += sum(bad.values()) - bad["slow"]
-            click.echo(
-                f"{sum(map(findings.total, ('accepted', 'refused', 'traceback', 'hang')))} files: "
-                f"{findings.total('accepted')} accepted, {findings.total('refused')} refused, {bad['traceback']} tracebacks, "
-                f"{bad['hang']} hangs over {SECONDS:g} s, {bad['unfit message']} unfit messages, {bad['slow']} over {SLOW:g} s; "
-                f"slowest {findings.slowest[0]:.1f} s ({findings.slowest[1]}); {time.process_time() - start:.0f} s of CPU"
-            )
+            click.echo(f"{time.process_time() - start:.0f} s of CPU")
         if number:
             failed += kills(folder / "kills", number, seed)
     sys.exit(1 if failed else 0)

@@ -82,11 +82,11 @@ def kills(folder: Path, number: int, seed: int) -> int:
 
 def _import_everything() -> None:
     import datasets
+    import pair  # noqa: F401
     import peft  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama
     import transformers.models.llava.modeling_llava  # noqa: F401
-    import pair  # noqa: F401
 
     import mergekit_snrf.cli.profile
     import mergekit_snrf.cli.snrf
@@ -224,7 +224,10 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
     options = case.again if code is None or case.over is not None or case.words[0] == "profile" else ("--help",)
     code = _forked(lambda: _run(case.words, output, options), log)
     if code != 0:
-        return [*found, f"WRONG: the rerun after the kill at {after:.2f} s ends with {code}: {log.read_text()[-300:]!r}"]
+        return [
+            *found,
+            f"WRONG: the rerun after the kill at {after:.2f} s ends with {code}: {log.read_text()[-300:]!r}",
+        ]
     again = _hashes(place)
     if again != whole:
         differing = sorted(name for name in again.keys() | whole.keys() if again.get(name) != whole.get(name))
@@ -268,7 +271,9 @@ def _loads(folder: Path) -> None:
 
 def _hashes(folder: Path) -> Files:
     return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
         for path in sorted(folder.rglob("*"))
         if path.is_file() or not any(path.iterdir())
     }
