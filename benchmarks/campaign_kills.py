@@ -221,7 +221,10 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
         found += ["left journals"] if any("journal" in name for name in left) else []
     else:
         found += _loads_wrong(place, output, whole, earlier, log)
-    options = case.again if code is None or case.over is not None or case.words[0] == "profile" else ("--help",)
+    options = case.again
+    if case.words[0] in ("patch", "lora") and output.exists():
+        # It was complete before the kill, or an earlier one.
+        options = ("--overwrite",)
     code = _forked(lambda: _run(case.words, output, options), log)
     if code != 0:
         return [

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from mergekit_snrf.errors import SnrfError, os_reason
-from mergekit_snrf.files.writing import check_writable
+from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -29,7 +25,7 @@ def command_options(function: _F) -> _F:
         level = logging.DEBUG if verbosity > 1 else logging.INFO if verbosity else logging.WARNING
         logging.basicConfig(level=logging.ERROR if quiet else level)
         try:
-            with _clean_up_when_terminated():
+            with cleaning_up_when_terminated():
                 return function(*args, **kwargs)
         except SnrfError as error:
             if verbosity > 1:
@@ -41,20 +37,6 @@ def command_options(function: _F) -> _F:
         click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings."),
     )
     return _with(options, wrapper)  # type: ignore[return-value]
-
-
-@contextmanager
-def _clean_up_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, after its cleaning up."""
-    of_python = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not of_python or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_quiet() -> bool:

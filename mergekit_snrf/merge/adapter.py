@@ -30,8 +30,9 @@ from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.reading import parse_yaml
+from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.checks import temporary_shards
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, LAST, TOKENIZER_FILES, copy_files, written_in_place
@@ -105,7 +106,7 @@ def run_session(
     context = click.get_current_context(silent=True)
     try:
         session = _open_session(config, str(out_path), options, config_source, context)
-        with session.running(), _without_leftovers(str(out_path), options):
+        with session.running(), cleaning_up_when_terminated(), _without_leftovers(str(out_path), options):
             for warning in session.plan.warnings:
                 LOG.warning(warning)
             if options.multi_gpu:
@@ -225,6 +226,7 @@ def _hook(names: dict[str, Any]) -> None:
         "get_architecture_info": architecture_of,
         "generate_card": _card,
         "_model_out_config": functools.partial(_not_saved, names["_model_out_config"]),
+        "_copy_tokenizer": functools.partial(_copy_tokenizer, names["_copy_tokenizer"]),
     }
     for name, ours in ours_of.items():
         if not getattr(names[name], "__snrf__", False):
@@ -249,6 +251,14 @@ def _not_saved(original: Callable[..., Any], config: MergeConfiguration, *args: 
     made = original(config, *args, **kwargs)
     made.save_pretrained = lambda *_, **__: None
     return made
+
+
+def _copy_tokenizer(original: Callable[..., Any], config: MergeConfiguration, *args: Any, **kwargs: Any) -> None:
+    """Let mergekit write the tokenizer, which it loads where it cannot copy; its files are copied in any case."""
+    try:
+        original(config, *args, **kwargs)
+    except Exception as error:  # mergekit would log a traceback.
+        LOG.warning("%s: mergekit cannot load the tokenizer (%s)", config.base_model, first_line(error))
 
 
 def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:

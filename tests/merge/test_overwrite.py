@@ -304,7 +304,8 @@ KILLED = """
 import os, signal, sys
 from mergekit_snrf.cli.merge import main
 from mergekit_snrf.merge.session import MergeSession
-setattr(MergeSession, sys.argv.pop(1), lambda *words: os.kill(os.getpid(), signal.SIGKILL))
+number = getattr(signal, sys.argv.pop(1))
+setattr(MergeSession, sys.argv.pop(1), lambda *words: os.kill(os.getpid(), number))
 main()
 """
 
@@ -314,10 +315,17 @@ def test_kill_of_a_merge_into_an_earlier_one(moment: str, pair: Pair, tmp_path: 
     """While tensors are merged, and when all weights are written: nothing loads what is left, and the rerun works."""
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yml", pair.recipe(source={"beta": 1.0}))
     merge(pair.recipe(), out)
-    words = [sys.executable, "-c", KILLED, moment, str(recipe), str(out), "--quiet"]
+    words = [sys.executable, "-c", KILLED, "SIGKILL", moment, str(recipe), str(out), "--quiet"]
     assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
     assert is_unfinished(str(out))
     assert not {"README.md", "mergekit_config.yml", "config.json"} & set(os.listdir(out))
     merge(recipe, out)
     merge(recipe, tmp_path / "fresh" / "out")
     assert hashes(out) == hashes(tmp_path / "fresh" / "out")
+
+
+def test_a_merge_that_is_terminated_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
+    words = [sys.executable, "-c", KILLED, "SIGTERM", "merged", str(recipe), str(tmp_path / "out"), "--quiet"]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists()
