@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -88,9 +87,7 @@ class Edit:
         """Return the edit; it is undone at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Undo the edit."""
         self.undo()
 
