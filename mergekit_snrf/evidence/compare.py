@@ -48,12 +48,7 @@ class Controls:
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
-    """Return the target, the claim and its controls.
-
-    Args:
-        merge: of the recipe.
-        model: the loaded target, from which norms are computed; it is not changed.
-        controls: which ones.
+    """Return the target, the claim and its controls; norms are computed from the loaded target, which stays as it is.
 
     Raises:
         SnrfError: a value is out of range, or a weight is not finite.

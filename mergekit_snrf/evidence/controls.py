@@ -17,7 +17,8 @@ from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.weights import Weights, bias_name
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,13 +134,7 @@ class Merge:
 
 
 def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:
-    """Return the merge of a plan without problems.
-
-    Args:
-        plan: of a recipe.
-        source: of the plan's source.
-        source_base: of the plan's source_base, None where it has none.
-    """
+    """Return the merge of a plan, with the weights of its source and source_base."""
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
@@ -173,12 +168,7 @@ def linear(merge: Merge, beta: float) -> Merge:
 
 
 def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:
-    """Return a merge whose update has the given Frobenius norm at every site.
-
-    A site whose update is zero stays as it is.
-
-    Args:
-        norms: ||beta * M_S(Delta_r)||_F by site.
+    """Return a merge whose update ||beta * M_S(Delta_r)||_F has the given norm at every site; one of zero stays zero.
 
     Raises:
         SnrfError: as a call of ``Merge``.

@@ -18,8 +18,9 @@ from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import Mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.sites import Site
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""

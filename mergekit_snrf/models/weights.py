@@ -16,7 +16,7 @@ from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import complete_stacks, find_decoder, main_stacks
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.shards import ByteRange, byte_ranges, read_tensor
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 
 def bias_name(weight_name: str) -> str:
