@@ -55,6 +55,8 @@ class Condition(_Part):
         role: ``reference`` is what the others are compared with, ``claim`` what the study is about.
         draws: how many seeds the numbers are averaged over.
         neurons: how many are edited.
+        curve: the sweep that it is a point of, such as ``linear``.
+        strength: of that point.
         settings: what was done (beta, rank, seeds, ...), to repeat it.
         metrics: by name.
     """
@@ -63,6 +65,8 @@ class Condition(_Part):
     role: Literal["reference", "claim", "control"]
     draws: int = 1
     neurons: int = 0
+    curve: str | None = None
+    strength: float | None = None
     settings: dict[str, Any] = {}
     metrics: dict[str, Measured]
 
