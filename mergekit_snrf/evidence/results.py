@@ -280,7 +280,7 @@ Result = Study | Overlap | OverlapPairs | Amplification
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
-def write_result(path: str | os.PathLike[str], result: Result) -> None:
+def write_result(path: str | os.PathLike[str], result: BaseModel) -> None:
     """Write a result as JSON; equal results give equal bytes, and an existing file is replaced at once or not at all.
 
     Raises:

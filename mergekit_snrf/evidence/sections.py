@@ -114,7 +114,8 @@ def site_order(site: SiteOverlap) -> tuple[int, int]:
 
 
 def study_section(study: Study, digest: str, draw: Drawer) -> Section:
-    """Show a study: its verdict, a figure and a table per metric, and how to repeat it."""
+    """Show a study: its verdict, its trade-offs, a figure and a table per metric, and how to repeat it."""
+    from mergekit_snrf.evidence.curves import tradeoff, tradeoff_text, tradeoffs
     from mergekit_snrf.evidence.figures import study_intervals
 
     titles = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat simpler baselines?"}
@@ -124,6 +125,9 @@ def study_section(study: Study, digest: str, draw: Drawer) -> Section:
         section.warnings.append(
             f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
         )
+    for gain, keep in tradeoffs(study):
+        caption = f"{gain} against {keep}, {100 * study.level:g} % intervals of the changes to the target"
+        section.drawings.append(draw(tradeoff(study, gain, keep), caption, tradeoff_text(study, gain, keep)))
     for metric in dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics):
         unit = wording.scale(study, metric)[1]
         text = wording.study_text(study, metric)
