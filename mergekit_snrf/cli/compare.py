@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,8 +223,7 @@ def _from_recipe(
     options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
     from mergekit_snrf.merge.recipefile import load_recipe
 
-    config = load_recipe(places[0])
-    opened = open_recipe(config, options, str(Path(places[0]).resolve().parent))
+    opened = open_recipe(load_recipe(places[0]), options, str(Path(places[0]).resolve().parent))
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
@@ -237,14 +237,13 @@ def _from_recipe(
         construct(ModelRef, {"model": str(opened.target_folder), **loading}),
         settings,
     )
-    controls = Controls(keys, draws, seed, least, common, betas, drop_rate, found, strengths)
+    controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
+    controls = replace(controls, moments=found, keeps=strengths)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, seed, settings)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
         study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
-    if opened.mask is None:
-        notes.append("Left out: other neurons, because the recipe moves all neurons.")
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes
@@ -264,6 +263,8 @@ def _of_options(
     from mergekit_snrf.files.references import sha256
 
     least, common, notes = None, None, []
+    if opened.mask is None:
+        notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
         least = least_important(read, opened.merge.neurons)

@@ -19,12 +19,13 @@ from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.filters import Filters, check_moments
-from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import Moments, read_moments
-from mergekit_snrf.models.weights import LiveWeights, StateWeights, Weights, bias_name, weights_of
+from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import Mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
+from mergekit_snrf.neurons.sites import Site
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
@@ -105,10 +106,10 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
     Raises:
         SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
     """
-    weights, chosen = _prepared(model, neurons)
+    decoder, chosen = _prepared(model, neurons)
     with Edit.whole() as edit:
         for site, member in chosen.items():
-            module, selected = weights.module(site), member.nonzero().flatten()
+            module, selected = decoder.module(site), member.nonzero().flatten()
             edit.write(module.weight, site.axis, selected, 0.0)
             if site.axis == 0 and module.bias is not None:
                 edit.write(module.bias, 0, selected, 0.0)
@@ -142,15 +143,15 @@ def fuse_model(
         SnrfError: target, source, neurons and moments do not fit together, or a weight is not finite; the model is as
             before.
     """
-    weights, chosen = _prepared(model, neurons)
+    decoder, chosen = _prepared(model, neurons)
     filters = None
     if moments is not None:
         found = moments if isinstance(moments, Moments) else read_moments(moments)
-        check_moments(found, weights.decoder.shape, weights.decoder.model)
+        check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
     with Edit.whole() as edit:
-        for site, fused, fused_bias in _fused(weights, source, chosen, fusion, source_base, biases, filters):
-            module, selected = weights.module(site), chosen[site].nonzero().flatten()
+        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases, filters):
+            module, selected = decoder.module(site), chosen[site].nonzero().flatten()
             edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
             if fused_bias is not None:
                 edit.write(module.bias, 0, selected, fused_bias[selected])
@@ -173,7 +174,7 @@ def fuse_state_dict(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite.
     """
-    weights = StateWeights.of(target)
+    weights = state_weights(target)
     result = dict(target)
     for site, fused, fused_bias in _fused(weights, source, _of(neurons), fusion, source_base, biases):
         name = weights.name(site)
@@ -238,17 +239,17 @@ def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
     return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
 
 
-def _prepared(model: nn.Module, neurons: NeuronSet | Mask | None) -> tuple[LiveWeights, dict[Site, Tensor]]:
-    weights = LiveWeights(find_live_decoder(model))
-    chosen = _of(every_neuron(weights.decoder.shape) if neurons is None else neurons)
+def _prepared(model: nn.Module, neurons: NeuronSet | Mask | None) -> tuple[LiveDecoder, dict[Site, Tensor]]:
+    decoder = find_live_decoder(model)
+    chosen = _of(every_neuron(decoder.shape) if neurons is None else neurons)
     where = neurons.path if isinstance(neurons, Mask) else None
-    check_fit(NeuronSet(chosen), weights.decoder.shape, where=where, model=weights.decoder.model)
+    check_fit(NeuronSet(chosen), decoder.shape, where=where, model=decoder.model)
     for site in chosen:
-        parameter = weights.module(site).weight
+        parameter = decoder.module(site).weight
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             what = "not in memory" if parameter.device.type == "meta" else f"stored as {parameter.dtype}"
-            raise SnrfError(weights.decoder.model, f"{weights.name(site)} is {what}", "load it whole and unquantised")
-    return weights, chosen
+            raise SnrfError(decoder.model, f"{decoder.name(site)} is {what}", "load it whole and unquantised")
+    return decoder, chosen
 
 
 def _history(parameter: nn.Parameter) -> list[Edit]:
