@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -144,17 +143,12 @@ def compare(
 
 
 def _draw(study: Study, folder: str) -> None:
-    from mergekit_snrf.evidence.curves import tradeoff, tradeoff_text, tradeoffs
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
     from mergekit_snrf.evidence.drawing import save
-    from mergekit_snrf.evidence.figures import study_intervals
-    from mergekit_snrf.evidence.wording import study_text as described
+    from mergekit_snrf.evidence.sections import metric_drawings
 
-    for metric in study.items:
-        name = re.sub(r"\W+", "-", metric)
-        save(study_intervals(study, metric), folder, name, metric, described(study, metric))
-    for gain, keep in tradeoffs(study):
-        name = re.sub(r"\W+", "-", f"{gain}-against-{keep}")
-        save(tradeoff(study, gain, keep), folder, name, f"{gain} against {keep}", tradeoff_text(study, gain, keep))
+    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
+        save(drawing.figure, folder, name, drawing.caption, drawing.text)
 
 
 def _check_chosen(row: str, needed: str) -> None:

@@ -76,10 +76,11 @@ def tune(
     if json_file is not None:
         write_result(json_file, tuning)
     if figures is not None:
-        from mergekit_snrf.evidence.curves import tuning_curve, tuning_text
+        from mergekit_snrf.evidence.curves import tuning_drawing
         from mergekit_snrf.evidence.drawing import save
 
-        save(tuning_curve(tuning), figures, "keep", "KL against keep", tuning_text(tuning))
+        drawing = tuning_drawing(tuning)
+        save(drawing.figure, figures, "keep", drawing.caption, drawing.text)
     if not dry_run:
         with writing.replacing(recipe) as file:
             file.write(with_keep(text, tuning.keep, recipe).encode())

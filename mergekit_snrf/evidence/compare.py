@@ -56,12 +56,7 @@ class Controls:
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
-    """Return the target, the claim and its controls.
-
-    Args:
-        merge: of the recipe.
-        model: the loaded target, from which norms are computed; it is not changed.
-        controls: which ones.
+    """Return the target, the claim and its controls; norms are computed from the loaded target, which stays as it is.
 
     Raises:
         SnrfError: a value is out of range, or a weight is not finite.
@@ -81,7 +76,8 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
         dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
         words = Words(
             f"DARE with drop rate {controls.drop_rate:g} on the {_neurons(merge)}",
-            "the recipe's update in place of DARE's",
+            # DARE at RegMean's strength is at another point of the trade-off.
+            "" if is_regmean(merge) else "the recipe's update in place of DARE's",
         )
         settings = {"seeds": seeds, "drop_rate": controls.drop_rate, "rescale": True}
         rows.append(_row(name, dropped, words, settings))

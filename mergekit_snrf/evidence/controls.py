@@ -144,13 +144,7 @@ class Merge:
 
 
 def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:
-    """Return the merge of a plan without problems.
-
-    Args:
-        plan: of a recipe.
-        source: of the plan's source.
-        source_base: of the plan's source_base, None where it has none.
-    """
+    """Return the merge of a plan, with the weights of its source and source_base."""
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
@@ -198,12 +192,7 @@ def _of_all(merge: Merge, fusion: Fusion) -> Merge:
 
 
 def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:
-    """Return a merge whose update has the given Frobenius norm at every site.
-
-    A site whose update is zero stays as it is.
-
-    Args:
-        norms: ||beta * M_S(Delta_r)||_F by site.
+    """Return a merge whose update ||beta * M_S(Delta_r)||_F has the given norm at every site; one of zero stays zero.
 
     Raises:
         SnrfError: as a call of ``Merge``.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import COLORS, INK, new_figure, styled
+from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, styled
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.results import Condition, Study
 from mergekit_snrf.evidence.wording import scale
@@ -26,11 +27,22 @@ _POINTS = {"DARE": (COLORS[3], "D"), "random": (COLORS[4], "v"), "base": (COLORS
 _OTHER = (COLORS[4], "D")
 
 
-def tradeoffs(study: Study) -> Iterator[tuple[str, str]]:
-    """Iterate over the pairs of a metric to gain and one to keep that have a curve to draw."""
-    if study.kind == "comparison" and any(condition.curve is not None for condition in study.conditions):
-        keep = [metric for metric in study.items if study.roles.get(metric) == "keep"]
-        yield from ((gain, kept) for gain in study.items if gain not in keep for kept in keep)
+def tradeoff_drawings(study: Study) -> dict[str, Drawing]:
+    """Return gain against keep, by the name of a file, for every pair of a metric to gain and one to keep.
+
+    A study without sweeps has none.
+    """
+    if study.kind != "comparison" or all(condition.curve is None for condition in study.conditions):
+        return {}
+    drawings = {}
+    for gain in study.items:
+        for keep in study.items:
+            if (study.roles.get(gain), study.roles.get(keep)) != ("gain", "keep"):
+                continue
+            caption = f"{gain} against {keep}, {100 * study.level:g} % intervals of the changes to the target"
+            name = re.sub(r"\W+", "-", f"{gain}-against-{keep}")
+            drawings[name] = Drawing(tradeoff(study, gain, keep), caption, tradeoff_text(study, gain, keep))
+    return drawings
 
 
 @styled
@@ -122,11 +134,21 @@ def tradeoff_text(study: Study, gain: str, keep: str) -> str:
     )
 
 
+def tuning_drawing(tuning: Tuning) -> Drawing:
+    """Return how keep was chosen as a figure."""
+    values = [f"{point.kl:.3g} at keep {point.keep:g}" for point in tuning.points]
+    text = (
+        f"Line chart of KL(target || merge) per token against keep, bound {tuning.max_kl:g}, chosen keep "
+        f"{tuning.keep:g}: {', '.join(values)}."
+    )
+    return Drawing(tuning_curve(tuning), "KL against keep", text)
+
+
 @styled
 def tuning_curve(tuning: Tuning) -> Figure:
     """Draw KL, and below it the metrics of an evaluation, against keep, with the bound and the choice."""
-    metrics = sorted(tuning.points[0].scores)
-    figure, panels = new_figure(2.6 + 2.2 * bool(metrics), rows=1 + bool(metrics))
+    metrics = sorted(tuning.target)
+    figure, panels = new_figure(3.4 + 2.2 * bool(metrics), rows=1 + bool(metrics))
     keeps = [point.keep for point in tuning.points]
     for index, name in enumerate(tuning.probes):
         color, kls = COLORS[index % len(COLORS)], [point.kinds[name][0] for point in tuning.points]
@@ -134,7 +156,7 @@ def tuning_curve(tuning: Tuning) -> Figure:
     kls = [point.kl for point in tuning.points]
     panels[0].plot(keeps, kls, color=INK, linewidth=1.8, marker="o", markersize=4, label="mean of the kinds")
     panels[0].axhline(tuning.max_kl, color=INK, linewidth=0.8, linestyle="--", label=f"bound {tuning.max_kl:g}")
-    panels[0].set(yscale="log", ylabel="KL(target || merge), nats a token")
+    panels[0].set(yscale="log", ylabel="KL, nats a token")
     for index, metric in enumerate(metrics):
         look: Any = {"color": COLORS[index % len(COLORS)], "marker": "os^Dv"[index % 5], "markersize": 4}
         panels[1].plot(keeps, [point.scores[metric] for point in tuning.points], label=printable(metric), **look)
@@ -144,15 +166,12 @@ def tuning_curve(tuning: Tuning) -> Figure:
     for panel in panels:
         panel.set_xscale("log")
         panel.axvline(tuning.keep, color=INK, linewidth=0.8)
-        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        # The style takes mathematics as text, so that powers of ten are written out.
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:.10g}")
+            axis.set_minor_formatter(lambda value, _: "")
+        panel.set_xticks([1, 3, 10, 30, 100, 0.1, 0.3], minor=False)
+        panel.set_xlim(min(keeps) / 1.15, max(keeps) * 1.15)
     panels[-1].set_xlabel(f"keep; chosen: {tuning.keep:g}")
     return figure
-
-
-def tuning_text(tuning: Tuning) -> str:
-    """Describe the figure of a choice of keep."""
-    values = [f"{point.kl:.3g} at keep {point.keep:g}" for point in tuning.points]
-    return (
-        f"Line chart of KL(target || merge) per token against keep, bound {tuning.max_kl:g}, chosen keep "
-        f"{tuning.keep:g}: {', '.join(values)}."
-    )

@@ -29,17 +29,9 @@ Draw = Callable[["PreTrainedModel"], Edit]
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a study: a model that is evaluated once per draw.
+    """One row of a study: a model that is evaluated once per draw, an edit of ``neurons`` neurons; none: as it is.
 
-    Attributes:
-        name: as the table shows it.
-        role: in the study.
-        draws: edits of the model; none leaves it as it is.
-        neurons: how many are edited.
-        words: for sentences about it.
-        curve: of a point of a sweep.
-        strength: of that point.
-        settings: to repeat it.
+    ``curve`` and ``strength`` are those of a point of a sweep; ``settings`` say how to repeat the row.
     """
 
     name: str
@@ -54,17 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Setup:
-    """What a study was made with; part of its result.
-
-    Attributes:
-        kind: of the study.
-        model: name of the target.
-        evaluation: its reference.
-        mask: path of the mask file.
-        mask_sha256: its sha256.
-        seed: of the intervals.
-        settings: whatever else is needed to repeat the study.
-    """
+    """What a study was made with; part of its result."""
 
     kind: Literal["ablation", "comparison"]
     model: str
@@ -84,17 +66,9 @@ def run_study(
     *,
     progress: bool = False,
 ) -> Study:
-    """Evaluate a loaded model under every row's edits and return the study.
+    """Evaluate a loaded target under every row's edits and return the study.
 
     The weights are put back bit for bit after every evaluation, including one that fails.
-
-    Args:
-        setup: kept in the study.
-        rows: of ``ablation_rows`` or ``comparison_rows``.
-        model: the loaded target.
-        processor: of the model.
-        evaluation: of ``load_evaluation``.
-        progress: show a progress bar on stderr.
 
     Raises:
         SnrfError: an edit does not fit the model, or the evaluation fails.
@@ -119,12 +93,8 @@ def build_study(
 ) -> Study:
     """Return means, changes to the reference, contrasts to the claim and a verdict.
 
-    Args:
-        setup: kept in the study.
-        rows: one is the reference, one the claim. A sweep among them is followed by its points at the claim's level of
-            each metric to keep.
-        scores: by name of the row, one per draw.
-        roles: of all metrics.
+    One row is the reference, one the claim. A sweep among the rows is followed by its points at the claim's level of
+    each metric to keep. ``scores`` are by name of the row, one per draw.
 
     Raises:
         SnrfError: the rows were not scored on the same items.
