@@ -241,7 +241,9 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
 def _loads_wrong(place: Path, output: Path, whole: Files, earlier: Files, log: Path) -> list[str]:
     found = []
     for folder in (output, place / ".out.partial" / "new"):
-        files = {f"out/{name}": sha256 for name, sha256 in _hashes(folder).items()} if folder.exists() else {}
+        # What is being built lies in a folder of its own.
+        hashes = _hashes(folder) if folder.exists() else {}
+        files = {f"out/{name}": sha256 for name, sha256 in hashes.items() if ".snrf-unfinished" not in name}
         if files in ({}, whole, earlier):
             continue
         loaded = _forked(lambda folder=folder: _loads(folder), log)

@@ -190,7 +190,7 @@ def test_linear_rows_are_the_linear_merge(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
     rows = rows_of(folder, model, rows=["linear"], linear_betas=(0.25, 1.0))
-    assert [row.beta for row in rows.values() if row.beta is not None] == [0.25, 1.0]
+    assert [row.strength for row in rows.values() if row.strength is not None] == [0.25, 1.0]
     for beta in (0.25, 1.0):
         row = rows[f"linear, beta {beta:g}"]
         (merge,) = row.draws
@@ -298,7 +298,7 @@ def test_a_base_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(SnrfError, match=r"base: .*intermediate size"):
         open_base(str(tmp_path / "other"), opened(folder), MergeOptions())
     make_source(tmp_path / "llama", "llama")
-    with pytest.raises(SnrfError, match=r"base: .*model type"):
+    with pytest.raises(SnrfError, match=r"base: .*family"):
         open_base(str(tmp_path / "llama"), opened(folder), MergeOptions())
 
 
