@@ -9,7 +9,6 @@ never planned, so never read.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import logging
@@ -17,8 +16,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,8 @@ from transformers import PretrainedConfig
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import parse_yaml
-from mergekit_snrf.merge.checks import temporary_shards
 from mergekit_snrf.merge.draft import draft_merge
-from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files, written_in_place
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
 from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.recipe import stray_keys
@@ -105,19 +102,22 @@ def run_session(
     context = click.get_current_context(silent=True)
     try:
         session = _open_session(config, str(out_path), options, config_source, context)
-        with session.running(), _without_leftovers(str(out_path), options):
+        with session.running():
             for warning in session.plan.warnings:
                 LOG.warning(warning)
             if options.multi_gpu:
                 _wait_for_results_of_gpus()
             _hook(mergekit.merge.__dict__)
-            with written_in_place(str(out_path)):
-                run_merge(rewritten(config, session), out_path, options, config_source or config.to_yaml())
-                _complete(session.plan, Path(out_path), options)
+            with built_inside(str(out_path)) as building:
+                run_merge(rewritten(config, session), str(building), options, config_source or config.to_yaml())
+                _complete(session.plan, building, options)
     except SnrfError as error:
         if context is None or context.params.get("verbosity", 0) > 1:
             raise
         raise click.ClickException(str(error)) from None
+    finally:
+        # Another merge in this process may find other files in the same folders.
+        LoaderCache.loaders.clear()
 
 
 def _open_session(
@@ -139,31 +139,7 @@ def _open_session(
     if not os.path.isdir(target.name):
         # mergekit's own download leaves some of the small files out, such as chat_template.jinja.
         hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
-    return MergeSession(plan, config_source or config.to_yaml())
-
-
-@contextmanager
-def _without_leftovers(out_path: str, options: MergeOptions) -> Iterator[None]:
-    """Remove the shards of a merge that fails, and its folder if there was none before; forget what was read."""
-    existed = os.path.isdir(out_path)
-
-    def remove() -> None:
-        for shard in temporary_shards(out_path):
-            os.remove(shard)
-        if not existed and os.path.isdir(out_path) and not os.listdir(out_path):
-            os.rmdir(out_path)
-
-    try:
-        yield
-    except BaseException:
-        remove()
-        if options.async_write:
-            # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
-            atexit.register(remove)
-        raise
-    finally:
-        # Another merge in this process may find other files in the same folders.
-        LoaderCache.loaders.clear()
+    return MergeSession(plan, config_source or config.to_yaml(), os.path.basename(out_path) or "merged")
 
 
 def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfiguration:
@@ -236,7 +212,7 @@ def _instead(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 
 def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
-    return session_of(config).card(name or "merged")
+    return session_of(config).card()
 
 
 def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from jaxtyping import Bool
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -19,17 +18,17 @@ from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
-from mergekit_snrf.merge.moments import check_moments, compare_moments, open_moments
+from mergekit_snrf.merge.moments import compare_moments, open_moments
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.filters import check_moments
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
-from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import Site
 
 
@@ -66,11 +65,7 @@ class PlanDraft:
             self.problems.append(error)
 
     def finish(self) -> MergePlan:
-        """Return the plan.
-
-        Raises:
-            SnrfError: the merge cannot run, with every problem.
-        """
+        """Return the plan, or raise ``SnrfError`` with every problem."""
         if self.problems:
             raise SnrfError.several("the merge cannot run", self.problems)
         assert self.recipe is not None and self.mask is not None  # noqa: PT018
@@ -100,7 +95,6 @@ def draft_merge(
     """Read configurations and headers of the models and the mask, and work out the merge without reading a weight.
 
     Args:
-        config: the recipe as mergekit parsed it; not changed.
         out_path: the output folder, checked if given.
         recipe_folder: where relative paths are looked for after the working folder.
         merge_adapter: let mergekit apply a LoRA source (``model+adapter``) to its cache folder first, which
@@ -140,17 +134,9 @@ def draft_merge(
 
 
 def plan_merge(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    *,
-    out_path: str | None = None,
-    recipe_folder: str | None = None,
+    config: MergeConfiguration, options: MergeOptions, *, out_path: str | None = None, recipe_folder: str | None = None
 ) -> MergePlan:
-    """Return the plan of a merge; args as ``draft_merge``.
-
-    Raises:
-        SnrfError: the merge cannot run, with every problem.
-    """
+    """Return the plan of a merge, or raise ``SnrfError`` with every problem; args as ``draft_merge``."""
     return draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder).finish()
 
 
@@ -187,15 +173,13 @@ def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -
     if recipe.value("update") != "regmean":
         return
     if target is not None and "masks" not in recipe.parameters:
-        shape = target.decoder.shape
-        every = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
-        draft.mask = Mask(NeuronSet(every), path="all neurons")
+        draft.mask = Mask(every_neuron(target.decoder.shape), path="all neurons")
     if not recipe.value("moments"):
         return
     with draft.collect():
         draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)
         if target is not None:
-            check_moments(draft.moments, target.checkpoint, target.decoder)
+            check_moments(draft.moments, target.decoder.shape, target.checkpoint.name)
             draft.warnings += compare_moments(draft.moments, target.checkpoint)
 
 
@@ -240,12 +224,9 @@ def _planned_edit(
         other = model.checkpoint.tensors.get(theirs)
         if other is None or other.shape != header.shape or other.dtype not in FLOAT_DTYPES:
             found = "is missing" if other is None else f"is {other.dtype} of shape {list(other.shape)}"
-            raise SnrfError(
-                model.checkpoint.name,
-                f"tensor {theirs} of the {role} {found}, but {name} of {draft.checkpoints['target'].name} has shape "
-                f"{list(header.shape)}",
-                "its bias cannot move, remove biases from the recipe",
-            )
+            ours = f"{name} of {draft.checkpoints['target'].name} has shape {list(header.shape)}"
+            what = f"tensor {theirs} of the {role} {found}, but {ours}"
+            raise SnrfError(model.checkpoint.name, what, "its bias cannot move, remove biases from the recipe")
         size += other.bytes
     if is_bias:
         fusion = fusion.of_bias()
