@@ -66,13 +66,7 @@ class Adapter:
 def factors(
     update: Update, neurons: int, axis: int, beta: float
 ) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
-    """Return (A, B) with B @ A = beta * M_S(Delta_r) as a whole matrix.
-
-    Args:
-        update: the selected neurons as ``left @ right``.
-        neurons: how many neurons the projection has.
-        axis: the axis of the weight that counts neurons.
-    """
+    """Return (A, B) with B @ A = beta * M_S(Delta_r) as a whole matrix of so many neurons along an axis."""
     left, right = update.left, update.right
     if left is None or left.shape[0] < left.shape[1]:
         # Fewer neurons than ranks: their rows themselves are the smaller factor.
@@ -99,8 +93,7 @@ def export_adapter(
     """Write the update of a merge as an adapter; the folder appears at once or not at all.
 
     Args:
-        config: the recipe as mergekit parsed it.
-        recipe: the recipe's text, kept in the model card.
+        recipe: its text, kept in the model card.
         out_path: must not exist, or be empty.
         recipe_folder: where relative paths of the recipe are looked for after the working folder.
         workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
@@ -110,13 +103,7 @@ def export_adapter(
         SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
     """
     plan = plan_output(
-        config,
-        options,
-        out_path,
-        "adapter",
-        recipe_folder=recipe_folder,
-        overwrite=overwrite,
-        problems=_problems,
+        config, options, out_path, "adapter", recipe_folder=recipe_folder, overwrite=overwrite, problems=_problems
     )
     settings = settings or AdapterSettings.model_validate({})
     plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
@@ -228,27 +215,17 @@ def live_prefix(checkpoint: Checkpoint) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            str(checkpoint.folder or checkpoint.name),
-            revision=checkpoint.revision,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        place, trust = str(checkpoint.folder or checkpoint.name), checkpoint.trust_remote_code
+        config = AutoConfig.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=trust)
         if not config.architectures:
             raise ValueError("its config.json names no class under 'architectures'")
         with torch.device("meta"):
-            model = get_auto_cls(config.architectures[0]).from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code
-            )
+            model = get_auto_cls(config.architectures[0]).from_config(config, trust_remote_code=trust)
     except Exception as error:
         what = f"transformers cannot build it ({first_line(error)}), and an adapter needs the names of its modules"
         raise SnrfError(checkpoint.name, what, "check its config.json and files") from None
-    headers = {
-        name: TensorHeader("BF16", tuple(parameter.shape), "live") for name, parameter in model.named_parameters()
-    }
-    live = Checkpoint(
-        checkpoint.name, checkpoint.folder, headers, checkpoint.config, checkpoint.config_bytes, checkpoint.files
-    )
-    return find_decoder(live).prefix
+    headers = {name: TensorHeader("BF16", tuple(weight.shape), "live") for name, weight in model.named_parameters()}
+    return find_decoder(replace(checkpoint, tensors=headers)).prefix
 
 
 def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> Any:

@@ -60,40 +60,29 @@ def filters_of(plan: MergePlan) -> Filters | None:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    """Return a tensor in another dtype; None: as it is.
+    """Return a tensor in another dtype; None: as it is. Raises as ``check_cast``."""
+    check_cast(tensor, dtype, name)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
+    """Check that a tensor can be written in another dtype.
 
     Raises:
         SnrfError: a finite weight would become infinite.
     """
-    if dtype is None:
-        return tensor
-    result = tensor.to(dtype)
-    if overflows(tensor, result):
-        raise overflow(tensor, dtype, name)
-    return result
-
-
-def can_overflow(stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Return whether a finite number of one floating-point dtype may be infinite in another."""
-    return torch.finfo(stored).max > torch.finfo(dtype).max
-
-
-def overflows(tensor: Tensor, result: Tensor) -> bool:
-    """Return whether a finite number of ``tensor`` is infinite in ``result``, its copy in another dtype."""
-    if not tensor.is_floating_point() or not can_overflow(tensor.dtype, result.dtype) or not tensor.numel():
-        return False
+    if dtype is None or not tensor.is_floating_point() or not tensor.numel():
+        return
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return
     # Most tensors are judged by their ends alone.
-    if all(bool(end.isfinite()) for end in result.aminmax()):
-        return False
-    return bool((tensor.isfinite() & result.isinf()).any())
-
-
-def overflow(tensor: Tensor, dtype: torch.dtype, name: str) -> SnrfError:
-    """Return the error of a cast that makes finite weights infinite."""
-    largest = float(tensor[tensor.isfinite()].abs().amax())
-    kind = str(dtype).removeprefix("torch.")
-    what = f"holds weights up to {largest:.3g}, which are infinite in {kind}"
-    return SnrfError(name, what, f"merge in a wider dtype than {kind}")
+    if all(bool(end.to(dtype).isfinite()) for end in tensor.aminmax()):
+        return
+    largest = tensor[tensor.isfinite()].abs()
+    if largest.numel() and bool(largest.amax().to(dtype).isinf()):
+        kind = str(dtype).removeprefix("torch.")
+        what = f"holds weights up to {float(largest.amax()):.3g}, which are infinite in {kind}"
+        raise SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
 class Tensors:
