@@ -139,7 +139,7 @@ def study_text(study: Study) -> str:
 
 
 def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) -> tuple[OpenedRecipe, MergeOptions]:
-    """Return a recipe whose models are on this machine, and mergekit's options; where ``loading`` names no dtype, it gets the recipe's."""
+    """Return a recipe whose models are here, and mergekit's options; ``loading`` gets its dtype if it has none."""
     from mergekit_snrf.evidence.recipes import open_recipe
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
 
