@@ -32,7 +32,7 @@ from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
-from mergekit_snrf.merge.tensors import Tensors, cast, filter_of, threads
+from mergekit_snrf.merge.tensors import Tensors, cast, kernel_options, threads
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import TensorHeader
@@ -164,7 +164,9 @@ def _matrices(
     unmoved = 0
 
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        a, b = factors(_update_of(edit, read), len(edit.member), edit.site.axis, edit.fusion.beta)
+        target, source, base = read.read(edit)
+        update = masked_update(target, source, **kernel_options(edit, base, read.filters))
+        a, b = factors(update, len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
         return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
 
@@ -185,21 +187,6 @@ def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Fl
     padded = matrix.new_zeros(shape)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     return padded
-
-
-def _update_of(edit: PlannedEdit, tensors: Tensors) -> Update:
-    target, source, source_base = tensors.read(edit)
-    return masked_update(
-        target,
-        source,
-        edit.member,
-        edit.site.axis,
-        edit.fusion,
-        name=edit.target_name,
-        source_base=source_base,
-        site=edit.site,
-        moments=filter_of(edit, tensors.filters),
-    )
 
 
 def live_prefix(checkpoint: Checkpoint) -> str:

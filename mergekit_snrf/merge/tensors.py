@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from typing import Any
 
 import torch
 import tqdm
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
-from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.models.filters import Filters
@@ -34,24 +34,23 @@ def fuse_edit(
     Raises:
         SnrfError: a weight is not finite, or the result overflows the target's dtype.
     """
-    return fuse_and_report(
-        target,
-        source,
-        edit.member,
-        edit.site.axis,
-        edit.fusion,
-        name=edit.target_name,
-        source_base=source_base,
-        site=edit.site,
-        moments=filter_of(edit, filters),
+    return fuse_and_report(target, source, **kernel_options(edit, source_base, filters))
+
+
+def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filters | None) -> dict[str, Any]:
+    """Return what a function of ``fusion.fuse`` takes for a planned edit besides target and source."""
+    moments = (
+        filters.of(edit.site, edit.fusion.keep) if filters is not None and edit.fusion.update == "regmean" else None
     )
-
-
-def filter_of(edit: PlannedEdit, filters: Filters | None) -> Filter | None:
-    """Return the filter of a planned edit; None where its update needs none."""
-    if filters is None or edit.fusion.update != "regmean":
-        return None
-    return filters.of(edit.site, edit.fusion.keep)
+    return {
+        "neurons": edit.member,
+        "axis": edit.site.axis,
+        "fusion": edit.fusion,
+        "name": edit.target_name,
+        "source_base": source_base,
+        "site": edit.site,
+        "moments": moments,
+    }
 
 
 def filters_of(plan: MergePlan) -> Filters | None:

@@ -58,19 +58,6 @@ class Decoder:
         return f"{self.prefix}{site.layer}.{site.module}.weight"
 
 
-def site_of(weight_name: str) -> Site:
-    """Return the layer and projection of a decoder weight's name.
-
-    Raises:
-        SnrfError: the name is not that of one of the five projections.
-    """
-    match = _WEIGHT.fullmatch(weight_name)
-    if match is None:
-        what = f"not a weight of a text decoder's {', '.join(PROJECTIONS)}"
-        raise SnrfError(repr(weight_name), what, "expected e.g. model.layers.0.self_attn.k_proj.weight")
-    return Site(int(match["layer"]), _SITE_OF_MODULE[match["module"]])
-
-
 def find_decoder(checkpoint: Checkpoint) -> Decoder:
     """Return the one complete text stack of a checkpoint, found by its tensor names and its text configuration.
 

@@ -9,7 +9,7 @@ import pytest
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems, site_of
+from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.models.headers import TensorHeader
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.neurons.shape import DecoderShape
@@ -90,31 +90,12 @@ def test_decoders_of_every_layout(prefix: str, dtype: str) -> None:
         name = decoder.weight_name(site)
         header = tensors[name]
         assert header.shape[site.axis] == SHAPE.neurons(site.projection)
-        assert site_of(name) == site
 
 
 def test_sites_are_every_layer_and_projection() -> None:
     assert SHAPE.sites() == [Site(layer, name) for layer in range(3) for name in PROJECTIONS]
     assert [SHAPE.neurons(name) for name in ("attn.q", "attn.k", "attn.v", "fwd.up", "fwd.down")] == [16, 8, 8, 24, 24]
     assert SHAPE.repeats == 2
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.0.self_attn.q_proj.bias",
-        "model.layers.00.self_attn.q_proj.weight",
-        "model.layers.\u0660.self_attn.q_proj.weight",
-        "model.layers.self_attn.q_proj.weight",
-        "visual.blocks.0.mlp.up_proj.weight",
-        "model.layers.0.mlp.up_proj.weight.absmax",
-    ],
-)
-def test_names_of_other_weights(name: str) -> None:
-    with pytest.raises(SnrfError, match="not a weight of a text decoder"):
-        site_of(name)
 
 
 def test_a_vision_tower_of_the_decoders_depth_and_width_is_ignored() -> None:
