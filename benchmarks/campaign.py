@@ -160,9 +160,10 @@ def run_files(folder: Path, number: int, seed: int, keep: Path) -> Findings:
 @click.command()
 @click.option("--files", default=10_000, show_default=True)
 @click.option("--kills", "number", default=50, show_default=True, help="Of each command.")
+@click.option("--command", "commands", multiple=True, help="Kill only this one (several times); default: all.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--keep", type=click.Path(file_okay=False), help="Where files that failed are kept.")
-def main(files: int, number: int, seed: int, keep: str | None) -> None:
+def main(files: int, number: int, commands: tuple[str, ...], seed: int, keep: str | None) -> None:
     """Print what a campaign brings out; exit code 1 if anything fails."""
     failed = 0
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -179,7 +180,7 @@ def main(files: int, number: int, seed: int, keep: str | None) -> None:
             resource.setrlimit(resource.RLIMIT_AS, limits)
             click.echo(f"{time.process_time() - start:.0f} s of CPU")
         if number:
-            failed += kills(folder / "kills", number, seed)
+            failed += kills(folder / "kills", number, seed, commands)
     sys.exit(1 if failed else 0)
 
 

@@ -46,14 +46,14 @@ class Case:
         return folder / ("m.safetensors" if self.words[0] == "profile" else "out")
 
 
-def kills(folder: Path, number: int, seed: int) -> int:
+def kills(folder: Path, number: int, seed: int, commands: Sequence[str] = ()) -> int:
     """Kill every command at random moments; print what came of it and return the number of failures."""
     _import_everything()
     folder.mkdir()
     log = folder / "log.txt"
     _write_inputs(folder)
     generator, failed = np.random.default_rng(seed), 0
-    cases = _cases(folder)
+    cases = [case for case in _cases(folder) if not commands or case.words[0] in commands]
     for case in cases[::2]:
         # Once in this process, so that no child loads modules or compiles expressions.
         with suppress(SystemExit):

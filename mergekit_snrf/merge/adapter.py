@@ -16,7 +16,8 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModu
 from mergekit.io.tasks import LoaderCache
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
@@ -109,7 +111,7 @@ def run_session(
             if options.multi_gpu:
                 _wait_for_results_of_gpus()
             _hook(mergekit.merge.__dict__)
-            with built_inside(str(out_path)) as building:
+            with _explained(str(out_path)), built_inside(str(out_path)) as building:
                 run_merge(rewritten(config, session), str(building), options, config_source or config.to_yaml())
                 _complete(session.plan, building, options)
     except SnrfError as error:
@@ -119,6 +121,18 @@ def run_session(
     finally:
         # Another merge in this process may find other files in the same folders.
         LoaderCache.loaders.clear()
+
+
+@contextmanager
+def _explained(out_path: str) -> Iterator[None]:
+    """Raise what the operating system refuses, such as a full disk, as ``SnrfError``."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        what = f"the merge could not be written ({os_reason(error)})"
+        raise SnrfError(out_path, what, "make room, or choose another folder") from None
 
 
 def _open_session(

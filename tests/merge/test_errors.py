@@ -29,9 +29,11 @@ from pair import (
     target_name,
     write_recipe,
 )
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
@@ -332,6 +334,24 @@ def test_a_tokenizer_that_cannot_be_read(chat_template: str | None, pair: Pair, 
         (target / "tokenizer.json").write_text("{")
     message = one(pair.recipe(base_model=str(target), chat_template=chat_template), tmp_path / "out")
     assert message.startswith(f"{target}/tokenizer.json" if chat_template is None else f"{target}: the tokenizer")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: No space left on device"),
+        RuntimeError("PytorchStreamWriter failed: No space left on device"),
+    ],
+)
+def test_a_full_disk(error: Exception, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MergeSession, "merged", full)
+    message = one(pair.recipe(), tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'out'}: the merge could not be written (")
+    assert "No space left on device" in message
 
 
 def test_all_problems_at_once(pair: Pair, tmp_path: Path) -> None:
