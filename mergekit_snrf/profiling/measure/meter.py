@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from mergekit_snrf.profiling.impact.released import released_attention_scores, r
 from mergekit_snrf.profiling.impact.sdpa import Backend
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
 from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradients
+from mergekit_snrf.profiling.measure.inputs import run_once
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
 
 CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Largest median over positions of the relative error with which captured tensors must give the attention's output.
@@ -37,24 +37,18 @@ the model rounds queries and keys to its own dtype after RoPE, the impact does n
 """
 
 
-class Batch(Protocol):
-    """Probes as a model takes them: ``ProbeBatch``, or anything with these attributes."""
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The number of each probe, for messages."""
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """What ``model(**inputs)`` takes."""
-
-    @property
-    def attention_mask(self) -> Shaped[Tensor, "batch tokens"]:
-        """Nonzero where a token is real."""
-
-    @property
-    def answer_mask(self) -> Bool[Tensor, "batch tokens"]:
-        """Where a token belongs to the answer."""
+Scoring = Annotated[
+    Literal["exact", "released"],
+    Field(description="The exact impact (Eq. 14), or the score of the paper's released code."),
+]
+Weight = Annotated[
+    Literal["paper", "residual", "gradient"],
+    Field(description="Weight of the positions: one, by the residual stream, or by a gradient."),
+]
+MeasuredSite = Annotated[
+    Literal["pre_o", "post_o"], Field(description="Compare the attention output before or after o_proj.")
+]
+Tokens = Annotated[Literal["all", "answer"], Field(description="The positions that count.")]
 
 
 class Measure(Settings):
@@ -62,20 +56,15 @@ class Measure(Settings):
 
     >>> Measure(weight="residual").provenance()
     {'scoring': 'exact', 'weight': 'residual', 'site': 'pre_o', 'tokens': 'all'}
+
+    A squared change counts at a position by one (``paper``), divided by the mean square of the residual stream after
+    the layer (``residual``), or multiplied by how much the final states feel a change there (``gradient``).
     """
 
-    scoring: Literal["exact", "released"] = Field(
-        default="exact", description="The exact impact (Eq. 14), or the score of the paper's released code."
-    )
-    weight: Literal["paper", "residual", "gradient"] = Field(
-        default="paper",
-        description="How a squared change counts at a position: by one, divided by the mean square of the residual "
-        "stream after the layer, or multiplied by how much the final states feel a change there.",
-    )
-    site: Literal["pre_o", "post_o"] = Field(
-        default="pre_o", description="Compare the attention output before or after o_proj."
-    )
-    tokens: Literal["all", "answer"] = Field(default="all", description="The positions that count.")
+    scoring: Scoring = "exact"
+    weight: Weight = "paper"
+    site: MeasuredSite = "pre_o"
+    tokens: Tokens = "all"
 
     @model_validator(mode="after")
     def _check_released(self) -> Measure:
@@ -130,7 +119,7 @@ class Meter:
         """How many neurons each measured site has; fwd.down has the impacts of fwd.up."""
         return {site: self.decoder.shape.neurons(site.projection) for site in self.decoder.shape.sites()}
 
-    def impacts(self, batch: Batch) -> dict[Site, Float[Tensor, "probes neurons"]]:
+    def impacts(self, batch: ProbeBatch) -> dict[Site, Float[Tensor, "probes neurons"]]:
         """Return the impacts of one batch, on the CPU: float64 for a float64 model, else float32.
 
         Raises:
@@ -151,7 +140,7 @@ class Meter:
         found: dict[Site, Tensor] = {}
         gradients: list[LayerGradient] = []
         if self.measure.weight == "gradient":
-            gradients = layer_gradients(self.model, self.decoder, lambda: self._forward(batch.inputs), counted)
+            gradients = layer_gradients(self.model, self.decoder, lambda: run_once(self.model, batch.inputs), counted)
 
         def visit(layer: CapturedLayer) -> None:
             self._check_finite(layer, batch)
@@ -169,7 +158,7 @@ class Meter:
 
         run_layers(
             self.decoder,
-            lambda: self._forward(batch.inputs),
+            lambda: run_once(self.model, batch.inputs),
             batch.attention_mask,
             visit,
             up=self.measure.scoring == "released",
@@ -177,18 +166,6 @@ class Meter:
         self._check_gradients(gradients, counted, batch)
         self._checked = True
         return found
-
-    def _forward(self, inputs: Mapping[str, Any]) -> None:
-        accepted = inspect.signature(type(self.model).forward).parameters
-        # The logits of long probes over a large vocabulary would need more memory than all else.
-        extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            self.model(**{**inputs, **extra})
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def _position_weights(
         self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None
@@ -241,7 +218,7 @@ class Meter:
             self._column_norms[layer.index] = column_norms(weight_of(layer.module.get_submodule("mlp.down_proj")))
         return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights)
 
-    def _check_finite(self, layer: CapturedLayer, batch: Batch) -> None:
+    def _check_finite(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
         """Name the first projection that gives NaN or infinite values at a real token."""
         captured = {
             "attn.q": layer.attention.query,
@@ -254,7 +231,7 @@ class Meter:
             self._refuse(layer, projection, batch, wrong.any(-1))
 
     def _check_gradients(
-        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: Batch
+        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: ProbeBatch
     ) -> None:
         for index, gradient in enumerate(gradients):
             finite = gradient.attention.isfinite() & gradient.ffn.isfinite()
@@ -268,7 +245,7 @@ class Meter:
                     field="weight",
                 )
 
-    def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
+    def _refuse(self, layer: CapturedLayer, projection: str, batch: ProbeBatch, wrong: Bool[Tensor, " probes"]) -> None:
         if bool(wrong.any()):
             number = batch.numbers[int(wrong.nonzero()[0])]
             raise SnrfError(
@@ -278,7 +255,7 @@ class Meter:
                 f"such as float32",
             )
 
-    def _check(self, layer: CapturedLayer, batch: Batch) -> None:
+    def _check(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
         """Compare the attention output that the captured tensors imply with the model's own."""
         actual = layer.attended
         real = (batch.attention_mask != 0).to(actual.device)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
@@ -90,22 +90,22 @@ class ProbeBatch:
     """Probes with their answers, as the model takes them.
 
     Attributes:
-        group: index in ``Probes.groups``; a group can come in several batches.
         numbers: row numbers.
         inputs: arguments of the model's forward: prompts, then answers, padded on the right.
-        attention_mask: 1 on the tokens of prompt and answer.
+        attention_mask: nonzero on the tokens of prompt and answer.
         answer_mask: True on the answer's tokens; a generated end token is one of them.
         answers: as text, without special tokens.
         ended: False where generation stopped at max_new_tokens.
+        group: index in ``Probes.groups``; a group can come in several batches.
     """
 
-    group: int
     numbers: tuple[int, ...]
-    inputs: Mapping[str, Tensor]
-    attention_mask: Int[Tensor, "batch tokens"]
+    inputs: Mapping[str, Any]
+    attention_mask: Shaped[Tensor, "batch tokens"]
     answer_mask: Bool[Tensor, "batch tokens"]
-    answers: tuple[str, ...]
-    ended: tuple[bool, ...]
+    answers: tuple[str, ...] = ()
+    ended: tuple[bool, ...] = ()
+    group: int = 0
 
 
 def prepare(
