@@ -53,14 +53,8 @@ class SnrfError(ValueError):
     'mask.safetensors: has no neurons; choose a larger top_ratio'
     """
 
-    def __init__(
-        self, where: object | None, what: str | None = None, remedy: str | None = None, *, field: str | None = None
-    ) -> None:
-        if what is None:  # Until every call has its three parts.
-            where, what = None, str(where)
-            self.what = what
-        else:
-            self.what = _part(what)
+    def __init__(self, where: object | None, what: str, remedy: str | None = None, *, field: str | None = None) -> None:
+        self.what = _part(what)
         self.where = None if where is None else _part(str(where))
         self.remedy = None if remedy is None else _part(remedy)
         self.field = field
@@ -204,8 +198,3 @@ def _given(value: Any) -> str:
 def _part(text: str) -> str:
     text = "".join(c if c == "\n" else printable(c) for c in text)
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}…"
-
-
-def problem(entry: Mapping[str, Any], **options: Any) -> str:
-    """Return ``invalid`` as text, until every reader raises it itself."""
-    return str(invalid("", [entry], **options))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, SiteProfile
 
 

@@ -73,7 +73,7 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
 
 
 def _layer_table(neurons: NeuronSet) -> str:
-    from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+    from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
     numbers = sorted({site.layer for site in neurons.nonempty()})
     rows = [(layer, *(neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]

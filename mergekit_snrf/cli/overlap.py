@@ -106,7 +106,7 @@ def _name(pair: Overlap) -> str:
 
 
 def _details(pair: Overlap, layers: bool, named: bool) -> str:
-    from mergekit_snrf.neurons.sets import PROJECTIONS
+    from mergekit_snrf.neurons.sites import PROJECTIONS
 
     parts = [f"\n{_name(pair)}"] if named else []
     if layers:

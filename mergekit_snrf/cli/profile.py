@@ -50,7 +50,7 @@ def main(
     The two profiles are written beside it. Start it under torchrun or accelerate launch to split the probes over
     several processes.
     """
-    from mergekit_snrf.neurons.sets import PROJECTIONS
+    from mergekit_snrf.neurons.sites import PROJECTIONS
     from mergekit_snrf.profiling import run as runs
     from mergekit_snrf.profiling.memory import parse_size
     from mergekit_snrf.profiling.settings import load_profile_config

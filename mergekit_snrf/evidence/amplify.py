@@ -30,8 +30,9 @@ from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron
 from mergekit_snrf.evidence.tokens import WORDS, is_math, math_share, rank_tokens, token_text, words_sha256
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.loading import tokenizer_of
-from mergekit_snrf.neurons.sets import Neuron, NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.sites import Neuron, Site
 from mergekit_snrf.profiling.probes.answers import Answer, generate_answers
 from mergekit_snrf.profiling.probes.batches import Probe, Probes, encode, prepare, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows

@@ -4,67 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
-from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
-from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.weights import LiveWeights, StoredWeights, Weights, bias_name
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.weights import Weights, bias_name
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mergekit_snrf.merge.plan import MergePlan
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Weights rounded to a dtype as they are read, as mergekit does where the recipe sets ``dtype``."""
-
-    weights: Weights
-    dtype: torch.dtype
-
-    def name(self, site: Site) -> str:
-        """Return the name of a projection's weight."""
-        return self.weights.name(site)
-
-    def weight(self, site: Site) -> Float[Tensor, "rows columns"]:
-        """Return a projection's weight."""
-        return self.weights.weight(site).to(self.dtype)
-
-    def bias(self, site: Site) -> Float[Tensor, " rows"] | None:
-        """Return a projection's bias; None if it has none."""
-        bias = self.weights.bias(site)
-        return None if bias is None else bias.to(self.dtype)
-
-
-def stored_weights(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> Weights:
-    """Return the weights of a checkpoint on disk, read one by one.
-
-    Args:
-        folder: of its shards.
-        dtype: to round them to; None: as stored.
-
-    Raises:
-        SnrfError: it has no text decoder, or is not stored as safetensors.
-    """
-    other = sorted({header.file for header in checkpoint.tensors.values() if not header.file.endswith(".safetensors")})
-    if other:
-        raise SnrfError(checkpoint.name, f"is stored as {other[0]}", "convert it to safetensors first")
-    stored = StoredWeights(checkpoint, folder)
-    return stored if dtype is None else Cast(stored, dtype)
 
 
 @dataclass(frozen=True)
@@ -119,14 +78,14 @@ class Merge:
         Raises:
             SnrfError: as the call.
         """
-        weights = LiveWeights(find_live_decoder(model))
+        weights = find_live_decoder(model)
         norms = {}
         for site in self.fusions:
             rows = self._update(weights, site).rows()
             norms[site] = frobenius_norm(rows) if rows.numel() else 0.0
         return norms
 
-    def _update(self, weights: LiveWeights, site: Site) -> Update:
+    def _update(self, weights: LiveDecoder, site: Site) -> Update:
         target, base = weights.weight(site), self.source_base
         with one_thread():
             return masked_update(
@@ -141,7 +100,7 @@ class Merge:
             )
 
     def _add(self, edit: Edit, model: PreTrainedModel, betas: Mapping[Site, float]) -> None:
-        weights = LiveWeights(find_live_decoder(model))
+        weights = find_live_decoder(model)
         for site in self.fusions:
             update = self._update(weights, site)
             rows = update.rows()
@@ -154,7 +113,7 @@ class Merge:
             edit.write(parameter, site.axis, update.selected, fused)
 
     def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
-        weights = LiveWeights(find_live_decoder(model))
+        weights = find_live_decoder(model)
         for site, fusion in self.bias_fusions.items():
             module, name = weights.module(site), bias_name(weights.name(site))
             ours, theirs = weights.bias(site), self.source.bias(site)

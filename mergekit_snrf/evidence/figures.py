@@ -12,7 +12,8 @@ from mergekit_snrf.evidence.drawing import COLORS, INK, WIDTH, new_figure, save,
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
 from mergekit_snrf.evidence.wording import percent, quoted, scale
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

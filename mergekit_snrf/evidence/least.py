@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.references import local_path
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.profilefile import Profile, read_profile
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_snrf.evidence.results import Overlap, OverlapPoint, SiteOverlap
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import PROJECTIONS
 from mergekit_snrf.profiling.result.profilefile import Profile
 from mergekit_snrf.profiling.result.selection import Selection, check_same_sites, select
 

@@ -13,12 +13,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.controls import Merge, planned, stored_weights
+from mergekit_snrf.evidence.controls import Merge, planned
 from mergekit_snrf.merge.draft import plan_merge
-from mergekit_snrf.merge.tensors import local_folder
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
-from mergekit_snrf.models.weights import Weights, bias_name
+from mergekit_snrf.models.weights import Weights, bias_name, stored_weights
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     base = None if plan.source_base is None else plan.source_base.checkpoint
     merge = planned(
         plan,
-        stored_weights(source, local_folder(source, options), dtype),
-        None if base is None else stored_weights(base, local_folder(base, options), dtype),
+        stored_weights(source, source.local(options.transformers_cache), dtype),
+        None if base is None else stored_weights(base, base.local(options.transformers_cache), dtype),
     )
     settings = {"source": source.name, "source_config_sha256": source.config_sha256}
     if base is not None:
@@ -79,7 +78,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     return OpenedRecipe(
         merge=merge,
         target=target,
-        target_folder=local_folder(target, options),
+        target_folder=target.local(options.transformers_cache),
         dtype=name or "auto",
         mask=None if plan.mask_path is None else str(plan.mask_path),
         any_family=bool(plan.recipe.value("allow_family_mismatch")),
@@ -104,4 +103,6 @@ def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights
         if bias_name(decoder.weight_name(site)) not in base.tensors:
             what = f"has no tensor {bias_name(decoder.weight_name(site))}, but the recipe moves biases"
             raise SnrfError(name, what, "leave out this row, or biases in the recipe", field="base")
-    return stored_weights(base, local_folder(base, options), dtype_from_name(opened.dtype.removeprefix("auto") or None))
+    return stored_weights(
+        base, base.local(options.transformers_cache), dtype_from_name(opened.dtype.removeprefix("auto") or None)
+    )

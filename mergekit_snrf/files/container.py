@@ -21,9 +21,8 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.writing import replacing
 
-_MAX_DEPTH = 100
-"""What is nested deeper cannot be written again: pydantic gives up at 255 levels."""
-
+_MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
+_DAMAGED = "the file is damaged, get it again"
 _DTYPES = {
     **{torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"},
     **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"},
@@ -38,35 +37,21 @@ def write(
     version: int,
     content: Mapping[str, Any],
 ) -> None:
-    """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes.
-
-    Raises:
-        SnrfError: the file cannot be written.
-    """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": file_format,
-            "version": str(version),
-            "snrf": json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":")),
-        }
-    }
+    """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
+    snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    header: dict[str, Any] = {"__metadata__": {"format": file_format, "version": str(version), "snrf": snrf}}
     end = 0
     # Wide dtypes first keeps every tensor aligned to its element size.
     order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
     for key in order:
         tensor = tensors[key]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
     with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+        file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
             flat = tensors[key].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
@@ -99,14 +84,13 @@ def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tup
     Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
 
     Raises:
-        SnrfError: the file is missing, damaged, or of another format or version.
+        SnrfError: as ``opened``.
     """
     with opened(path, file_format=file_format, version=version) as (file, content):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, tensor in tensors.items():
         if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-            what = f"tensor {key!r} holds bytes that are not booleans"
-            raise SnrfError(path, what, "the file is damaged, get it again")
+            raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
     return tensors, content
 
 
@@ -117,26 +101,18 @@ def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict) or _depth(content) > _MAX_DEPTH:
-        raise SnrfError(
-            path,
-            f"the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep",
-            "the file is damaged, get it again",
-        )
+        what = f"the metadata entry 'snrf' is not a JSON object of Unicode text at most {_MAX_DEPTH} levels deep"
+        raise SnrfError(path, what, _DAMAGED)
     return content
 
 
 def _depth(value: object) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
-        level = [child for item in inner if isinstance(item, list) for child in item]
-    return depth
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
-    found = metadata.get("format")
-    if found != file_format:
+    if (found := metadata.get("format")) != file_format:
         what = f"a {file_format} file is needed, but its metadata says format={found!r}"
         raise SnrfError(path, what, _MAKERS.get(file_format, "give another file"))
     if metadata.get("version") != str(version):

@@ -32,6 +32,11 @@ def line(text: str) -> str:
     return text if len(text) <= _MAX_CELL else text[:_MAX_CELL] + "…"
 
 
+def share(part: int, whole: int) -> str:
+    """Return a share as per cent with two digits."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
 def document(title: str, parts: Iterable[str], front: Mapping[str, Any]) -> str:
     """Return a page with the front matter that hubs read, without its empty values."""
     kept = {key: value for key, value in front.items() if value}

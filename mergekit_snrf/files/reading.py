@@ -14,13 +14,9 @@ import yaml
 
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
 
-CONFIG_BYTES = 1_000_000
-"""No configuration that people write is larger."""
-DATA_BYTES = 256_000_000
-"""No JSON file that the package reads as a whole is larger."""
-
-_MAX_NODES = 100_000
-_MAX_DEPTH = 100
+CONFIG_BYTES = 1_000_000  # No configuration that people write is larger,
+DATA_BYTES = 256_000_000  # and no JSON file that the package reads as a whole.
+_MAX_NODES, _MAX_DEPTH = 100_000, 100
 _PATH = "correct the path"
 _Path = str | os.PathLike[str]
 
@@ -51,14 +47,7 @@ def _check_regular(path: _Path, mode: int, remedy: str) -> None:
 
 
 def read_bytes(path: _Path, limit: int, *, remedy: str = _PATH) -> bytes:
-    """Return the content of a regular file of at most ``limit`` bytes.
-
-    Args:
-        remedy: what to do where it cannot be read.
-
-    Raises:
-        SnrfError: the file is missing, too large, not a regular file, or cannot be read.
-    """
+    """Return the content of a regular file, or raise ``SnrfError``, also where it has more than ``limit`` bytes."""
     with open_regular(path, remedy=remedy) as file:
         content = file.read(limit + 1)
         if len(content) > limit:
@@ -68,11 +57,7 @@ def read_bytes(path: _Path, limit: int, *, remedy: str = _PATH) -> bytes:
 
 
 def read_text(path: _Path, limit: int = CONFIG_BYTES, *, remedy: str = _PATH) -> str:
-    """Return the text of a regular UTF-8 file of at most ``limit`` bytes.
-
-    Raises:
-        SnrfError: as ``read_bytes``, or the file is not UTF-8.
-    """
+    """Return the text of a regular UTF-8 file; errors are as of ``read_bytes``."""
     try:
         return read_bytes(path, limit, remedy=remedy).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -80,20 +65,12 @@ def read_text(path: _Path, limit: int = CONFIG_BYTES, *, remedy: str = _PATH) ->
 
 
 def load_json(path: _Path, limit: int = DATA_BYTES, *, remedy: str = _PATH) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        SnrfError: as ``read_text``, or the file is not JSON.
-    """
+    """Return the content of a JSON file; errors are as of ``read_bytes`` and ``parse_json``."""
     return parse_json(read_bytes(path, limit, remedy=remedy), path)
 
 
 def parse_json(content: bytes | str, where: object) -> Any:
-    """Return what JSON text holds.
-
-    Raises:
-        SnrfError: it is not JSON.
-    """
+    """Return what JSON text holds, or raise ``SnrfError``."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -101,11 +78,7 @@ def parse_json(content: bytes | str, where: object) -> Any:
 
 
 def load_yaml(path: _Path, limit: int = CONFIG_BYTES, *, remedy: str = _PATH) -> Any:
-    """Return the content of a YAML file.
-
-    Raises:
-        SnrfError: as ``read_text`` and ``parse_yaml``.
-    """
+    """Return the content of a YAML file; errors are as of ``read_text`` and ``parse_yaml``."""
     return parse_yaml(read_text(path, limit, remedy=remedy), path)
 
 
@@ -133,16 +106,13 @@ class _Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._nodes: float = 0
-        self._depth = 0
+        self._nodes, self._depth = 0.0, 0
         self._nodes_of: dict[str, float] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose a node; an alias counts as much as what it stands for."""
-        event = self.peek_event()
-        anchor = event.anchor
-        is_alias = isinstance(event, yaml.AliasEvent)
-        before = self._nodes
+        event, before = self.peek_event(), self._nodes
+        anchor, is_alias = event.anchor, isinstance(event, yaml.AliasEvent)
         self._nodes += self._nodes_of.get(anchor, 1) if is_alias else 1
         self._depth += 1
         if self._depth > _MAX_DEPTH:
@@ -151,8 +121,7 @@ class _Loader(yaml.SafeLoader):
             what = f"more than {_MAX_NODES} values with its aliases written out"
             raise yaml.MarkedYAMLError(None, None, what, event.start_mark)
         if anchor and not is_alias:
-            # An alias inside its own anchor never ends.
-            self._nodes_of[anchor] = math.inf
+            self._nodes_of[anchor] = math.inf  # An alias inside its own anchor never ends.
         node = super().compose_node(parent, index)
         if anchor and not is_alias:
             self._nodes_of[anchor] = self._nodes - before

@@ -20,10 +20,10 @@ _FORM = "hf://owner/repo@revision/path"
 
 
 def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
-    """Return the local file that ``reference`` names, downloading it from the hub when it is ``hf://...``.
+    """Return the local file that a path, or ``hf://owner/repo@revision/path`` after a download, names.
 
     Args:
-        reference: a path, or ``hf://owner/repo@revision/path/in/repo`` (the revision is optional).
+        reference: the revision is optional.
         folders: where to look for a relative path after the working folder, such as the recipe's folder.
 
     Raises:
@@ -40,13 +40,11 @@ def _found(reference: str, folders: tuple[str | os.PathLike[str], ...]) -> Path:
     if not candidates[0].is_absolute():
         candidates += [Path(folder) / reference for folder in folders]
     candidates = list(dict.fromkeys(candidate.absolute() for candidate in candidates))
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return candidate.resolve()
-    for candidate in candidates:
-        if os.path.exists(candidate):
-            what = "is a folder" if os.path.isdir(candidate) else "is not a regular file"
-            raise SnrfError(reference, f"{what} ({candidate})", "give the path of a file")
+    if found := next(filter(os.path.isfile, candidates), None):
+        return found.resolve()
+    if other := next(filter(os.path.exists, candidates), None):
+        what = "is a folder" if os.path.isdir(other) else "is not a regular file"
+        raise SnrfError(reference, f"{what} ({other})", "give the path of a file")
     raise SnrfError(reference, f"no such file, looked for {' and '.join(map(str, candidates))}", "correct the path")
 
 
@@ -56,25 +54,18 @@ def _downloaded(reference: str) -> Path:
         raise SnrfError(reference, "not a hub reference", f"the form is {_FORM}")
     from huggingface_hub import hf_hub_download
 
+    revision = match["revision"] and unquote(match["revision"])
     try:
-        return Path(
-            hf_hub_download(match["repo"], match["file"], revision=match["revision"] and unquote(match["revision"]))
-        )
+        return Path(hf_hub_download(match["repo"], match["file"], revision=revision))
     except Exception as error:
-        # What huggingface_hub, httpx and the file system raise has no common base; the type tells what was not found.
-        raise SnrfError(
-            reference,
-            f"cannot be downloaded ({type(error).__name__}: {first_line(error)})",
-            "check owner, repo, revision and path, or download the file and give its path",
-        ) from None
+        # What huggingface_hub, httpx and the file system raise has no common base; the type says what was not found.
+        what = f"cannot be downloaded ({type(error).__name__}: {first_line(error)})"
+        remedy = "check owner, repo, revision and path, or download the file and give its path"
+        raise SnrfError(reference, what, remedy) from None
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Return the sha256 of a file as 64 hexadecimal digits.
-
-    Raises:
-        SnrfError: the file cannot be read.
-    """
+    """Return the sha256 of a file as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(1 << 20):
@@ -89,5 +80,5 @@ def check_sha256(path: str | os.PathLike[str], expected: str) -> None:
         raise SnrfError(None, what, "'snrf mask show' prints those of a mask", field="sha256")
     found = sha256(path)
     if found != expected.lower():
-        what = f"the file has {found}, not {expected}"
-        raise SnrfError(path, what, "get the file that was meant, or correct the sha256", field="sha256")
+        remedy = "get the file that was meant, or correct the sha256"
+        raise SnrfError(path, f"the file has {found}, not {expected}", remedy, field="sha256")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from mergekit_snrf.errors import SnrfError, os_reason
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _REMEDY = "choose a file in a folder that is writable and has space"
 
@@ -19,7 +25,8 @@ _REMEDY = "choose a file in a folder that is writable and has space"
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
 
-    Of a symlink, the file that it names is replaced. A device such as ``/dev/null`` or a FIFO is written to.
+    Of a symlink, the file that it names is replaced. A device such as ``/dev/null`` or a FIFO is written to. Temporary
+    files of killed writers are removed.
 
     Raises:
         SnrfError: the folder does not exist or cannot be written, or the disk is full.
@@ -29,12 +36,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         with _through(path) as file:
             yield file
         return
+    _remove_strays(target)
     try:
         descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except (OSError, ValueError) as error:
         raise _not_written(path, error) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
+            with suppress(OSError):
+                _lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,11 +52,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, target)
-    except BaseException as error:
+    except OSError as error:
+        raise _not_written(path, error) from None
+    finally:
         Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _not_written(path, error) from None
-        raise
+
+
+def _lock(file: BinaryIO) -> None:
+    """Lock an open file, or raise ``OSError``: another process has locked it, or the system cannot."""
+    if fcntl is None:
+        raise OSError
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_strays(target: Path) -> None:
+    for stray in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with suppress(OSError), open(stray, "rb") as file:
+            _lock(file)
+            stray.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -62,10 +85,11 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         return
     if target.is_dir():
         raise SnrfError(path, "is a folder", "give the path of a file")
-    if not target.parent.is_dir():
-        raise SnrfError(path, f"cannot be written (there is no folder {target.parent})", _REMEDY)
-    if not os.access(target.parent, os.W_OK):
-        raise SnrfError(path, f"cannot be written (the folder {target.parent} is read-only)", _REMEDY)
+    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
+        reason = f"the folder {target.parent} is read-only"
+        if not target.parent.is_dir():
+            reason = f"there is no folder {target.parent}"
+        raise SnrfError(path, f"cannot be written ({reason})", _REMEDY)
 
 
 def _target(path: str | os.PathLike[str]) -> Path | None:

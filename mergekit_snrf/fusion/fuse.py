@@ -13,7 +13,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
 from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.updates import Update, dropped, low_rank, working_dtype
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")
 UPDATES = ("low-rank", "dare", "regmean")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mergekit_snrf.fusion.lowrank import Certificate, certified_factors
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 # Random numbers that are drawn at a time.
 _PANEL = 2**20

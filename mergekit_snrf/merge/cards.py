@@ -15,7 +15,8 @@ from mergekit_snrf.merge.folders import inputs
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.moments import Moments
-from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, share, without_folders
+from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, without_folders
+from mergekit_snrf.neurons.sets import count_rows
 
 if TYPE_CHECKING:
     from mergekit.common import ModelReference
@@ -93,9 +94,8 @@ def _front(
 
 def _description(plan: MergePlan) -> Iterable[str]:
     """Yield what was changed, and the mask that says where."""
-    rows = [(name, tensors, changed, of, share(changed, of)) for name, (tensors, changed, of) in plan.counts().items()]
     yield "## What was changed"
-    yield markdown.table(("projection", "tensors", "neurons", "of", "share"), rows)
+    yield markdown.table(("projection", "tensors", "neurons", "of", "share"), count_rows(plan.counts())[:-1])
     yield f"Update: {plan.update}."
     if plan.moments is not None:
         yield from _moments(plan.moments)

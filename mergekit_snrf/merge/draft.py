@@ -28,8 +28,9 @@ from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.sites import Site
 
 
 @dataclass

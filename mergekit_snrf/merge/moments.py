@@ -12,7 +12,7 @@ from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder
 from mergekit_snrf.models.moments import READERS, InputSite, Moments, read_moments
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 # q, k and v of a layer share one filter; so few are held that memory does not grow with the depth.
 _HELD = 2

@@ -18,7 +18,7 @@ from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskfile import Mask
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 
 @dataclass(frozen=True)

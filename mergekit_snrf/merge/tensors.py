@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Event
 
 import torch
@@ -20,7 +19,6 @@ from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.moments import Filters
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
@@ -98,15 +96,6 @@ def overflow(tensor: Tensor, dtype: torch.dtype, name: str) -> SnrfError:
     return SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
-def local_folder(checkpoint: Checkpoint, options: MergeOptions) -> Path:
-    """Return the folder of a checkpoint's shards and side files, downloaded if they are only on the hub.
-
-    Raises:
-        SnrfError: the download fails.
-    """
-    return checkpoint.local(options.transformers_cache)
-
-
 class Tensors:
     """What the edits of a plan read: of the source, and of its base, nothing else.
 
@@ -118,20 +107,19 @@ class Tensors:
     """
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
-        target, source = plan.target.checkpoint, plan.source.checkpoint
         self.filters = filters_of(plan)
-        self.target_folder = local_folder(target, options)
-        self._target = stored_ranges(target, self.target_folder, [edit.target_name for edit in plan.edits])
-        self._source = stored_ranges(source, local_folder(source, options), [edit.source_name for edit in plan.edits])
-        self._source_base: dict[str, ByteRange] = {}
-        if plan.source_base is not None:
-            base = plan.source_base.checkpoint
-            names = [edit.source_base_name for edit in plan.edits if edit.source_base_name is not None]
-            self._source_base = stored_ranges(base, local_folder(base, options), names)
+        names = {
+            "target": [edit.target_name for edit in plan.edits],
+            "source": [edit.source_name for edit in plan.edits],
+            "source_base": [edit.source_base_name for edit in plan.edits if edit.source_base_name is not None],
+        }
+        folders = {role: one.local(options.transformers_cache) for role, one in plan.checkpoints.items()}
+        self.target_folder = folders["target"]
+        self._ranges = {role: stored_ranges(one, folders[role], names[role]) for role, one in plan.checkpoints.items()}
 
     def place(self, edit: PlannedEdit) -> ByteRange:
         """Return where the target's tensor lies."""
-        return self._target[edit.target_name]
+        return self._ranges["target"][edit.target_name]
 
     def read(self, edit: PlannedEdit) -> tuple[Tensor, Tensor, Tensor | None]:
         """Read the tensor of target and source, and that of the source's base where the recipe has one.
@@ -139,8 +127,12 @@ class Tensors:
         Raises:
             SnrfError: a shard ends early.
         """
-        base = None if edit.source_base_name is None else read_tensor(self._source_base[edit.source_base_name])
-        return read_tensor(self._target[edit.target_name]), read_tensor(self._source[edit.source_name]), base
+        base = edit.source_base_name
+        return (
+            read_tensor(self._ranges["target"][edit.target_name]),
+            read_tensor(self._ranges["source"][edit.source_name]),
+            None if base is None else read_tensor(self._ranges["source_base"][base]),
+        )
 
 
 @contextmanager

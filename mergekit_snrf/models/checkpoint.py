@@ -37,14 +37,12 @@ class Checkpoint:
     """The headers and the configuration of one model.
 
     Attributes:
-        name: as the user wrote it: a folder or a hub id.
-        folder: the local folder, or None while the weights are only on the hub.
+        name: a folder or a hub id, as the user wrote it.
+        folder: None while the weights are only on the hub.
         tensors: by name on disk.
-        config: the parsed ``config.json``.
-        config_bytes: ``config.json`` as it is on disk.
+        config: the content of ``config.json``, parsed.
         files: paths of all files, with ``/``.
-        revision: of the hub id, as the user wrote it.
-        commit: that the revision is at; None for a folder, and without a connection to the hub.
+        commit: of the revision; None for a folder, and without a connection to the hub.
         missing: files that the model needs beside its weights and that a cache without connection lacks.
     """
 
@@ -86,11 +84,7 @@ class Checkpoint:
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The configuration of the text decoder, with transformers' defaults if it has a class for the type.
-
-        Raises:
-            SnrfError: transformers has a class for the type and refuses the values.
-        """
+        """The configuration of the text decoder, with transformers' defaults if it has a class for the type."""
         written = self.written_text_config
         completed = self._completed(self.config) or self._completed(written)
         if completed is None:
@@ -122,10 +116,7 @@ class Checkpoint:
         return self.model_type not in CONFIG_MAPPING and ("auto_map" in self.config or not self.model_type)
 
     def register_type(self) -> None:
-        """Let transformers in this process read a configuration of a type that it has no class for, as it is written.
-
-        Original LLaVA checkpoints have such types, and bring no code for them either.
-        """
+        """Let transformers read a type that has neither a class nor code in the checkpoint, such as LLaVA's first."""
         from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
         if self.model_type and self.model_type not in CONFIG_MAPPING and "auto_map" not in self.config:
@@ -141,19 +132,12 @@ class Checkpoint:
             SnrfError: there is no connection to the hub, and the cache lacks some of them.
         """
         if self.missing:
-            raise SnrfError(
-                self.name,
-                f"the cache lacks {', '.join(self.missing)}, and the hub cannot be reached",
-                f"download the model first (hf download {self.name})",
-            )
+            what = f"the cache lacks {', '.join(self.missing)}, and the hub cannot be reached"
+            raise SnrfError(self.name, what, f"download the model first (hf download {self.name})")
         return _side_files(self.files)
 
     def local(self, cache_dir: str | None = None) -> Path:
-        """Return the folder of the shards and side files, downloaded if they are only on the hub.
-
-        Raises:
-            SnrfError: the download fails.
-        """
+        """Return the folder of the shards and side files, downloaded if they are only on the hub."""
         if self.folder is not None:
             return self.folder
         shards = sorted({tensor.file for tensor in self.tensors.values()})
@@ -184,19 +168,13 @@ def weight_files(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def open_checkpoint(
-    name: str,
-    revision: str | None = None,
-    *,
-    cache_dir: str | None = None,
-    trust_remote_code: bool = False,
+    name: str, revision: str | None = None, *, cache_dir: str | None = None, trust_remote_code: bool = False
 ) -> Checkpoint:
-    """Read the headers of a local folder or of a model on the hub; no weights are read or downloaded.
+    """Read the headers of a local folder or of a model on the hub; no weights are read, no code is executed.
 
     Args:
-        name: a folder, or a hub id.
         revision: of the hub id.
-        cache_dir: where mergekit keeps downloaded models (``--transformers-cache``).
-        trust_remote_code: kept for loading the model later; nothing is executed here.
+        cache_dir: where mergekit keeps downloaded models.
 
     Raises:
         SnrfError: there is no such model, or a file of it is missing or damaged.
@@ -255,7 +233,7 @@ def _from_hub(name: str, revision: str | None, cache_dir: str | None, trust_remo
     return Checkpoint(
         name=name,
         folder=None,
-        tensors={key: TensorHeader(*header) for key, header in hub.remote_headers(found).items()},
+        tensors=hub.remote_headers(found),
         config=parse_object(config_bytes, config_path),
         config_bytes=config_bytes,
         **known,

@@ -16,11 +16,12 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.weights import LiveWeights, StateWeights, Weights, bias_name, weights_of
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import Mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.sites import Site
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
@@ -101,10 +102,10 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
     Raises:
         SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
     """
-    weights, chosen = _prepared(model, neurons)
+    decoder, chosen = _prepared(model, neurons)
     with Edit.whole() as edit:
         for site, member in chosen.items():
-            module, selected = weights.module(site), member.nonzero().flatten()
+            module, selected = decoder.module(site), member.nonzero().flatten()
             edit.write(module.weight, site.axis, selected, 0.0)
             if site.axis == 0 and module.bias is not None:
                 edit.write(module.bias, 0, selected, 0.0)
@@ -135,10 +136,10 @@ def fuse_model(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite; the model is as before.
     """
-    weights, chosen = _prepared(model, neurons)
+    decoder, chosen = _prepared(model, neurons)
     with Edit.whole() as edit:
-        for site, fused, fused_bias in _fused(weights, source, chosen, fusion, source_base, biases):
-            module, selected = weights.module(site), chosen[site].nonzero().flatten()
+        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases):
+            module, selected = decoder.module(site), chosen[site].nonzero().flatten()
             edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
             if fused_bias is not None:
                 edit.write(module.bias, 0, selected, fused_bias[selected])
@@ -161,7 +162,7 @@ def fuse_state_dict(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite.
     """
-    weights = StateWeights.of(target)
+    weights = state_weights(target)
     result = dict(target)
     for site, fused, fused_bias in _fused(weights, source, _of(neurons), fusion, source_base, biases):
         name = weights.name(site)
@@ -211,16 +212,16 @@ def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
     return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
 
 
-def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveWeights, dict[Site, Tensor]]:
-    weights, chosen = LiveWeights(find_live_decoder(model)), _of(neurons)
+def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveDecoder, dict[Site, Tensor]]:
+    decoder, chosen = find_live_decoder(model), _of(neurons)
     where = neurons.path if isinstance(neurons, Mask) else None
-    check_fit(NeuronSet(chosen), weights.decoder.shape, where=where, model=weights.decoder.model)
+    check_fit(NeuronSet(chosen), decoder.shape, where=where, model=decoder.model)
     for site in chosen:
-        parameter = weights.module(site).weight
+        parameter = decoder.module(site).weight
         if parameter.device.type == "meta" or not parameter.is_floating_point():
             what = "not in memory" if parameter.device.type == "meta" else f"stored as {parameter.dtype}"
-            raise SnrfError(weights.decoder.model, f"{weights.name(site)} is {what}", "load it whole and unquantised")
-    return weights, chosen
+            raise SnrfError(decoder.model, f"{decoder.name(site)} is {what}", "load it whole and unquantised")
+    return decoder, chosen
 
 
 def _history(parameter: nn.Parameter) -> list[Edit]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.reading import DATA_BYTES, parse_json, read_bytes
-from mergekit_snrf.models.shards import read_header
+from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_bytes
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -24,12 +26,10 @@ ITEM_BYTES = {
 FLOAT_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """safetensors names of the dtypes that weights are computed with, and torch's names for them."""
 
-_TORCH_DTYPES = {
+_OF_TORCH = {getattr(torch, name): dtype for dtype, name in FLOAT_DTYPES.items()} | {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.int32: "I32",
-    torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
-    torch.float64: "F64", torch.complex64: "C64",
+    torch.int64: "I64", torch.complex64: "C64",
 }  # fmt: skip
-
 _AGAIN = "get the file again"
 
 
@@ -40,11 +40,13 @@ class TensorHeader:
     Attributes:
         dtype: as safetensors writes it, such as ``BF16``.
         file: the shard's name inside the checkpoint.
+        begin: its first byte in a local safetensors file.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    begin: int = field(default=0, compare=False)
 
     @property
     def parameters(self) -> int:
@@ -58,11 +60,7 @@ class TensorHeader:
 
 
 def parse_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Return a JSON object.
-
-    Raises:
-        SnrfError: it is not one.
-    """
+    """Return a JSON object; raise ``SnrfError`` if it is something else."""
     parsed = parse_json(content, path)
     if not isinstance(parsed, dict):
         raise SnrfError(path, "not a JSON object", f"the file is damaged, {_AGAIN}")
@@ -70,11 +68,7 @@ def parse_object(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def weight_map(folder: Path) -> dict[str, str] | str | None:
-    """Return the files of the tensors by an index, or the one file of weights; None if there is neither.
-
-    Raises:
-        SnrfError: the index is damaged.
-    """
+    """Return the files of the tensors by an index, or the one file of weights; None if there is neither."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
@@ -95,21 +89,15 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     """
     places = weight_map(folder)
     if places is None:
-        raise SnrfError(
-            folder,
-            "holds neither model.safetensors nor pytorch_model.bin nor an index of shards",
-            "give the folder of a complete checkpoint",
-        )
+        what = "holds neither model.safetensors nor pytorch_model.bin nor an index of shards"
+        raise SnrfError(folder, what, "give the folder of a complete checkpoint")
     if isinstance(places, str):
         return _read_shard(folder / places)
     shards = {file: _read_shard(folder / file) for file in sorted(set(places.values()))}
     missing = sorted(tensor for tensor, file in places.items() if tensor not in shards[file])
     if missing:
-        raise SnrfError(
-            folder / places[missing[0]],
-            f"lacks tensor {missing[0]!r}, which the index places in this file ({len(missing)} such tensors)",
-            "get the shard again",
-        )
+        what = f"lacks tensor {missing[0]!r}, which the index places in this file ({len(missing)} such tensors)"
+        raise SnrfError(folder / places[missing[0]], what, "get the shard again")
     return {tensor: shards[file][tensor] for tensor, file in places.items()}
 
 
@@ -117,7 +105,7 @@ def _read_shard(path: Path) -> dict[str, TensorHeader]:
     if not os.path.isfile(path):
         raise SnrfError(path, "the index names this shard, but the file is missing", "get it again")
     if path.suffix == ".safetensors":
-        return {name: TensorHeader(entry.dtype, entry.shape, path.name) for name, entry in read_header(path).items()}
+        return read_header(path)
     try:
         state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
         state = state.get("state_dict", state) if isinstance(state, Mapping) else state
@@ -125,10 +113,35 @@ def _read_shard(path: Path) -> dict[str, TensorHeader]:
             raise ValueError("it does not map names to tensors")
     except Exception as error:
         # torch's second sentence recommends weights_only=False, which would run code from the file.
-        reason = first_line(error).partition(". ")[0]
-        raise SnrfError(path, f"cannot be read ({reason})", f"{_AGAIN}, or convert it to safetensors") from None
+        raise _unreadable(path, first_line(error).partition(". ")[0]) from None
     return {
-        key: TensorHeader(_TORCH_DTYPES.get(value.dtype, str(value.dtype)), tuple(value.shape), path.name)
+        key: TensorHeader(_OF_TORCH.get(value.dtype, str(value.dtype)), tuple(value.shape), path.name)
         for key, value in state.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """Return the header of a safetensors file.
+
+    Raises:
+        SnrfError: the file cannot be read, or its header is damaged or does not fit its size.
+    """
+    with open_regular(path, remedy=_AGAIN) as file:
+        try:
+            # The library checks the header against the size of the file, but does not say where tensors are.
+            with safetensors.safe_open(path, framework="pt"):
+                pass
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        except Exception as error:
+            raise _unreadable(path, first_line(error)) from None
+    return {
+        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _unreadable(path: Path, reason: str) -> SnrfError:
+    return SnrfError(path, f"cannot be read ({reason})", f"{_AGAIN}, or convert it to safetensors")

@@ -8,18 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.models.headers import TensorHeader
 
 _SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A revision of a repository, as the hub lists it.
-
-    Attributes:
-        commit: that the revision is at.
-        files: paths of all its files, with ``/``.
-    """
+    """A commit of a repository, and the paths of all its files, with ``/``."""
 
     name: str
     commit: str
@@ -37,11 +33,8 @@ def find_repository(name: str, revision: str | None) -> Repository | SnrfError:
         return Repository(name, commit, tuple(sorted(HfApi().list_repo_files(name, revision=commit))))
     except Exception as error:
         # What huggingface_hub, httpx and the file system raise has no common base.
-        return SnrfError(
-            name,
-            f"neither a local folder nor a model that the hub gives ({_reason(error)})",
-            "check the name, the network and the login (hf auth login)",
-        )
+        what = f"neither a local folder nor a model that the hub gives ({_reason(error)})"
+        return SnrfError(name, what, "check the name, the network and the login (hf auth login)")
 
 
 def cached_snapshot(name: str, revision: str | None, cache_dir: str | None) -> Path | None:
@@ -60,18 +53,16 @@ def download(name: str, revision: str | None, files: Iterable[str], cache_dir: s
     Raises:
         SnrfError: the download fails.
     """
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=[*files])
-        )
+        return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=[*files]))
     except Exception as error:
         raise SnrfError(name, f"cannot be downloaded ({_reason(error)})", "check network and disk") from None
 
 
-def remote_headers(repository: Repository) -> dict[str, tuple[str, tuple[int, ...], str]]:
-    """Return dtype, shape and file of every tensor, without downloading weights.
+def remote_headers(repository: Repository) -> dict[str, TensorHeader]:
+    """Return the headers of all tensors, without downloading weights.
 
     Raises:
         SnrfError: there are no safetensors weights, or they are damaged.
@@ -83,15 +74,13 @@ def remote_headers(repository: Repository) -> dict[str, tuple[str, tuple[int, ..
     try:
         metadata = HfApi().get_safetensors_metadata(name, revision=repository.commit)
     except NotASafetensorsRepoError:
-        raise SnrfError(
-            name, "has no safetensors weights on the hub", f"download it first (hf download {name}) and give the folder"
-        ) from None
+        remedy = f"download it first (hf download {name}) and give the folder"
+        raise SnrfError(name, "has no safetensors weights on the hub", remedy) from None
     except Exception as error:
-        raise SnrfError(
-            name, f"its weights cannot be read ({_reason(error)})", "check the network and the files"
-        ) from None
+        what = f"its weights cannot be read ({_reason(error)})"
+        raise SnrfError(name, what, "check the network and the files") from None
     return {
-        key: (tensor.dtype, tuple(tensor.shape), file)
+        key: TensorHeader(tensor.dtype, tuple(tensor.shape), file)
         for file, shard in metadata.files_metadata.items()
         for key, tensor in shard.tensors.items()
     }

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.neurons.sets import PROJECTIONS
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 _MODULES = (*(projection.module for projection in PROJECTIONS.values()), "self_attn.o_proj")
 
 
 @dataclass(frozen=True)
 class LiveDecoder:
-    """The text decoder of a loaded model.
+    """The text decoder of a loaded model, and its weights (``models.weights.Weights``).
 
     Attributes:
         model: the model's name, for messages.
@@ -27,6 +28,26 @@ class LiveDecoder:
     path: str
     layers: tuple[nn.Module, ...] = field(repr=False)
     shape: DecoderShape
+
+    def module(self, site: Site) -> Any:
+        """Return the ``nn.Linear`` of a projection; raise ``SnrfError`` if there is no such layer."""
+        if site.layer >= self.shape.layers:
+            what = f"has no layer {site.layer}, {self.path} has {self.shape.layers}"
+            raise SnrfError(self.model, what, "use a mask of this model")
+        return self.layers[site.layer].get_submodule(site.module)
+
+    def name(self, site: Site) -> str:
+        """Return the name of a projection's weight."""
+        return f"{self.path}.{site.layer}.{site.module}.weight"
+
+    def weight(self, site: Site) -> Float[Tensor, "rows columns"]:
+        """Return a projection's weight."""
+        return weight_of(self.module(site))
+
+    def bias(self, site: Site) -> Float[Tensor, " rows"] | None:
+        """Return a projection's bias; None if it has none."""
+        module = self.module(site)
+        return None if module.bias is None else weight_of(module, "bias")
 
 
 def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, name: str | None = None) -> LiveDecoder:
@@ -65,21 +86,12 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
     return live
 
 
-def weight_of(module: Any) -> Tensor:
-    """Return a module's weight, also when accelerate keeps it elsewhere until the module runs.
+def weight_of(module: Any, name: str = "weight") -> Tensor:
+    """Return a module's weight or bias, also when accelerate keeps it elsewhere until the module runs.
 
     Raises:
-        SnrfError: the weight is quantised.
+        SnrfError: it is quantised.
     """
-    return _parameter_of(module, "weight")
-
-
-def bias_of(module: Any) -> Tensor | None:
-    """Return a module's bias as ``weight_of`` does; None if it has none."""
-    return None if module.bias is None else _parameter_of(module, "bias")
-
-
-def _parameter_of(module: Any, name: str) -> Tensor:
     parameter: Tensor = getattr(module, name)
     if parameter.device.type == "meta":
         from accelerate.utils import align_module_device

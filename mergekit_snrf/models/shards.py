@@ -5,33 +5,19 @@ The safetensors library reads and writes whole files; a merge changes a few rows
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-import safetensors
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, first_line, os_reason
-from mergekit_snrf.files.reading import open_regular
+from mergekit_snrf.errors import SnrfError, os_reason
+from mergekit_snrf.models.headers import FLOAT_DTYPES, read_header
 
-_TORCH = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 # Linux reads and writes at most 2 GiB at once; smaller pieces can be interrupted.
 _AT_ONCE = 1 << 26
 _AGAIN = "get the file again"
-
-
-class StoredTensor(NamedTuple):
-    """A tensor in a header: its dtype as safetensors writes it, its shape, and its bytes from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -49,41 +35,12 @@ class ByteRange:
     bytes: int
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return what the header of a safetensors file says of every tensor.
-
-    Raises:
-        SnrfError: the file cannot be read, or its header is damaged or does not fit its size.
-    """
-    with open_regular(path, remedy=_AGAIN) as file:
-        try:
-            # The library checks the header against the size of the file, but does not say where tensors are.
-            with safetensors.safe_open(path, framework="pt"):
-                pass
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        except Exception as error:
-            remedy = f"{_AGAIN}, or convert it to safetensors"
-            raise SnrfError(path, f"cannot be read ({first_line(error)})", remedy) from None
-    return {
-        name: StoredTensor(
-            entry["dtype"], tuple(entry["shape"]), *(8 + length + position for position in entry["data_offsets"])
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
 def byte_ranges(path: Path) -> dict[str, ByteRange]:
-    """Return the byte ranges of all floating-point tensors of a shard.
-
-    Raises:
-        SnrfError: as ``read_header``.
-    """
+    """Return the byte ranges of all floating-point tensors of a shard; raises as ``read_header``."""
     return {
-        name: ByteRange(path, _TORCH[entry.dtype], entry.shape, entry.begin, entry.end - entry.begin)
+        name: ByteRange(path, getattr(torch, FLOAT_DTYPES[entry.dtype]), entry.shape, entry.begin, entry.bytes)
         for name, entry in read_header(path).items()
-        if entry.dtype in _TORCH
+        if entry.dtype in FLOAT_DTYPES
     }
 
 

@@ -14,6 +14,7 @@ import yaml
 from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance
+from mergekit_snrf.neurons.sets import count_rows
 
 PAPER = "https://arxiv.org/abs/2602.19058"
 # Fields of a provenance that may be paths.
@@ -23,12 +24,7 @@ _DATA_FILE = re.compile(r".*\.(jsonl?|parquet|csv|tsv|arrow|safetensors)", re.AS
 
 
 def mask_card(mask: Mask, *, sha256: str, fusion: Mapping[str, float]) -> str:
-    """Return a README for a mask file, with a recipe that uses it.
-
-    Args:
-        sha256: of the file.
-        fusion: the parameters of the source in the recipe.
-    """
+    """Return a README for a mask file of this sha256, with a recipe whose source has the parameters ``fusion``."""
     mask = without_folders(mask)
     sides = (mask.provenance.target, mask.provenance.source)
     target, source = (markdown.line((side and side.path) or "") for side in sides)
@@ -39,24 +35,20 @@ def mask_card(mask: Mask, *, sha256: str, fusion: Mapping[str, float]) -> str:
         "models": [{"model": source or "SOURCE", "parameters": dict(fusion)}],
         "parameters": {"masks": name, "masks_sha256": sha256},
     }
-    counts = mask.neurons.by_projection()
     parts = [
         f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
         f"booleans for mergekit-snrf.",
         markdown.table(
-            ("projection", "layers", "neurons", "of", "share"),
-            [(projection, *count, share(*count[1:])) for projection, count in counts.items()],
+            ("projection", "layers", "neurons", "of", "share"), count_rows(mask.neurons.by_projection())[:-1]
         ),
         markdown.table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",
         f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
     ]
-    front = {
-        "base_model": [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)],
-        "library_name": "mergekit-snrf",
-        "tags": ["mergekit", "snrf", "neuron-mask"],
-    }
+    models = [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)]
+    tags = ["mergekit", "snrf", "neuron-mask"]
+    front = {"base_model": models, "library_name": "mergekit-snrf", "tags": tags}
     return markdown.document(markdown.cell(name), parts, front)
 
 
@@ -69,9 +61,7 @@ def provenance_rows(mask: Mask) -> list[tuple[str, str]]:
     if found.operation:
         inputs = ", ".join(str(entry.get("file") or entry.get("path") or "a mask") for entry in found.inputs or [])
         rows.append(("made by", f"{found.operation}{f' of {inputs}' if inputs else ''}"))
-    for name in ("seed", "dtype"):
-        if getattr(found, name) is not None:
-            rows.append((name, str(getattr(found, name))))
+    rows += [(name, str(value)) for name in ("seed", "dtype") if (value := getattr(found, name)) is not None]
     if found.versions:
         rows.append(("versions", _plain(found.versions)))
     return rows
@@ -91,9 +81,7 @@ def _side_rows(role: str, side: ModelProvenance | None) -> list[tuple[str, str]]
 
 
 def _plain(values: Mapping[str, Any]) -> str:
-    """Return a mapping of provenance in one line."""
-    parts = [f"{key} {_plain(value) if isinstance(value, Mapping) else value}" for key, value in values.items()]
-    return ", ".join(parts)
+    return ", ".join(f"{key} {_plain(one) if isinstance(one, Mapping) else one}" for key, one in values.items())
 
 
 def without_folders(mask: Mask) -> Mask:
@@ -114,8 +102,3 @@ def _last_part(path: str) -> str:
     of_hub = path.startswith("hf://") or (_HUB_ID.fullmatch(path) and not _DATA_FILE.fullmatch(path))
     # A drive or a backslash is of a path on Windows, and slashes separate there, too.
     return path if of_hub else PureWindowsPath(path).name or path
-
-
-def share(part: int, whole: int) -> str:
-    """Return a share as per cent with two digits."""
-    return f"{100 * part / whole:.2f} %" if whole else "-"

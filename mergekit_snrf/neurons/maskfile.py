@@ -30,7 +30,6 @@ class ModelProvenance(BaseModel):
     """A model that a mask was made from; every field is optional and unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
-
     path: str | None = None
     revision: str | None = None
     model_type: str | None = None
@@ -42,7 +41,6 @@ class Provenance(BaseModel):
     """Where a mask comes from; every field is optional and unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow")
-
     target: ModelProvenance | None = None
     source: ModelProvenance | None = None
     selection: dict[str, Any] | None = None
@@ -55,11 +53,7 @@ class Provenance(BaseModel):
 
 @dataclass(frozen=True)
 class Mask:
-    """A set of neurons and where it comes from.
-
-    Attributes:
-        path: the file it was read from, for messages.
-    """
+    """A set of neurons, where it comes from, and the file it was read from."""
 
     neurons: NeuronSet
     provenance: Provenance = field(default_factory=Provenance)
@@ -67,11 +61,7 @@ class Mask:
 
 
 def read_mask(path: str | os.PathLike[str]) -> Mask:
-    """Read and validate a mask file.
-
-    Raises:
-        SnrfError: the file is missing, damaged, of another format, or holds a tensor that is not a mask.
-    """
+    """Read and validate a mask file; ``SnrfError`` where it is missing, damaged, or of another format."""
     tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
     members = {}
     for key, tensor in tensors.items():
@@ -89,19 +79,13 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
 
 
 def load_mask(
-    reference: str | os.PathLike[str],
-    *,
-    sha256: str | None = None,
-    folders: tuple[str | os.PathLike[str], ...] = (),
+    reference: str | os.PathLike[str], *, sha256: str | None = None, folders: tuple[str | os.PathLike[str], ...] = ()
 ) -> Mask:
     """Read a mask from a path, or from ``hf://owner/repo@revision/path``.
 
     Args:
-        sha256: refuse another file.
+        sha256: raise ``SnrfError`` where the file is another one.
         folders: where to look for a relative path after the working folder.
-
-    Raises:
-        SnrfError: the file is missing, damaged, not a mask, or another one.
     """
     path = local_path(reference, folders)
     if sha256 is not None:
@@ -110,19 +94,11 @@ def load_mask(
 
 
 def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:
-    """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all.
-
-    Raises:
-        SnrfError: the file cannot be written, or another kind of file is there.
-    """
+    """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all."""
     check_replaceable(path)
-    container.write(
-        path,
-        {site.key: member for site, member in neurons.items()},
-        file_format=MASK_FORMAT,
-        version=MASK_VERSION,
-        content=(provenance or Provenance()).model_dump(mode="json", exclude_none=True),
-    )
+    content = (provenance or Provenance()).model_dump(mode="json", exclude_none=True)
+    tensors = {site.key: member for site, member in neurons.items()}
+    container.write(path, tensors, file_format=MASK_FORMAT, version=MASK_VERSION, content=content)
 
 
 def check_replaceable(path: str | os.PathLike[str]) -> None:

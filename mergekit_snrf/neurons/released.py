@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -37,12 +37,12 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
 
     Args:
         kv_indices: ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
-
-    Raises:
-        SnrfError: the file is missing, not of this form, or an index or layer is out of the decoder's range.
     """
     members: dict[Site, torch.Tensor] = {}
-    for key, by_layer in _load(path).items():
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
+    for key, by_layer in content.items():
         if key in _NEVER_EDITED:
             continue
         name = _KEYS.get(key)
@@ -60,8 +60,8 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
                 raise SnrfError(path, "must be a list of whole numbers", "correct the file", field=field)
             if not indices:
                 continue
-            if min(indices) < 0 or max(indices) >= limit:
-                worst = max(indices) if max(indices) >= limit else min(indices)
+            worst = max(indices) if min(indices) >= 0 else min(indices)
+            if not 0 <= worst < limit:
                 heads = " over repeated heads" if repeated else ""
                 what = f"index {worst} is not in [0, {limit}), the range of {name} in this model{heads}"
                 raise SnrfError(path, what, _MODEL, field=field)
@@ -73,11 +73,7 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
 
 
 def released_json(neurons: NeuronSet, shape: DecoderShape) -> dict[str, dict[str, list[int]]]:
-    """Return the released code's JSON of a set of neurons; a k or v row stands for its repetition in every head.
-
-    Raises:
-        SnrfError: the set does not fit the shape.
-    """
+    """Return the released code's JSON of a set of neurons; a k or v row stands for its repetition in every head."""
     check_fit(neurons, shape, where=None, model="the model")
     result: dict[str, dict[str, list[int]]] = {key: {} for key in _KEYS}
     for site, member in neurons.nonempty().items():
@@ -89,10 +85,3 @@ def released_json(neurons: NeuronSet, shape: DecoderShape) -> dict[str, dict[str
             )
         result[site.projection.replace(".", "_")][str(site.layer)] = indices
     return result
-
-
-def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
-    return content

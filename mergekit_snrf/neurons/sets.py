@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -10,12 +11,19 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.markdown import share
 from mergekit_snrf.neurons.sites import PROJECTIONS, Neuron, Site
 
 
 def described(tensor: Tensor) -> str:
     """Return dtype and shape for messages: ``torch.float32 of shape [2, 3]``."""
     return f"{tensor.dtype} of shape {list(tensor.shape)}"
+
+
+def count_rows(counts: Mapping[str, tuple[int, int, int]]) -> list[tuple[object, ...]]:
+    """Return rows of a table from ``by_projection()``, with shares; the last row holds the sums."""
+    sums = tuple(map(sum, zip(*counts.values(), strict=True)))
+    return [(name, *row, share(*row[1:])) for name, row in {**counts, "all": sums}.items()]
 
 
 class NeuronSet(Mapping[Site, Tensor]):
@@ -34,7 +42,7 @@ class NeuronSet(Mapping[Site, Tensor]):
     def __init__(self, members: Mapping[Site, Bool[Tensor, " neurons"]]) -> None:
         for site, member in members.items():
             if member.dtype != torch.bool or member.ndim != 1 or member.numel() == 0:
-                raise SnrfError(site, f"must be torch.bool of shape [neurons], got {described(member)}", None)
+                raise SnrfError(site, f"must be torch.bool of shape [neurons], got {described(member)}")
         self._members = {site: members[site] for site in sorted(members)}
 
     def __getitem__(self, site: Site) -> Bool[Tensor, " neurons"]:
@@ -65,10 +73,7 @@ class NeuronSet(Mapping[Site, Tensor]):
         return sum(int(member.sum()) for member in self._members.values())
 
     def by_projection(self) -> dict[str, tuple[int, int, int]]:
-        """Return (layers with neurons, neurons, neurons that the listed layers have) of every projection.
-
-        A set may leave out layers without neurons, whose size is then not known.
-        """
+        """Return (layers with neurons, neurons, neurons of the layers that the set lists) of every projection."""
         found = {}
         for name in PROJECTIONS:
             members = [member for site, member in self._members.items() if site.projection == name]
@@ -86,31 +91,28 @@ class NeuronSet(Mapping[Site, Tensor]):
             for index in member.nonzero().flatten().tolist():
                 yield Neuron(site, index)
 
-    def _combined(self, other: NeuronSet, operation: str) -> NeuronSet:
+    def _combined(self, other: NeuronSet, operation: Callable[[Tensor, Tensor], Tensor]) -> NeuronSet:
         members: dict[Site, Tensor] = {}
         for site in {*self, *other}:
             mine, theirs = self.get(site), other.get(site)
             if mine is not None and theirs is not None and len(mine) != len(theirs):
                 what = f"one mask has {len(mine)} neurons there and the other {len(theirs)}, so they do not combine"
                 raise SnrfError(site, what, "use masks of models with the same decoder shape")
-            present = mine if mine is not None else theirs
-            assert present is not None
-            a = mine if mine is not None else torch.zeros_like(present)
-            b = theirs if theirs is not None else torch.zeros_like(present)
-            members[site] = {"&": a & b, "|": a | b, "-": a & ~b}[operation]
+            empty = torch.zeros_like(self[site] if mine is not None else other[site])
+            members[site] = operation(empty if mine is None else mine, empty if theirs is None else theirs)
         return NeuronSet(members)
 
     def __and__(self, other: NeuronSet) -> NeuronSet:
         """Intersection (Eq. 6 intersects over contexts and over both models)."""
-        return self._combined(other, "&")
+        return self._combined(other, operator.and_)
 
     def __or__(self, other: NeuronSet) -> NeuronSet:
         """Union."""
-        return self._combined(other, "|")
+        return self._combined(other, operator.or_)
 
     def __sub__(self, other: NeuronSet) -> NeuronSet:
         """Difference: the neurons of ``self`` that are not in ``other``."""
-        return self._combined(other, "-")
+        return self._combined(other, lambda mine, theirs: mine & ~theirs)
 
     def random(self, seed: int, *, disjoint: bool = False) -> NeuronSet:
         """Draw as many random neurons at every site as ``self`` has there (the control of Table 3).
@@ -126,19 +128,16 @@ class NeuronSet(Mapping[Site, Tensor]):
             SnrfError: ``seed`` is out of range, or ``self`` has more than half of a site and the draw must avoid it.
         """
         if not 0 <= seed < 2**32:
-            raise SnrfError(None, f"must be in [0, 2**32), got {seed}", None, field="seed")
-        order = list(PROJECTIONS)
-        members = {}
+            raise SnrfError(None, f"must be in [0, 2**32), got {seed}", field="seed")
+        order, members = list(PROJECTIONS), {}
         for site, member in self._members.items():
             generator = np.random.RandomState([seed, site.layer, order.index(site.projection)])
             chosen = torch.zeros_like(member)
             picks = torch.from_numpy(generator.permutation(len(member)).astype(np.int64))
-            count = int(member.sum())
-            if disjoint:
-                picks = picks[~member[picks]]
-                if len(picks) < count:
-                    what = f"{count} of {len(member)} neurons are in the set, too many for a draw of as many others"
-                    raise SnrfError(site, what, "draw from all neurons")
+            count, picks = int(member.sum()), picks[~member[picks]] if disjoint else picks
+            if len(picks) < count:
+                what = f"{count} of {len(member)} neurons are in the set, too many for a draw of as many others"
+                raise SnrfError(site, what, "draw from all neurons")
             chosen[picks[:count]] = True
             members[site] = chosen
         return NeuronSet(members)

@@ -24,11 +24,7 @@ class DecoderShape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> DecoderShape:
-        """Return the shape that a text configuration with transformers' names describes.
-
-        Raises:
-            ValueError: a number is missing, or is impossible.
-        """
+        """Return the shape that a text configuration describes; ``ValueError``: a number is missing or impossible."""
         try:
             hidden_size, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
             shape = cls(
@@ -52,13 +48,9 @@ class DecoderShape:
 
     def neurons(self, projection: str) -> int:
         """Return the number of neurons of a projection in one layer."""
-        return {
-            "attn.q": self.heads * self.head_dim,
-            "attn.k": self.kv_heads * self.head_dim,
-            "attn.v": self.kv_heads * self.head_dim,
-            "fwd.up": self.intermediate_size,
-            "fwd.down": self.intermediate_size,
-        }[projection]
+        if projection.startswith("fwd."):
+            return self.intermediate_size
+        return (self.kv_heads if projection in GROUPED else self.heads) * self.head_dim
 
     def sites(self) -> list[Site]:
         """Return every layer and projection."""
@@ -66,16 +58,12 @@ class DecoderShape:
 
 
 def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, where: object | None, model: str) -> None:
-    """Raise one ``SnrfError`` where neurons are not those of a decoder, with the first that does not fit.
-
-    Args:
-        where: the file of the neurons.
-        model: the name of the decoder's model.
-    """
+    """Raise ``SnrfError`` where neurons of a file ``where`` are not those of the decoder of ``model``."""
     if not isinstance(neurons, NeuronSet):
         _check_indices(neurons, shape, where, model)
         return
-    misfits = [site for site, member in neurons.items() if not _fits(site, len(member), shape)]
+    expected = set(shape.sites())
+    misfits = [site for site in neurons if site not in expected or len(neurons[site]) != shape.neurons(site.projection)]
     if not misfits:
         return
     site = misfits[0]
@@ -87,15 +75,10 @@ def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, whe
     raise SnrfError(where, what, _remedy(neurons, misfits, shape))
 
 
-def _fits(site: Site, length: int, shape: DecoderShape) -> bool:
-    return site.layer < shape.layers and length == shape.neurons(site.projection)
-
-
 def _remedy(neurons: NeuronSet, misfits: Sequence[Site], shape: DecoderShape) -> str:
-    """Return what to do: where q and fwd fit, k and v may count repeated heads."""
     repeated = shape.heads * shape.head_dim
-    counted = all(s.layer < shape.layers and s.projection in GROUPED and len(neurons[s]) == repeated for s in misfits)
-    if counted:
+    if all(s.layer < shape.layers and s.projection in GROUPED and len(neurons[s]) == repeated for s in misfits):
+        # Where q and fwd fit, k and v may count repeated heads.
         return "attn.k and attn.v count heads repeated for GQA; make the mask again with 'snrf mask import'"
     return "use a mask made for this model"
 

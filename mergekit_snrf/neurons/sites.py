@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from mergekit_snrf.errors import SnrfError
 
-MAX_LAYERS = 10_000
-"""No decoder is this deep; a file with a larger layer number is damaged."""
+MAX_LAYERS = 10_000  # No decoder is this deep; a file with a larger layer number is damaged.
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,7 @@ PROJECTIONS: dict[str, Projection] = {
     )
 }
 
-GROUPED = ("attn.k", "attn.v")
-"""The projections whose heads several query heads share (GQA)."""
-
-
-def projection_named(name: str) -> Projection:
-    """Return the projection called ``name``.
-
-    Raises:
-        SnrfError: there is no such projection.
-    """
-    try:
-        return PROJECTIONS[name]
-    except KeyError:
-        known = f"the projections are {', '.join(PROJECTIONS)}"
-        raise SnrfError(None, f"unknown projection {name!r:.60}", known) from None
+GROUPED = ("attn.k", "attn.v")  # Several query heads share each of their heads (GQA).
 
 
 _LAYER = r"(?P<layer>0|[1-9][0-9]{0,4})"
@@ -79,7 +64,9 @@ class Site:
     projection: str
 
     def __post_init__(self) -> None:
-        projection_named(self.projection)
+        if self.projection not in PROJECTIONS:
+            known = f"the projections are {', '.join(PROJECTIONS)}"
+            raise SnrfError(None, f"unknown projection {self.projection!r:.60}", known)
         if not 0 <= self.layer < MAX_LAYERS:
             raise SnrfError(None, f"layer {self.layer} is not in [0, {MAX_LAYERS})", "correct it")
 
@@ -100,11 +87,7 @@ class Site:
 
     @classmethod
     def from_key(cls, key: str) -> Site:
-        """Parse ``layers.14.fwd.up``.
-
-        Raises:
-            SnrfError: ``key`` is not of that form, or names an unknown projection.
-        """
+        """Parse ``layers.14.fwd.up``, or raise ``SnrfError``."""
         match = _KEY.fullmatch(key)
         if match is None:
             remedy = f"write 'layers.14.fwd.up', with one of {', '.join(PROJECTIONS)}"
@@ -124,11 +107,7 @@ class Neuron:
 
     @classmethod
     def parse(cls, name: str) -> Neuron:
-        """Parse ``fwd.up.L14.N12953``.
-
-        Raises:
-            SnrfError: ``name`` is not of that form, or names an unknown projection.
-        """
+        """Parse ``fwd.up.L14.N12953``, or raise ``SnrfError``."""
         match = _NEURON.fullmatch(name)
         if match is None:
             raise SnrfError(None, f"{name!r:.60} does not name a neuron", "write it as 'fwd.up.L14.N12953'")

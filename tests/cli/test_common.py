@@ -18,7 +18,7 @@ def command(fail: str) -> None:
     if fail == "bug":
         raise KeyError(fail)
     if fail:
-        raise SnrfError(fail)
+        raise SnrfError(None, fail)
     click.echo("done")
 
 

@@ -285,7 +285,7 @@ def test_figures_of_the_command_are_reproducible(folder: Path) -> None:
         (["target.profile", "small.profile"], 1, "has 0 neurons at layers.2.attn.k"),
         (["target.profile", "source.profile", "--sigma", "1", "--at-least", "0.5"], 1, "at_least counts ranks"),
         (["target.profile", "source.profile", "--figures", "target.profile/x"], 1, "cannot be made"),
-        (["target.profile", "source.profile", "--json", "no/where.json"], 1, "no/where.json: there is no such folder"),
+        (["target.profile", "source.profile", "--json", "no/where.json"], 1, "no/where.json: cannot be written"),
     ],
 )
 def test_command_errors(folder: Path, arguments: list[str], code: int, message: str) -> None:

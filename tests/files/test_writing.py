@@ -84,6 +84,18 @@ def test_an_exception_leaves_the_old_file(example: Path) -> None:
     assert os.listdir(example.parent) == [example.name]
 
 
+def test_what_killed_writers_left_is_removed(tmp_path: Path) -> None:
+    def left() -> list[str]:
+        return sorted(path.name.split(".")[1] for path in tmp_path.glob(".*"))
+
+    for name in (".a[1].yml.x.partial", ".a.yml.x.partial"):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "a[1].yml"):
+        write(tmp_path / "a[1].yml")
+        assert left() == ["a", "a[1]"]  # What is being written stays.
+    assert left() == ["a"]
+
+
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

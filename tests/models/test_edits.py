@@ -22,8 +22,8 @@ from mergekit_snrf.merge import install
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.edits import Edit, deactivate, fuse_model, fuse_state_dict
-from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.weights import LiveWeights, StateWeights, StoredWeights, weights_of
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.weights import state_weights, stored_weights, weights_of
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
@@ -86,7 +86,7 @@ def test_fused_model_is_the_merged_folder_and_undo_restores_it(
     model = load(folder / "target")
     before = copy_of(model)
     source: Any = {
-        "checkpoint": lambda: StoredWeights(open_checkpoint(str(folder / "source"))),
+        "checkpoint": lambda: stored_weights(open_checkpoint(str(folder / "source"))),
         "model": lambda: load(folder / "source"),
         "state dict": lambda: load(folder / "source").state_dict(),
     }[kind]()
@@ -120,7 +120,7 @@ def test_biases_and_source_base_move_as_float64_says(pairs: Any) -> None:
     base = {name: tensor + 0.25 for name, tensor in source.items()}
     fusion = Fusion(beta=0.5, rank=0)
     result = fuse_state_dict(target, source, neurons, fusion, source_base=base, biases=True)
-    mine, theirs = StateWeights.of(target), StateWeights.of(source)
+    mine, theirs = state_weights(target), state_weights(source)
     for site, member in neurons.nonempty().items():
         for name, other in (
             (mine.name(site), theirs.name(site)),
@@ -216,7 +216,7 @@ def test_a_damaged_source_leaves_the_model_as_it_was(pairs: Any) -> None:
     folder, neurons = pairs("llava")
     model, source = load(folder / "target"), read(folder / "source")
     before = copy_of(model)
-    source[StateWeights.of(source).name(Site(2, "fwd.down"))][0, 0] = torch.nan
+    source[state_weights(source).name(Site(2, "fwd.down"))][0, 0] = torch.nan
     with pytest.raises(SnrfError, match=r"layers\.2\.mlp\.down_proj\.weight: the source's .* NaN"):
         fuse_model(model, source, neurons, FUSION)
     assert_same(copy_of(model), before)
@@ -270,20 +270,20 @@ def test_missing_biases_and_decoders_are_named(pairs: Any) -> None:
     with pytest.raises(SnrfError, match=r"several text decoders \(model.layers., other.model.layers.\)"):
         weights_of(both)
     with pytest.raises(SnrfError, match="has no tensor"):
-        StateWeights.of(source).weight(Site(9, "attn.q"))
+        state_weights(source).weight(Site(9, "attn.q"))
     stored = weights_of(open_checkpoint(str(folder / "source")))
     with pytest.raises(SnrfError, match="has no tensor"):
         stored.weight(Site(9, "attn.q"))
     with pytest.raises(SnrfError, match="only on the hub"):
-        StoredWeights(Checkpoint("owner/model", None, {}, {}, b""))
+        stored_weights(Checkpoint("owner/model", None, {}, {}, b""))
 
 
 def test_weights_are_the_same_wherever_they_are(pairs: Any) -> None:
     folder, _ = pairs("qwen2_5_vl")
     live = weights_of(load(folder / "source"))
-    assert isinstance(live, LiveWeights)
+    assert isinstance(live, LiveDecoder)
     for other in (weights_of(read(folder / "source")), weights_of(open_checkpoint(str(folder / "source")))):
-        for site in live.decoder.shape.sites():
+        for site in live.shape.sites():
             assert torch.equal(live.weight(site), other.weight(site))
             mine, theirs = live.bias(site), other.bias(site)
             assert (mine is None) == (theirs is None)
@@ -399,5 +399,5 @@ def test_of_two_live_stacks_the_one_with_embeddings_and_norm_is_the_decoder(pair
     assert find_live_decoder(model).path == path
     assert "LlamaDecoderLayer" not in repr(find_live_decoder(model))
     tensors = model.state_dict()
-    assert f"{path}." == StateWeights.of(tensors).prefix
-    assert "tensor(" not in repr(StateWeights.of(tensors)) + repr(deactivate(model, NeuronSet({})))
+    assert f"{path}." == state_weights(tensors).prefix
+    assert "tensor(" not in repr(state_weights(tensors)) + repr(deactivate(model, NeuronSet({})))

@@ -19,7 +19,8 @@ from mergekit_snrf.files import references
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.neurons.maskcard import mask_card, provenance_rows
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance, write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 ROOT = Path(__file__).resolve().parents[2]
 NEURONS = NeuronSet({Site(0, "attn.k"): torch.tensor([True, False, True, False])})

@@ -27,7 +27,8 @@ from mergekit_snrf.neurons.maskfile import (
     read_mask,
     write_mask,
 )
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 examples = settings(max_examples=40)
 
@@ -118,7 +119,8 @@ WRITE = """
 import sys
 import torch
 from mergekit_snrf.neurons.maskfile import Provenance, write_mask
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 sites = {Site(layer, name) for layer in range(12) for name in PROJECTIONS}
 labels = {f"label{number}" for number in range(12)}
 provenance = Provenance(selection={label: 1 for label in labels}, **{label: label for label in labels})

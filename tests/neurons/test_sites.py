@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS, Neuron, Site, projection_named
+from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS, Neuron, Site
 
 examples = settings(max_examples=50)
 sites = st.builds(Site, st.integers(0, 3), st.sampled_from(list(PROJECTIONS)))
@@ -24,7 +24,7 @@ def test_projections_are_those_of_the_paper() -> None:
 
 def test_unknown_projection_is_named_beside_the_known_ones() -> None:
     with pytest.raises(SnrfError, match=r"'fwd\.gate'.*attn\.q, attn\.k, attn\.v, fwd\.up"):
-        projection_named("fwd.gate")
+        Site(0, "fwd.gate")
 
 
 @examples

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder, weight_of
-from mergekit_snrf.neurons.sets import PROJECTIONS
+from mergekit_snrf.neurons.sites import PROJECTIONS
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs
 
 _OUTPUT = "self_attn.o_proj"

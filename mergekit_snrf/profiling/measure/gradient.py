@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder
-from mergekit_snrf.neurons.sets import PROJECTIONS
+from mergekit_snrf.neurons.sites import PROJECTIONS
 
 ATTENTION, FFN = "self_attn.o_proj", PROJECTIONS["fwd.down"].module
 

@@ -13,7 +13,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import find_live_decoder, weight_of
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.impact.inputs import Readout
 from mergekit_snrf.profiling.impact.layer import (
     AttentionScores,

@@ -36,7 +36,7 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError, did_you_mean, invalid
 from mergekit_snrf.files import container
 from mergekit_snrf.neurons.maskfile import ModelProvenance
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 PROFILE_FORMAT, PROFILE_VERSION = "snrf-profile", 1
 

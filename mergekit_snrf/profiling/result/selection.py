@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, did_you_mean
 from mergekit_snrf.files.settings import Settings
-from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import PROJECTIONS
 from mergekit_snrf.profiling.result.profilefile import Profile, SiteProfile, edge_ranks
 
 GROUPS = tuple(dict.fromkeys(name.partition(".")[0] for name in PROJECTIONS))

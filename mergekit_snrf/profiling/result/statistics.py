@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.profilefile import (
     EDGES,
     MAX_NEURONS,
