@@ -115,12 +115,8 @@ class Fusion:
             SnrfError: the rank exceeds the smaller side.
         """
         if self.update != "dare" and self.rank > min(shape):
-            raise SnrfError(
-                name,
-                f"{self.rank} exceeds the smaller side of shape {list(shape)}",
-                f"use at most {min(shape)}, or 0 for the full-rank update",
-                field="rank",
-            )
+            what = f"{self.rank} exceeds the smaller side of shape {list(shape)}"
+            raise SnrfError(name, what, f"use at most {min(shape)}, or 0 for the full-rank update", field="rank")
 
 
 def settings() -> dict[str, Setting]:
@@ -184,12 +180,11 @@ def masked_update(
     """
     _check_shapes(name, target, source, source_base)
     if len(neurons) != target.shape[axis]:
-        raise SnrfError(
-            name,
+        what = (
             f"the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
-            f"{target.shape[axis]}",
-            "use a mask of this model",
+            f"{target.shape[axis]}"
         )
+        raise SnrfError(name, what, "use a mask of this model")
     fusion.check_rank(name, tuple(target.shape))
     delta = _delta(name, target, source, source_base)
     by_neuron = delta if axis == 0 else delta.mT
@@ -218,17 +213,11 @@ def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moment
 
 def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> None:
     if target.shape != source.shape or target.ndim != 2:
-        raise SnrfError(
-            name,
-            f"target has shape {list(target.shape)} and source {list(source.shape)}",
-            "SNRF needs two tensors of one shape",
-        )
+        what = f"target has shape {list(target.shape)} and source {list(source.shape)}"
+        raise SnrfError(name, what, "SNRF needs two tensors of one shape")
     if source_base is not None and source_base.shape != source.shape:
-        raise SnrfError(
-            name,
-            f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}",
-            "use the model that the source was trained from",
-        )
+        what = f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}"
+        raise SnrfError(name, what, "use the model that the source was trained from")
 
 
 def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> Tensor:
@@ -246,11 +235,9 @@ def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None
         return delta
     for which, tensor in (("target", target), ("source", source), ("source_base", source_base)):
         if tensor is not None and not _is_finite(tensor):
-            raise SnrfError(
-                name,
-                f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights",
-                "the checkpoint is damaged; download it again, or remove these neurons from the mask",
-            )
+            what = f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights"
+            remedy = "the checkpoint is damaged; download it again, or remove these neurons from the mask"
+            raise SnrfError(name, what, remedy)
     other = "target" if source_base is None else "source_base"
     raise SnrfError(name, f"the difference of source and {other} overflows {dtype}", "check both checkpoints")
 
@@ -326,9 +313,8 @@ def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Roundi
     exact = before.to(step.dtype) + step
     fused = exact.to(by_neuron.dtype)
     if not _is_finite(fused):
-        raise SnrfError(
-            name, f"the fused weights overflow {by_neuron.dtype}", "merge in a wider dtype or with a lower beta"
-        )
+        what = f"the fused weights overflow {by_neuron.dtype}"
+        raise SnrfError(name, what, "merge in a wider dtype or with a lower beta")
     by_neuron[selected] = fused
     return Rounding(
         update=frobenius_norm(step) if step.numel() else 0.0,

@@ -143,11 +143,8 @@ class Journals:
             request = content["request"]
             different = differences(request, self._request)
             if different:
-                raise SnrfError(
-                    path,
-                    f"is the journal of another run: {', '.join(different)}",
-                    "use the same settings, or delete the journal to start again",
-                )
+                what = f"is the journal of another run: {', '.join(different)}"
+                raise SnrfError(path, what, "use the same settings, or delete the journal to start again")
             done, tally = int(content["done"], 16), dict(content["tally"])
             tally["digest"] = int(tally["digest"], 16)
             groups = {group for group in range(done.bit_length()) if done >> group & 1}

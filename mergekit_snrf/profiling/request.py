@@ -94,11 +94,7 @@ def check_output(
 
 
 def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
-    """Return the headers of both models, whose decoders have the same shape.
-
-    Raises:
-        SnrfError: a model cannot be read, has no usable text decoder, or the two have different shapes.
-    """
+    """Return the headers of both models; an error if they have no usable text decoders of the same shape."""
     (target, of_target), (source, of_source) = (_opened(config.kind(name)) for name in SIDES)
     if of_target is not None and of_source is not None:
         problems = pairing_problems(of_target, of_source, any_family=True)

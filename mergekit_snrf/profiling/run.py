@@ -108,11 +108,7 @@ def run(
 
 
 def dry_run(config: ProfileConfig, *, folder: str | os.PathLike[str] | None = None, shown: int = 3) -> str:
-    """Return the first probes of each side as their models would read them, without loading weights.
-
-    Raises:
-        SnrfError: as ``run``, except what only the loaded models show.
-    """
+    """Return the first probes of each side as their models would read them, without loading weights."""
     check_models(config)
     lines = []
     for name in SIDES:

@@ -258,12 +258,8 @@ def _find(value: str, path: Path, key: str, what: str) -> str:
     looks_local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).suffix in DATA_SUFFIXES
     if looks_local or (what == "model" and value.count("/") != 1):
         looked = " and ".join(str(place.absolute()) for place in places)
-        raise SnrfError(
-            path,
-            f"{value!r} does not exist, looked for {looked}",
-            f"correct the path, or use a hub id such as owner/{what}",
-            field=f"key {key!r}",
-        )
+        message = f"{value!r} does not exist, looked for {looked}"
+        raise SnrfError(path, message, f"correct the path, or use a hub id such as owner/{what}", field=f"key {key!r}")
     return value
 
 

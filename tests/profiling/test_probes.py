@@ -251,7 +251,7 @@ class TestPrompts:
             assert len(probes) == 19
             assert [bad.number for bad in probes.bad] == [11]
             what = "the token_limit of 64" if limit else "the model's 100 positions"
-            assert f"tokens and an answer of up to 20 exceed {what}" in probes.bad[0].reason
+            assert f"tokens and an answer of up to 20 exceed {what}" in str(probes.bad[0].error)
         tokens = [probe.tokens for probe in probes.probes]
         config = options(folders["llama"], path, answer={"max_new_tokens": 20}, token_limit=tokens[0] + 20)
         assert len(config.prepare(tokenizer)) == 19

@@ -49,11 +49,9 @@ def watched_inputs(
             seen.add(site)
             tensor: Tensor = args[0].detach()
             if tensor.shape[:2] != counted.shape or tensor.shape[2] != sizes[site]:
-                raise SnrfError(
-                    f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}",
-                    f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]",
-                    "the model is not supported",
-                )
+                what = f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]"
+                remedy = "the model is not supported"
+                raise SnrfError(f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}", what, remedy)
             rows = tensor[counted.to(tensor.device)]
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
             visit(site, rows)
@@ -70,11 +68,9 @@ def watched_inputs(
             handle.remove()
     missing = sorted(sizes.keys() - seen)
     if missing:
-        raise SnrfError(
-            f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}",
-            "did not run as a module of the layer",
-            "the model is not supported",
-        )
+        what = "did not run as a module of the layer"
+        remedy = "the model is not supported"
+        raise SnrfError(f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}", what, remedy)
 
 
 class NormMedians:

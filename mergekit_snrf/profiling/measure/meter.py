@@ -85,8 +85,6 @@ class Meter:
     model computed. So an attention of an unknown kind is an error, never a wrong number.
 
     Args:
-        model: a loaded transformers model.
-        measure: what to measure.
         shape: of the decoder, where it is known from the checkpoint.
         name: of the model, for messages.
         block_bytes: size of a block of changed scores; None is the default of the device.
@@ -131,12 +129,8 @@ class Meter:
             counted &= batch.answer_mask
         for number, probe in zip(batch.numbers, counted, strict=True):
             if not bool(probe.any()):
-                raise SnrfError(
-                    self.decoder.model,
-                    f"probe {number} has no token that counts with {self.measure.tokens!r}",
-                    "leave out the row, or count all tokens",
-                    field="tokens",
-                )
+                what = f"probe {number} has no token that counts with {self.measure.tokens!r}"
+                raise SnrfError(self.decoder.model, what, "leave out the row, or count all tokens", field="tokens")
         found: dict[Site, Tensor] = {}
         gradients: list[LayerGradient] = []
         if self.measure.weight == "gradient":
@@ -195,20 +189,12 @@ class Meter:
         readout = None
         if self.measure.site == "post_o":
             output = weight_of(layer.module.get_submodule("self_attn.o_proj"))
-            readout = Readout.of(
-                output.to(layer.attention.query.device), layer.attention.heads, layer.attention.kv_heads
-            )
+            output = output.to(layer.attention.query.device)
+            readout = Readout.of(output, layer.attention.heads, layer.attention.kv_heads)
         if self._backend == "sdpa" and layer.attention.softcap is not None:
-            raise SnrfError(
-                self.decoder.model, "caps its attention scores, which 'sdpa' cannot", "use 'auto'", field="backend"
-            )
-        return attention_impact(
-            layer.attention,
-            weights,
-            readout,
-            self._block_bytes,
-            backend=self._backend,
-        )
+            what = "caps its attention scores, which 'sdpa' cannot"
+            raise SnrfError(self.decoder.model, what, "use 'auto'", field="backend")
+        return attention_impact(layer.attention, weights, readout, self._block_bytes, backend=self._backend)
 
     def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
         if self.measure.scoring == "released":
@@ -238,12 +224,9 @@ class Meter:
             wrong = (~finite & counted.to(finite.device)).any(-1)
             if bool(wrong.any()):
                 number = batch.numbers[int(wrong.nonzero()[0])]
-                raise SnrfError(
-                    self.decoder.model,
-                    f"the gradient at layer {index} is NaN or infinite on probe {number}",
-                    "load the model in a dtype of more range such as float32, or weight by 'residual'",
-                    field="weight",
-                )
+                what = f"the gradient at layer {index} is NaN or infinite on probe {number}"
+                remedy = "load the model in a dtype of more range such as float32, or weight by 'residual'"
+                raise SnrfError(self.decoder.model, what, remedy, field="weight")
 
     def _refuse(self, layer: CapturedLayer, projection: str, batch: ProbeBatch, wrong: Bool[Tensor, " probes"]) -> None:
         if bool(wrong.any()):
@@ -264,10 +247,9 @@ class Meter:
         error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
         tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
         if not float(error.median()) <= tolerance:
-            raise SnrfError(
-                self.decoder.model,
+            what = (
                 f"the attention of {self.decoder.path}.{layer.index} does not follow from its projections (relative "
                 f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
-                f"unknown",
-                "the model is not supported",
+                f"unknown"
             )
+            raise SnrfError(self.decoder.model, what, "the model is not supported")

@@ -26,21 +26,13 @@ class Sums:
         raise NotImplementedError
 
     def count(self, probes: int) -> None:
-        """Count more probes.
-
-        Raises:
-            SnrfError: there are too many.
-        """
+        """Count more probes. Raises ``SnrfError`` if there are too many."""
         if self.probes + probes > MAX_PROBES:
             raise SnrfError(None, f"a profile holds at most {MAX_PROBES} probes")
         self.probes += probes
 
     def merge(self, other: Any) -> None:
-        """Add the sums of other probes through the same model.
-
-        Raises:
-            SnrfError: they are of another model.
-        """
+        """Add the sums of other probes through the same model. Raises ``SnrfError`` if they are of another model."""
         mine, theirs = self.parts(), other.parts()
         if {key: tensor.shape for key, (tensor, _) in mine.items()} != {key: t.shape for key, (t, _) in theirs.items()}:
             raise SnrfError(None, "statistics of different models cannot be merged: their sites or neurons differ")
