@@ -74,11 +74,11 @@ def overlap(
             click.echo(path)
 
 
-def _table(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
-    from mergekit_snrf.evidence.wording import COUNT_COLUMNS, count_cells
+def _counts(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
+    from mergekit_snrf.evidence.tables import counts_table
 
-    header = (label, "shared", "A only", "B only", *COUNT_COLUMNS)
-    return table(header, [(name, *count_cells(counts)) for name, counts in rows])
+    found = counts_table("", label, rows)
+    return table(found.header, found.rows)
 
 
 def _pair_text(pair: Overlap) -> str:
@@ -88,7 +88,7 @@ def _pair_text(pair: Overlap) -> str:
 
     sums = by_projection(pair)
     heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\nselected by {rule(pair.rule)}"
-    return f"{heading}\n\n{_table('projection', sums.items())}\n\n{chance_sentence(sums['all'])}"
+    return f"{heading}\n\n{_counts('projection', sums.items())}\n\n{chance_sentence(sums['all'])}"
 
 
 def _pairs_text(pairs: list[Overlap]) -> str:
@@ -96,7 +96,7 @@ def _pairs_text(pairs: list[Overlap]) -> str:
     from mergekit_snrf.evidence.wording import rule
 
     rows = [(_name(pair), total(pair.sites)) for pair in pairs]
-    return f"selected by {rule(pairs[0].rule)}\n\n{_table('A, B', rows)}"
+    return f"selected by {rule(pairs[0].rule)}\n\n{_counts('A, B', rows)}"
 
 
 def _name(pair: Overlap) -> str:
@@ -106,32 +106,27 @@ def _name(pair: Overlap) -> str:
 
 
 def _details(pair: Overlap, layers: bool, named: bool) -> str:
-    from mergekit_snrf.neurons.sites import PROJECTIONS
+    from mergekit_snrf.evidence.tables import layers_table
 
     parts = [f"\n{_name(pair)}"] if named else []
     if layers:
-        sites = sorted(pair.sites, key=lambda site: (site.layer, list(PROJECTIONS).index(site.projection)))
-        parts.append("\n" + _table("layer", [(f"{site.layer} {site.projection}", site) for site in sites]))
+        found = layers_table(pair)
+        parts.append(f"\n{table(found.header, found.rows)}")
     if pair.curve:
         points = {f"{point.rule['top_ratio']:g}": point for point in pair.curve}
         # Hits know the edges of their bins only; those are few enough to show all of them.
         shown = set(points if "at_least" in pair.curve[0].rule else _SHOWN_RATIOS)
-        parts.append("\n" + _table("top ratio", [(ratio, point) for ratio, point in points.items() if ratio in shown]))
+        parts.append(f"\n{_counts('top ratio', [(ratio, points[ratio]) for ratio in points if ratio in shown])}")
     return "\n".join(parts)
 
 
 def _draw(pairs: list[Overlap], folder: Path) -> list[Path]:
-    from mergekit_snrf.evidence import figures, wording
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.sections import overlap_drawings
 
     paths = []
     for number, pair in enumerate(pairs, 1):
-        drawings = {
-            "overlap": (figures.overlap_diagram(pair), wording.overlap_text(pair)),
-            "layers": (figures.overlap_map(pair), wording.overlap_map_text(pair)),
-        }
-        if pair.curve:
-            drawings["curve"] = (figures.overlap_curve(pair), wording.curve_text(pair))
-        for kind, (figure, text) in drawings.items():
+        for kind, drawing in overlap_drawings(pair).items():
             name = kind if len(pairs) == 1 else f"{kind}-{number}"
-            paths += figures.save(figure, folder, name, f"Overlap of {_name(pair)}", text)
+            paths += save(drawing.figure, folder, name, f"Overlap of {_name(pair)}", drawing.text)
     return paths

@@ -19,11 +19,7 @@ REFERENCE, CLAIM, RANDOM, LEAST = "as it is", "masked neurons", "random neurons"
 def ablation_rows(neurons: NeuronSet, *, least: NeuronSet | None = None, draws: int = 3, seed: int = 0) -> list[Row]:
     """Return the model as it is, then with the neurons and with those of the controls deactivated.
 
-    Args:
-        neurons: of the claim.
-        least: the least important neurons; None leaves that row out.
-        draws: sets of random neurons, drawn with ``seed``, ``seed + 1``, ...
-        seed: of the first draw.
+    Random neurons are drawn with ``seed``, ``seed + 1``, ...; ``least`` are the least important ones, if any.
 
     Raises:
         SnrfError: there are no neurons, or no draws.

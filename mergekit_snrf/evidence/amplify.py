@@ -50,13 +50,7 @@ KEEP = 100
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer of the model.
-
-    Attributes:
-        number: of the probe's row.
-        neuron: that was amplified; None for a plain one.
-        answer: its tokens.
-    """
+    """One answer to the probe of a row, with ``neuron`` amplified; None for a plain one."""
 
     number: int
     neuron: Neuron | None
@@ -65,12 +59,7 @@ class Generation:
 
 @contextmanager
 def amplified(model: nn.Module, rows: Sequence[Neuron | None], factor: float) -> Iterator[None]:
-    """Multiply the activation of one neuron in each row of every batch that the model runs on (Eq. 7).
-
-    Args:
-        model: any loaded model with a text decoder, quantised or not.
-        rows: the neuron of each row of the batch; None leaves a row alone.
-        factor: lambda.
+    """Multiply the activation of the neuron of each row of every batch that the model runs on (Eq. 7); None: no change.
 
     Raises:
         SnrfError: the model has no such neuron; later: a batch has another number of rows, or a neuron's projection
@@ -119,8 +108,7 @@ def _scaling(
 def pick_neurons(neurons: NeuronSet, count: int | None, seed: int = 0) -> list[Neuron]:
     """Draw ``count`` of a set's neurons at random, in the set's order; None: all.
 
-    The draw depends on ``seed`` and on the size of the set only (numpy's legacy MT19937 generator), so a smaller count
-    takes a subset of a larger one's.
+    The draw depends on ``seed`` and the size of the set only; a smaller count takes a subset of a larger one's.
 
     Raises:
         SnrfError: the set has no neurons, or fewer than ``count``.
@@ -143,19 +131,10 @@ def generate_amplified(
     *,
     progress: bool = False,
 ) -> Iterator[Generation]:
-    """Generate the plain answer to every probe, and one with each neuron amplified, many in a batch.
+    """Generate the plain answer to every probe, and after it one with each neuron amplified, many in a batch.
 
-    The plain answer to a probe comes before the amplified ones. Rows of a batch do not see each other; an answer
-    depends on its batch by the rounding of the model's own arithmetic only.
-
-    Args:
-        probes: of ``prepare``.
-        model: in eval mode.
-        processor: of the model.
-        asked: for rule and batch_size.
-        neurons: all different.
-        factor: lambda.
-        progress: show a progress bar on stderr.
+    Rows of a batch do not see each other; an answer depends on its batch by the rounding of the model's own arithmetic
+    only. ``neurons`` are all different, ``factor`` is lambda.
 
     Raises:
         SnrfError: the model cannot generate, has no such neuron, or its logits are NaN.
@@ -214,9 +193,8 @@ def amplify(
 ) -> Amplification:
     """Compare the tokens that a model generates with each neuron amplified with those of plain generations.
 
-    Special tokens, the end of an answer among them, are not counted. The paper says which tokens of a neuron are
-    classified for Fig. 12, but not how many of them must be math tokens for the neuron to count; here it is more than
-    half.
+    Special tokens, the end of an answer among them, are not counted. The paper does not say how many of the classified
+    tokens of a neuron must be math tokens for it to count in Fig. 12; here it is more than half.
 
     Args:
         rows: of ``load_rows``.
@@ -236,41 +214,30 @@ def amplify(
         raise SnrfError(None, "no neuron is named", "name at least one, such as fwd.up.L14.N12953")
     if not abs(factor) < float("inf"):
         raise SnrfError(None, f"must be a finite number, got {factor}", None, field="factor")
-    probes = prepare(
-        rows,
-        processor,
-        rule=asked.rule,
-        batch_size=asked.batch_size,
-        token_limit=asked.token_limit,
-        config=model.config,
-        model=asked.model.model,
-    )
+    how: dict[str, Any] = {"rule": asked.rule, "batch_size": asked.batch_size, "token_limit": asked.token_limit}
+    probes = prepare(rows, processor, **how, config=model.config, model=asked.model.model)
     generations = generate_amplified(probes, model, processor, asked, neurons, factor, progress=progress)
     tallies = _tallies(generations, neurons, tokenizer_of(processor))
     without = tallies.pop(None)
-    found = [_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()]
-    mathematical = [entry for entry in found if entry.math_share is not None and entry.math_share > 0.5]
-    return Amplification(
+    constants = {"top": TOP, "min_count": MIN_COUNT, "keep": KEEP, "classifier_sha256": words_sha256()}
+    known = {"max_new_tokens": asked.rule.max_new_tokens, "generations": len(probes), **constants, **(settings or {})}
+    result = Amplification(
         model=asked.model.model,
         factor=factor,
         probes=asked.source.dataset,
         count=len(probes),
         seed=asked.source.seed,
-        classifier=WORDS,
-        neurons=found,
-        math_neuron_ratio=len(mathematical) / len(found),
-        plain_math_share=_share(without.tokens),
-        settings={
-            "probes_sha256": probes_sha256(probes),
-            "max_new_tokens": asked.rule.max_new_tokens,
-            "generations": len(probes),
-            "top": TOP,
-            "min_count": MIN_COUNT,
-            "keep": KEEP,
-            "classifier_sha256": words_sha256(),
-            **(settings or {}),
-        },
+        neurons=[_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()],
+        settings={"probes_sha256": probes_sha256(probes), **known},
     )
+    return result.model_copy(update=_classified(result.neurons, without.tokens))
+
+
+def _classified(neurons: Sequence[AmplifiedNeuron], plain: Counter[str]) -> dict[str, Any]:
+    """Return how many neurons are math neurons, and the share of math tokens among those of the plain answers."""
+    mathematical = sum(neuron.math_share is not None and neuron.math_share > 0.5 for neuron in neurons)
+    share = sum(count for token, count in plain.items() if is_math(token)) / plain.total() if plain else None
+    return {"classifier": WORDS, "math_neuron_ratio": mathematical / len(neurons), "plain_math_share": share}
 
 
 def _tallies(
@@ -300,9 +267,3 @@ def _of_neuron(neuron: Neuron | None, tally: _Tally, without: _Tally) -> Amplifi
         ended=(tally.ended, without.ended),
         changed=tally.changed,
     )
-
-
-def _share(tokens: Counter[str]) -> float | None:
-    """Return the share of math tokens among all that were generated."""
-    total = tokens.total()
-    return sum(count for token, count in tokens.items() if is_math(token)) / total if total else None

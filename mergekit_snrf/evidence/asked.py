@@ -41,15 +41,7 @@ class AskedOptions(Settings):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a model is asked, and how it answers.
-
-    Attributes:
-        model: which model.
-        source: of the probes.
-        rule: of the generated answers.
-        batch_size: answers generated at once.
-        token_limit: limit of a probe with its answer, in tokens.
-    """
+    """What a model is asked, and how it answers; ``token_limit`` is that of a probe with its answer."""
 
     model: ModelRef
     source: ProbeSource
@@ -61,11 +53,7 @@ class Asked:
 def load_asked(path: str | os.PathLike[str], model: ModelRef, options: AskedOptions | None = None) -> Asked:
     """Return how a data file, or one side of a profile.yml, becomes probes of a model that answers by itself.
 
-    Args:
-        path: a .jsonl, .json, .parquet or .csv file, or a profile.yml, of which the side with this model is taken,
-            or else the target.
-        model: which model.
-        options: replace the settings of a profile.yml.
+    Of a profile.yml the side with this model is taken, or else the target; ``options`` replace its settings.
 
     Raises:
         SnrfError: the file is missing or not valid, or an option does not go with it.
@@ -96,13 +84,9 @@ def _of_profile(path: Path, model: ModelRef, given: dict[str, Any], tokens: int 
         model = model.model_copy(update={"revision": own.model.revision, "gguf_file": own.model.gguf_file})
     if tokens is None and "max_new_tokens" in config.answer.model_fields_set:
         tokens = config.answer.max_new_tokens
-    return Asked(
-        model,
-        ProbeSource(**{**own.source.model_dump(), **given}),
-        AnswerRule(max_new_tokens=tokens or NEW_TOKENS),
-        size or config.batch_size,
-        config.token_limit,
-    )
+    asked = ProbeSource(**{**own.source.model_dump(), **given})
+    rule = AnswerRule(max_new_tokens=tokens or NEW_TOKENS)
+    return Asked(model, asked, rule, size or config.batch_size, config.token_limit)
 
 
 def _same(one: str, other: str) -> bool:

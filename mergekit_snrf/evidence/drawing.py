@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -58,6 +59,15 @@ _STYLE: Any = {
 }
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with its caption and its alternative text."""
+
+    figure: Figure
+    caption: str
+    text: str
+
+
 @contextmanager
 def _style() -> Iterator[None]:
     import matplotlib as mpl
@@ -85,26 +95,21 @@ def styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return wrapper
 
 
-def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure of a height in inches, and its panels side by side."""
+def new_figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of a height in inches, and its panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-
-
-_NAMESPACE = "http://www.w3.org/2000/svg"
+    return figure, [figure.add_subplot(rows, columns, panel + 1) for panel in range(rows * columns)]
 
 
 @styled
 def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str = INK) -> str:
-    """Return a figure as an SVG element with a title and an alternative text, for a file or to stand in a page.
+    """Return a figure as an SVG element with a title and an alternative text.
 
-    Args:
-        prefix: of all ids inside, so that several figures can stand in one page.
-        ink: the colour of text and lines: ``currentColor`` takes that of the page.
+    All ids begin with ``prefix``. Text and lines have the colour ``ink``: ``currentColor`` takes that of the page.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -125,7 +130,7 @@ def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str 
             defs.remove(style)
     title, text = printable(title), printable(text)
     root.attrib |= {
-        "xmlns": _NAMESPACE,
+        "xmlns": "http://www.w3.org/2000/svg",
         "role": "img",
         "aria-label": f"{title}. {text}",
         "style": "stroke-linejoin: round; stroke-linecap: butt",

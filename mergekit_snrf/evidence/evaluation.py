@@ -36,12 +36,9 @@ _YAML = (".yml", ".yaml")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that was found by its reference; call it through ``evaluate``.
+    """An evaluation that was found by its reference ``name``; call it through ``evaluate``.
 
-    Attributes:
-        name: the reference.
-        function: takes a loaded model in eval mode and its processor (a tokenizer, for a model without images).
-        roles: of the metrics that are not of role ``gain``.
+    ``function`` takes a loaded model in eval mode and its processor (a tokenizer, for a model without images).
     """
 
     name: str
@@ -56,12 +53,8 @@ class Evaluation:
 def load_evaluation(reference: str) -> Evaluation:
     """Find an evaluation, and check what can be checked without a model.
 
-    A callable's attribute ``roles`` (metric -> ``gain`` or ``keep``) says what a merge should gain and what it should
-    keep. Whatever a reference names in Python is imported, so it runs with the user's rights.
-
-    Args:
-        reference: ``file.yml``, ``path/file.py:name``, ``package.module:name`` or the name of an entry point; the last
-            three may be followed by ``?key=value&key=value``, the values as YAML writes them.
+    Values of arguments are written as in YAML. A callable's attribute ``roles`` (metric -> ``gain`` or ``keep``) says
+    what a merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
 
     Raises:
         SnrfError: there is no such file, module, attribute or entry point, it cannot be imported or called, or an
@@ -94,13 +87,7 @@ def load_evaluation(reference: str) -> Evaluation:
 def evaluate(
     evaluation: Evaluation, model: PreTrainedModel, processor: Any, *, like: Scores | None = None
 ) -> dict[str, Items]:
-    """Evaluate a model, which is put in eval mode.
-
-    Args:
-        evaluation: of ``load_evaluation``.
-        model: any loaded model that the evaluation can ask.
-        processor: of the model.
-        like: what another model scored. Both must have the same metrics, and these the same items.
+    """Evaluate a model, which is put in eval mode; its metrics and items must be those of the scores ``like``.
 
     Raises:
         SnrfError: the evaluation fails, or returns anything but finite scores for named metrics.
@@ -136,11 +123,8 @@ def _from_entry_point(reference: str, name: str) -> Any:
         if point.name == name:
             return imported(reference, point.load)
     known = ", ".join(sorted({point.name for point in points})) or "none is installed"
-    what = (
-        f"is neither a .yml file, nor path/file.py:name or package.module:name, nor an entry point of the group "
-        f"{ENTRY_POINTS} ({known})"
-    )
-    raise SnrfError(reference, what, "correct the reference")
+    what = "is neither a .yml file, nor path/file.py:name or package.module:name, nor an entry point of the group "
+    raise SnrfError(reference, f"{what}{ENTRY_POINTS} ({known})", "correct the reference")
 
 
 def _arguments(reference: str, query: str) -> dict[str, Any]:

@@ -82,13 +82,12 @@ class MetricConfig(Settings):
     @field_validator("answer_regex")
     @classmethod
     def _check_regex(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            if _expanded(pattern) > _MAX_EXPANDED:
-                raise ValueError(f"repeats more than {_MAX_EXPANDED} parts; use smaller counts in braces")
-            try:
-                regex.compile(pattern)
-            except (regex.error, RecursionError) as error:
-                raise ValueError(f"is not a regular expression ({error})") from None
+        if pattern is not None and _expanded(pattern) > _MAX_EXPANDED:
+            raise ValueError(f"repeats more than {_MAX_EXPANDED} parts; use smaller counts in braces")
+        try:
+            regex.compile(pattern or "")
+        except (regex.error, RecursionError) as error:
+            raise ValueError(f"is not a regular expression ({error})") from None
         return pattern
 
     @model_validator(mode="after")
@@ -160,10 +159,9 @@ def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
 
 
 def extract(pattern: regex.Pattern[str] | None, text: str) -> str | None:
-    """Return the answer in a text: the last match's first group, all of it without a group, None without a match
-    or where that group took no part in it.
+    """Return the answer in the last 20 000 characters of a text: the last match's first group, or all of the match.
 
-    Only the last 20 000 characters of the text are searched.
+    None without a match, or where that group took no part in it.
 
     Raises:
         SnrfError: the search takes more than two seconds.
@@ -195,15 +193,10 @@ def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
     answers: dict[int, str] = {}
     for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
-    extracted = {number: extract(metric.pattern, text) for number, text in sorted(answers.items())}
-    return Items(
-        scores=tuple(
-            float(text is not None and normalised(text) == metric.expected[number])
-            for number, text in extracted.items()
-        ),
-        malformed=tuple(text is None for text in extracted.values()) if metric.pattern is not None else None,
-        ids=tuple(map(str, extracted)),
-    )
+    found = {number: extract(metric.pattern, text) for number, text in sorted(answers.items())}
+    right = [text is not None and normalised(text) == metric.expected[number] for number, text in found.items()]
+    malformed = tuple(text is None for text in found.values()) if metric.pattern is not None else None
+    return Items(tuple(map(float, right)), malformed, ids=tuple(map(str, found)))
 
 
 def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -> _Metric:
@@ -214,16 +207,8 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
     if not data.is_file():
         remedy = "correct the path, which is relative to the evaluation's file"
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
-    source = ProbeSource(
-        dataset=str(data),
-        question=metric.question,
-        images=metric.images,
-        answer=metric.answer,
-        template=metric.template,
-        limit=config.limit,
-        seed=config.seed,
-    )
-    rows = load_rows(source, answers=True)
+    columns = metric.model_dump(include={"question", "images", "answer", "template"})
+    rows = load_rows(ProbeSource(dataset=str(data), limit=config.limit, seed=config.seed, **columns), answers=True)
     if rows.bad:
         raise _bad_row(rows.bad[0], rows.name)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None

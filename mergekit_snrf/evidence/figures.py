@@ -124,9 +124,7 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
     height = min(_MAX_HEIGHT, 1.3 + 0.19 * len(layers))
     figure, (panel,) = new_figure(height)
     if not cells:
-        panel.set_axis_off()
-        panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
-        return figure
+        return _nothing(figure, panel, "no neurons")
     names = list(PROJECTIONS)
     grid = np.full((len(layers), len(names)), np.nan)
     rows = {layer: row for row, layer in enumerate(layers)}
@@ -156,6 +154,12 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
     assert bar.solids is not None
     # Without edges of their own, viewers leave gaps between the steps.
     bar.solids.set_edgecolor("face")
+    return figure
+
+
+def _nothing(figure: Figure, panel: Axes, why: str) -> Figure:
+    panel.set_axis_off()
+    panel.text(0.5, 0.5, why, ha="center", va="center", transform=panel.transAxes)
     return figure
 
 
@@ -234,8 +238,7 @@ def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figur
     panel.set_position((0, 0, 1, 1))
     panel.set_axis_off()
     if not weights:
-        panel.text(0.5, 0.5, "no token is more frequent", ha="center", va="center")
-        return figure
+        return _nothing(figure, panel, "no token is more frequent")
     font = findfont("DejaVu Sans")
     # At 72 pixels an inch a pixel of the cloud is a point of the figure.
     columns, rows = round(72 * WIDTH), round(72 * height)

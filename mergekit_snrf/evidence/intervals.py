@@ -7,10 +7,9 @@ Every resample takes the same items for every condition, so differences are pair
 task (``Items.groups``), tasks are not resampled. A condition of several random draws is the mean over them, and its
 draws are resampled as well.
 
-Limits that no resampling lifts: where all items score alike an interval has no width, and intervals of few items (say
-30) are too narrow. So are those of few draws, which say little about other draws: in simulations of 400 items, 95 %
-intervals held in 94 % of the cases or more where draws differed by up to 5 points (one standard deviation), but where
-they differed by 10 points in 88 % for 3 draws, 91 % for 5 and 94 % for 10.
+Where all items score alike an interval has no width, and intervals of few items (say 30) or few draws are too narrow:
+in simulations of 400 items, 95 % intervals held in 94 % of the cases or more where draws differed by up to 5 points
+(one standard deviation), but where they differed by 10 points in 88 % for 3 draws, 91 % for 5 and 94 % for 10.
 """
 
 from __future__ import annotations
@@ -36,12 +35,7 @@ _DRAWS_STREAM = 2**32
 
 
 class Bootstrap:
-    """Resampled means of one metric under several conditions.
-
-    Attributes:
-        means: by condition, its mean in every resample [resamples]; the estimates that belong to them are in
-            ``estimates``. For functions of several conditions that ``difference`` does not know.
-    """
+    """Resampled means of one metric under several conditions, in ``means``, and their ``estimates``."""
 
     def __init__(
         self,
@@ -51,13 +45,7 @@ class Bootstrap:
         resamples: int = RESAMPLES,
         level: float = LEVEL,
     ) -> None:
-        """Resample.
-
-        Args:
-            conditions: for each its draws, most often one; the items of all draws are the same.
-            seed: of the resampling; metrics of as many items are resampled alike.
-            resamples: how many.
-            level: of the intervals.
+        """Resample the draws of every condition; metrics of as many items are resampled alike.
 
         Raises:
             SnrfError: a condition has no draws, or not the items of the others.
@@ -102,22 +90,15 @@ class Bootstrap:
 def measure(
     bootstraps: Mapping[str, Bootstrap], scores: Mapping[str, Sequence[Scores]], reference: str
 ) -> dict[str, dict[str, Measured]]:
-    """Return, by condition and metric, its mean and its paired change to the reference.
+    """Return, by condition and metric, its mean and its paired change to the reference."""
 
-    Args:
-        bootstraps: of ``resample``, by metric.
-        scores: of every condition's draws.
-        reference: the condition that the others are compared with.
-    """
+    def measured(condition: str, metric: str, draws: Sequence[Scores]) -> Measured:
+        mean = bootstraps[metric].mean(condition)
+        change = None if condition == reference else bootstraps[metric].difference(condition, reference)
+        return Measured(mean=mean, change=change, malformed=_malformed([draw[metric] for draw in draws]))
+
     return {
-        condition: {
-            metric: Measured(
-                mean=bootstrap.mean(condition),
-                change=None if condition == reference else bootstrap.difference(condition, reference),
-                malformed=_malformed([draw[metric] for draw in draws]),
-            )
-            for metric, bootstrap in bootstraps.items()
-        }
+        condition: {metric: measured(condition, metric, draws) for metric in bootstraps}
         for condition, draws in scores.items()
     }
 
@@ -128,23 +109,15 @@ def resample(scores: Mapping[str, Sequence[Scores]], *, seed: int = 0, level: fl
     Raises:
         SnrfError: a condition has no draws, or other items than the others.
     """
-    metrics = next(iter(scores.values()))[0]
-    return {
-        metric: Bootstrap(
-            {name: [draw[metric] for draw in draws] for name, draws in scores.items()}, seed=seed, level=level
-        )
-        for metric in metrics
-    }
+    found = {}
+    for metric in next(iter(scores.values()))[0]:
+        conditions = {name: [draw[metric] for draw in draws] for name, draws in scores.items()}
+        found[metric] = Bootstrap(conditions, seed=seed, level=level)
+    return found
 
 
 def spoken(interval: Interval, scale: float, sign: str = "") -> str:
-    """Format an interval for a table or a sentence: ``18.2 [12.1, 24.0]``, or ``+18.2 [+12.1, +24.0]``.
-
-    Args:
-        interval: any.
-        scale: 100 for points of per cent.
-        sign: ``+`` to write it before positive numbers, too.
-    """
+    """Format an interval times ``scale``: ``18.2 [12.1, 24.0]``, with the sign ``+``: ``+18.2 [+12.1, +24.0]``."""
     estimate, low, high = (
         # Rounded first, so that no -0.0 is shown.
         format(round(scale * value, 1) + 0.0, f"{sign}.1f")

@@ -19,9 +19,9 @@ class Items:
 
     Attributes:
         scores: one per item, higher is better, such as 1.0 for a right answer and 0.0 for a wrong one.
-        malformed: whether the item's answer could not be read, which also makes it wrong; None where that is unknown.
-        ids: names of the items, which must be equal from model to model.
-        groups: the task of each item. The metric is the mean over tasks of a task's mean, whatever the tasks' sizes.
+        malformed: whether an answer could not be read, which also makes it wrong; None where that is unknown.
+        ids: names of the items, equal from model to model.
+        groups: the task of each item. The metric is the mean over tasks of a task's mean.
 
     Raises:
         SnrfError: there are no items, a score is not finite, or the lengths differ.

@@ -20,14 +20,10 @@ if TYPE_CHECKING:
 
 
 def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
-    """Read the profile of a model.
+    """Read the profile of a model from a file, or hf://owner/repo@revision/path.
 
-    A profile without the sha256 of its model's config.json is accepted. Weights that differ under an equal config.json,
-    such as those of a fine-tune and its parent, are not noticed.
-
-    Args:
-        checkpoint: of the model.
-        reference: a file, or hf://owner/repo@revision/path.
+    A profile without the sha256 of its model's config.json is accepted; other weights of an equal config.json, such as
+    those of a fine-tune and its parent, are not noticed.
 
     Raises:
         SnrfError: it cannot be read, or its model had another config.json.
@@ -43,9 +39,7 @@ def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
 def least_important(profiles: Sequence[Profile], neurons: NeuronSet) -> NeuronSet:
     """Return as many neurons as ``neurons`` has at every site, those of the lowest mean impact, ties by index.
 
-    Args:
-        profiles: one or more of one model; the mean is over the probes of all.
-        neurons: how many to take at which sites.
+    The mean is over the probes of all profiles, which are of one model.
 
     Raises:
         SnrfError: a profile lacks a site, or has another number of neurons there.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, printable
@@ -39,15 +38,14 @@ def compare_runs(
     """Compare what lmms-eval measured of several models on the same samples.
 
     Args:
-        folders: one a model, that of the target first, then that of its merge, then of any controls.
+        folders: that of the target first, then that of its merge, then of any controls.
         tasks: only these; none: all.
         metrics: only these, ``metric`` or ``task/metric``; none: all.
         keep: those that a merge should preserve; the others it should improve.
         seed: of the intervals.
 
     Returns:
-        The study, and notes: a sentence for every task of which a folder holds several runs, and for every metric that
-        was left out.
+        The study, and a sentence for every task of which a folder holds several runs and every metric left out.
 
     Raises:
         SnrfError: a file is missing, too large or not of lmms-eval, samples do not pair, or no metric is left.
@@ -64,43 +62,36 @@ def compare_runs(
     _check_chosen("task", tasks, runs[0].files)
     for task in runs[0].files:
         _check_pairs(runs, task)
-    found = _read_metrics(runs, metrics)
-    _check_chosen("metric", metrics, found.known)
-    if not found.scores[0]:
-        reasons = "; ".join(found.skipped[:3]) or "no sample has a metric of that name"
+    every = [
+        (task, metric)
+        for task in sorted(runs[0].files)
+        for metric in sorted({metric for run in runs for sample in run.tasks[task] for metric in sample.values})
+    ]
+    _check_chosen("metric", metrics, {name for task, metric in every for name in (metric, f"{task}/{metric}")})
+    chosen = [pair for pair in every if not metrics or {pair[1], "/".join(pair)} & set(metrics)]
+    scores, skipped = _read_metrics(runs, chosen)
+    if not scores[0]:
+        reasons = "; ".join(skipped[:3]) or "no sample has a metric of that name"
         raise SnrfError(names[0], f"there is no metric to compare ({reasons})", "choose other tasks and metrics")
     notes = [note for run in runs for note in run.notes]
-    study = _study(names, runs, found.scores, keep, seed)
-    return study, [*notes, *(f"Left out: {reason}" for reason in found.skipped)]
+    return _study(names, runs, scores, keep, seed), [*notes, *(f"Left out: {reason}" for reason in skipped)]
 
 
-@dataclass(frozen=True)
-class _Metrics:
-    """What was read of all metrics: scores by run, the names that exist, and why some were left out."""
-
-    scores: list[dict[str, Items]]
-    known: set[str] = field(default_factory=set)
-    skipped: list[str] = field(default_factory=list)
-
-
-def _read_metrics(runs: Sequence[Run], chosen: Sequence[str]) -> _Metrics:
-    found = _Metrics([{} for _ in runs])
-    for task in sorted(runs[0].files):
-        for metric in sorted({metric for run in runs for sample in run.tasks[task] for metric in sample.values}):
-            name = f"{task}/{metric}"
-            found.known.update((metric, name))
-            if chosen and not {metric, name} & set(chosen):
-                continue
-            try:
-                items = [metric_items(run, task, metric, runs[0]) for run in runs]
-                if any((one.ids, one.groups) != (items[0].ids, items[0].groups) for one in items):
-                    raise UnknownMetricError("whose questions are not those of the same pictures in all folders")
-            except UnknownMetricError as reason:
-                found.skipped.append(f"{name}, {reason}")
-                continue
-            for scores, one in zip(found.scores, items, strict=True):
-                scores[name] = one
-    return found
+def _read_metrics(runs: Sequence[Run], names: Sequence[tuple[str, str]]) -> tuple[list[dict[str, Items]], list[str]]:
+    """Return the scores of every run, and why metrics were left out."""
+    found: list[dict[str, Items]] = [{} for _ in runs]
+    skipped = []
+    for task, metric in names:
+        try:
+            items = [metric_items(run, task, metric, runs[0]) for run in runs]
+            if any((one.ids, one.groups) != (items[0].ids, items[0].groups) for one in items):
+                raise UnknownMetricError("whose questions are not those of the same pictures in all folders")
+        except UnknownMetricError as reason:
+            skipped.append(f"{task}/{metric}, {reason}")
+            continue
+        for scores, one in zip(found, items, strict=True):
+            scores[f"{task}/{metric}"] = one
+    return found, skipped
 
 
 def _study(
@@ -135,9 +126,8 @@ def _kept(chosen: str, names: Collection[str]) -> list[str]:
 def _check_chosen(field: str, chosen: Sequence[str], known: Collection[str]) -> None:
     for name in chosen:
         if name not in known:
-            raise SnrfError(
-                None, f"{name!r} does not exist", did_you_mean(name, sorted(known), "there is"), field=field
-            )
+            remedy = did_you_mean(name, sorted(known), "there is")
+            raise SnrfError(None, f"{name!r} does not exist", remedy, field=field)
 
 
 def _names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:

@@ -32,14 +32,7 @@ _OTHER_FIELDS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One line of a file.
-
-    Attributes:
-        key: what it is paired by.
-        evidence: the hash and the target, which must be equal.
-        line: its number, from 1.
-        values: by metric.
-    """
+    """One line of a file: ``key`` pairs it, ``evidence`` (hash and target) must be equal where both are known."""
 
     key: str
     evidence: tuple[str | None, str | None]
@@ -49,14 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """The samples of one model.
-
-    Attributes:
-        name: of the folder.
-        files: the newest of every task.
-        tasks: samples by task.
-        notes: a sentence for every task with several runs.
-    """
+    """The samples of one model by task, from the newest file of each; a note for every task with several runs."""
 
     name: str
     files: Mapping[str, Path]
@@ -65,12 +51,7 @@ class Run:
 
 
 def read_run(folder: Path, name: str, tasks: Sequence[str]) -> Run:
-    """Read the newest samples of every task in a folder.
-
-    Args:
-        folder: ``--output_path`` of lmms-eval, or a model's folder in it.
-        name: of the run.
-        tasks: only these; none: all.
+    """Read the newest samples of every task (or of ``tasks`` only) in lmms-eval's output folder, or a model's in it.
 
     Raises:
         SnrfError: a file is missing, too large or not of lmms-eval.
@@ -85,25 +66,23 @@ def read_run(folder: Path, name: str, tasks: Sequence[str]) -> Run:
         of_task = files[printable(match["task"])]
         if of_task and of_task[0].parent != file.parent:
             places = f"{of_task[0].parent.name} and {file.parent.name}"
-            raise SnrfError(
-                folder, f"holds samples of {match['task']} in several folders ({places})", "give one of them"
-            )
+            what = f"holds samples of {match['task']} in several folders ({places})"
+            raise SnrfError(folder, what, "give one of them")
         of_task.append(file)
     if not files:
         wanted = f"*_samples_{'TASK' if len(tasks) != 1 else tasks[0]}.jsonl"
         raise SnrfError(folder, f"has no file {wanted}", "run lmms-eval with --log_samples")
-    newest = {task: max(of_task, key=_age) for task, of_task in sorted(files.items())}
+    # By the time in the name, then by the name.
+    newest = {
+        task: max(of_task, key=lambda file: (_TIME.findall(file.name)[:1], file.name))
+        for task, of_task in sorted(files.items())
+    }
     notes = [
         f"{name} has {len(files[task])} runs of {task}; the newest by its name counts, {printable(file.name)}."
         for task, file in newest.items()
         if len(files[task]) > 1
     ]
     return Run(name, newest, {task: list(_read_samples(file)) for task, file in newest.items()}, notes)
-
-
-def _age(file: Path) -> tuple[list[str], str]:
-    """Return what files of samples are ordered by: the time in the name, then the name."""
-    return _TIME.findall(file.name)[:1], file.name
 
 
 def _sample_files(folder: Path) -> list[Path]:

@@ -44,35 +44,21 @@ def metric_items(run: Run, task: str, metric: str, first: Run) -> Items:
 
 
 def _score(value: Any, place: str) -> float:
-    number = _number(value)
-    if number is not None:
-        return number
+    for found in (value, value.get("score"), value.get("true_false")) if isinstance(value, dict) else (value,):
+        found = found[0] if isinstance(found, list) and len(found) == 1 and found is not value else found
+        found = int(found) if found in ("0", "1") and found is not value else found
+        # An int may be too large for a float, and NaN is not below anything.
+        if isinstance(found, bool | int | float) and abs(found) <= _MAX_SCORE:
+            return float(found)
     if isinstance(value, dict):
-        for name in ("score", "true_false"):
-            found = value.get(name)
-            found = found[0] if isinstance(found, list) and len(found) == 1 else found
-            number = _number(float(found) if found in ("0", "1") else found)
-            if number is not None:
-                return number
         if "parsed_pred" in value and "score" not in value:
             return _mmmu(value, place)
-    raise UnknownMetricError(f"whose value in {place} is {_described(value)}")
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object without a score that is understood (it has {printable(', '.join(list(value)[:5]))[:100]})"
-    return "not finite or too large" if isinstance(value, int | float) else f"{type(value).__name__}, not a number"
-
-
-def _number(value: Any) -> float | None:
-    if not isinstance(value, bool | int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if abs(number) <= _MAX_SCORE else None
+        names = printable(", ".join(list(value)[:5]))[:100]
+        what = f"an object without a score that is understood (it has {names})"
+    else:
+        number = isinstance(value, int | float)
+        what = "not finite or too large" if number else f"{type(value).__name__}, not a number"
+    raise UnknownMetricError(f"whose value in {place} is {what}")
 
 
 def _mmmu(value: Mapping[str, Any], place: str) -> float:
@@ -88,14 +74,8 @@ def _mmmu(value: Mapping[str, Any], place: str) -> float:
     if value.get("question_type", "multiple-choice") == "multiple-choice":
         return float(any(candidate in answers for candidate in candidates))
     wanted = [form for one in answers for form in _forms(str(one))]
-    return float(
-        any(
-            any(isinstance(form, str) and form in candidate for form in wanted)
-            if isinstance(candidate, str)
-            else candidate in wanted
-            for candidate in candidates
-        )
-    )
+    texts = [form for form in wanted if isinstance(form, str)]
+    return float(any(any(t in one for t in texts) if isinstance(one, str) else one in wanted for one in candidates))
 
 
 def _forms(text: str) -> list[str | float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,7 @@ CURVE_RATIOS: tuple[float, ...] = tuple(percent / 100 for percent in range(1, 51
 
 
 def chance(neurons: int, first: int, second: int) -> tuple[float, float]:
-    """Return mean and standard deviation of the number of neurons that two random sets share.
-
-    Args:
-        neurons: how many there are to choose from, at least 1.
-        first, second: how many each set holds.
-    """
+    """Return mean and standard deviation of how many neurons random sets of ``first`` and ``second`` neurons share."""
     mean = first * second / neurons
     if neurons == 1:
         return mean, 0.0
@@ -52,61 +47,60 @@ def overlap_of(
     for site, shared in (first & second).items():
         a, b, both = first.count(site), second.count(site), int(shared.sum())
         mean, deviation = chance(len(shared), a, b)
-        sites.append(
-            SiteOverlap(
-                layer=site.layer,
-                projection=site.projection,
-                neurons=len(shared),
-                shared=both,
-                only=(a - both, b - both),
-                chance=mean,
-                deviation=deviation,
-            )
-        )
+        place: dict[str, Any] = {"layer": site.layer, "projection": site.projection, "neurons": len(shared)}
+        only = (a - both, b - both)
+        sites.append(SiteOverlap(**place, shared=both, only=only, chance=mean, deviation=deviation))
     return Overlap(names=names, rule=dict(rule), sites=sites, curve=list(curve))
 
 
-def total(sites: Iterable[SiteOverlap], rule: Mapping[str, Any] | None = None) -> OverlapPoint:
+def total(sites: Sequence[SiteOverlap], rule: Mapping[str, Any] | None = None) -> OverlapPoint:
     """Add up sites.
 
     Sites count as independent, except that fwd.up and fwd.down of a layer count as one draw: a profile ranks both by
     the same impacts. Their deviations therefore add, which is exact if both have the same sets and never too small.
     """
-    sites = list(sites)
-    projections = {
-        name: (sum(s.shared for s in group), sum(s.only[0] for s in group), sum(s.only[1] for s in group))
-        for name in PROJECTIONS
-        if (group := [site for site in sites if site.projection == name])
-    }
     deviations: defaultdict[tuple[int, str], float] = defaultdict(float)
     for site in sites:
         draw = "fwd" if site.projection.startswith("fwd.") else site.projection
         deviations[site.layer, draw] += site.deviation
+    shared, *only = _counts(sites)
     return OverlapPoint(
         rule=dict(rule or {}),
         neurons=sum(site.neurons for site in sites),
-        shared=sum(site.shared for site in sites),
-        only=(sum(site.only[0] for site in sites), sum(site.only[1] for site in sites)),
+        shared=shared,
+        only=(only[0], only[1]),
         chance=math.fsum(site.chance for site in sites),
         deviation=math.sqrt(math.fsum(deviation**2 for deviation in deviations.values())),
-        projections=projections,
+        projections={name: _counts(group) for name, group in _grouped(sites).items()},
     )
+
+
+def _counts(sites: Sequence[SiteOverlap]) -> tuple[int, int, int]:
+    return sum(s.shared for s in sites), sum(s.only[0] for s in sites), sum(s.only[1] for s in sites)
+
+
+def _grouped(sites: Sequence[SiteOverlap]) -> dict[str, list[SiteOverlap]]:
+    groups = {name: [site for site in sites if site.projection == name] for name in PROJECTIONS}
+    return {name: group for name, group in groups.items() if group}
+
+
+def site_order(site: SiteOverlap) -> tuple[int, int]:
+    """Return the key that orders sites by layer, then as ``PROJECTIONS``."""
+    return site.layer, list(PROJECTIONS).index(site.projection)
 
 
 def by_projection(overlap: Overlap) -> dict[str, OverlapPoint]:
     """Return the sums over layers by projection, and under ``all`` those over everything."""
-    groups = {name: [site for site in overlap.sites if site.projection == name] for name in PROJECTIONS}
-    sums = {name: total(group, overlap.rule) for name, group in groups.items() if group}
-    return {**sums, "all": total(overlap.sites, overlap.rule)}
+    groups = {**_grouped(overlap.sites), "all": overlap.sites}
+    return {name: total(group, overlap.rule) for name, group in groups.items()}
 
 
 def overlaps(
     profiles: Sequence[Profile], selection: Selection | None = None, *, curve: bool = False, **rule: Any
 ) -> list[Overlap]:
-    """Return the overlap of every two profiles, in order.
+    """Return the overlap of every two profiles, in order, under a selection or its fields as ``rule``.
 
     Args:
-        selection: which neurons of each profile are compared; or its fields as ``rule``.
         curve: also compute the overlap over top ratios. With ``at_least`` these are the bin edges up to 0.5 that the
             profiles have in common, since hits are counted between edges; otherwise ``CURVE_RATIOS``.
 
@@ -141,13 +135,12 @@ def _curves(profiles: Sequence[Profile], at_least: float | None) -> dict[tuple[i
 
 def names_of(profiles: Sequence[Profile]) -> list[str]:
     """Return a name for every profile: its model's, with the file's name added where two would be equal."""
-    names = []
-    for profile in profiles:
-        model = profile.provenance.model
-        path = model.path if model is not None else None
-        # A folder of this machine is named by its last part, a hub id in full.
-        name = path if path and not Path(path).is_absolute() else Path(path or profile.path).name
-        names.append(name)
+    paths = [model.path if (model := profile.provenance.model) is not None else None for profile in profiles]
+    # A folder of this machine is named by its last part, a hub id in full.
+    names = [
+        path if path and not Path(path).is_absolute() else Path(path or profile.path).name
+        for path, profile in zip(paths, profiles, strict=True)
+    ]
     counts = Counter(names)
     return [
         f"{name} ({Path(profile.path).name})" if counts[name] > 1 and name != Path(profile.path).name else name

@@ -22,18 +22,7 @@ from mergekit_snrf.models.weights import Weights, bias_name, stored_weights
 
 @dataclass(frozen=True)
 class OpenedRecipe:
-    """A recipe whose models are on this machine.
-
-    Attributes:
-        merge: what it does.
-        target: its target.
-        target_folder: to load it from.
-        dtype: to load it in; ``auto`` is that of the checkpoint.
-        mask: path of the mask.
-        any_family: whether the recipe pairs models of different families.
-        warnings: one sentence each.
-        settings: for the study.
-    """
+    """A recipe whose models are on this machine; ``dtype`` is what to load the target in, ``settings`` the study's."""
 
     merge: Merge
     target: Checkpoint
@@ -48,10 +37,7 @@ class OpenedRecipe:
 def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder: str | None) -> OpenedRecipe:
     """Check a recipe as a merge would, and open its models without loading one.
 
-    Args:
-        config: the recipe as mergekit parsed it.
-        options: caches, and whether code in checkpoints may run.
-        recipe_folder: where relative paths are looked for after the working folder.
+    Relative paths are looked for in the working folder, then in ``recipe_folder``.
 
     Raises:
         SnrfError: the merge cannot run, or a model cannot be downloaded or is not stored as safetensors.
@@ -62,16 +48,12 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     dtype: torch.dtype | None = dtype_from_name(name)
     warnings = list(plan.warnings)
     if config.out_dtype is not None and config.out_dtype != name:
-        warnings.append(
-            f"out_dtype {config.out_dtype} rounds the merged folder once more; the comparison is made in "
-            f"{name or 'the dtype of the checkpoint'}"
-        )
+        made_in = f"the comparison is made in {name or 'the dtype of the checkpoint'}"
+        warnings.append(f"out_dtype {config.out_dtype} rounds the merged folder once more; {made_in}")
     base = None if plan.source_base is None else plan.source_base.checkpoint
-    merge = planned(
-        plan,
-        stored_weights(source, source.local(options.transformers_cache), dtype),
-        None if base is None else stored_weights(base, base.local(options.transformers_cache), dtype),
-    )
+    cache = options.transformers_cache
+    of_base = None if base is None else stored_weights(base, base.local(cache), dtype)
+    merge = planned(plan, stored_weights(source, source.local(cache), dtype), of_base)
     settings = {"source": source.name, "source_config_sha256": source.config_sha256}
     if base is not None:
         settings["source_base"] = base.name

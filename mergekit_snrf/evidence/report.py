@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 from mergekit_snrf import __version__
 from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
-from mergekit_snrf.evidence.overlap import overlaps
+from mergekit_snrf.evidence.drawing import Drawing, svg
+from mergekit_snrf.evidence.overlap import overlaps, site_order
 from mergekit_snrf.evidence.results import Amplification, Overlap, OverlapPairs, Result, Study
 from mergekit_snrf.evidence.sections import (
-    Drawer,
     amplification_section,
     mask_section,
     overlap_section,
     provenance_section,
-    site_order,
     study_section,
 )
 from mergekit_snrf.files import references
@@ -27,10 +27,7 @@ from mergekit_snrf.profiling.result.profilefile import Profile
 
 _COMMANDS = {
     "overlap": ("The overlap of both models", "snrf overlap TARGET.profile SOURCE.profile --curve --json overlap.json"),
-    "ablation": (
-        "Whether these neurons matter",
-        "snrf ablate MODEL --mask MASK --eval EVAL --json ablation.json",
-    ),
+    "ablation": ("Whether these neurons matter", "snrf ablate MODEL --mask MASK --eval EVAL --json ablation.json"),
     "comparison": (
         "Whether the merge beats simpler baselines",
         "snrf compare RECIPE.yml --eval EVAL --json comparison.json",
@@ -54,18 +51,23 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
         SnrfError: the mask's file cannot be read, or the profiles are of different shapes.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    numbers = count(1)
+
+    def draw(drawing: Drawing) -> Markup:
+        # The SVG is built by an XML writer, which escapes every text in it.
+        return Markup(svg(drawing.figure, drawing.caption, drawing.text, f"f{next(numbers)}", "currentColor"))
 
     digest = references.sha256(mask.path)
-    draw = Drawer()
-    sections = [mask_section(mask, draw)]
     computed = _from_profiles(mask, profiles)
     read = [pair for result in results for pair in _overlaps_in(result)]
-    sections += [overlap_section(title, pair, draw) for title, pair in _titled(computed, read)]
+    sections = [mask_section(mask), *(overlap_section(title, pair) for title, pair in _titled(computed, read))]
     for result in results:
         if isinstance(result, Study):
-            sections.append(study_section(result, digest, draw))
+            sections.append(study_section(result, digest))
         elif isinstance(result, Amplification):
-            sections.append(amplification_section(result, draw))
+            sections.append(amplification_section(result))
     environment = Environment(
         loader=PackageLoader("mergekit_snrf.evidence", "."),
         autoescape=True,
@@ -80,6 +82,7 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
         file=Path(mask.path).name,
         digest=digest,
         sections=[*sections, provenance_section(mask, digest)],
+        draw=draw,
         missing=[words for name, words in _COMMANDS.items() if name not in shown],
         version=__version__,
     )
@@ -92,9 +95,7 @@ def _finalize(value: object) -> object:
 
 def _title(mask: Mask) -> str:
     models = (mask.provenance.target, mask.provenance.source)
-    target, source = (
-        wording.without_folders(model.path) if model is not None and model.path else None for model in models
-    )
+    target, source = (wording.without_folders(model.path or "") if model is not None else "" for model in models)
     if target and source:
         return f"Shared neurons of {target} and {source}"
     return f"Neurons of {target or source or Path(mask.path).name}"
@@ -122,30 +123,24 @@ def _overlaps_in(result: Result) -> list[Overlap]:
 
 
 def _titled(computed: Sequence[Overlap], read: Sequence[Overlap]) -> list[tuple[str, Overlap]]:
-    """Give every overlap a title of its own; of those that say the same only one is kept, with a curve if one has it.
-
-    Args:
-        computed: of the given profiles.
-        read: of result files.
-    """
+    """Give every overlap a title of its own; of those that say the same one is kept, with a curve if one has it."""
     kept: dict[str, tuple[str, Overlap]] = {}
     for origin, overlap in [*(("profiles", one) for one in computed), *(("a result file", one) for one in read)]:
         content = _content(overlap)
         if content not in kept or (overlap.curve and not kept[content][1].curve):
             kept[content] = kept.get(content, (origin, overlap))[0], overlap
-    titles = [f"Overlap of {overlap.names[0]} and {overlap.names[1]}" for _, overlap in kept.values()]
-    for more in (
-        [f" by {wording.rule(one.rule)}" for _, one in kept.values()],
-        [f", of {o}" for o, _ in kept.values()],
-    ):
-        counts = Counter(titles)
-        titles = [title + part if counts[title] > 1 else title for title, part in zip(titles, more, strict=True)]
-    counts, seen = Counter(titles), Counter[str]()
-    unique = []
-    for title in titles:
-        seen[title] += 1
-        unique.append(f"{title} ({seen[title]})" if counts[title] > 1 else title)
-    return [(title, overlap) for title, (_, overlap) in zip(unique, kept.values(), strict=True)]
+    pairs = [overlap for _, overlap in kept.values()]
+    titles = [f"Overlap of {overlap.names[0]} and {overlap.names[1]}" for overlap in pairs]
+    titles = _distinct(titles, [f" by {wording.rule(overlap.rule)}" for overlap in pairs])
+    titles = _distinct(titles, [f", of {origin}" for origin, _ in kept.values()])
+    numbers = [f" ({titles[:place].count(title) + 1})" for place, title in enumerate(titles)]
+    return list(zip(_distinct(titles, numbers), pairs, strict=True))
+
+
+def _distinct(titles: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Add more to the titles that are not alone."""
+    counts = Counter(titles)
+    return [title + part if counts[title] > 1 else title for title, part in zip(titles, more, strict=True)]
 
 
 def _content(overlap: Overlap) -> str:

@@ -34,13 +34,7 @@ class Interval(_Part):
 
 
 class Measured(_Part):
-    """One metric of one condition.
-
-    Attributes:
-        mean: over the items (and draws), higher is better, usually in [0, 1].
-        change: paired difference to the study's reference; None for the reference itself.
-        malformed: share of the answers that could not be read; None where the evaluation does not tell.
-    """
+    """One metric of one condition: its mean, its paired change to the reference, and its share of malformed answers."""
 
     mean: Interval
     change: Interval | None = None
@@ -48,21 +42,18 @@ class Measured(_Part):
 
 
 class Condition(_Part):
-    """One row of a study: a model as it is, edited, or merged.
+    """One row of a study: a model as it is, or with ``neurons`` edited, averaged over ``draws`` seeds.
 
-    Attributes:
-        name: as the tables show it, ``random neurons``.
-        role: ``reference`` is what the others are compared with, ``claim`` what the study is about.
-        draws: how many seeds the numbers are averaged over.
-        neurons: how many are edited.
-        settings: what was done (beta, rank, seeds, ...), to repeat it.
-        metrics: by name.
+    A point of a sweep has its ``curve``, such as ``linear``, and its ``strength``. ``settings`` says how to repeat it
+    (beta, rank, seeds, ...).
     """
 
     name: str
     role: Literal["reference", "claim", "control"]
     draws: int = 1
     neurons: int = 0
+    curve: str | None = None
+    strength: float | None = None
     settings: dict[str, Any] = {}
     metrics: dict[str, Measured]
 
@@ -80,16 +71,11 @@ class Study(_Part):
     """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
 
     Attributes:
-        model: name of the target.
-        mask: path of the mask file.
-        mask_sha256: its sha256.
-        evaluation: what ``--eval`` named.
         items: number of items of each metric.
-        level: of all intervals, 0.95.
-        seed: of the bootstrap and the first draw.
         roles: of the metrics: what a merge should improve, and what it should preserve.
+        level: of all intervals.
+        seed: of the bootstrap and the first draw.
         verdict: sentences that say what the intervals support.
-        settings: whatever else is needed to repeat the study.
     """
 
     format: Literal["snrf-study"] = "snrf-study"
@@ -113,14 +99,9 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class Counts(_Part):
-    """Two sets of neurons and what they share.
+    """How many of the ``neurons`` to choose from two sets share, and how many are in one ``only``.
 
-    Attributes:
-        neurons: how many both sets were chosen from.
-        shared: in both sets.
-        only: those in the first set alone, and in the second alone.
-        chance: shared neurons to expect of two random sets of these sizes.
-        deviation: standard deviation of that number; 0 where the sizes leave no choice.
+    ``chance`` is how many random sets of these sizes share on average, with its standard ``deviation``.
     """
 
     neurons: Count
@@ -173,24 +154,14 @@ class SiteOverlap(Counts):
 
 
 class OverlapPoint(Counts):
-    """The overlap over all sites, and by projection, at one selection rule.
-
-    Attributes:
-        projections: (shared, only first, only second) of each.
-    """
+    """The overlap over all sites at one selection rule, and (shared, only first, only second) by projection."""
 
     rule: dict[str, Any]
     projections: dict[str, tuple[int, int, int]]
 
 
 class Overlap(_Part):
-    """How much two profiles share (Fig. 3, 4, 8, 9, 10).
-
-    Attributes:
-        names: of the two models.
-        rule: the selection that ``sites`` is for.
-        curve: over top ratios.
-    """
+    """How much two profiles share (Fig. 3, 4, 8, 9, 10): ``sites`` under ``rule``, ``curve`` over top ratios."""
 
     format: Literal["snrf-overlap"] = "snrf-overlap"
     version: Literal[1] = 1
@@ -216,13 +187,7 @@ class OverlapPairs(_Part):
 
 
 class TokenOdds(_Part):
-    """How much more often a token is generated with the neuron amplified.
-
-    Attributes:
-        log_odds: log of the odds ratio, with 0.5 added to every count.
-        amplified: count in the amplified generations.
-        plain: count in the plain ones.
-    """
+    """How often a token was generated with the neuron amplified and plain, and the log of the odds ratio."""
 
     token: str
     log_odds: float
@@ -236,8 +201,8 @@ class AmplifiedNeuron(_Part):
     Attributes:
         tokens: ranked by log-odds, the strongest first.
         totals: generated tokens with the neuron amplified, and plain.
-        math_share: share of math tokens among the leading ones; None where no classifier was given, or no token leads.
-        ended: answers that came to their end before max_new_tokens, with the neuron amplified, and plain.
+        math_share: share of math tokens among the leading ones; None where no token leads.
+        ended: answers that ended before max_new_tokens, with the neuron amplified, and plain.
         changed: answers that differ from the plain ones.
     """
 
@@ -252,10 +217,7 @@ class AmplifiedNeuron(_Part):
 class Amplification(_Part):
     """Amplified generations against plain ones (Eq. 7, 8; Fig. 6, 11, 12).
 
-    Attributes:
-        classifier: what counts as a math token.
-        math_neuron_ratio: share of the neurons most of whose leading tokens are math tokens (Fig. 12).
-        plain_math_share: share of math tokens in the plain answers, which a neuron's has to be seen against.
+    ``math_neuron_ratio`` is the share of neurons most of whose leading tokens are math tokens by ``classifier``.
     """
 
     format: Literal["snrf-amplification"] = "snrf-amplification"
@@ -276,7 +238,7 @@ Result = Study | Overlap | OverlapPairs | Amplification
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
-def write_result(path: str | os.PathLike[str], result: Result) -> None:
+def write_result(path: str | os.PathLike[str], result: BaseModel) -> None:
     """Write a result as JSON; equal results give equal bytes, and an existing file is replaced at once or not at all.
 
     Raises:
@@ -303,13 +265,12 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 def _unreadable(path: object, entries: Sequence[Mapping[str, Any]]) -> SnrfError:
     kind, found = entries[0]["type"], entries[0].get("ctx") or {}
     remedy = "give a file that 'snrf ablate', 'snrf compare', 'snrf overlap' or 'snrf amplify' wrote with --json"
-    if kind == "json_invalid":
-        return SnrfError(path, f"is not JSON ({found['error']})", remedy)
-    if kind == "union_tag_not_found":
-        return SnrfError(path, "has no key 'format'", remedy)
     if kind == "union_tag_invalid":
         what = f"must be one of {found['expected_tags']}, got {found['tag']!r}"
         return SnrfError(path, what, remedy, field="key 'format'")
+    if kind in ("json_invalid", "union_tag_not_found"):
+        what = "has no key 'format'" if kind == "union_tag_not_found" else f"is not JSON ({found['error']})"
+        return SnrfError(path, what, remedy)
     # Of a union, the place begins with the format.
     error = invalid(path, entries, keys=entries[0]["loc"][1:])
     return SnrfError(path, error.what, remedy, field=error.field)

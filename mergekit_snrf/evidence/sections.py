@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mergekit_snrf.evidence import wording
-from mergekit_snrf.evidence.overlap import by_projection, total
-from mergekit_snrf.evidence.results import Amplification, Overlap, SiteOverlap, Study
-from mergekit_snrf.evidence.tables import Table, settings_table, study_table
+from mergekit_snrf.evidence.drawing import Drawing
+from mergekit_snrf.evidence.overlap import total
+from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, Overlap, Study
+from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _CLOUDS = 12
 _TOKENS = 10
-_COUNT_COLUMNS = ("shared", "first only", "second only", *wording.COUNT_COLUMNS)
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure as an SVG element, with a caption."""
-
-    svg: str
-    caption: str
+_TITLES = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat simpler baselines?"}
+_LEADING = "leading tokens: log-odds (amplified:plain)"
 
 
 @dataclass
@@ -41,24 +32,7 @@ class Section:
     tables: list[Table] = field(default_factory=list)
 
 
-class Drawer:
-    """Turns figures into drawings whose ids differ."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def __call__(self, figure: Figure, caption: str, text: str) -> Drawing:
-        """Return a figure with a caption and an alternative text."""
-        from markupsafe import Markup
-
-        from mergekit_snrf.evidence.figures import svg
-
-        self._count += 1
-        # The SVG is built by an XML writer, which escapes every text in it.
-        return Drawing(Markup(svg(figure, caption, text, f"f{self._count}", "currentColor")), caption)
-
-
-def mask_section(mask: Mask, draw: Drawer) -> Section:
+def mask_section(mask: Mask) -> Section:
     """Show where the neurons of a mask are."""
     from mergekit_snrf.evidence.figures import mask_map
 
@@ -74,7 +48,8 @@ def mask_section(mask: Mask, draw: Drawer) -> Section:
         f"The mask holds {count} of {size} neurons ({wording.percent(count / size)}) in the layers and projections "
         f"that it lists; {densest} is the densest ({wording.percent(counts[densest][0] / counts[densest][1])})."
     )
-    section.drawings.append(draw(mask_map(neurons), "Neurons by layer and projection", wording.mask_map_text(neurons)))
+    text = wording.mask_map_text(neurons)
+    section.drawings.append(Drawing(mask_map(neurons), "Neurons by layer and projection", text))
     rows = [(name, n, of, wording.percent(n / of)) for name, (n, of) in counts.items()]
     section.tables.append(Table("By projection", ("projection", "neurons", "of", "share"), rows))
     layers = sorted({site.layer for site in neurons})
@@ -83,51 +58,59 @@ def mask_section(mask: Mask, draw: Drawer) -> Section:
     return section
 
 
-def overlap_section(title: str, overlap: Overlap, draw: Drawer) -> Section:
-    """Show an overlap: circles, curve, map and counts."""
-    from mergekit_snrf.evidence.figures import overlap_curve, overlap_diagram, overlap_map
+def overlap_drawings(overlap: Overlap) -> dict[str, Drawing]:
+    """Return the figures of an overlap by the names of their files: circles, curve and map."""
+    from mergekit_snrf.evidence import figures
 
-    first, second = overlap.names
-    section = Section("overlap", title)
-    section.sentences.append(f"By {wording.rule(overlap.rule)}: {wording.chance_sentence(total(overlap.sites))}")
-    section.drawings.append(
-        draw(overlap_diagram(overlap), "Shared and model-only neurons, in true area", wording.overlap_text(overlap))
-    )
+    circles, heat = "Shared and model-only neurons, in true area", "Overlap by layer and projection"
+    drawings = {"overlap": Drawing(figures.overlap_diagram(overlap), circles, wording.overlap_text(overlap))}
     if overlap.curve:
-        section.drawings.append(draw(overlap_curve(overlap), "Overlap by top ratio", wording.curve_text(overlap)))
-    section.drawings.append(
-        draw(overlap_map(overlap), "Overlap by layer and projection", wording.overlap_map_text(overlap))
+        text = wording.curve_text(overlap)
+        drawings["curve"] = Drawing(figures.overlap_curve(overlap), "Overlap by top ratio", text)
+    return {**drawings, "layers": Drawing(figures.overlap_map(overlap), heat, wording.overlap_map_text(overlap))}
+
+
+def overlap_section(title: str, overlap: Overlap) -> Section:
+    """Show an overlap: circles, curve, map and counts."""
+    first, second = overlap.names
+    by_projection = projections_table(overlap, f"By projection; A is {first}, B is {second}")
+    return Section(
+        "overlap",
+        title,
+        [f"By {wording.rule(overlap.rule)}: {wording.chance_sentence(total(overlap.sites))}"],
+        drawings=list(overlap_drawings(overlap).values()),
+        tables=[by_projection, layers_table(overlap)],
     )
-    rows = [(name, *wording.count_cells(counts)) for name, counts in by_projection(overlap).items()]
-    section.tables.append(
-        Table(f"By projection; first is {first}, second is {second}", ("projection", *_COUNT_COLUMNS), rows)
-    )
-    sites = sorted(overlap.sites, key=site_order)
-    by_layer = [(f"{site.layer} {site.projection}", *wording.count_cells(site)) for site in sites]
-    section.tables.append(Table("By layer and projection", ("layer", *_COUNT_COLUMNS), by_layer, folded=True))
-    return section
 
 
-def site_order(site: SiteOverlap) -> tuple[int, int]:
-    """Return the key that orders sites by layer, then as ``PROJECTIONS``."""
-    return site.layer, list(PROJECTIONS).index(site.projection)
-
-
-def study_section(study: Study, digest: str, draw: Drawer) -> Section:
-    """Show a study: its verdict, a figure and a table per metric, and how to repeat it."""
+def metric_drawings(study: Study) -> dict[str, Drawing]:
+    """Return the intervals of every metric of a study, by the name of a file."""
     from mergekit_snrf.evidence.figures import study_intervals
 
-    titles = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat simpler baselines?"}
-    title = f"{titles[study.kind]} ({wording.without_folders(study.model)})"
-    section = Section(study.kind, title, sentences=list(study.verdict))
+    drawings = {}
+    for metric in _metrics(study):
+        caption = f"{metric}{wording.scale(study, metric)[1]}"
+        drawing = Drawing(study_intervals(study, metric), caption, wording.study_text(study, metric))
+        drawings[re.sub(r"\W+", "-", metric)] = drawing
+    return drawings
+
+
+def _metrics(study: Study) -> list[str]:
+    return list(dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics))
+
+
+def study_section(study: Study, digest: str) -> Section:
+    """Show a study: its verdict, its trade-offs, a figure and a table per metric, and how to repeat it."""
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
+
+    title = f"{_TITLES[study.kind]} ({wording.without_folders(study.model)})"
+    section = Section(study.kind, title, list(study.verdict))
     if study.mask_sha256 not in (None, digest):
         section.warnings.append(
             f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
         )
-    for metric in dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics):
-        unit = wording.scale(study, metric)[1]
-        text = wording.study_text(study, metric)
-        section.drawings.append(draw(study_intervals(study, metric), f"{metric}{unit}", text))
+    section.drawings += [*tradeoff_drawings(study).values(), *metric_drawings(study).values()]
+    for metric in _metrics(study):
         table = study_table(study, metric)
         section.tables.append(replace(table, caption=f"{table.caption}, {100 * study.level:g} % intervals"))
     repeat = {
@@ -143,7 +126,7 @@ def study_section(study: Study, digest: str, draw: Drawer) -> Section:
     return section
 
 
-def amplification_section(amplification: Amplification, draw: Drawer) -> Section:
+def amplification_section(amplification: Amplification) -> Section:
     """Show amplified neurons: word clouds and leading tokens."""
     from mergekit_snrf.evidence.figures import word_cloud
 
@@ -162,36 +145,21 @@ def amplification_section(amplification: Amplification, draw: Drawer) -> Section
             + ("." if plain is None else f"; of the tokens of the plain answers, {wording.percent(plain)} are.")
         )
     clouds = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
-    for neuron in clouds[:_CLOUDS]:
-        section.drawings.append(draw(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)))
-    rows = [
-        (
-            neuron.neuron,
-            ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-",
-            *neuron.totals,
-            "-" if neuron.changed is None else neuron.changed,
-            wording.percent(neuron.math_share),
-        )
-        for neuron in amplification.neurons
+    section.drawings += [
+        Drawing(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)) for neuron in clouds[:_CLOUDS]
     ]
-    header = (
-        "neuron",
-        "leading tokens: log-odds (amplified:plain)",
-        "tokens amplified",
-        "tokens plain",
-        "answers changed",
-        "math tokens",
-    )
+    header = ("neuron", _LEADING, "tokens amplified", "tokens plain", "answers changed", "math tokens")
+    rows = [_amplified_row(neuron) for neuron in amplification.neurons]
     section.tables.append(Table("Leading tokens", header, rows, frozenset({1})))
-    repeat = {
-        "model": amplification.model,
-        "factor": amplification.factor,
-        "probes": amplification.probes,
-        "seed": amplification.seed,
-        **amplification.settings,
-    }
-    section.tables.append(settings_table("To repeat it", repeat))
+    repeat = {name: getattr(amplification, name) for name in ("model", "factor", "probes", "seed")}
+    section.tables.append(settings_table("To repeat it", {**repeat, **amplification.settings}))
     return section
+
+
+def _amplified_row(neuron: AmplifiedNeuron) -> tuple[object, ...]:
+    tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
+    changed = "-" if neuron.changed is None else neuron.changed
+    return (neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share))
 
 
 def provenance_section(mask: Mask, digest: str) -> Section:

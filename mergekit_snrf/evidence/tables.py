@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.intervals import spoken
-from mergekit_snrf.evidence.results import Study
+from mergekit_snrf.evidence.overlap import by_projection, site_order
+from mergekit_snrf.evidence.results import Counts, Overlap, Study
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,29 @@ def study_table(study: Study, metric: str) -> Table:
     items = f", {study.items[metric]} items" if metric in study.items else ""
     header = ("condition", "neurons", "mean", "change", f"{claim} minus it", "malformed")
     return Table(f"{metric}{unit}{items}", header, rows)
+
+
+def counts_table(caption: str, label: str, rows: Iterable[tuple[str, Counts]], *, folded: bool = False) -> Table:
+    """Return a row for every name: what both sets hold, each alone, and chance."""
+    header = (label, "shared", "A only", "B only", "union", "share", "chance", "chance share", "z")
+    return Table(caption, header, [(name, *_count_cells(counts)) for name, counts in rows], folded=folded)
+
+
+def projections_table(overlap: Overlap, caption: str = "") -> Table:
+    """Return the counts of an overlap by projection."""
+    return counts_table(caption, "projection", by_projection(overlap).items())
+
+
+def layers_table(overlap: Overlap) -> Table:
+    """Return the counts of an overlap by layer and projection."""
+    sites = [(f"{site.layer} {site.projection}", site) for site in sorted(overlap.sites, key=site_order)]
+    return counts_table("By layer and projection", "layer", sites, folded=True)
+
+
+def _count_cells(counts: Counts) -> tuple[object, ...]:
+    z = "-" if counts.z is None else f"{counts.z:.1f}"
+    share, expected = wording.percent(counts.share), wording.percent(counts.chance_share)
+    return (counts.shared, *counts.only, counts.union, share, f"{counts.chance:.1f}", expected, z)
 
 
 def settings_table(caption: str, content: Mapping[str, Any]) -> Table:

@@ -22,6 +22,7 @@ _FRAGMENTS = ("##", "</w>", "@@")
 # Unicode calls these mathematical; in text they are table bars and the like.
 _NOT_MATH = "|~"
 _LETTERS = ("GREEK SMALL", "GREEK CAPITAL", "MATHEMATICAL", "DOUBLE-STRUCK")
+_MARKS = re.compile(r"^[\W_]+|[\W_]+$")
 _NUMBER = re.compile(r"\d[\d.,:]*(st|nd|rd|th|[a-z])?|[a-z]\d+")
 
 
@@ -38,12 +39,7 @@ def rank_tokens(amplified: Mapping[str, int], plain: Mapping[str, int], *, min_c
     """Rank tokens by the log of their odds ratio, amplified (F_lambda of Eq. 8) over plain, the strongest first.
 
     With a of A amplified and p of P plain tokens, log((a + 0.5) / (A - a + 0.5)) - log((p + 0.5) / (P - p + 0.5)). Ties
-    go to the larger count, then by text.
-
-    Args:
-        amplified: count of every token in the amplified generations.
-        plain: count of every token in the plain ones.
-        min_count: tokens of fewer than this in the amplified generations are left out.
+    go to the larger count, then by text. Tokens that were amplified fewer than ``min_count`` times are left out.
     """
     totals = sum(amplified.values()), sum(plain.values())
     ranked = []
@@ -60,10 +56,7 @@ def _log_odds(count: int, total: int) -> float:
 
 
 def math_share(ranked: Sequence[TokenOdds], top: int = 10) -> float | None:
-    """Return the share of math tokens among the leading ``top`` (K of Fig. 12) of those with log-odds above zero.
-
-    None if there is no such token.
-    """
+    """Return the share of math tokens among the first ``top`` (K of Fig. 12) with log-odds above zero, if any."""
     leading = [entry.token for entry in ranked[:top] if entry.log_odds > 0]
     return sum(map(is_math, leading)) / len(leading) if leading else None
 
@@ -89,7 +82,7 @@ def is_math(token: str) -> bool:
         return True
     if not any(character.isalpha() for character in text):
         return any(_is_sign(character) for character in text)
-    bare = _stripped(text)
+    bare = _MARKS.sub("", text)
     if len(bare) == 1:
         return bare in words or unicodedata.name(bare, "").startswith(_LETTERS)
     return bool(_NUMBER.fullmatch(bare)) or bare in words or (len(bare) > 4 and bare.removesuffix("s") in words)
@@ -98,16 +91,6 @@ def is_math(token: str) -> bool:
 def _is_sign(character: str) -> bool:
     category = unicodedata.category(character)
     return category.startswith("N") or (category == "Sm" and character not in _NOT_MATH)
-
-
-def _stripped(text: str) -> str:
-    """Return a word without the marks around it."""
-    start, end = 0, len(text)
-    while start < end and not text[start].isalnum():
-        start += 1
-    while end > start and not text[end - 1].isalnum():
-        end -= 1
-    return text[start:end]
 
 
 @cache

@@ -12,11 +12,9 @@ from mergekit_snrf.evidence.results import Condition, Contrast, Study
 
 @dataclass(frozen=True)
 class Words:
-    """How sentences name a row.
+    """How sentences name a row: ``subject`` (empty: its name), and the only thing in which the claim differs from it.
 
-    Attributes:
-        subject: inside a sentence; empty: the row's name.
-        about: the only thing in which the claim differs from this row; empty where it differs in more.
+    ``about`` is empty where it differs in more.
     """
 
     subject: str = ""
@@ -58,7 +56,9 @@ class _Writer:
         found = [f"{name} ({', '.join(sizes)})" for name, sizes in better.items() if name not in worse]
         if not found:
             return []
-        what = "Other neurons have a larger effect" if self.study.kind == "ablation" else "A simpler merge does better"
+        regmean = any(name.startswith("regmean") for name in better if name not in worse)
+        merge = f"{'Another' if regmean else 'A simpler'} merge does better"
+        what = "Other neurons have a larger effect" if self.study.kind == "ablation" else merge
         return [f"{what} than {self.subject}, and is not measurably worse on any metric: {'; '.join(found)}."]
 
     def change(self, metric: str) -> str:
@@ -136,13 +136,8 @@ class _Writer:
 def verdict(study: Study, words: Mapping[str, Words], contrasts: Sequence[Contrast]) -> list[str]:
     """Return the sentences of a study; a difference is stated where its interval excludes zero.
 
-    The first names simpler rivals that do better. Metrics to gain get a sentence for the claim and for every control;
-    metrics to keep one for the claim, and one for every control that differs from it.
-
-    Args:
-        study: without a verdict.
-        words: by name of the row.
-        contrasts: those of the study, and of all other controls.
+    The first names simpler rivals among all ``contrasts`` that do better. Metrics to gain get a sentence for the claim
+    and for every control of the study; metrics to keep one for the claim, and for every control that differs from it.
     """
     writer = _Writer(study, words)
     sentences = writer.rivals(contrasts)
@@ -157,13 +152,7 @@ def verdict(study: Study, words: Mapping[str, Words], contrasts: Sequence[Contra
 
 
 def format_losses(subject: str, before: Scores, after: Scores) -> list[str]:
-    """Return a sentence for every metric some of whose items score lower with an answer that is newly malformed.
-
-    Args:
-        subject: what was done, at the start of a sentence.
-        before: of the model as it is.
-        after: of the edited model.
-    """
+    """Return a sentence for every metric some of whose items score lower with an answer that is newly malformed."""
     sentences = []
     for metric, items in after.items():
         malformed, earlier = items.malformed, before[metric].malformed

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.intervals import scale_of, spoken
 from mergekit_snrf.evidence.overlap import by_projection, total
-from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, Study, TokenOdds
-from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, SiteOverlap, Study, TokenOdds
+from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 _LONGEST_TOKEN = 30
 # A local path from the root or the home folder: alone, of a model with its adapter, or among an evaluation's arguments.
@@ -52,17 +52,6 @@ def _value(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-COUNT_COLUMNS = ("union", "share", "chance", "chance share", "z")
-"""What ``count_cells`` gives after the three counts."""
-
-
-def count_cells(counts: Counts) -> tuple[object, ...]:
-    """Return shared, only first, only second, and ``COUNT_COLUMNS`` as the cells of a table."""
-    z = "-" if counts.z is None else f"{counts.z:.1f}"
-    share, expected = percent(counts.share), percent(counts.chance_share)
-    return (counts.shared, *counts.only, counts.union, share, f"{counts.chance:.1f}", expected, z)
-
-
 def quoted(token: str) -> str:
     """Return a token in quotes, with escapes, and shortened if it is long."""
     return repr(token if len(token) <= _LONGEST_TOKEN else f"{token[: _LONGEST_TOKEN - 1]}…")
@@ -78,13 +67,11 @@ def chance_sentence(counts: Counts) -> str:
     )
     if counts.z is None:
         return f"{text}, and could share no other number."
-    return f"{text}, with a standard deviation of {counts.deviation:.1f}: {_against_chance(counts.z)}."
-
-
-def _against_chance(z: float) -> str:
-    if abs(z) < 3:
-        return f"no more and no less than chance explains (z = {z:.1f})"
-    return f"{'more' if z > 0 else 'less'} than chance explains (z = {z:.1f})"
+    side = "no more and no less" if abs(counts.z) < 3 else "more" if counts.z > 0 else "less"
+    return (
+        f"{text}, with a standard deviation of {counts.deviation:.1f}: "
+        f"{side} than chance explains (z = {counts.z:.1f})."
+    )
 
 
 def overlap_text(overlap: Overlap) -> str:
@@ -99,15 +86,11 @@ def overlap_text(overlap: Overlap) -> str:
 
 def overlap_map_text(overlap: Overlap) -> str:
     """Describe the heat map of an overlap."""
-    shares = [
+    parts = [
         f"{name} {percent(counts.share)} (chance {percent(counts.chance_share)})"
         for name, counts in by_projection(overlap).items()
     ]
-    layers = len({site.layer for site in overlap.sites})
-    return (
-        f"Heat map of shared neurons as per cent of the union, {layers} layers by projection. "
-        f"Over all layers: {', '.join(shares)}."
-    )
+    return _map_text("shared neurons as per cent of the union", overlap.sites, parts)
 
 
 def mask_map_text(neurons: NeuronSet) -> str:
@@ -115,8 +98,12 @@ def mask_map_text(neurons: NeuronSet) -> str:
     parts = [
         f"{name} {count} of {size} ({percent(count / size)})" for name, (count, size) in counts_of(neurons).items()
     ]
-    layers = len({site.layer for site in neurons})
-    return f"Heat map of the mask's neurons, {layers} layers by projection. Over all layers: {', '.join(parts)}."
+    return _map_text("the mask's neurons", neurons, parts)
+
+
+def _map_text(what: str, sites: Iterable[Site | SiteOverlap], parts: Sequence[str]) -> str:
+    layers = len({site.layer for site in sites})
+    return f"Heat map of {what}, {layers} layers by projection. Over all layers: {', '.join(parts)}."
 
 
 def counts_of(neurons: NeuronSet) -> dict[str, tuple[int, int]]:
@@ -144,8 +131,7 @@ def study_text(study: Study, metric: str) -> str:
         for condition in study.conditions
         if metric in condition.metrics
     ]
-    text = f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}."
-    return printable(text)
+    return printable(f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}.")
 
 
 def word_cloud_text(neuron: AmplifiedNeuron, words: int = 10) -> str:

@@ -169,13 +169,14 @@ class MomentsRun:
         facts = {which: one.facts() for which, one in sums.items()}
         for which, one in sums.items():
             _warn_of_few_tokens(one, which)
-        kinds = [(one.kind, one.probes, tally) for one, tally in zip(self.keep, tallies, strict=True)]
+        kinds: list[dict[str, Any]] = []
+        for groups, tally in zip(self.keep, tallies, strict=True):
+            origin = probes_provenance(groups.kind, folder, groups.probes, tally)
+            kinds.append({"name": groups.kind.name, "seed": self.config.seed, **origin})
         provenance = MomentsProvenance(
             model=model_provenance(self.gain.kind, self.info, model, folder),
             gain=probes_provenance(self.gain.kind, folder, self.gain.probes, gain[1]),
-            keep=[
-                {"name": kind.name, **probes_provenance(kind, folder, probes, tally)} for kind, probes, tally in kinds
-            ],
+            keep=kinds,
             inputs={key: {which: facts[which][key] for which in facts} for key in facts["gain"]},
             sketch=self.config.sketch,
             seed=self.config.seed,

@@ -186,7 +186,7 @@ class ProfileConfig(Settings):
 
     def _kept(self, index: int, kind: KeepConfig) -> Kind:
         rule, tokens = self.answer, kind.max_new_tokens
-        keys = {**_ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
+        keys = keep_keys(index)
         return Kind(
             kind.name or Path(kind.dataset).stem,
             self.model_of("target"),
@@ -217,6 +217,11 @@ class ProfileConfig(Settings):
         """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing."""
         given = {key: value for key, value in values.items() if value is not None}
         return _validated({**self.model_dump(exclude_unset=True), **given}, "profile options")
+
+
+def keep_keys(index: int) -> dict[str, str]:
+    """Return the keys of profile.yml that set the fields of one kind of probes to keep, for ``errors.naming``."""
+    return {**_ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
 
 
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:

@@ -54,9 +54,12 @@ def a_profile(path: Path, config_sha256: str | None = None, **sizes: int) -> Pat
     return path
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).parent / "snrf"), "ablate", *map(str, arguments)]
+    environment = ENVIRONMENT | environment
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
 
 
@@ -92,12 +95,8 @@ def test_the_command_reports_what_a_model_zeroed_by_hand_scores(mask: Path, tmp_
     by_name = {condition.name: condition for condition in study.conditions}
     random = [scores_by_hand(neurons.random(seed)) for seed in (3, 4)]
     impact = {site: np.random.default_rng(site.layer).random(len(member)) for site, member in neurons.items()}
-    least = NeuronSet(
-        {
-            site: torch.from_numpy(impact[site].argsort().argsort() < int(member.sum()))
-            for site, member in neurons.items()
-        }
-    )
+    ranks = {site: torch.from_numpy(impact[site].argsort().argsort()) for site in neurons}
+    least = NeuronSet({site: ranks[site] < int(member.sum()) for site, member in neurons.items()})
     expected = {
         "as it is": scores_by_hand(NeuronSet({})),
         "masked neurons": scores_by_hand(neurons),
@@ -109,13 +108,8 @@ def test_the_command_reports_what_a_model_zeroed_by_hand_scores(mask: Path, tmp_
         assert found == pytest.approx(values), name
     assert expected["masked neurons"] != expected["as it is"]
     assert (study.items, study.roles) == ({"R": 2 * N, "P": 3 * N}, {"R": "gain", "P": "keep"})
-    assert (study.kind, study.model, study.evaluation, study.seed) == (
-        "ablation",
-        "examples/board/target",
-        reference,
-        3,
-    )
-    assert study.settings["dtype"] == "float32"
+    assert (study.kind, study.model, study.evaluation) == ("ablation", "examples/board/target", reference)
+    assert (study.seed, study.settings["dtype"]) == (3, "float32")
     assert by_name["as it is"].metrics["R"].malformed is not None
     assert by_name["as it is"].metrics["P"].malformed is None
     # The table shows the study's numbers, and the verdict stands below it.
@@ -128,21 +122,12 @@ def test_the_command_reports_what_a_model_zeroed_by_hand_scores(mask: Path, tmp_
 
 
 def test_the_built_in_evaluation_runs_without_a_profile(mask: Path, tmp_path: Path) -> None:
-    done = run(
-        BOARD / "target",
-        "--mask",
-        mask,
-        "--eval",
-        BOARD / "exact_match.yml",
-        "--draws",
-        "1",
-        "--json",
-        tmp_path / "s.json",
-    )
+    out = tmp_path / "s.json"
+    done = run(BOARD / "target", "--mask", mask, "--eval", BOARD / "exact_match.yml", "--draws", "1", "--json", out)
     assert done.returncode == 0, done.stderr
     assert "The least important neurons were left out: they need --profile" in done.stdout
     assert "calc in %, 64 items" in done.stdout
-    names = [condition["name"] for condition in json.loads((tmp_path / "s.json").read_text())["conditions"]]
+    names = [condition["name"] for condition in json.loads(out.read_text())["conditions"]]
     assert names == ["as it is", "masked neurons", "random neurons"]
 
 
@@ -249,29 +234,19 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(
     save_file(tensors, shard, metadata={"format": "pt"})
     done = run(tmp_path / "model", "--mask", mask, "--eval", f"{evaluations}:fine", "--quiet")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(
-        f"Error: {tmp_path / 'model'}: weight model.language_model.layers.1.mlp.up_proj.weight "
-    )
-    assert "has NaN or infinite values in " in done.stderr
+    weight = "weight model.language_model.layers.1.mlp.up_proj.weight has NaN or infinite values in "
+    assert done.stderr.startswith(f"Error: {tmp_path / 'model'}: {weight}")
     assert done.stderr.count("\n") == 1
 
 
 def test_an_interrupted_command_says_so_and_writes_nothing(mask: Path, evaluations: Path, tmp_path: Path) -> None:
     options = ["--mask", mask, "--eval", f"{evaluations}:waits", "--quiet", "--json", tmp_path / "s.json"]
     command = [Path(sys.executable).parent / "snrf", "ablate", BOARD / "target", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # A test run in the background ignores the interrupt, and so would what it starts.
-    code = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    code = "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "os.execv(sys.argv[1], sys.argv[1:])"
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)], env=ENVIRONMENT, **streams)
     assert process.stdout is not None
     assert process.stdout.readline() == "asked\n"
     process.send_signal(signal.SIGINT)
@@ -285,14 +260,9 @@ def test_quiet_is_quiet_on_data_that_was_never_read(mask: Path, tmp_path: Path) 
         "metrics: {calc: {data: rows.jsonl, template: 'calc :', answer: a}}\nmax_new_tokens: 2\n"
     )
     (tmp_path / "rows.jsonl").write_text('{"a": "1"}\n')
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path)}
-    command = ["snrf", "ablate", BOARD / "target", "--mask", mask, "--eval", tmp_path / "e.yml", "--draws", "1"]
-    command[0] = Path(sys.executable).parent / "snrf"
-    for options, silent in (((), False), (("--quiet",), True)):
-        environment["HF_DATASETS_CACHE"] = str(tmp_path / f"cache{silent}")
-        done = subprocess.run(
-            [*map(str, command), *options], capture_output=True, text=True, env=environment, check=False
-        )
+    command = [BOARD / "target", "--mask", mask, "--eval", tmp_path / "e.yml", "--draws", "1"]
+    for options, silent in ((), False), (("--quiet",), True):
+        done = run(*command, *options, HF_DATASETS_CACHE=str(tmp_path / f"cache{silent}"))
         assert done.returncode == 0, done.stderr
         assert (done.stderr == "") == silent
         assert ("Generating train split" in done.stderr) == (not silent)

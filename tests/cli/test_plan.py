@@ -96,6 +96,7 @@ def test_json_against_the_headers(pair: Pair, tmp_path: Path) -> None:
             "drop_rate": 0.5,
             "seed": 0,
             "rescale": True,
+            "keep": 3.0,
         }
         for site, count in counts.items()
     }

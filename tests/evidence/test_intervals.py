@@ -12,13 +12,7 @@ from scipy import stats
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence import intervals
 from mergekit_snrf.evidence.evaluation import Items
-from mergekit_snrf.evidence.intervals import (
-    Bootstrap,
-    measure,
-    resample,
-    scale_of,
-    spoken,
-)
+from mergekit_snrf.evidence.intervals import Bootstrap, measure, resample, scale_of, spoken
 from mergekit_snrf.evidence.results import Interval
 
 

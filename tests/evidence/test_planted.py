@@ -245,10 +245,7 @@ def means(study: Study, condition: str) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("mask", "left"),
-    [
-        ("reasoning", {"reasoning": 0.0, "perception": 1.0}),
-        ("perception", {"reasoning": 1.0, "perception": 0.0}),
-    ],
+    [("reasoning", {"reasoning": 0.0, "perception": 1.0}), ("perception", {"reasoning": 1.0, "perception": 0.0})],
 )
 def test_ablation_takes_exactly_the_skill_of_the_planted_neurons(
     planted: Path, mask: str, left: dict[str, float], tmp_path: Path

@@ -179,10 +179,7 @@ def test_counts_of_the_report(full: str, mask: Mask) -> None:
         members = [member for site, member in mask.neurons.items() if site.projection == name]
         count, size = sum(int(member.sum()) for member in members), sum(len(member) for member in members)
         assert [name, str(count), str(size), f"{100 * count / size:.1f} %"] in tables
-    by_layer = [
-        "1",
-        *(str(mask.neurons.count(Site(1, name))) for name in PROJECTIONS),
-    ]
+    by_layer = ["1", *(str(mask.neurons.count(Site(1, name))) for name in PROJECTIONS)]
     assert by_layer in tables
     counts = total(overlaps(PROFILES, top_ratio=0.3)[0].sites)
     assert counts.shared == mask.neurons.count()

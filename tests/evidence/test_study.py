@@ -14,7 +14,7 @@ from mergekit_snrf.evidence.compare import CLAIM, TARGET
 from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study
-from mergekit_snrf.evidence.sweep import crossing, interpolated
+from mergekit_snrf.evidence.sweep import LINEAR, crossing, interpolated
 from mergekit_snrf.evidence.verdict import Words, format_losses
 
 small = st.integers(0, 6).map(float)
@@ -53,7 +53,8 @@ def study_of(
         Row(
             name,
             "reference" if name == TARGET else "claim" if name == CLAIM else "control",
-            beta=betas.get(name),
+            curve=LINEAR if name in betas else None,
+            strength=betas.get(name),
             words=Words(
                 "deactivating N" if ablation and name == CLAIM else "", "the choice" if name == "random" else ""
             ),
@@ -176,7 +177,7 @@ def test_the_first_sentence_names_a_simpler_rival_that_does_better(
 
 
 def test_a_simpler_rival_is_named_without_a_metric_to_keep() -> None:
-    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", beta=1.0)]
+    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", curve=LINEAR, strength=1.0)]
     scores = {name: [{"R": one[0]["R"]}] for name, one in zip("ab", (coin(99, 20, 0), coin(99, 40, 0)), strict=True)}
     study = build_study(Setup("comparison", "m", "e"), rows, scores | {"linear": coin(99, 70, 0)}, {"R": "gain"})
     assert study.verdict[0].startswith("A simpler merge does better than b")
