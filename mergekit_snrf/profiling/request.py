@@ -101,7 +101,7 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
         if problems:
             raise SnrfError(None, "; ".join(map(str, problems)))
         for problem in pairing_problems(of_target, of_source):
-            logger.warning("%s", problem)
+            logger.warning("%s", problem.what)
     elif target.shape != source.shape:
         what = f"the decoder has the shape {source.shape}, that of {config.target.model} has {target.shape}"
         raise SnrfError(config.side("source").model, what, "use a source with the same decoder shape")

@@ -298,7 +298,7 @@ def test_a_base_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(SnrfError, match=r"base: .*intermediate size"):
         open_base(str(tmp_path / "other"), opened(folder), MergeOptions())
     make_source(tmp_path / "llama", "llama")
-    with pytest.raises(SnrfError, match=r"base: .*model type"):
+    with pytest.raises(SnrfError, match=r"base: .*family"):
         open_base(str(tmp_path / "llama"), opened(folder), MergeOptions())
 
 
