@@ -62,16 +62,20 @@ class InputSum:
         norms = rows.norm(dim=1)
         if len(rows):
             self.largest.clamp_(min=float(norms.max()))
-        clipped = int((norms > self.clip).sum())
-        rows = rows * (self.clip / norms.clamp_min(self.clip))[:, None] if self.clip else rows
-        self.counts += torch.tensor([float(rows.double().square().sum()), len(rows), clipped], dtype=torch.float64)
+        long = norms > self.clip
+        clipped = int(long.sum())
+        if self.clip and clipped:
+            rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
+            norms = norms.clamp_max(self.clip)
+        self.counts += torch.tensor([float(norms.double().square().sum()), len(rows), clipped], dtype=torch.float64)
         if self.directions is not None:
-            self.total += (rows.mT @ (rows @ self.directions.to(rows))).to(self.total)
+            self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
             return
         step = -(-rows.shape[1] // _BLOCKS)
         for start in range(0, rows.shape[1], step):
             block = rows[:, start : start + step]
-            self.total[start : start + step, start:] += (block.mT @ rows[:, start:]).to(self.total)
+            # Added as float32, without a float64 copy of the product.
+            self.total[start : start + step, start:].add_((block.mT @ rows[:, start:]).to(self.total.device))
 
     def normalise(self) -> None:
         """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
