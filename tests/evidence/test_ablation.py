@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import LAYERS, example_inputs, load, make_source, make_target
+from checkpoints import example_inputs, load, make_source, make_target
 from made_profiles import impact_profile
 from torch import Tensor
 
-from mergekit_snrf.cli.study import check_mask
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.ablate import ablation_rows
 from mergekit_snrf.evidence.evaluation import Evaluation
@@ -23,7 +21,6 @@ from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Setup, run_study
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 from mergekit_snrf.profiling.result.profilefile import Profile
 
@@ -68,12 +65,10 @@ def zeroed_by_hand(folder: Path, chosen: dict[str, list[int]]) -> Any:
             found = [name for name in tensors if f"{ends}." in name and "vision" not in name and "visual" not in name]
             assert found
             for name in found:
-                for index in indices:
-                    if projection == "fwd.down":
-                        if name.endswith("weight"):
-                            tensors[name][:, index] = 0
-                    else:
-                        tensors[name][index] = 0
+                if projection != "fwd.down":
+                    tensors[name][indices] = 0
+                elif name.endswith("weight"):
+                    tensors[name][:, indices] = 0
     return model
 
 
@@ -182,51 +177,9 @@ def test_the_impacts_of_several_profiles_are_averaged_over_their_probes() -> Non
         assert [neuron.index for neuron in neurons.neurons()] == [least]
 
 
-def test_masks_of_another_model_are_refused_by_headers(folder: Path) -> None:
-    shape = find_decoder(open_checkpoint(str(folder))).shape
-    check_mask(Mask(some_neurons(folder)), shape, "model")
-    for neurons in (
-        NeuronSet({}),
-        NeuronSet({Site(LAYERS, "attn.q"): torch.ones(64).bool()}),
-        NeuronSet({Site(0, "attn.k"): torch.ones(7).bool()}),
-    ):
-        with pytest.raises(SnrfError, match=r"^m: "):
-            check_mask(Mask(neurons, path="m"), shape, "model")
-
-
 @pytest.mark.parametrize(("draws", "keep", "field"), [(0, True, "draws"), (3, False, "mask")])
 def test_nothing_to_deactivate_or_to_draw_is_refused(draws: int, keep: bool, field: str) -> None:
     neurons = NeuronSet({Site(0, "attn.k"): torch.full((8,), keep)})
     with pytest.raises(SnrfError) as found:
         ablation_rows(neurons, draws=draws)
     assert found.value.field == field
-
-
-def planted(broken: str) -> Callable[[Any, Any], dict[str, Items]]:
-    """An evaluation that is 1 on every item while a weight is whole, for R, and always for P."""
-
-    def scores(model: Any, processor: Any) -> dict[str, Items]:
-        whole = bool(model.get_parameter(broken)[3].abs().sum() > 0)
-        rng = np.random.default_rng(0)
-        noise = rng.random(200) < 0.1
-        return {"R": Items(tuple(float(whole and not one) for one in noise)), "P": Items((1.0, 0.0) * 100)}
-
-    return scores
-
-
-def test_a_skill_in_one_neuron_is_found_and_a_mask_beside_it_is_not_blamed(tmp_path: Path) -> None:
-    folder = make_source(tmp_path / "model", "llama")
-    model = load(folder)
-    evaluation = Evaluation("planted", planted("model.layers.1.self_attn.k_proj.weight"))
-    size = model.model.layers[1].self_attn.k_proj.out_features
-    site = Site(1, "attn.k")
-    hit, missed = (NeuronSet({site: torch.arange(size) == index}) for index in (3, 4))
-    # No draw of the seeds 0 to 4 happens to hold the neuron itself.
-    assert not any(bool(hit.random(seed)[site][3]) for seed in range(5))
-    found = ablated(model, evaluation, hit, draws=5).verdict
-    assert found[0].startswith("Deactivating the masked neuron lowers R by 8")
-    assert found[1].endswith(" lower after deactivating the masked neuron, so the choice of neurons matters.")
-    assert found[2].startswith("No evidence that deactivating the masked neuron changes P")
-    innocent = ablated(model, evaluation, missed, draws=5).verdict
-    assert [sentence.split(" ")[0] for sentence in innocent] == ["No", "Deactivating", "No", "Deactivating", "These"]
-    assert all("o evidence" in sentence for sentence in innocent[:4])

@@ -49,18 +49,12 @@ def items(*scores: float) -> Items:
 def study_of(
     scores: dict[str, list[dict[str, Items]]], betas: dict[str, float], *, ablation: bool = False, seed: int = 0
 ) -> Study:
-    rows = [
-        Row(
-            name,
-            "reference" if name == TARGET else "claim" if name == CLAIM else "control",
-            beta=betas.get(name),
-            words=Words(
-                "deactivating N" if ablation and name == CLAIM else "", "the choice" if name == "random" else ""
-            ),
-            settings={"seeds": []} if name == "random" else {},
-        )
-        for name in scores
-    ]
+    changes: dict[str, Any] = {
+        TARGET: {"role": "reference"},
+        CLAIM: {"role": "claim", "words": Words("deactivating N" if ablation else "")},
+        "random": {"words": Words("", "the choice"), "settings": {"seeds": []}},
+    }
+    rows = [replace(Row(name, "control", beta=betas.get(name)), **changes.get(name, {})) for name in scores]
     setup = Setup("ablation" if ablation else "comparison", "m", "e", seed=seed)
     return build_study(setup, rows, scores, {"R": "gain", "P": "keep"})
 
@@ -208,7 +202,5 @@ def test_lost_items_with_newly_malformed_answers_are_counted() -> None:
     before = {"R": Items((1.0, 1.0, 1.0, 0.0, 1.0), malformed=(False, False, True, False, False)), "P": Items((1.0,))}
     after = {"R": Items((0.0, 0.0, 0.0, 0.0, 1.0), malformed=(True, False, True, True, False)), "P": Items((0.0,))}
     (sentence,) = format_losses("Deactivating N", before, after)
-    assert sentence.startswith(
-        "Deactivating N lowers the score of 3 items of R; 1 of these answers are newly malformed"
-    )
+    assert sentence.startswith("Deactivating N lowers the score of 3 items of R; 1 of these")
     assert format_losses("Deactivating N", before, before) == []
