@@ -27,18 +27,19 @@ def run(*command: str | Path) -> None:
         raise click.ClickException(f"{words[0]} failed")
 
 
-def recipe_with(mask: Path) -> Path:
-    """Write the pair's recipe with another mask, and paths from the project's folder, beside that mask."""
-    text = (ROOT / BOARD / "snrf.yml").read_text()
+def recipe_with(name: str, file: Path) -> Path:
+    """Write a recipe of the pair with another mask or moments file, and paths from the project's folder, beside it."""
+    text = (ROOT / BOARD / f"{name}.yml").read_text()
+    shipped = "board.moments.safetensors" if name == "regmean" else "board.safetensors"
     for before, after in (
         ("base_model: target", f"base_model: {BOARD / 'target'}"),
         ("model: source", f"model: {BOARD / 'source'}"),
-        ("../../neuron_masks/board.safetensors", str(mask)),
+        (f"../../neuron_masks/{shipped}", str(file)),
     ):
         if before not in text:
-            raise click.ClickException(f"{BOARD / 'snrf.yml'} no longer says {before!r}")
+            raise click.ClickException(f"{BOARD / name}.yml does not contain {before!r}")
         text = text.replace(before, after)
-    recipe = mask.with_suffix(".yml")
+    recipe = file.with_suffix(".yml")
     (ROOT / recipe).write_text(text)
     return recipe
 
@@ -46,18 +47,22 @@ def recipe_with(mask: Path) -> Path:
 @click.command()
 @click.option("-n", "items", default=200, show_default=True, help="Held-out items a task in the evaluation.")
 def main(items: int) -> None:
-    """Find the shared neurons of the board pair, merge, and compare with the target and with random neurons."""
+    """Profile the board pair, merge it with RegMean and with SNRF, and compare both with the target and controls."""
     shutil.rmtree(ROOT / OUT, ignore_errors=True)
     (ROOT / OUT).mkdir(parents=True)
     shared, random = OUT / "shared.safetensors", OUT / "random.safetensors"
     run("snrf-profile", BOARD / "profile.yml", shared, "--quiet")
     run("snrf", "mask", "random", shared, random, "--seed", "0")
-    run("snrf", "plan", recipe_with(shared))
-    run("mergekit-yaml", recipe_with(shared), OUT / "merged", "--quiet")
-    run("mergekit-yaml", recipe_with(random), OUT / "merged-random", "--quiet")
-    models = (BOARD / "target", OUT / "merged", OUT / "merged-random")
+    regmean = recipe_with("regmean", OUT / "shared.moments.safetensors")
+    run("snrf", "plan", regmean)
+    run("mergekit-yaml", regmean, OUT / "merged", "--quiet")
+    run("mergekit-yaml", recipe_with("snrf", shared), OUT / "merged-snrf", "--quiet")
+    run("mergekit-yaml", recipe_with("snrf", random), OUT / "merged-random", "--quiet")
+    models = (BOARD / "target", *(OUT / name for name in ("merged", "merged-snrf", "merged-random")))
     run("python", BOARD / "evaluate.py", *models, "-n", str(items), "--json", OUT / "scores.json")
-    click.echo(f"\nThe merged model is in {ROOT / OUT / 'merged'}, its control on random neurons beside it.")
+    evaluation = f"{BOARD / 'evaluation.py'}:board?n={items}"
+    run("snrf", "compare", regmean, "--rows", "linear", "--eval", evaluation, "--json", OUT / "regmean.json", "--quiet")
+    click.echo(f"\nThe model merged with RegMean is in {ROOT / OUT / 'merged'}, the others are beside it.")
 
 
 if __name__ == "__main__":

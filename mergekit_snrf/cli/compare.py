@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from mergekit_snrf.cli.options import (
     construct,
     draws_option,
     eval_help,
+    figures_option,
     json_option,
     loading_options,
     merge_options,
@@ -33,12 +35,13 @@ if TYPE_CHECKING:
 
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
+    from mergekit_snrf.models.moments import Moments
     from mergekit_snrf.models.weights import Weights
     from mergekit_snrf.neurons.sets import NeuronSet
 
 logger = logging.getLogger(__name__)
 
-_ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
+_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
 _OF_RECIPE = (
     "reference",
     "rows",
@@ -46,6 +49,8 @@ _OF_RECIPE = (
     "profiles",
     "base",
     "linear_betas",
+    "moments",
+    "keeps",
     "drop_rate",
     "device",
     "dtype",
@@ -53,6 +58,7 @@ _OF_RECIPE = (
     "transformers_cache",
     "lora_merge_cache",
 )
+_MOST_KEEP = 1e6
 _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 
 
@@ -64,7 +70,7 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     metavar="ROWS",
     default=",".join(_ROWS),
     show_default=True,
-    help="The controls, separated by commas. least needs --profile, base needs --base.",
+    help="The controls, separated by commas. least needs --profile, base needs --base, regmean needs --moments.",
 )
 @draws_option
 @seed_option
@@ -84,6 +90,18 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     help="Strengths of the linear merge of all neurons.",
 )
 @click.option(
+    "--moments",
+    metavar="MOMENTS",
+    help="Of the target, for RegMean; default: those of a recipe with update: regmean.",
+)
+@click.option(
+    "--keeps",
+    default="0.5,1,2,3,5,10,30",
+    show_default=True,
+    metavar="KEEPS",
+    help="Strengths of RegMean.",
+)
+@click.option(
     "--drop-rate",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.5,
@@ -99,8 +117,11 @@ _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
     "--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric, or task, to keep, not to gain."
 )
 @json_option
+@figures_option
 @command_options
-def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, **options: Any) -> None:
+def compare(
+    places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, figures: str | None, **options: Any
+) -> None:
     """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
 
     The target is edited in memory and put back for every row; no model is written. An evaluation named in Python runs
@@ -112,11 +133,22 @@ def compare(places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None
     from mergekit_snrf.evidence.results import write_result
 
     _check_options(from_lmms_eval)
-    check_outputs(json_file)
+    check_outputs(json_file, figures)
     study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **options)
     click.echo("\n".join([study_text(study), *notes]))
     if json_file is not None:
         write_result(json_file, study)
+    if figures is not None:
+        _draw(study, figures)
+
+
+def _draw(study: Study, folder: str) -> None:
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.sections import metric_drawings
+
+    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
+        save(drawing.figure, folder, name, drawing.caption, drawing.text)
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -160,6 +192,8 @@ def _from_recipe(
     profiles: tuple[str, ...],
     base: str | None,
     linear_betas: str,
+    moments: str | None,
+    keeps: str,
     drop_rate: float,
     loading: dict[str, Any],
     caches: dict[str, Any],
@@ -170,7 +204,8 @@ def _from_recipe(
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
     keys = _keys(rows)
-    betas = _betas(linear_betas)
+    betas = _numbers(linear_betas, "--linear-betas", 1)
+    strengths = _numbers(keeps, "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.recipes import open_recipe
@@ -182,12 +217,12 @@ def _from_recipe(
     options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
     from mergekit_snrf.merge.recipefile import load_recipe
 
-    config = load_recipe(places[0])
-    opened = open_recipe(config, options, str(Path(places[0]).resolve().parent))
+    opened = open_recipe(load_recipe(places[0]), options, str(Path(places[0]).resolve().parent))
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
     least, common, notes = _of_options(keys, opened, profiles, base, options, settings)
+    found = _moments(keys, opened, moments, settings, notes)
     silence_progress()
     evaluation = load_evaluation(reference)
     if loading.get("dtype", "auto") == "auto":
@@ -197,6 +232,7 @@ def _from_recipe(
         settings,
     )
     controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
+    controls = replace(controls, moments=found, keeps=strengths)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, seed, settings)
     chosen = comparison_rows(opened.merge, model, controls)
@@ -221,6 +257,8 @@ def _of_options(
     from mergekit_snrf.files.references import sha256
 
     least, common, notes = None, None, []
+    if opened.mask is None:
+        notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
         least = least_important(read, opened.merge.neurons)
@@ -238,6 +276,28 @@ def _of_options(
     return least, common, notes
 
 
+def _moments(
+    keys: Collection[str], opened: OpenedRecipe, reference: str | None, settings: dict[str, Any], notes: list[str]
+) -> Moments | None:
+    """Return the moments of ``--moments`` or else of the recipe; add to the settings and notes."""
+    from mergekit_snrf.files.references import sha256
+    from mergekit_snrf.merge.moments import compare_moments, open_moments
+    from mergekit_snrf.models.filters import check_moments
+
+    found = opened.merge.moments
+    if reference is not None:
+        found = open_moments(reference, None)
+        check_moments(found, opened.merge.shape, opened.target.name)
+        for warning in compare_moments(found, opened.target):
+            logger.warning(warning)
+    if found is not None:
+        settings |= {"moments": found.path, "moments_sha256": sha256(found.path)}
+    elif "regmean" in keys:
+        _check_chosen("regmean", "--moments, taken on the target")
+        notes.append("Left out: RegMean, which needs --moments, taken on the target by snrf moments.")
+    return found
+
+
 def _keys(rows: str) -> list[str]:
     keys = [key.strip() for key in rows.split(",") if key.strip()]
     unknown = [key for key in keys if key not in _ROWS]
@@ -247,13 +307,13 @@ def _keys(rows: str) -> list[str]:
     return keys
 
 
-def _betas(text: str) -> list[float]:
+def _numbers(text: str, name: str, most: float) -> list[float]:
+    """Return rising numbers above 0 and up to ``most``."""
     try:
-        betas = sorted({float(part) for part in text.split(",")})
+        numbers = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        what = f"{text!r} is not a list of numbers"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field="--linear-betas") from None
-    if not all(0 < beta <= 1 for beta in betas):
-        what = f"{text!r} has a number that is not above 0 and at most 1"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field="--linear-betas")
-    return betas
+        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
+    if not all(0 < number <= most for number in numbers):
+        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
+        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
+    return numbers

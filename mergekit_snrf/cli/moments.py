@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, size, table
+from mergekit_snrf.cli.tune import tune
 from mergekit_snrf.errors import naming, option
 
 if TYPE_CHECKING:
@@ -123,3 +124,6 @@ def _sketch(found: Moments, group: list[InputSite], which: str) -> str:
     moments = [found.moment(site, which) for site in group] if group[0] in found.sketches else []
     rests = [moment.rest for moment in moments if isinstance(moment, SketchMoment)]
     return f"{100 * (1 - max(rests)):.1f} %" if rests else "dense"
+
+
+moments.add_command(tune)

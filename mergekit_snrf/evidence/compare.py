@@ -1,7 +1,8 @@
 """The rows of a comparison (Tables 1 and 2): the target, its merge, and what is simpler or more random.
 
 A control differs from the recipe in one thing: its neurons, its update, or its source. Everything else, including the
-strength of every tensor, is as in the recipe. Only the linear merge, a rival, moves all neurons at one strength.
+strength of every tensor, is as in the recipe. Only the linear merge and RegMean, the rivals, move all neurons at one
+strength, which is swept.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.evidence.controls import Merge, dare, linear, rescaled
+from mergekit_snrf.evidence.controls import Merge, dare, is_regmean, linear, regmean, rescaled
 from mergekit_snrf.evidence.study import Row
+from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN, Curve
 from mergekit_snrf.evidence.verdict import Words
+from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import Weights
 from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import every_neuron
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = ("random", "equal-norm", "least", "linear", "dare", "base")
+ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
 TARGET, CLAIM = "target", "SNRF"
 _NONE = Words()
 
@@ -35,6 +39,8 @@ class Controls:
         least: the least important neurons; None leaves that row out.
         base: weights of the model that target and source were trained from; None leaves that row out.
         linear_betas: strengths of the linear merge, rising.
+        moments: of the target, for RegMean; None: those of the recipe, or none.
+        keeps: strengths of RegMean.
         drop_rate: of DARE.
     """
 
@@ -45,6 +51,8 @@ class Controls:
     base: Weights | None = None
     linear_betas: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 1.0)
     drop_rate: float = 0.5
+    moments: Moments | None = None
+    keeps: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
@@ -54,9 +62,49 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
         SnrfError: a value is out of range, or a weight is not finite.
     """
     seeds = [(controls.seed + draw) % 2**32 for draw in range(controls.draws)]
-    of_seeds: dict[str, Any] = {"seeds": seeds}
+    rows = [Row(TARGET, "reference"), _claim(merge)]
+    if merge.neurons != every_neuron(merge.shape):
+        rows += _other_neurons(merge, model, controls, seeds)
+    if "linear" in controls.rows:
+        about = "the recipe's update" if is_regmean(merge) else LINEAR.about
+        curve = replace(LINEAR, about=about)
+        rows += [_point(curve, beta, linear(merge, beta), {"rank": 0}) for beta in controls.linear_betas]
+    if "regmean" in controls.rows:
+        rows += _regmean_sweeps(merge, controls)
+    if "dare" in controls.rows:
+        name = f"DARE, drop rate {controls.drop_rate:g}"
+        dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
+        words = Words(
+            f"DARE with drop rate {controls.drop_rate:g} on the {_neurons(merge)}",
+            # DARE at RegMean's strength is at another point of the trade-off.
+            "" if is_regmean(merge) else "the recipe's update in place of DARE's",
+        )
+        settings = {"seeds": seeds, "drop_rate": controls.drop_rate, "rescale": True}
+        rows.append(_row(name, dropped, words, settings))
+    if "base" in controls.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
+        words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
+        rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
+    return rows
+
+
+def _claim(merge: Merge) -> Row:
+    """Return the row of the recipe; a RegMean of one strength is a point of RegMean's curve."""
+    row = replace(_row(CLAIM, [merge], settings=_span(merge)), role="claim")
+    if not is_regmean(merge):
+        return row
+    keeps = {fusion.keep for fusion in merge.fusions.values()}
+    if len(keeps) > 1:
+        return replace(row, name=REGMEAN.name, settings={**row.settings, "keep": [min(keeps), max(keeps)]})
+    (keep,) = keeps
+    settings = {**row.settings, "keep": keep}
+    return replace(row, name=_named(REGMEAN, keep), curve=REGMEAN, strength=keep, settings=settings)
+
+
+def _other_neurons(merge: Merge, model: PreTrainedModel, controls: Controls, seeds: Sequence[int]) -> list[Row]:
+    """Return the rows that differ from the recipe in their neurons."""
+    rows = []
+    of_seeds: dict[str, Any] = {"seeds": list(seeds)}
     random = [replace(merge, neurons=merge.neurons.random(one)) for one in seeds]
-    rows = [Row(TARGET, "reference"), replace(_row(CLAIM, [merge], settings=_span(merge)), role="claim")]
     if "random" in controls.rows:
         words = Words("the same update on random neurons of the same counts", "the choice of neurons")
         rows.append(_row("random neurons", random, words, of_seeds))
@@ -70,24 +118,35 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
     if "least" in controls.rows and controls.least is not None:
         words = Words("the same update on as many of the least important neurons", "the choice of important neurons")
         rows.append(_row("least important neurons", [replace(merge, neurons=controls.least)], words))
-    if "linear" in controls.rows:
-        for beta in controls.linear_betas:
-            settings = {"beta": beta, "rank": 0}
-            row = _row(f"linear, beta {beta:g}", [linear(merge, beta)], settings=settings)
-            rows.append(replace(row, beta=beta))
-    if "dare" in controls.rows:
-        name = f"DARE, drop rate {controls.drop_rate:g}"
-        dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
-        words = Words(
-            f"DARE with drop rate {controls.drop_rate:g} on the masked neurons",
-            "the recipe's update in place of DARE's",
-        )
-        settings = {**of_seeds, "drop_rate": controls.drop_rate, "rescale": True}
-        rows.append(_row(name, dropped, words, settings))
-    if "base" in controls.rows and controls.base is not None:
-        words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
-        rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
     return rows
+
+
+def _regmean_sweeps(merge: Merge, controls: Controls) -> list[Row]:
+    """Return RegMean over falling strengths of keep, and, where a base is given, RegMean from the base."""
+    moments = controls.moments or merge.moments
+    if moments is None:
+        return []
+    keeps = sorted(set(controls.keeps), reverse=True)
+    claimed = _claim(merge).strength
+    rows = [_point(REGMEAN, keep, regmean(merge, keep, moments)) for keep in keeps if keep != claimed]
+    if "base" not in controls.rows or controls.base is None:
+        return rows
+    source = replace(merge, source=controls.base, source_base=None)
+    both = keeps if claimed is None else sorted({*keeps, claimed}, reverse=True)
+    return rows + [_point(BASE, keep, regmean(source, keep, moments)) for keep in both]
+
+
+def _point(curve: Curve, strength: float, merge: Merge, settings: Mapping[str, Any] | None = None) -> Row:
+    row = _row(_named(curve, strength), [merge], settings={curve.key: strength, **(settings or {})})
+    return replace(row, curve=curve, strength=strength)
+
+
+def _named(curve: Curve, strength: float) -> str:
+    return f"{curve.name}, {curve.key} {strength:g}"
+
+
+def _neurons(merge: Merge) -> str:
+    return "neurons of the recipe" if is_regmean(merge) else "masked neurons"
 
 
 def _row(name: str, merges: Sequence[Merge], words: Words = _NONE, settings: Mapping[str, Any] | None = None) -> Row:

@@ -14,10 +14,13 @@ from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.models.edits import Edit, fuse_model
+from mergekit_snrf.models.edits import Edit, filter_at, fuse_model
+from mergekit_snrf.models.filters import Filters
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import every_neuron
 from mergekit_snrf.neurons.sites import Site
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ class Merge:
         source: whose weights are taken.
         source_base: what Delta is taken from; None: the target.
         betas: strengths that replace those of ``fusions`` and may exceed 1; None: there are none.
+        moments: of the target, for ``update: regmean``.
     """
 
     shape: DecoderShape
@@ -49,6 +53,7 @@ class Merge:
     source: Weights
     source_base: Weights | None = None
     betas: Mapping[Site, float] | None = None
+    moments: Moments | None = None
 
     def __call__(self, model: PreTrainedModel) -> Edit:
         """Edit a loaded target in place, to be undone with the result.
@@ -60,7 +65,8 @@ class Merge:
         """
         moving = NeuronSet({site: self.neurons[site] for site in self.fusions})
         if self.betas is None:
-            edit = fuse_model(model, self.source, moving, self.fusions.__getitem__, source_base=self.source_base)
+            options = {"source_base": self.source_base, "moments": self.moments}
+            edit = fuse_model(model, self.source, moving, self.fusions.__getitem__, **options)  # type: ignore[arg-type]
         else:
             edit = Edit()
         try:
@@ -79,13 +85,16 @@ class Merge:
             SnrfError: as the call.
         """
         weights = find_live_decoder(model)
-        norms = {}
+        norms, filters = {}, self._filters()
         for site in self.fusions:
-            rows = self._update(weights, site).rows()
+            rows = self._update(weights, site, filters).rows()
             norms[site] = frobenius_norm(rows) if rows.numel() else 0.0
         return norms
 
-    def _update(self, weights: LiveDecoder, site: Site) -> Update:
+    def _filters(self) -> Filters | None:
+        return None if self.moments is None else Filters(self.moments)
+
+    def _update(self, weights: LiveDecoder, site: Site, filters: Filters | None) -> Update:
         target, base = weights.weight(site), self.source_base
         with one_thread():
             return masked_update(
@@ -97,12 +106,13 @@ class Merge:
                 name=weights.name(site),
                 source_base=None if base is None else base.weight(site).to(target.device),
                 site=site,
+                moments=filter_at(site, self.fusions[site], filters),
             )
 
     def _add(self, edit: Edit, model: PreTrainedModel, betas: Mapping[Site, float]) -> None:
-        weights = find_live_decoder(model)
+        weights, filters = find_live_decoder(model), self._filters()
         for site in self.fusions:
-            update = self._update(weights, site)
+            update = self._update(weights, site, filters)
             rows = update.rows()
             parameter = weights.module(site).weight
             before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
@@ -147,6 +157,7 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         biases=tuple(movable) if biases else (),
         source=source,
         source_base=source_base,
+        moments=plan.moments,
     )
 
 
@@ -156,14 +167,27 @@ def _all_have_bias(plan: MergePlan, site: Site) -> bool:
 
 def linear(merge: Merge, beta: float) -> Merge:
     """Return the linear merge W_tgt + beta * Delta of all neurons of the five projections."""
-    fusion = Fusion(beta=beta, rank=0)
-    shape = merge.shape
-    everything = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
+    return _of_all(merge, Fusion(beta=beta, rank=0))
+
+
+def regmean(merge: Merge, keep: float, moments: Moments) -> Merge:
+    """Return RegMean at a strength: the merge's own update if it is regmean, else of all neurons at full rank."""
+    fusions = {site: replace(fusion, keep=keep) for site, fusion in merge.fusions.items()}
+    if fusions and is_regmean(merge):
+        return replace(merge, fusions=fusions, moments=moments)
+    return replace(_of_all(merge, Fusion(update="regmean", keep=keep)), moments=moments)
+
+
+def is_regmean(merge: Merge) -> bool:
+    """Return whether the update of a merge is regmean."""
+    return any(fusion.update == "regmean" for fusion in merge.fusions.values())
+
+
+def _of_all(merge: Merge, fusion: Fusion) -> Merge:
+    everything = every_neuron(merge.shape)
+    of_biases = dict.fromkeys(merge.biases, fusion.of_bias())
     return replace(
-        merge,
-        neurons=NeuronSet(everything),
-        fusions=dict.fromkeys(everything, fusion),
-        bias_fusions=dict.fromkeys(merge.biases, fusion),
+        merge, neurons=everything, fusions=dict.fromkeys(everything, fusion), bias_fusions=of_biases, betas=None
     )
 
 

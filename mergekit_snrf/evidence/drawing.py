@@ -95,14 +95,14 @@ def styled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return wrapper
 
 
-def new_figure(height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return an empty figure of a height in inches, and its panels side by side."""
+def new_figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure of a height in inches, and its panels, row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+    return figure, [figure.add_subplot(rows, columns, panel + 1) for panel in range(rows * columns)]
 
 
 @styled

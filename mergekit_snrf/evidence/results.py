@@ -44,13 +44,16 @@ class Measured(_Part):
 class Condition(_Part):
     """One row of a study: a model as it is, or with ``neurons`` edited, averaged over ``draws`` seeds.
 
-    ``settings`` says how to repeat it (beta, rank, seeds, ...).
+    A point of a sweep has its ``curve``, such as ``linear``, and its ``strength``. ``settings`` says how to repeat it
+    (beta, rank, seeds, ...).
     """
 
     name: str
     role: Literal["reference", "claim", "control"]
     draws: int = 1
     neurons: int = 0
+    curve: str | None = None
+    strength: float | None = None
     settings: dict[str, Any] = {}
     metrics: dict[str, Measured]
 
@@ -235,7 +238,7 @@ Result = Study | Overlap | OverlapPairs | Amplification
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
-def write_result(path: str | os.PathLike[str], result: Result) -> None:
+def write_result(path: str | os.PathLike[str], result: BaseModel) -> None:
     """Write a result as JSON; equal results give equal bytes, and an existing file is replaced at once or not at all.
 
     Raises:

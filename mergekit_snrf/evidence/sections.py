@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -82,9 +83,25 @@ def overlap_section(title: str, overlap: Overlap) -> Section:
     )
 
 
-def study_section(study: Study, digest: str) -> Section:
-    """Show a study: its verdict, a figure and a table per metric, and how to repeat it."""
+def metric_drawings(study: Study) -> dict[str, Drawing]:
+    """Return the intervals of every metric of a study, by the name of a file."""
     from mergekit_snrf.evidence.figures import study_intervals
+
+    drawings = {}
+    for metric in _metrics(study):
+        caption = f"{metric}{wording.scale(study, metric)[1]}"
+        drawing = Drawing(study_intervals(study, metric), caption, wording.study_text(study, metric))
+        drawings[re.sub(r"\W+", "-", metric)] = drawing
+    return drawings
+
+
+def _metrics(study: Study) -> list[str]:
+    return list(dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics))
+
+
+def study_section(study: Study, digest: str) -> Section:
+    """Show a study: its verdict, its trade-offs, a figure and a table per metric, and how to repeat it."""
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
 
     title = f"{_TITLES[study.kind]} ({wording.without_folders(study.model)})"
     section = Section(study.kind, title, list(study.verdict))
@@ -92,10 +109,8 @@ def study_section(study: Study, digest: str) -> Section:
         section.warnings.append(
             f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
         )
-    for metric in dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics):
-        unit = wording.scale(study, metric)[1]
-        text = wording.study_text(study, metric)
-        section.drawings.append(Drawing(study_intervals(study, metric), f"{metric}{unit}", text))
+    section.drawings += [*tradeoff_drawings(study).values(), *metric_drawings(study).values()]
+    for metric in _metrics(study):
         table = study_table(study, metric)
         section.tables.append(replace(table, caption=f"{table.caption}, {100 * study.level:g} % intervals"))
     repeat = {

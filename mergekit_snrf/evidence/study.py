@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from mergekit_snrf.evidence.evaluation import Evaluation, evaluate
-from mergekit_snrf.evidence.intervals import LEVEL, RESAMPLES, measure, resample
+from mergekit_snrf.evidence.intervals import LEVEL, RESAMPLES, Bootstrap, measure, resample
 from mergekit_snrf.evidence.items import Role, Scores
 from mergekit_snrf.evidence.results import Condition, Contrast, Measured, Study
-from mergekit_snrf.evidence.sweep import at_equal
+from mergekit_snrf.evidence.sweep import BASE, REGMEAN, Curve, at_equal, restoration
 from mergekit_snrf.evidence.verdict import Words, format_losses, verdict
 from mergekit_snrf.models.edits import Edit
 
@@ -31,7 +31,7 @@ Draw = Callable[["PreTrainedModel"], Edit]
 class Row:
     """One row of a study: a model that is evaluated once per draw, an edit of ``neurons`` neurons; none: as it is.
 
-    ``beta`` is that of a point of the linear sweep; ``settings`` say how to repeat the row.
+    ``curve`` and ``strength`` are those of a point of a sweep; ``settings`` say how to repeat the row.
     """
 
     name: str
@@ -39,7 +39,8 @@ class Row:
     draws: tuple[Draw, ...] = ()
     neurons: int = 0
     words: Words = field(default_factory=Words)
-    beta: float | None = None
+    curve: Curve | None = None
+    strength: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -92,8 +93,8 @@ def build_study(
 ) -> Study:
     """Return means, changes to the reference, contrasts to the claim and a verdict.
 
-    One row is the reference, one the claim. A linear sweep among the rows is followed by its points at the claim's
-    level of each metric to keep. ``scores`` are by name of the row, one per draw.
+    One row is the reference, one the claim. A sweep among the rows is followed by its points at the claim's level of
+    each metric to keep. ``scores`` are by name of the row, one per draw.
 
     Raises:
         SnrfError: the rows were not scored on the same items.
@@ -101,17 +102,11 @@ def build_study(
     reference, claim = (next(row.name for row in rows if row.role == role) for role in ("reference", "claim"))
     bootstraps = resample(scores, seed=setup.seed)
     measured = measure(bootstraps, scores, reference)
-    rows = list(rows)
-    sweep = {row.name: row.beta for row in rows if row.beta is not None}
-    if sweep:
-        place = 1 + max(place for place, row in enumerate(rows) if row.beta is not None)
-        neurons = rows[place - 1].neurons
-        keep = [metric for metric, role in roles.items() if role == "keep"]
-        found = [at_equal(metric, (reference, claim), sweep, bootstraps, measured) for metric in keep]
-        rows[place:place] = [
-            Row(one.name, "control", neurons=neurons, words=one.words, settings=one.settings) for one in found
-        ]
-    controls = [row for row in rows if row.role == "control"]
+    keep = [metric for metric, role in roles.items() if role == "keep"]
+    rows = _with_equals(rows, keep, (reference, claim), bootstraps, measured)
+    own = next(row.curve for row in rows if row.role == "claim")
+    sweep = {row.name for row in rows if row.curve is not None}
+    controls = [row for row in rows if row.role == "control" and (own is None or row.curve is not own)]
     contrasts = [
         Contrast(left=claim, right=row.name, metric=metric, difference=bootstrap.difference(claim, row.name))
         for metric, bootstrap in bootstraps.items()
@@ -128,9 +123,39 @@ def build_study(
     )
     words = {row.name: row.words for row in rows}
     sentences = verdict(study, words, contrasts)
+    if any(row.curve is BASE for row in rows):
+        for metric in keep[:1]:
+            whole = claim if own is REGMEAN else f"{REGMEAN.name} at equal {metric}"
+            gains = {gain: one for gain, one in bootstraps.items() if roles.get(gain) == "gain"}
+            found = [restoration(gain, metric, reference, whole, one, measured) for gain, one in gains.items()]
+            sentences += [sentence for sentence in found if sentence is not None]
     if setup.kind == "ablation":
         sentences += format_losses(words[claim].start(claim), scores[reference][0], scores[claim][0])
     return study.model_copy(update={"verdict": sentences})
+
+
+def _with_equals(
+    rows: Sequence[Row],
+    keep: Sequence[str],
+    ends: tuple[str, str],
+    bootstraps: Mapping[str, Bootstrap],
+    measured: dict[str, dict[str, Measured]],
+) -> list[Row]:
+    """Return the rows with the points of every sweep at the claim's level of the metrics to keep behind it."""
+    rows = list(rows)
+    own = next(row.curve for row in rows if row.role == "claim")
+    for curve in dict.fromkeys(row.curve for row in rows if row.role == "control" and row.curve is not None):
+        points = [row for row in rows if row.curve is curve]
+        if curve is own:
+            continue
+        place = 1 + rows.index(points[-1])
+        sweep = {row.name: row.strength for row in points if row.strength is not None}
+        found = [at_equal(metric, ends, curve, sweep, bootstraps, measured) for metric in keep]
+        rows[place:place] = [
+            Row(one.name, "control", neurons=points[-1].neurons, words=one.words, settings=one.settings)
+            for one in found
+        ]
+    return rows
 
 
 def _condition(row: Row, draws: Sequence[Scores], metrics: Mapping[str, Measured]) -> Condition:
@@ -142,6 +167,8 @@ def _condition(row: Row, draws: Sequence[Scores], metrics: Mapping[str, Measured
         role=row.role,
         draws=max(1, len(draws)),
         neurons=row.neurons,
+        curve=None if row.curve is None else row.curve.name,
+        strength=row.strength,
         settings=settings,
         metrics=dict(metrics),
     )

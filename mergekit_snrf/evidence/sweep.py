@@ -1,4 +1,4 @@
-"""The linear merge that keeps as much of a metric as the claim: a point between the betas of a sweep."""
+"""Sweeps of a merge over its strength: the points that keep as much of a metric as the claim, and what they say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,48 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from mergekit_snrf.evidence.intervals import Bootstrap, scale_of
-from mergekit_snrf.evidence.results import Measured
+from mergekit_snrf.evidence.intervals import Bootstrap, scale_of, spoken
+from mergekit_snrf.evidence.results import Interval, Measured
 from mergekit_snrf.evidence.verdict import Words
+
+# The target is the limit of a rising keep. To interpolate on a log scale it gets this multiple of the largest one.
+_BEYOND = 10.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A merge whose strength is varied.
+
+    Attributes:
+        name: the first word of its rows.
+        key: the strength's name, ``beta`` (rising, the target is 0) or ``keep`` (falling, on a log scale).
+        subject: inside a sentence, before the strength.
+        about: the only thing in which the claim differs from it at equal perception; empty where it differs in more.
+    """
+
+    name: str
+    key: str
+    subject: str
+    about: str = ""
+
+    def axis(self, strengths: Sequence[float]) -> Float64[np.ndarray, " points"]:
+        """Return where the target and the points of a sweep lie on the axis of interpolation."""
+        if self.key == "keep":
+            return np.log([_BEYOND * max(strengths), *strengths])
+        return np.array([0.0, *strengths])
+
+    def strength(self, place: float) -> float:
+        """Return the strength at a place of the axis."""
+        return float(np.exp(place)) if self.key == "keep" else place
+
+    def written(self, strength: float) -> str:
+        """Format a strength for a sentence."""
+        return f"{strength:.3g}" if self.key == "keep" else f"{strength:.2f}"
+
+
+LINEAR = Curve("linear", "beta", "the linear merge", "the masked update")
+REGMEAN = Curve("regmean", "keep", "RegMean")
+BASE = Curve("regmean from base", "keep", "RegMean from the common base")
 
 
 @dataclass(frozen=True)
@@ -26,50 +65,87 @@ class AtEqual:
 def at_equal(
     metric: str,
     ends: tuple[str, str],
+    curve: Curve,
     sweep: Mapping[str, float],
     bootstraps: Mapping[str, Bootstrap],
     measured: dict[str, dict[str, Measured]],
 ) -> AtEqual:
-    """Find the point of a linear sweep at the claim's level of a metric; add it to bootstraps and measurements.
+    """Find the point of a sweep at the claim's level of a metric; add it to bootstraps and measurements.
 
-    Its beta is found, and all metrics are interpolated at it, in every resample anew.
+    Its strength is found, and all metrics are interpolated at it, in every resample anew.
 
     Args:
         metric: the one to keep.
-        ends: names of the reference, which is the linear merge of beta 0, and of the claim.
-        sweep: betas by name of the row, rising.
+        ends: names of the reference, where the curve begins, and of the claim.
+        curve: what is varied.
+        sweep: strengths by name of the row, from the weakest merge to the strongest.
         bootstraps: by metric.
         measured: by condition and metric.
     """
     reference, claim = ends
-    curve = [reference, *sweep]
-    betas = np.array([0.0, *sweep.values()])
-    name = f"linear at equal {metric}"
+    points = [reference, *sweep]
+    axis = curve.axis([*sweep.values()])
+    name = f"{curve.name} at equal {metric}"
     kept = bootstraps[metric]
-    below, share = crossing(_stack(kept, curve), kept.means[claim])
+    below, share = crossing(_stack(kept, points), kept.means[claim])
     below_0, share_0 = crossing(
-        np.array([[kept.estimates[point] for point in curve]]), np.array([kept.estimates[claim]])
+        np.array([[kept.estimates[point] for point in points]]), np.array([kept.estimates[claim]])
     )
     measured[name] = {}
     for other, bootstrap in bootstraps.items():
-        bootstrap.means[name] = interpolated(_stack(bootstrap, curve), below, share)
-        estimates = np.array([[bootstrap.estimates[point] for point in curve]])
+        bootstrap.means[name] = interpolated(_stack(bootstrap, points), below, share)
+        estimates = np.array([[bootstrap.estimates[point] for point in points]])
         bootstrap.estimates[name] = float(interpolated(estimates, below_0, share_0)[0])
         measured[name][other] = Measured(mean=bootstrap.mean(name), change=bootstrap.difference(name, reference))
-    at = kept.interval(
-        float(interpolated(betas[None], below_0, share_0)[0]),
-        interpolated(np.broadcast_to(betas, (len(below), len(betas))), below, share),
+    place = kept.interval(
+        float(interpolated(axis[None], below_0, share_0)[0]),
+        interpolated(np.broadcast_to(axis, (len(below), len(axis))), below, share),
     )
+    at = Interval(**{bound: curve.strength(value) for bound, value in place.model_dump().items()})
     scale, unit = scale_of(metric, measured)
     exact = abs(kept.estimates[name] - kept.estimates[claim]) < 1e-9
-    strength = f"the linear merge of beta {at.estimate:.2f} [{at.low:.2f}, {at.high:.2f}]"
+    written = [curve.written(value) for value in (at.estimate, at.low, at.high)]
+    strength = f"{curve.subject} of {curve.key} {written[0]} [{written[1]}, {written[2]}]"
     if exact:
         subject = f"{strength} (interpolated), which keeps as much {metric} as {claim},"
     else:
         ours, theirs = (f"{scale * kept.estimates[one]:.1f}" for one in (name, claim))
         subject = f"{strength}, which comes closest to the {metric} of {claim} ({ours} against {theirs}{unit}),"
-    words = Words(subject, f"the masked update at equal {metric}" if exact else "")
-    return AtEqual(name, words, {"beta": at.model_dump(), "metric": metric, "reached": exact})
+    words = Words(subject, f"{curve.about} at equal {metric}" if exact and curve.about else "")
+    return AtEqual(name, words, {curve.key: at.model_dump(), "metric": metric, "reached": exact})
+
+
+def restoration(
+    gain: str, keep: str, reference: str, whole: str, bootstrap: Bootstrap, measured: Mapping[str, Any]
+) -> str | None:
+    """Say which share of RegMean's gain the common base as source has, at equal perception.
+
+    Args:
+        gain: the metric.
+        keep: the metric at which both are equal.
+        reference: the target.
+        whole: name of RegMean from the source.
+        bootstrap: of ``gain``.
+        measured: by condition and metric.
+
+    Returns:
+        A sentence; None where it is not sure that there is a gain.
+    """
+    base = f"{BASE.name} at equal {keep}"
+    gained = bootstrap.difference(whole, reference)
+    if gained.low <= 0:
+        return None
+    ratio = [
+        (values[base] - values[reference]) / np.maximum(values[whole] - values[reference], 1e-12)
+        for values in (bootstrap.estimates, bootstrap.means)
+    ]
+    share = bootstrap.interval(float(ratio[0]), np.asarray(ratio[1]))
+    scale, unit = scale_of(gain, measured)
+    return (
+        f"Restoration: at equal {keep}, RegMean with the common base as source changes {gain} by "
+        f"{spoken(bootstrap.difference(base, reference), scale, '+')}{unit}, which is {spoken(share, 100)} % of what "
+        f"{whole} gains; only the rest comes from what the source learnt beyond the base."
+    )
 
 
 def _stack(bootstrap: Bootstrap, names: Sequence[str]) -> Float64[np.ndarray, "resamples points"]:

@@ -56,7 +56,9 @@ class _Writer:
         found = [f"{name} ({', '.join(sizes)})" for name, sizes in better.items() if name not in worse]
         if not found:
             return []
-        what = "Other neurons have a larger effect" if self.study.kind == "ablation" else "A simpler merge does better"
+        regmean = any(name.startswith("regmean") for name in better if name not in worse)
+        merge = f"{'Another' if regmean else 'A simpler'} merge does better"
+        what = "Other neurons have a larger effect" if self.study.kind == "ablation" else merge
         return [f"{what} than {self.subject}, and is not measurably worse on any metric: {'; '.join(found)}."]
 
     def change(self, metric: str) -> str:

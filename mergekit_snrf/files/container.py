@@ -73,7 +73,7 @@ def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> I
             metadata = file.metadata() or {}
             _check_format(path, metadata, file_format, version)
             yield file, _content(path, metadata)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
+    except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         what = f"not a readable safetensors file ({first_line(error)})"
         raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 

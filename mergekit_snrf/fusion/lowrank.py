@@ -225,7 +225,9 @@ def _judge(
     quadratic = torch.where(room > 0, rho.square().cumsum(0)[:-1] / room, math.inf)
     bounds = torch.cat([quadratic + (sums[rank - 1] - sums[:-1]).clamp_min(0), sums[rank - 1 : rank]])
     deficit = min(float(bounds.amin() / whole), lacking) + eps
-    degenerate = errors(eps * kept)[1] >= problem.tolerance
+    # Values that still move can look like a tie.
+    settled = bool((rho[:rank] <= problem.tolerance * kept).all())
+    degenerate = settled and errors(eps * kept)[1] >= problem.tolerance
     captured = min(1.0, float(whole) / (problem.norm * problem.scale) ** 2)
     gap = 1 - math.sqrt(float(below / kept[-1].clamp_min(1e-300)))
     known = deficit if deficit < 1 else None

@@ -34,7 +34,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.merge.checks import temporary_shards
 from mergekit_snrf.merge.draft import draft_merge
-from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, copy_files, written_in_place
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, LAST, TOKENIZER_FILES, copy_files, written_in_place
 from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.recipe import stray_keys
@@ -220,8 +220,13 @@ def session_of(config: MergeConfiguration) -> MergeSession:
 
 
 def _hook(names: dict[str, Any]) -> None:
-    """Let ``mergekit.merge`` ask us for the architecture and the card of a running session."""
-    for name, ours in (("get_architecture_info", architecture_of), ("generate_card", _card)):
+    """Let ``mergekit.merge`` ask us for the architecture, the card and the configuration of a running session."""
+    ours_of: dict[str, Callable[..., Any]] = {
+        "get_architecture_info": architecture_of,
+        "generate_card": _card,
+        "_model_out_config": functools.partial(_not_saved, names["_model_out_config"]),
+    }
+    for name, ours in ours_of.items():
         if not getattr(names[name], "__snrf__", False):
             names[name] = _instead(names[name], ours)
 
@@ -239,8 +244,15 @@ def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None)
     return session_of(config).card(name or "merged")
 
 
+def _not_saved(original: Callable[..., Any], config: MergeConfiguration, *args: Any, **kwargs: Any) -> Any:
+    """Return mergekit's configuration of the output, which ``_complete`` writes last."""
+    made = original(config, *args, **kwargs)
+    made.save_pretrained = lambda *_, **__: None
+    return made
+
+
 def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:
-    left_out: set[str] = set()
+    left_out = {LAST["merge"]}
     if config.chat_template:
         left_out |= CHAT_TEMPLATE_FILES
     if not options.copy_tokenizer:
@@ -250,19 +262,21 @@ def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeO
 
 
 def _complete(plan: MergePlan, out_path: Path, options: MergeOptions) -> None:
-    """Add what mergekit does not write: side files in sub-folders, and the base's own configuration."""
-    nested = [name for name in plan.target.checkpoint.side_files() if "/" in name]
+    """Add what mergekit does not write: side files in sub-folders, and at last the base's own configuration."""
+    target = plan.target.checkpoint
+    nested = [name for name in target.side_files() if "/" in name]
     if nested:
-        copy_files(nested, plan.target.checkpoint.local(options.transformers_cache), out_path)
-    name = plan.recipe.out_dtype or plan.recipe.dtype
-    if name is None:
-        return
-    # Nothing but the dtype differs from the base's file.
-    text = _DTYPE_KEY.sub(rf"\g<1>{name}", plan.target.checkpoint.config_bytes.decode("utf-8"))
-    content = json.loads(text)
-    if not {"dtype", "torch_dtype"} & {key for key, value in content.items() if value is not None}:
-        text = json.dumps({**content, "dtype": name}, indent=2, ensure_ascii=False) + "\n"
-    (out_path / "config.json").write_text(text, encoding="utf-8")
+        copy_files(nested, target.local(options.transformers_cache), out_path)
+    content, name = target.config_bytes, plan.recipe.out_dtype or plan.recipe.dtype
+    if name is not None:
+        # Nothing but the dtype differs from the base's file.
+        text = _DTYPE_KEY.sub(rf"\g<1>{name}", content.decode("utf-8"))
+        keys = json.loads(text)
+        if not {"dtype", "torch_dtype"} & {key for key, value in keys.items() if value is not None}:
+            text = json.dumps({**keys, "dtype": name}, indent=2, ensure_ascii=False) + "\n"
+        content = text.encode("utf-8")
+    # Without it, nothing loads what a killed run has left.
+    (out_path / LAST["merge"]).write_bytes(content)
 
 
 class _Drained(threading.Event):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from jaxtyping import Bool
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -19,17 +18,17 @@ from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
-from mergekit_snrf.merge.moments import check_moments, compare_moments, open_moments
+from mergekit_snrf.merge.moments import compare_moments, open_moments
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.filters import check_moments
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
-from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import Site
 
 
@@ -187,15 +186,13 @@ def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -
     if recipe.value("update") != "regmean":
         return
     if target is not None and "masks" not in recipe.parameters:
-        shape = target.decoder.shape
-        every = {site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()}
-        draft.mask = Mask(NeuronSet(every), path="all neurons")
+        draft.mask = Mask(every_neuron(target.decoder.shape), path="all neurons")
     if not recipe.value("moments"):
         return
     with draft.collect():
         draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)
         if target is not None:
-            check_moments(draft.moments, target.checkpoint, target.decoder)
+            check_moments(draft.moments, target.decoder.shape, target.checkpoint.name)
             draft.warnings += compare_moments(draft.moments, target.checkpoint)
 
 

@@ -234,9 +234,9 @@ def is_unfinished(out_path: str) -> bool:
 def written_in_place(out_path: str) -> Iterator[None]:
     """Mark a folder as unfinished while mergekit writes into it.
 
-    The weights of a killed run are removed first. Recipe and card of an earlier merge do not stay beside new weights;
-    they come back where the block fails before it has replaced a weight. Links are replaced by copies, because mergekit
-    writes through them.
+    The weights of a killed run are removed first. Configuration, recipe and card of an earlier merge do not stay beside
+    new weights; they come back where the block fails before it has replaced a weight. Links are replaced by copies,
+    because mergekit writes through them.
 
     Raises:
         SnrfError: another run writes into the folder.
@@ -260,13 +260,13 @@ def written_in_place(out_path: str) -> Iterator[None]:
 
 
 def _begin_in_place(out: Path) -> dict[Path, bytes]:
-    """Prepare a folder that mergekit writes into; return recipe and card of an earlier merge, which are removed."""
+    """Prepare a folder that mergekit writes into; return what is removed of an earlier merge: card, recipe, config."""
     if is_unfinished(str(out)):
         for name in filter(_BEGUN_WEIGHTS.fullmatch, os.listdir(out)):
             (out / name).unlink()
     (out / MARKER).touch()
     earlier = {}
-    for file in (out / "mergekit_config.yml", out / "README.md"):
+    for file in (out / LAST["merge"], out / "mergekit_config.yml", out / "README.md"):
         if file.is_file():
             earlier[file] = file.read_bytes()
             file.unlink()

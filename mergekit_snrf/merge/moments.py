@@ -1,49 +1,10 @@
-"""The moments of a recipe with ``update: regmean``: checked with the plan, and made into filters while a merge runs."""
+"""The moments file of a recipe with ``update: regmean``: found, and compared with the recipe's target."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.references import local_path
-from mergekit_snrf.fusion.regmean import Filter, regmean_filter
-from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import Decoder
-from mergekit_snrf.models.moments import READERS, InputSite, Moments, read_moments
-from mergekit_snrf.neurons.sites import Site
-
-# q, k and v of a layer share one filter; so few are held that memory does not grow with the depth.
-_HELD = 2
-
-
-class Filters:
-    """F of every input, computed once and shared by the tensors that read it; for several threads."""
-
-    def __init__(self, moments: Moments) -> None:
-        self._moments = moments
-        self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[InputSite, float], Filter] = OrderedDict()
-
-    def of(self, site: Site, keep: float) -> Filter:
-        """Return the filter of the input that a projection reads.
-
-        Raises:
-            SnrfError: the moments file changed or holds impossible values.
-        """
-        key = InputSite(site.layer, READERS[site.projection]), keep
-        with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-                return self._held[key]
-            gain, kept = (self._moments.moment(key[0], which) for which in ("gain", "keep"))
-            with one_thread():
-                found = regmean_filter(gain, kept, keep)
-            self._held[key] = found
-            if len(self._held) > _HELD:
-                self._held.popitem(last=False)
-            return found
+from mergekit_snrf.models.moments import Moments, read_moments
 
 
 def open_moments(reference: str, recipe_folder: str | None) -> Moments:
@@ -53,25 +14,6 @@ def open_moments(reference: str, recipe_folder: str | None) -> Moments:
         SnrfError: the file is missing, damaged or of another format.
     """
     return read_moments(local_path(reference, (recipe_folder,) if recipe_folder else ()))
-
-
-def check_moments(moments: Moments, target: Checkpoint, decoder: Decoder) -> None:
-    """Check that moments are of a decoder of the target's shape.
-
-    Raises:
-        SnrfError: a layer is missing, or an input has another size.
-    """
-    shape = decoder.shape
-    if moments.layers != shape.layers:
-        what = f"has moments of {moments.layers} layers, but {target.name} has {shape.layers}"
-        raise SnrfError(moments.path, what, "use moments of this model")
-    sizes = {"attn": shape.hidden_size, "up": shape.hidden_size, "down": shape.intermediate_size}
-    for site, size in moments.sizes.items():
-        if size != sizes[site.input]:
-            what = f"has moments of {size} inputs at {site}, but {target.name} has {sizes[site.input]}"
-            raise SnrfError(moments.path, what, "use moments of this model")
-    if moments.provenance.keep == []:
-        raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")
 
 
 def compare_moments(moments: Moments, target: Checkpoint) -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
@@ -40,6 +41,59 @@ def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
         raise _invalid(path, error.errors()) from None
     except RuntimeError as error:
         raise SnrfError(path, first_line(error), "correct the recipe") from None
+
+
+def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
+    """Return a recipe's text with another number for ``keep``; everything else stays as it is.
+
+    Where the recipe has no ``keep``, it is written behind ``update: regmean``.
+
+    Raises:
+        SnrfError: ``keep`` is a list or has filters, or is written several times.
+    """
+    scalars = [
+        (key, value)
+        for block in _parameter_blocks(yaml.compose(text, Loader=yaml.SafeLoader))
+        for key, value in block.value
+    ]
+    found = [value for key, value in scalars if key.value == "keep"]
+    number = f"{keep:.10g}"
+    if len(found) == 1:
+        start, end = found[0].start_mark.index, found[0].end_mark.index
+        if isinstance(found[0], yaml.ScalarNode) and text[start:end] == found[0].value:
+            return f"{text[:start]}{number}{text[end:]}"
+    if found:
+        what = f"is written {len(found)} times" if len(found) > 1 else "is not one number"
+        raise SnrfError(path, what, f"write keep: {number} once", field="keep")
+    updates = [(key, value) for key, value in scalars if key.value == "update"]
+    if len(updates) != 1:
+        raise SnrfError(path, "has no place for it", f"write keep: {number} below update: regmean", field="keep")
+    key, value = updates[0]
+    start, end = key.start_mark.index, value.end_mark.index
+    line = text[text.rfind("\n", 0, start) + 1 : start]
+    ending = "\r\n" if "\r\n" in text else "\n"
+    joint = f"{ending}{line}" if not line.strip() else ", "
+    rest = text[end:]
+    if not line.strip():
+        # A comment on the line of update stays there.
+        end += len(rest.split("\n", 1)[0].rstrip("\r"))
+    return f"{text[:end]}{joint}keep: {number}{text[end:]}"
+
+
+def _parameter_blocks(root: yaml.Node | None) -> list[yaml.MappingNode]:
+    """Return the mappings under every key ``parameters``."""
+    found, todo = [], [root]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == "parameters" and isinstance(value, yaml.MappingNode):
+                    found.append(value)
+                else:
+                    todo.append(value)
+        elif isinstance(node, yaml.SequenceNode):
+            todo += node.value
+    return found
 
 
 def _invalid(path: str | os.PathLike[str], entries: Sequence[Mapping[str, Any]]) -> SnrfError:

@@ -17,8 +17,8 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
 from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
-from mergekit_snrf.merge.moments import Filters
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.models.filters import Filters
 from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 

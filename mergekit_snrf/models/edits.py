@@ -5,6 +5,7 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse
+from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.filters import Filters, check_moments
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.moments import Moments, read_moments
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.neurons.shape import check_fit
+from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import Site
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
@@ -115,11 +119,12 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
 def fuse_model(
     model: nn.Module,
     source: Source,
-    neurons: NeuronSet | Mask,
+    neurons: NeuronSet | Mask | None = None,
     fusion: Fusion | Callable[[Site], Fusion] | None = None,
     *,
     source_base: Source | None = None,
     biases: bool = False,
+    moments: str | os.PathLike[str] | Moments | None = None,
 ) -> Edit:
     """Add the masked update to a loaded target in place (Eq. 11).
 
@@ -128,17 +133,24 @@ def fuse_model(
     Args:
         model: the target.
         source: of the same decoder shape.
-        neurons: S.
+        neurons: S; None: all neurons of the five projections.
         fusion: one for all tensors, or by site; None is ``Fusion()``.
         source_base: Delta is taken from it instead of from the target.
         biases: the neurons' biases move, too.
+        moments: a moments file of the target, for ``Fusion(update="regmean")``.
 
     Raises:
-        SnrfError: target, source and neurons do not fit together, or a weight is not finite; the model is as before.
+        SnrfError: target, source, neurons and moments do not fit together, or a weight is not finite; the model is as
+            before.
     """
     decoder, chosen = _prepared(model, neurons)
+    filters = None
+    if moments is not None:
+        found = moments if isinstance(moments, Moments) else read_moments(moments)
+        check_moments(found, decoder.shape, decoder.model)
+        filters = Filters(found)
     with Edit.whole() as edit:
-        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases):
+        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases, filters):
             module, selected = decoder.module(site), chosen[site].nonzero().flatten()
             edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
             if fused_bias is not None:
@@ -179,6 +191,7 @@ def _fused(
     fusion: Fusion | Callable[[Site], Fusion] | None,
     source_base: Source | None,
     biases: bool,
+    filters: Filters | None = None,
 ) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
     """Fuse tensor by tensor; a bias is None where it stays."""
     donors = {"source": weights_of(source)}
@@ -189,8 +202,9 @@ def _fused(
         weight, name = target.weight(site), target.name(site)
         theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
+        kept = filter_at(site, how, filters)
         with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=name, source_base=old, site=site)
+            fused = fuse(weight, new, member, site.axis, how, name=name, source_base=old, site=site, moments=kept)
         bias = target.bias(site) if biases and site.axis == 0 else None
         if bias is None:
             yield site, fused, None
@@ -199,6 +213,19 @@ def _fused(
         theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
         yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
+
+
+def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
+    """Return the filter of a site; None where its update needs none.
+
+    Raises:
+        SnrfError: the update is regmean, and there are no moments.
+    """
+    if fusion.update != "regmean":
+        return None
+    if filters is None:
+        raise SnrfError(None, "is missing", "name the moments file of the target", field="moments")
+    return filters.of(site, fusion.keep)
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:
@@ -212,8 +239,9 @@ def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
     return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
 
 
-def _prepared(model: nn.Module, neurons: NeuronSet | Mask) -> tuple[LiveDecoder, dict[Site, Tensor]]:
-    decoder, chosen = find_live_decoder(model), _of(neurons)
+def _prepared(model: nn.Module, neurons: NeuronSet | Mask | None) -> tuple[LiveDecoder, dict[Site, Tensor]]:
+    decoder = find_live_decoder(model)
+    chosen = _of(every_neuron(decoder.shape) if neurons is None else neurons)
     where = neurons.path if isinstance(neurons, Mask) else None
     check_fit(NeuronSet(chosen), decoder.shape, where=where, model=decoder.model)
     for site in chosen:

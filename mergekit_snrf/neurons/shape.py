@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+import torch
+
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
@@ -55,6 +57,11 @@ class DecoderShape:
     def sites(self) -> list[Site]:
         """Return every layer and projection."""
         return [Site(layer, name) for layer in range(self.layers) for name in PROJECTIONS]
+
+
+def every_neuron(shape: DecoderShape) -> NeuronSet:
+    """Return all neurons of the five projections."""
+    return NeuronSet({site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()})
 
 
 def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, where: object | None, model: str) -> None:

@@ -185,6 +185,8 @@ class Journals:
                 )
             done, tally = int(content["done"], 16), dict(content["tally"])
             tally["digest"] = int(tally["digest"], 16)
+            if any(type(count) is not int for count in tally.values()):
+                raise ValueError("a count is not a whole number")
             groups = {group for group in range(done.bit_length()) if done >> group & 1}
             statistics.restore(tensors, int(content["probes"]))
             return Progress(statistics, Tally(**tally), groups)

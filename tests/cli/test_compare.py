@@ -209,12 +209,13 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0", "--draws", "1"]
     result = CliRunner().invoke(snrf, words)
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("Left out: ") == 3
+    assert result.stdout.count("Left out: ") == 4
     assert "Left out: the least important neurons, which need --profile" in result.stdout
     assert "Left out: the common base as source, which needs --base" in result.stdout
+    assert "Left out: RegMean, which needs --moments" in result.stdout
     assert "Left out: linear at equal perception, which needs a metric of the role keep" in result.stdout
     assert "linear, beta 1" in result.stdout
-    for row, needed in (("least", "--profile"), ("base", "--base")):
+    for row, needed in (("least", "--profile"), ("base", "--base"), ("regmean", "--moments")):
         result = CliRunner().invoke(snrf, [*words, "--rows", row])
         assert result.exit_code == 1
         assert f"--rows: the row {row} needs {needed}" in result.output
@@ -225,4 +226,5 @@ def test_the_defaults_are_those_of_the_module() -> None:
     defaults = evidence.Controls()
     assert options["rows"] == ",".join(evidence.ROWS) == ",".join(command._ROWS)
     assert tuple(float(beta) for beta in options["linear_betas"].split(",")) == defaults.linear_betas
+    assert tuple(float(keep) for keep in options["keeps"].split(",")) == defaults.keeps
     assert (options["draws"], options["drop_rate"]) == (defaults.draws, defaults.drop_rate)

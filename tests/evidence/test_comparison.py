@@ -190,7 +190,7 @@ def test_linear_rows_are_the_linear_merge(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
     rows = rows_of(folder, model, rows=["linear"], linear_betas=(0.25, 1.0))
-    assert [row.beta for row in rows.values() if row.beta is not None] == [0.25, 1.0]
+    assert [row.strength for row in rows.values() if row.strength is not None] == [0.25, 1.0]
     for beta in (0.25, 1.0):
         row = rows[f"linear, beta {beta:g}"]
         (merge,) = row.draws

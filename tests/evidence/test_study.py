@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +15,7 @@ from mergekit_snrf.evidence.compare import CLAIM, TARGET
 from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study
-from mergekit_snrf.evidence.sweep import crossing, interpolated
+from mergekit_snrf.evidence.sweep import LINEAR, crossing, interpolated
 from mergekit_snrf.evidence.verdict import Words, format_losses
 
 small = st.integers(0, 6).map(float)
@@ -49,12 +50,14 @@ def items(*scores: float) -> Items:
 def study_of(
     scores: dict[str, list[dict[str, Items]]], betas: dict[str, float], *, ablation: bool = False, seed: int = 0
 ) -> Study:
-    changes: dict[str, Any] = {
+    changes: dict[str, dict[str, Any]] = {
         TARGET: {"role": "reference"},
         CLAIM: {"role": "claim", "words": Words("deactivating N" if ablation else "")},
         "random": {"words": Words("", "the choice"), "settings": {"seeds": []}},
     }
-    rows = [replace(Row(name, "control", beta=betas.get(name)), **changes.get(name, {})) for name in scores]
+    for name, beta in betas.items():
+        changes[name] = {"curve": LINEAR, "strength": beta}
+    rows = [replace(Row(name, "control"), **changes.get(name, {})) for name in scores]
     setup = Setup("ablation" if ablation else "comparison", "m", "e", seed=seed)
     return build_study(setup, rows, scores, {"R": "gain", "P": "keep"})
 
@@ -170,7 +173,7 @@ def test_the_first_sentence_names_a_simpler_rival_that_does_better(
 
 
 def test_a_simpler_rival_is_named_without_a_metric_to_keep() -> None:
-    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", beta=1.0)]
+    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", curve=LINEAR, strength=1.0)]
     scores = {name: [{"R": one[0]["R"]}] for name, one in zip("ab", (coin(99, 20, 0), coin(99, 40, 0)), strict=True)}
     study = build_study(Setup("comparison", "m", "e"), rows, scores | {"linear": coin(99, 70, 0)}, {"R": "gain"})
     assert study.verdict[0].startswith("A simpler merge does better than b")

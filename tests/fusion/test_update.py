@@ -226,7 +226,7 @@ def test_tensors_that_do_not_fit(shape: tuple[int, ...]) -> None:
         ("beta", (1.5, -0.1, math.nan, math.inf), "in [0, 1]"),
         ("rank", (-1,), "at least 0"),
         ("order", ("svd",), "one of svd-then-mask, mask-then-svd"),
-        ("update", ("frank",), "one of low-rank, dare"),
+        ("update", ("frank",), "one of low-rank, dare, regmean"),
         ("drop_rate", (1.0, -0.1, math.nan), "in [0, 1)"),
         ("seed", (-1, 2**32), "in [0, 4294967296)"),
     ],

@@ -48,6 +48,9 @@ def test_journals_that_contradict_each_other_are_refused(tmp_path):
     journals.path(1).unlink()
     with pytest.raises(SnrfError, match="model of another shape"):
         journals.read(lambda: Statistics({KEY: 3}))
+    journals.write(0, Progress(statistics_of([1.0]), Tally(tokens="many"), {0}))  # type: ignore[arg-type]
+    with pytest.raises(SnrfError, match="a count is not a whole number"):
+        journals.read(lambda: statistics_of([]))
     journals.path(0).write_bytes(b"not a journal")
     with pytest.raises(SnrfError, match="not a readable safetensors file"):
         journals.read(lambda: statistics_of([]))

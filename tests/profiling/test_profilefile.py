@@ -135,6 +135,7 @@ def test_file_with_an_impossible_tensor_is_refused(tmp_path, name, tensor, messa
     [
         ({"count": None}, "lacks 'count' or 'edges'"),
         ({"count": 0}, "at least one probe"),
+        ({"count": 10**40}, "at least one probe, and fewer than"),
         ({"edges": [*EDGES[:-1], "0.9"]}, "must rise from above 0 to 1"),
         ({"edges": [*EDGES[:-1], "x"]}, "must rise from above 0 to 1"),
         ({"seed": "many"}, "key 'seed': must be a whole number, got 'many'; make the profile again"),

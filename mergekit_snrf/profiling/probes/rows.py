@@ -120,7 +120,7 @@ class Rows:
             raise SnrfError(self.name, f"row {row.number}: {error}", field="images") from None
 
 
-def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None) -> Rows:
+def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None, behind: int = 0) -> Rows:
     """Return the rows of a data set that become probes.
 
     With ``limit`` these are the first ``limit`` of a permutation of all rows that depends only on ``seed`` and on the
@@ -131,13 +131,14 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None)
         source: data set, columns, limit and seed.
         answers: read the column of the answers.
         folder: where a relative data file is looked for after the working folder.
+        behind: as many rows of the permutation are skipped, those that a draw of this limit took.
 
     Raises:
         SnrfError: the data set cannot be read, a column does not exist, or more than 5 % of the rows are bad.
     """
     dataset, images_folder = _open(source, folder)
     columns = _check_columns(source, answers, dataset)
-    numbers = _draw(len(dataset), source)
+    numbers = _draw(len(dataset), source, behind)
     rows: list[Row] = []
     bad: list[BadRow] = []
     text = dataset.select_columns(list(dict.fromkeys(columns.values())))
@@ -149,6 +150,11 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None)
     loaded = Rows(source, tuple(rows), tuple(bad), dataset, images_folder)
     report_bad(loaded.name, loaded.bad, len(numbers))
     return loaded
+
+
+def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
+    """Return how many rows a data set has."""
+    return len(_open(source, folder)[0])
 
 
 def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence[BadRow] = ()) -> None:
@@ -263,11 +269,12 @@ def _check_columns(source: ProbeSource, answers: bool, dataset: datasets.Dataset
     return columns
 
 
-def _draw(rows: int, source: ProbeSource) -> list[int]:
-    if source.limit is None or source.limit >= rows:
+def _draw(rows: int, source: ProbeSource, behind: int) -> list[int]:
+    if not behind and (source.limit is None or source.limit >= rows):
         return list(range(rows))
     permutation = np.random.RandomState([source.seed]).permutation(rows)
-    return sorted(int(number) for number in permutation[: source.limit])
+    end = rows if source.limit is None else behind + source.limit
+    return sorted(int(number) for number in permutation[behind:end])
 
 
 def _read_row(

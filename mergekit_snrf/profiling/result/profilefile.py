@@ -139,8 +139,8 @@ class Profile:
             shares = []
         if not shares or shares[0] <= 0 or shares[-1] != 1 or any(a >= b for a, b in pairwise(shares)):
             raise SnrfError(self.path, f"the edges of the bins must rise from above 0 to 1, got {list(self.edges)}")
-        if self.count < 1:
-            raise SnrfError(self.path, f"a profile needs at least one probe, got {self.count}")
+        if not 1 <= self.count < 2**31:
+            raise SnrfError(self.path, f"a profile needs at least one probe, and fewer than {2**31}")
         for site, statistics in self.sites.items():
             if statistics.hits.shape[1] != len(self.edges):
                 bins = statistics.hits.shape[1]

@@ -1,0 +1,172 @@
+"""``snrf moments tune``: the strength of RegMean without labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, silence_progress, table
+from mergekit_snrf.cli.options import (
+    cache_options,
+    construct,
+    eval_help,
+    figures_option,
+    json_option,
+    loading_options,
+    merge_options,
+)
+from mergekit_snrf.errors import SnrfError, naming, option
+
+if TYPE_CHECKING:
+    from mergekit_snrf.evidence.recipes import OpenedRecipe
+    from mergekit_snrf.evidence.tune import TunedPoint, Tuning
+
+
+@click.command()
+@click.argument("recipe", metavar="RECIPE.yml", type=click.Path())
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0, min_open=True),
+    default=0.01,
+    show_default=True,
+    help="Bound of the mean KL(target || merge), in nats per token of the target's own answers.",
+)
+@click.option(
+    "--profile",
+    metavar="PROFILE.yml",
+    help="Of the moments, to find their data sets; default: what the moments file says of them.",
+)
+@click.option("--eval", "reference", metavar="EVAL", help=f"Scores every strength, too: {eval_help}")
+@click.option("--dry-run", is_flag=True, help="Do not write the number into RECIPE.")
+@loading_options
+@cache_options
+@json_option
+@figures_option
+@command_options
+def tune(
+    recipe: str,
+    max_kl: float,
+    profile: str | None,
+    reference: str | None,
+    dry_run: bool,
+    json_file: str | None,
+    figures: str | None,
+    **reading: Any,
+) -> None:
+    """Find the smallest keep of RECIPE whose merge stays close to its target, and write it into RECIPE.
+
+    RECIPE has update: regmean. The merge is made in memory; how far it moves is measured on held-out probes to keep,
+    the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
+    """
+    from mergekit_snrf.evidence.results import write_result
+    from mergekit_snrf.files import writing
+    from mergekit_snrf.files.reading import read_text
+    from mergekit_snrf.merge.recipefile import with_keep
+
+    check_outputs(json_file, figures)
+    text = read_text(recipe)
+    if not dry_run:
+        # A recipe that has no place for the number is found before hours of work.
+        with_keep(text, 1.0, recipe)
+        writing.check_writable(recipe)
+    tuning = _tuned(recipe, max_kl, profile, reference, **reading)
+    click.echo(_said(tuning))
+    if json_file is not None:
+        write_result(json_file, tuning)
+    if figures is not None:
+        from mergekit_snrf.evidence.curves import tuning_drawing
+        from mergekit_snrf.evidence.drawing import save
+
+        drawing = tuning_drawing(tuning)
+        save(drawing.figure, figures, "keep", drawing.caption, drawing.text)
+    if not dry_run:
+        with writing.replacing(recipe) as file:
+            file.write(with_keep(text, tuning.keep, recipe).encode())
+        click.echo(f"{recipe}: keep: {tuning.keep:g}")
+
+
+def _tuned(
+    recipe: str,
+    max_kl: float,
+    profile: str | None,
+    reference: str | None,
+    *,
+    loading: dict[str, Any],
+    caches: dict[str, Any],
+) -> Tuning:
+    from mergekit_snrf.cli.study import loaded
+    from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
+    from mergekit_snrf.evidence.heldout import held_out, kinds_of
+    from mergekit_snrf.evidence.tune import tune as bisect
+    from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.profiling.settings import load_profile_config
+
+    opened = _open(recipe, loading, caches)
+    moments = opened.merge.moments
+    if moments is None:
+        raise SnrfError(recipe, "does not use moments", "tune a recipe with update: regmean", field="update")
+    config = None if profile is None else load_profile_config(profile)
+    with naming(option):
+        kinds = kinds_of(moments, config)
+    evaluation = None if reference is None else load_evaluation(reference)
+    silence_progress()
+    settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
+    if loading.get("dtype", "auto") == "auto":
+        loading["dtype"] = opened.dtype
+    model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
+    folders = [Path(place).resolve().parent for place in (profile, moments.path, recipe) if place is not None]
+    found = held_out(kinds, model, processor, folders)
+
+    def scores() -> dict[str, float]:
+        assert evaluation is not None
+        return {metric: items.mean for metric, items in evaluate(evaluation, model, processor).items()}
+
+    def show(point: TunedPoint) -> None:
+        click.echo(f"keep {point.keep:g}: KL {point.kl:.4f}", err=True)
+
+    with naming(option):
+        tuning = bisect(
+            opened.merge,
+            model,
+            found,
+            max_kl,
+            evaluate=None if evaluation is None else scores,
+            visit=None if is_quiet() else show,
+        )
+    return tuning.model_copy(update={"settings": settings})
+
+
+def _open(recipe: str, loading: dict[str, Any], caches: dict[str, Any]) -> OpenedRecipe:
+    from mergekit_snrf.evidence.recipes import open_recipe
+    from mergekit_snrf.merge.recipefile import load_recipe
+
+    trust = loading.get("trust_remote_code", False)
+    options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
+    return open_recipe(load_recipe(recipe), options, str(Path(recipe).resolve().parent))
+
+
+def _said(tuning: Tuning) -> str:
+    """Return the tried strengths as a table, and what the choice means."""
+    metrics = sorted(tuning.target)
+    header = ("keep", "KL", "worst kind", "its KL", "answers changed", *metrics)
+    rows = [
+        (
+            f"{point.keep:g}{' *' if point.keep == tuning.keep else ''}",
+            f"{point.kl:.4f}",
+            point.worst,
+            f"{point.kinds[point.worst][0]:.4f}",
+            f"{100 * point.changed:.1f} %",
+            *(f"{point.scores[metric]:.3f}" for metric in metrics),
+        )
+        for point in tuning.points
+    ]
+    chosen = tuning.chosen
+    probes = ", ".join(f"{count} {name}" for name, count in tuning.probes.items())
+    return (
+        f"{table(header, rows)}\n\nkeep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
+        f"token on held-out probes ({probes}).\n{100 * chosen.changed:.1f} % of the answers change, so accuracy on "
+        f"these probes cannot change by more; the worst kind is {chosen.worst} "
+        f"({100 * chosen.kinds[chosen.worst][1]:.1f} %)."
+    )

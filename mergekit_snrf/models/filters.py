@@ -1,0 +1,65 @@
+"""Filters of ``update: regmean``, made from a moments file while weights are edited."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.regmean import Filter, regmean_filter
+from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.models.moments import READERS, InputSite, Moments
+from mergekit_snrf.neurons.shape import DecoderShape
+from mergekit_snrf.neurons.sites import Site
+
+# q, k and v of a layer share one filter; so few are held that memory does not grow with the depth.
+_HELD = 2
+
+
+class Filters:
+    """F of every input, computed once and shared by the tensors that read it; for several threads."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._moments = moments
+        self._lock = threading.Lock()
+        self._held: OrderedDict[tuple[InputSite, float], Filter] = OrderedDict()
+
+    def of(self, site: Site, keep: float) -> Filter:
+        """Return the filter of the input that a projection reads.
+
+        Raises:
+            SnrfError: the moments file changed or holds impossible values.
+        """
+        key = InputSite(site.layer, READERS[site.projection]), keep
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+                return self._held[key]
+            gain, kept = (self._moments.moment(key[0], which) for which in ("gain", "keep"))
+            with one_thread():
+                found = regmean_filter(gain, kept, keep)
+            self._held[key] = found
+            if len(self._held) > _HELD:
+                self._held.popitem(last=False)
+            return found
+
+
+def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
+    """Check that moments are of a decoder of a shape, and have probes to keep.
+
+    Args:
+        model: its name, for messages.
+
+    Raises:
+        SnrfError: a layer is missing, or an input has another size.
+    """
+    if moments.layers != shape.layers:
+        what = f"has moments of {moments.layers} layers, but {model} has {shape.layers}"
+        raise SnrfError(moments.path, what, "use moments of this model")
+    sizes = {"attn": shape.hidden_size, "up": shape.hidden_size, "down": shape.intermediate_size}
+    for site, size in moments.sizes.items():
+        if size != sizes[site.input]:
+            what = f"has moments of {size} inputs at {site}, but {model} has {sizes[site.input]}"
+            raise SnrfError(moments.path, what, "use moments of this model")
+    if moments.provenance.keep == []:
+        raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")
