@@ -77,7 +77,7 @@ def test_json_against_the_headers(pair: Pair, tmp_path: Path) -> None:
     tensors = content["tensors"]
     edited = {entry["target"]: entry for entry in tensors["edited"]}
     fusion = {"beta": 0.5, "rank": 4, "order": "svd-then-mask", "update": "low-rank", "drop_rate": 0.5}
-    every_edit = {**fusion, "seed": 0, "rescale": True, "dtype": "BF16", "source_base": None}
+    every_edit = {**fusion, "seed": 0, "rescale": True, "keep": 3.0, "dtype": "BF16", "source_base": None}
     assert edited == {
         target_name(site): {
             **every_edit,
