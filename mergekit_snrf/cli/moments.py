@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, size, table
+from mergekit_snrf.cli.options import run_options
 from mergekit_snrf.cli.tune import tune
 from mergekit_snrf.errors import naming, option
 
@@ -38,21 +39,9 @@ def moments() -> None:
 @moments.command()
 @click.argument("profile", metavar="PROFILE.yml", type=click.Path())
 @click.argument("out", metavar="OUT.safetensors", type=click.Path())
-@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
-@click.option("--device", help="Such as cuda, cuda:1 or cpu; overrides PROFILE.yml.")
-@click.option("--dtype", help="Of the weights: auto, bfloat16, float16, float32 or float64; overrides PROFILE.yml.")
-@click.option("--limit", type=click.IntRange(1), help="Probes of each data set; overrides PROFILE.yml.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that lies in the checkpoint.")
+@run_options
 @command_options
-def take(
-    profile: str,
-    out: str,
-    resume: bool,
-    device: str | None,
-    dtype: str | None,
-    limit: int | None,
-    trust_remote_code: bool,
-) -> None:
+def take(profile: str, out: str, resume: bool, overrides: dict[str, Any]) -> None:
     """Send the target's probes and those under keep: through the target and write the moments of its inputs.
 
     snrf-profile writes the same file beside the mask. Start it under torchrun to split the probes over processes.
@@ -62,9 +51,7 @@ def take(
 
     silence_progress()
     with naming({"resume": option("resume")}):
-        config = load_profile_config(profile).override(
-            device=device, dtype=dtype, limit=limit, trust_remote_code=trust_remote_code or None
-        )
+        config = load_profile_config(profile).override(**overrides)
         written = take_moments(config, out, folder=Path(profile).parent, resume=resume, progress=not is_quiet())
     if written is not None:
         click.echo(f"{out}: {written.layers} layers, {size(Path(out).stat().st_size)}")
@@ -88,24 +75,9 @@ def show(file: str, layers: bool) -> None:
     rows = []
     for name in INPUTS:
         sites = [site for site in found.sizes if site.input == name]
-        groups = [[site] for site in sites] if layers else [sites]
-        for group in groups:
-            for which in SETS:
-                facts = [(origin.inputs or {}).get(site.key, {}).get(which, {}) for site in group]
-                tokens = [one["tokens"] for one in facts if "tokens" in one]
-                clipped = [one["clipped"] for one in facts if "clipped" in one]
-                longest = [one["largest"] / one["median"] for one in facts if one.get("median")]
-                rows.append(
-                    (
-                        group[0].key if layers else name,
-                        which,
-                        found.sizes[group[0]],
-                        f"{min(tokens) / found.sizes[group[0]]:.1f}" if tokens else "-",
-                        f"{max(longest):.1f}" if longest else "-",
-                        f"{max(clipped):.0f}" if clipped else "-",
-                        _sketch(found, group, which),
-                    )
-                )
+        for group in [[site] for site in sites] if layers else [sites]:
+            label = group[0].key if layers else name
+            rows += [(label, which, *_group_cells(found, group, which)) for which in SETS]
     header = ("input", "set", "size", "tokens / size", "longest / median", "clipped", "trace in sketch")
     click.echo(table(header, rows))
     facts_of = [("gain", origin.gain), *((f"keep {one.get('name', '')}", one) for one in origin.keep or [])]
@@ -115,6 +87,21 @@ def show(file: str, layers: bool) -> None:
                 f"{label}: {one.get('count', '?')} probes of {one.get('dataset', '?')}, {one.get('tokens', '?')} tokens"
             )
     click.echo(f"{path}: {size(path.stat().st_size)}")
+
+
+def _group_cells(found: Moments, group: list[InputSite], which: str) -> tuple[object, ...]:
+    facts = [(found.provenance.inputs or {}).get(site.key, {}).get(which, {}) for site in group]
+    tokens = [one["tokens"] for one in facts if "tokens" in one]
+    clipped = [one["clipped"] for one in facts if "clipped" in one]
+    longest = [one["largest"] / one["median"] for one in facts if one.get("median")]
+    count = found.sizes[group[0]]
+    return (
+        count,
+        f"{min(tokens) / count:.1f}" if tokens else "-",
+        f"{max(longest):.1f}" if longest else "-",
+        f"{max(clipped):.0f}" if clipped else "-",
+        _sketch(found, group, which),
+    )
 
 
 def _sketch(found: Moments, group: list[InputSite], which: str) -> str:

@@ -118,6 +118,15 @@ loading_options = settings_options("loading", ModelRef, "device", "dtype", "trus
 """How a model is loaded: one argument ``loading``, for ``ModelRef``."""
 
 
+def run_options(function: _F) -> _F:
+    """Give a command ``resume``, and one argument ``overrides`` for ``ProfileConfig.override``."""
+    fields = ("device", "dtype", "trust_remote_code", "limit")
+    options = [_option(field, ModelRef.model_fields[field], "Overrides PROFILE.yml.") for field in fields[:-1]]
+    limit = click.option("--limit", type=click.IntRange(1), help="Probes of each data set. Overrides PROFILE.yml.")
+    resume = click.option("--resume", is_flag=True, help="Continue an interrupted run.")
+    return resume(_bundle("overrides", fields, (*options, limit))(function))
+
+
 def construct(of: type[Settings], given: dict[str, Any]) -> Any:
     """Return an instance of a type.
 
@@ -131,7 +140,7 @@ def construct(of: type[Settings], given: dict[str, Any]) -> Any:
             raise invalid(None, error.errors()) from None
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[_F], _F]:
+def _option(name: str, field: FieldInfo, note: str | None = None) -> Callable[[_F], _F]:
     kind, metadata = field.annotation, list(field.metadata)
     while get_origin(kind) in (Union, UnionType, Annotated):
         if get_origin(kind) is Annotated:
@@ -139,11 +148,11 @@ def _option(name: str, field: FieldInfo) -> Callable[[_F], _F]:
             metadata += [part for one in inner for part in (one.metadata if isinstance(one, FieldInfo) else [one])]
         else:
             kind = next(part for part in get_args(kind) if part is not type(None))
-    help_text = field.description
+    help_text = f"{field.description} {note}" if note else field.description
     if kind is bool:
         return click.option(option(name), is_flag=True, default=None, help=help_text)
     shown = field.default if isinstance(field.default, str | int | float) else None
-    if shown is not None:
+    if shown is not None and note is None:
         help_text = f"{help_text} [default: {shown}]"
     return click.option(option(name), type=_type(kind, metadata), help=help_text)
 

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     _Certified = Sequence[tuple[PlannedEdit, Fused]]
 
-_ROLES = ("target", "source", "source_base")
 _NOTES = {
     "exact": "exact: M_S(Delta) itself; the rank is 0, or not below the smaller side of what would be truncated",
     "dare": "dare: M_S(Delta) with elements dropped at random; nothing is truncated, so there is nothing to certify",
     "regmean": "regmean: M_S(D F) itself; the rank is 0, so nothing is truncated",
     "bias": "bias: the whole difference of the masked elements, a vector has no rank",
 }
+_CERTIFIED = ("tensor", "method", "rank", "passes", "captured", "error", "deficit", "gap", "rounding keeps")
 
 
 @click.command()
@@ -38,13 +38,7 @@ _NOTES = {
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @command_options
-def plan(
-    recipe: str,
-    certify: bool,
-    out_path: str | None,
-    reading: dict[str, Any],
-    as_json: bool,
-) -> None:
+def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, Any], as_json: bool) -> None:
     """Show what merging RECIPE will change and read, and every problem at once.
 
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
@@ -54,32 +48,19 @@ def plan(
     from mergekit_snrf.merge.recipefile import load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
-    options = merge_options(reading, quiet=is_quiet())
-    config = load_recipe(recipe)
-    draft = draft_merge(
-        config,
-        options,
-        out_path=out_path,
-        recipe_folder=str(Path(recipe).resolve().parent),
-        merge_adapter=certify,
-    )
+    options, folder = merge_options(reading, quiet=is_quiet()), str(Path(recipe).resolve().parent)
+    draft = draft_merge(load_recipe(recipe), options, out_path=out_path, recipe_folder=folder, merge_adapter=certify)
     plan = None if draft.problems else draft.finish()
     certified = list(certified_edits(plan, options)) if certify and plan is not None else []
     if certified and plan is not None:
-        _judge(draft, plan, certified)
+        # The merge itself finds updates of zero, too.
+        tally = _tally(certified)
+        if (problem := tally.problem()) is not None and not plan.recipe.value("allow_noop"):
+            draft.problems.append(problem)
+        draft.warnings += filter(None, [tally.zeros()])
     click.echo(json.dumps(_as_json(draft, plan, certified), indent=2) if as_json else _as_text(draft, plan, certified))
     if draft.problems:
         raise click.exceptions.Exit(1)
-
-
-def _judge(draft: PlanDraft, plan: MergePlan, certified: _Certified) -> None:
-    """Add what the merge itself would find: updates of zero."""
-    tally = _tally(certified)
-    problem = tally.problem()
-    if problem is not None and not plan.recipe.value("allow_noop"):
-        draft.problems.append(problem)
-    if warning := tally.zeros():
-        draft.warnings.append(warning)
 
 
 def _tally(certified: _Certified) -> Tally:
@@ -92,33 +73,13 @@ def _tally(certified: _Certified) -> Tally:
 
 
 def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) -> dict[str, Any]:
-    known = {
-        edit.target_name: {
-            "method": _method(edit, fused.certificate),
-            "certificate": fused.certificate and asdict(fused.certificate),
-            "rounding": asdict(fused.rounding),
-        }
-        for edit, fused in certified
-    }
+    found = {edit.target_name: fused for edit, fused in certified}
     return {
-        **{role: _model_as_json(draft, role) for role in _ROLES},
+        **{role: _model_as_json(draft, role) for role in ("target", "source", "source_base")},
         "mask": str(draft.mask_path) if draft.mask_path else None,
         "moments": draft.moments.path if draft.moments else None,
         "tensors": {
-            "edited": [
-                {
-                    "target": edit.target_name,
-                    "source": edit.source_name,
-                    "source_base": edit.source_base_name,
-                    "shape": list(edit.shape),
-                    "dtype": edit.dtype,
-                    "axis": "columns" if edit.site.axis else "rows",
-                    "neurons": edit.neurons,
-                    **asdict(edit.fusion),
-                    **known.get(edit.target_name, {}),
-                }
-                for edit in draft.edits
-            ],
+            "edited": [_edit_as_json(edit, found.get(edit.target_name)) for edit in draft.edits],
             "unmatched": plan.unmatched if plan else [],
             "copied": len(plan.copied) if plan else 0,
         },
@@ -130,16 +91,26 @@ def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
     }
 
 
+def _edit_as_json(edit: PlannedEdit, fused: Fused | None) -> dict[str, Any]:
+    content = {
+        **{role: getattr(edit, f"{role}_name") for role in ("target", "source", "source_base")},
+        **{"shape": list(edit.shape), "dtype": edit.dtype, "axis": "columns" if edit.site.axis else "rows"},
+        **{"neurons": edit.neurons, **asdict(edit.fusion)},
+    }
+    if fused is not None:
+        content |= {"method": _method(edit, fused.certificate), "rounding": asdict(fused.rounding)}
+        content["certificate"] = fused.certificate and asdict(fused.certificate)
+    return content
+
+
 def _model_as_json(draft: PlanDraft, role: str) -> dict[str, Any] | None:
     checkpoint, model = draft.checkpoints.get(role), draft.models.get(role)
     if checkpoint is None:
         return None
+    decoder = model and model.decoder
     return {
-        "name": checkpoint.name,
-        "model_type": checkpoint.model_type,
-        "bytes": checkpoint.bytes,
-        "decoder": model.decoder.prefix if model else None,
-        "family": model.decoder.family if model else None,
+        **{field: getattr(checkpoint, field) for field in ("name", "model_type", "bytes")},
+        **{"decoder": decoder and decoder.prefix, "family": decoder and decoder.family},
     }
 
 
@@ -171,66 +142,46 @@ def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
 
 
 def _edits_as_text(plan: MergePlan) -> str:
-    rows: list[tuple[object, ...]] = [
-        (name, tensors, neurons, total, share(neurons, total))
-        for name, (tensors, neurons, total) in plan.counts().items()
-    ]
-    sums = [sum(int(str(row[column])) for row in rows) for column in (1, 2, 3)]
-    rows.append(("all", *sums, share(sums[1], sums[2])))
+    from mergekit_snrf.neurons.sets import count_rows
+
     donors = [(role, one) for role, one in plan.checkpoints.items() if role != "target"]
     held = " and ".join(f"the {role}'s {size(checkpoint.bytes)}" for role, checkpoint in donors)
-    parameters = sum(tensor.parameters for tensor in plan.target.checkpoint.tensors.values())
-    return "\n".join(
-        [
-            table(("projection", "tensors", "neurons", "of", "share"), rows),
-            "",
-            f"update    {plan.update}",
-            f"tensors   {len(plan.edits)} edited, {len(plan.copied)} copied; of the decoder's projections "
-            f"{len(plan.unmatched)} have nothing to change",
-            f"touched   {plan.parameters_touched} parameters ({share(plan.parameters_touched, parameters)}), "
-            f"{size(plan.bytes_touched)}",
-            f"read      {size(plan.source_bytes)} of {held}",
-        ]
+    weights = sum(tensor.parameters for tensor in plan.target.checkpoint.tensors.values())
+    touched = plan.parameters_touched
+    return (
+        f"{table(('projection', 'tensors', 'neurons', 'of', 'share'), count_rows(plan.counts()))}\n\n"
+        f"update    {plan.update}\n"
+        f"tensors   {len(plan.edits)} edited, {len(plan.copied)} copied; of the decoder's projections "
+        f"{len(plan.unmatched)} have nothing to change\n"
+        f"touched   {touched} parameters ({share(touched, weights)}), {size(plan.bytes_touched)}\n"
+        f"read      {size(plan.source_bytes)} of {held}"
     )
 
 
 def _certified_as_text(certified: _Certified) -> str:
+    rows, tally = [_certified_row(edit, fused) for edit, fused in certified], _tally(certified)
+    # A column that says nothing of any tensor is left out.
+    filled = [column for column in range(len(_CERTIFIED)) if any(row[column] != "-" for row in rows)]
+    shown = table([_CERTIFIED[column] for column in filled], [[row[column] for column in filled] for row in rows])
+    notes = [text for method, text in _NOTES.items() if any(row[1] == method for row in rows)]
+    return "\n".join([shown, *notes, "", tally.summary(), tally.sentence()])
+
+
+def _certified_row(edit: PlannedEdit, fused: Fused) -> tuple[object, ...]:
     from mergekit_snrf.merge.tally import kept
 
-    header = ("tensor", "method", "rank", "passes", "captured", "error", "deficit", "gap", "rounding keeps")
-    rows: list[tuple[object, ...]] = []
-    tally = _tally(certified)
-    for edit, (_, certificate, rounding) in certified:
-        method = _method(edit, certificate)
-        known: tuple[object, ...] = ("-",) * 6
-        if certificate is not None:
-            known = (
-                certificate.rank,
-                certificate.passes,
-                f"{100 * certificate.captured:.2f} %",
-                "not unique" if certificate.degenerate else f"{certificate.est:.1e}",
-                "-" if certificate.deficit is None else f"{certificate.deficit:.1e}",
-                "-" if certificate.gap is None else f"{certificate.gap:.2g}",
-            )
-        elif method == "exact":
-            known = ("full", "-", "100.00 %", "0", "0", "-")
-        rows.append((edit.target_name, method, *known, f"{100 * kept(rounding):.1f} %"))
-    # A column that says nothing of any tensor is left out.
-    told = [column for column in range(len(header)) if any(row[column] != "-" for row in rows)]
-    notes = [text for method, text in _NOTES.items() if any(row[1] == method for row in rows)]
-    return "\n".join(
-        [
-            table([header[column] for column in told], [[row[column] for column in told] for row in rows]),
-            *notes,
-            "",
-            tally.summary(),
-            tally.sentence(),
-        ]
-    )
+    certificate, method = fused.certificate, _method(edit, fused.certificate)
+    facts: tuple[object, ...] = ("full", "-", "100.00 %", "0", "0", "-") if method == "exact" else ("-",) * 6
+    if certificate is not None:
+        error = "not unique" if certificate.degenerate else f"{certificate.est:.1e}"
+        deficit = "-" if certificate.deficit is None else f"{certificate.deficit:.1e}"
+        gap = "-" if certificate.gap is None else f"{certificate.gap:.2g}"
+        captured = f"{100 * certificate.captured:.2f} %"
+        facts = (certificate.rank, certificate.passes, captured, error, deficit, gap)
+    return (edit.target_name, method, *facts, f"{100 * kept(fused.rounding):.1f} %")
 
 
 def _method(edit: PlannedEdit, certificate: Certificate | None) -> str:
-    """Say how an update was found: the method of its truncation, or what it is where nothing is truncated."""
     if certificate is not None:
         return certificate.method
     return "bias" if edit.is_bias else "exact" if edit.fusion.update == "low-rank" else edit.fusion.update

@@ -9,7 +9,6 @@ never planned, so never read.
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import logging
@@ -17,8 +16,7 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,8 @@ from transformers import PretrainedConfig
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import parse_yaml
-from mergekit_snrf.merge.checks import temporary_shards
 from mergekit_snrf.merge.draft import draft_merge
-from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, LAST, TOKENIZER_FILES, copy_files, written_in_place
+from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
 from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.recipe import stray_keys
@@ -105,19 +102,22 @@ def run_session(
     context = click.get_current_context(silent=True)
     try:
         session = _open_session(config, str(out_path), options, config_source, context)
-        with session.running(), _without_leftovers(str(out_path), options):
+        with session.running():
             for warning in session.plan.warnings:
                 LOG.warning(warning)
             if options.multi_gpu:
                 _wait_for_results_of_gpus()
             _hook(mergekit.merge.__dict__)
-            with written_in_place(str(out_path)):
-                run_merge(rewritten(config, session), out_path, options, config_source or config.to_yaml())
-                _complete(session.plan, Path(out_path), options)
+            with built_inside(str(out_path)) as building:
+                run_merge(rewritten(config, session), str(building), options, config_source or config.to_yaml())
+                _complete(session.plan, building, options)
     except SnrfError as error:
         if context is None or context.params.get("verbosity", 0) > 1:
             raise
         raise click.ClickException(str(error)) from None
+    finally:
+        # Another merge in this process may find other files in the same folders.
+        LoaderCache.loaders.clear()
 
 
 def _open_session(
@@ -139,31 +139,7 @@ def _open_session(
     if not os.path.isdir(target.name):
         # mergekit's own download leaves some of the small files out, such as chat_template.jinja.
         hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
-    return MergeSession(plan, config_source or config.to_yaml())
-
-
-@contextmanager
-def _without_leftovers(out_path: str, options: MergeOptions) -> Iterator[None]:
-    """Remove the shards of a merge that fails, and its folder if there was none before; forget what was read."""
-    existed = os.path.isdir(out_path)
-
-    def remove() -> None:
-        for shard in temporary_shards(out_path):
-            os.remove(shard)
-        if not existed and os.path.isdir(out_path) and not os.listdir(out_path):
-            os.rmdir(out_path)
-
-    try:
-        yield
-    except BaseException:
-        remove()
-        if options.async_write:
-            # A writer thread may be in the middle of a shard; the interpreter waits for it before it calls this.
-            atexit.register(remove)
-        raise
-    finally:
-        # Another merge in this process may find other files in the same folders.
-        LoaderCache.loaders.clear()
+    return MergeSession(plan, config_source or config.to_yaml(), os.path.basename(out_path) or "merged")
 
 
 def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfiguration:
@@ -220,13 +196,8 @@ def session_of(config: MergeConfiguration) -> MergeSession:
 
 
 def _hook(names: dict[str, Any]) -> None:
-    """Let ``mergekit.merge`` ask us for the architecture, the card and the configuration of a running session."""
-    ours_of: dict[str, Callable[..., Any]] = {
-        "get_architecture_info": architecture_of,
-        "generate_card": _card,
-        "_model_out_config": functools.partial(_not_saved, names["_model_out_config"]),
-    }
-    for name, ours in ours_of.items():
+    """Let ``mergekit.merge`` ask us for the architecture and the card of a running session."""
+    for name, ours in (("get_architecture_info", architecture_of), ("generate_card", _card)):
         if not getattr(names[name], "__snrf__", False):
             names[name] = _instead(names[name], ours)
 
@@ -241,18 +212,11 @@ def _instead(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 
 def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
-    return session_of(config).card(name or "merged")
-
-
-def _not_saved(original: Callable[..., Any], config: MergeConfiguration, *args: Any, **kwargs: Any) -> Any:
-    """Return mergekit's configuration of the output, which ``_complete`` writes last."""
-    made = original(config, *args, **kwargs)
-    made.save_pretrained = lambda *_, **__: None
-    return made
+    return session_of(config).card()
 
 
 def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:
-    left_out = {LAST["merge"]}
+    left_out: set[str] = set()
     if config.chat_template:
         left_out |= CHAT_TEMPLATE_FILES
     if not options.copy_tokenizer:
@@ -262,21 +226,19 @@ def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeO
 
 
 def _complete(plan: MergePlan, out_path: Path, options: MergeOptions) -> None:
-    """Add what mergekit does not write: side files in sub-folders, and at last the base's own configuration."""
-    target = plan.target.checkpoint
-    nested = [name for name in target.side_files() if "/" in name]
+    """Add what mergekit does not write: side files in sub-folders, and the base's own configuration."""
+    nested = [name for name in plan.target.checkpoint.side_files() if "/" in name]
     if nested:
-        copy_files(nested, target.local(options.transformers_cache), out_path)
-    content, name = target.config_bytes, plan.recipe.out_dtype or plan.recipe.dtype
-    if name is not None:
-        # Nothing but the dtype differs from the base's file.
-        text = _DTYPE_KEY.sub(rf"\g<1>{name}", content.decode("utf-8"))
-        keys = json.loads(text)
-        if not {"dtype", "torch_dtype"} & {key for key, value in keys.items() if value is not None}:
-            text = json.dumps({**keys, "dtype": name}, indent=2, ensure_ascii=False) + "\n"
-        content = text.encode("utf-8")
-    # Without it, nothing loads what a killed run has left.
-    (out_path / LAST["merge"]).write_bytes(content)
+        copy_files(nested, plan.target.checkpoint.local(options.transformers_cache), out_path)
+    name = plan.recipe.out_dtype or plan.recipe.dtype
+    if name is None:
+        return
+    # Nothing but the dtype differs from the base's file.
+    text = _DTYPE_KEY.sub(rf"\g<1>{name}", plan.target.checkpoint.config_bytes.decode("utf-8"))
+    content = json.loads(text)
+    if not {"dtype", "torch_dtype"} & {key for key, value in content.items() if value is not None}:
+        text = json.dumps({**content, "dtype": name}, indent=2, ensure_ascii=False) + "\n"
+    (out_path / "config.json").write_text(text, encoding="utf-8")
 
 
 class _Drained(threading.Event):

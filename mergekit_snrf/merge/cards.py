@@ -30,9 +30,7 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
     """Return the README of a merged folder.
 
     Args:
-        plan: of the merge.
-        name: of the merged model.
-        recipe: its text, as written.
+        recipe: its text.
         cast: the dtype that every tensor was cast to, if the recipe sets one.
         changed: how many of the covered weights differ from the target's, where that is known.
     """
@@ -54,11 +52,8 @@ def adapter_card(
     """Return the README of an adapter's folder.
 
     Args:
-        plan: of the merge.
-        name: of the adapter.
-        recipe: its text, as written.
-        modules: that it adapts.
-        rank: of every module.
+        recipe: its text.
+        modules: how many it adapts.
         base_model: the target's hub id, where it is not that of the plan.
     """
     intro = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.cards import pipeline_tag
-from mergekit_snrf.merge.folders import in_place_problem, is_unfinished, path_problem
+from mergekit_snrf.merge.folders import in_place_problem, path_problem
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
 from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from mergekit_snrf.merge.draft import PlanDraft
     from mergekit_snrf.merge.recipe import Recipe
 
-_TEMPORARY_SHARD = re.compile(r"(model|pytorch_model)-\d+\.(safetensors|bin)")
 _ANOTHER = "choose another folder"
 
 
@@ -43,9 +41,6 @@ def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOpt
                 raise SnrfError(out_path, "the output folder is a model of the recipe", _ANOTHER)
         if problem := in_place_problem(draft, out_path):
             raise problem
-        if is_unfinished(out_path):
-            # The weights are those of a merge that was killed, and are removed before the next begins.
-            return
         # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
         unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
         if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
@@ -67,13 +62,6 @@ def output_bytes(target: Checkpoint, config: MergeConfiguration) -> int:
     if width is None:
         return target.bytes
     return sum(t.parameters * width if t.dtype in FLOAT_DTYPES else t.bytes for t in target.tensors.values())
-
-
-def temporary_shards(out_path: str) -> list[str]:
-    """Return the shards that mergekit has begun in ``out_path`` and not yet given their final names."""
-    if not os.path.isdir(out_path):
-        return []
-    return [os.path.join(out_path, n) for n in os.listdir(out_path) if _TEMPORARY_SHARD.fullmatch(n)]
 
 
 def check_dtypes(draft: PlanDraft, config: MergeConfiguration) -> None:
@@ -155,8 +143,8 @@ def check_pairing(draft: PlanDraft, *, any_family: bool) -> None:
             continue
         donor = draft.checkpoints[role]
         for problem in pairing_problems(target, donor, any_family=any_family):
-            where = f"source_base {donor.name} as the source"
-            draft.problems.append(problem if role == "source" else problem.at(where))
+            where = None if role == "source" else f"source_base {donor.name} as the source"
+            draft.problems.append(problem.at(where, field=problem.field and "allow_family_mismatch"))
 
 
 def check_remote_code(draft: PlanDraft, options: MergeOptions) -> None:

@@ -65,11 +65,7 @@ class PlanDraft:
             self.problems.append(error)
 
     def finish(self) -> MergePlan:
-        """Return the plan.
-
-        Raises:
-            SnrfError: the merge cannot run, with every problem.
-        """
+        """Return the plan, or raise ``SnrfError`` with every problem."""
         if self.problems:
             raise SnrfError.several("the merge cannot run", self.problems)
         assert self.recipe is not None and self.mask is not None  # noqa: PT018
@@ -99,7 +95,6 @@ def draft_merge(
     """Read configurations and headers of the models and the mask, and work out the merge without reading a weight.
 
     Args:
-        config: the recipe as mergekit parsed it; not changed.
         out_path: the output folder, checked if given.
         recipe_folder: where relative paths are looked for after the working folder.
         merge_adapter: let mergekit apply a LoRA source (``model+adapter``) to its cache folder first, which
@@ -139,17 +134,9 @@ def draft_merge(
 
 
 def plan_merge(
-    config: MergeConfiguration,
-    options: MergeOptions,
-    *,
-    out_path: str | None = None,
-    recipe_folder: str | None = None,
+    config: MergeConfiguration, options: MergeOptions, *, out_path: str | None = None, recipe_folder: str | None = None
 ) -> MergePlan:
-    """Return the plan of a merge; args as ``draft_merge``.
-
-    Raises:
-        SnrfError: the merge cannot run, with every problem.
-    """
+    """Return the plan of a merge, or raise ``SnrfError`` with every problem; args as ``draft_merge``."""
     return draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder).finish()
 
 
@@ -237,12 +224,9 @@ def _planned_edit(
         other = model.checkpoint.tensors.get(theirs)
         if other is None or other.shape != header.shape or other.dtype not in FLOAT_DTYPES:
             found = "is missing" if other is None else f"is {other.dtype} of shape {list(other.shape)}"
-            raise SnrfError(
-                model.checkpoint.name,
-                f"tensor {theirs} of the {role} {found}, but {name} of {draft.checkpoints['target'].name} has shape "
-                f"{list(header.shape)}",
-                "its bias cannot move, remove biases from the recipe",
-            )
+            ours = f"{name} of {draft.checkpoints['target'].name} has shape {list(header.shape)}"
+            what = f"tensor {theirs} of the {role} {found}, but {ours}"
+            raise SnrfError(model.checkpoint.name, what, "its bias cannot move, remove biases from the recipe")
         size += other.bytes
     if is_bias:
         fusion = fusion.of_bias()

@@ -1,11 +1,13 @@
-"""Output folders: what may lie in one, and building a new one aside so that it appears whole or not at all.
+"""Output folders: what may lie in one, and building a new one elsewhere so that it appears whole or not at all.
 
-Beside ``out`` lies, while a run is at work, the folder ``.out.partial``: ``new`` is what it builds, ``old`` the earlier
-output for the moment between two renames, and a marker, which is removed last, says that the folder is ours to remove.
+While ``snrf patch`` or ``snrf lora`` is at work, the folder ``.out.partial`` lies beside ``out``: ``new`` is what it
+builds, ``old`` the earlier output for the moment between two renames. A merge of mergekit, which may go into a folder
+with other files, is built in ``out/.snrf-unfinished``. The next run removes what a killed one left.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
@@ -30,7 +32,7 @@ except ImportError:  # On Windows nothing keeps two runs into one folder apart.
 
 LOG = logging.getLogger(__name__)
 Kind = Literal["merge", "adapter"]
-PARTIAL, MARKER = ".partial", ".snrf-unfinished"
+PARTIAL, UNFINISHED = ".partial", ".snrf-unfinished"
 LAST = {"merge": "config.json", "adapter": "adapter_config.json"}
 """The file that is written last: without it, nothing loads the folder."""
 
@@ -46,9 +48,7 @@ TOKENIZER_FILES = CHAT_TEMPLATE_FILES | {
 }
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 _MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
-_WRITTEN = {".json", ".jinja", ".txt", ".model", ".py", ".md", ".yml", ".tiktoken", ".spm", ".bpe"}
 _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_BEGUN_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
 
 
 def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
@@ -88,7 +88,16 @@ def output_problem(plan: MergePlan | PlanDraft, out_path: str, kind: Kind, *, ov
     if problem is not None:
         return problem
     out = os.path.realpath(out_path)
-    _clear_if_dead(_work_folder(Path(out)))
+    work = _work_folder(Path(out))
+    if work.is_dir() and not work.is_symlink():
+        try:
+            with _locked(work):
+                _clear(work)
+                work.rmdir()
+        except SnrfError as error:
+            return error
+        except OSError as error:
+            return SnrfError(work, f"cannot be removed ({os_reason(error)})", "remove it, or choose another folder")
     if not os.path.exists(out):
         return None
     if os.listdir(out):
@@ -168,8 +177,7 @@ def copy_files(names: Iterable[str], folder: Path, into: Path) -> None:
 def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
     """Give an empty folder that takes the place of ``out_path`` when the block is done.
 
-    If the block fails, the new folder is removed and ``out_path`` stays as it was. What killed runs left beside
-    ``out_path`` is removed.
+    If the block fails, the new folder is removed and ``out_path`` stays as it was.
 
     Args:
         kind: of what is written, for messages.
@@ -183,33 +191,27 @@ def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]
     work = _work_folder(out)
     missing = [folder for folder in work.parents if not folder.exists()]
     try:
-        try:
-            if work.is_symlink():
-                work.unlink()
-            work.mkdir(parents=True, exist_ok=True)
-            with _lock(work) as held:
-                if held is False:
-                    raise _at_work(work)
-                try:
-                    _clear(work)
-                    (work / MARKER).touch()
-                    for left in work.parent.glob(f".*{PARTIAL}"):
-                        _clear_if_dead(left)
-                    new = work / "new"
-                    new.mkdir()
-                    yield new
-                    _put_into_place(new, out, work / "old", overwrite)
-                finally:
-                    # What cannot be removed now is removed by the next run.
-                    with suppress(OSError):
-                        _clear(work)
-                        work.rmdir()
-        except BaseException:
-            for folder in missing:
+        if work.is_symlink():
+            work.unlink()
+        work.mkdir(parents=True, exist_ok=True)
+        with _locked(work):
+            try:
+                _clear(work)
+                new = work / "new"
+                new.mkdir()
+                yield new
+                _put_into_place(new, out, work / "old", overwrite)
+            finally:
+                # What cannot be removed now is removed by the next run.
                 with suppress(OSError):
-                    folder.rmdir()
+                    _clear(work)
+                    work.rmdir()
+    except BaseException as error:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        if not isinstance(error, OSError):
             raise
-    except OSError as error:
         file = error.filename2 or error.filename
         what = f"the {kind} could not be written ({os_reason(error)}{f', {file}' if file else ''})"
         raise SnrfError(out_path, what, "make room, or choose another folder") from None
@@ -225,74 +227,39 @@ def in_place_problem(plan: MergePlan | PlanDraft, out_path: str) -> SnrfError | 
     return None
 
 
-def is_unfinished(out_path: str) -> bool:
-    """Return whether a merge that was killed has left its beginnings in a folder."""
-    return os.path.isfile(os.path.join(out_path, MARKER))
-
-
 @contextmanager
-def written_in_place(out_path: str) -> Iterator[None]:
-    """Mark a folder as unfinished while mergekit writes into it.
+def built_inside(out_path: str) -> Iterator[Path]:
+    """Give a folder inside ``out_path`` whose files move up, over those of the same names, when the block is done.
 
-    The weights of a killed run are removed first. Configuration, recipe and card of an earlier merge do not stay beside
-    new weights; they come back where the block fails before it has replaced a weight. Links are replaced by copies,
-    because mergekit writes through them.
+    Recipe and card of an earlier merge do not stay beside new weights. If the block fails, ``out_path`` is as before.
 
     Raises:
         SnrfError: another run writes into the folder.
     """
     out = Path(out_path)
+    existed, work = out.exists(), out / UNFINISHED
     out.mkdir(parents=True, exist_ok=True)
-    with _lock(out) as held:
-        if held is False:
-            raise _at_work(out)
-        earlier = _begin_in_place(out)
-        before = _weights(out)
+    with _locked(out):
         try:
-            yield
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            yield work
+            # In between nothing loads the folder.
+            for name in (LAST["merge"], "README.md", "mergekit_config.yml"):
+                (out / name).unlink(missing_ok=True)
+            built = [file.relative_to(work) for file in work.rglob("*") if file.is_file()]
+            for file in sorted(built, key=lambda file: (file.name == LAST["merge"], file.suffix != ".yml")):
+                (out / file).parent.mkdir(parents=True, exist_ok=True)
+                (work / file).replace(out / file)
         except BaseException:
-            if _weights(out) == before:
-                for file, content in earlier.items():
-                    file.write_bytes(content)
-                (out / MARKER).unlink()
+            # A thread of mergekit may be in the middle of a shard; the interpreter waits for it before it calls this.
+            atexit.register(shutil.rmtree, work, ignore_errors=True)
             raise
-        (out / MARKER).unlink()
-
-
-def _begin_in_place(out: Path) -> dict[Path, bytes]:
-    """Prepare a folder that mergekit writes into; return what is removed of an earlier merge: card, recipe, config."""
-    if is_unfinished(str(out)):
-        for name in filter(_BEGUN_WEIGHTS.fullmatch, os.listdir(out)):
-            (out / name).unlink()
-    (out / MARKER).touch()
-    earlier = {}
-    for file in (out / LAST["merge"], out / "mergekit_config.yml", out / "README.md"):
-        if file.is_file():
-            earlier[file] = file.read_bytes()
-            file.unlink()
-    for file in out.rglob("*"):
-        if file.suffix in _WRITTEN and not file.is_dir() and (file.is_symlink() or file.stat().st_nlink > 1):
-            _unlink_from_others(file)
-    return earlier
-
-
-def _at_work(folder: Path) -> SnrfError:
-    return SnrfError(folder, "another run writes there", "wait for it, or choose another folder")
-
-
-def _weights(out: Path) -> dict[str, tuple[int, int]]:
-    """Return inode and time of change of the merged weights in a folder."""
-    found = ((entry.name, entry.stat(follow_symlinks=False)) for entry in os.scandir(out))
-    return {name: (stats.st_ino, stats.st_mtime_ns) for name, stats in found if _MERGED_WEIGHTS.fullmatch(name)}
-
-
-def _unlink_from_others(file: Path) -> None:
-    if not file.exists():
-        file.unlink()
-        return
-    own = file.with_name(f".{file.name}{PARTIAL}")
-    shutil.copy(file, own)
-    own.replace(file)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    out.rmdir()
 
 
 def _work_folder(out: Path) -> Path:
@@ -310,41 +277,28 @@ def _put_into_place(new: Path, out: Path, old: Path, overwrite: bool) -> None:
 
 
 def _clear(work: Path) -> None:
-    """Empty the folder of a run, the marker last; an earlier output between two renames goes back first."""
+    """Empty the folder of a run; an earlier output between two renames goes back first."""
     out, old = work.with_name(work.name[1 : -len(PARTIAL)]), work / "old"
     if old.is_dir() and not os.path.lexists(out):
         old.rename(out)
-    for entry in sorted(work.iterdir(), key=lambda entry: entry.name == MARKER):
+    for entry in work.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _clear_if_dead(work: Path) -> None:
-    """Remove what a killed run left, unless it cannot be known that it was killed."""
-    if work.is_symlink() or not (work / MARKER).is_file():
-        return
-    with suppress(OSError), _lock(work) as held:
-        if held:
-            LOG.info("%s: removed, a run that was killed left it", work)
-            _clear(work)
-            work.rmdir()
-
-
 @contextmanager
-def _lock(folder: Path) -> Iterator[bool | None]:
-    """Lock a folder; yield False if another run has locked it, None where folders cannot be locked."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, where the system can lock folders; raise ``SnrfError`` if one is at work."""
     if fcntl is None:
-        yield None
+        yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        held: bool | None = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = False
+            raise SnrfError(folder, "another run writes there", "wait for it, or choose another folder") from None
         except OSError as error:
             LOG.debug("%s: cannot be locked (%s)", folder, error)
-            held = None
-        yield held
+        yield
     finally:
         os.close(descriptor)

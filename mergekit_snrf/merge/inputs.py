@@ -15,50 +15,30 @@ from mergekit_snrf.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of a merge.
-
-    Attributes:
-        reference: as the recipe names it, with absolute folders.
-        checkpoint: its headers, with an adapter applied.
-        decoder: its text decoder.
-    """
+    """A model of a merge, as the recipe names it with absolute folders, and its headers with an adapter applied."""
 
     reference: ModelReference
     checkpoint: Checkpoint
     decoder: Decoder
 
 
-def located(reference: ModelReference, recipe_folder: str | None) -> str:
-    """Return a model's absolute folder, found from the working folder or beside the recipe, or else its hub id."""
-    path = reference.model.path
-    for folder in ("", recipe_folder or ""):
-        candidate = os.path.join(folder, path)
-        if os.path.isdir(candidate):
-            return os.path.abspath(candidate)
-    return path
-
-
 def absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
-    """Return the same model and adapter with absolute folders; hub ids stay as they are."""
-    lora = reference.lora
-    if lora is not None:
-        lora = ModelPath(path=located(ModelReference(model=lora), recipe_folder), revision=lora.revision)
+    """Return the same model and adapter with absolute folders, found from the working folder or beside the recipe."""
+
+    def located(part: ModelPath) -> ModelPath:
+        places = (os.path.join(folder, part.path) for folder in ("", recipe_folder or ""))
+        found = next((os.path.abspath(place) for place in places if os.path.isdir(place)), part.path)
+        return ModelPath(path=found, revision=part.revision)
+
     return ModelReference(
-        model=ModelPath(path=located(reference, recipe_folder), revision=reference.model.revision),
-        lora=lora,
+        model=located(reference.model),
+        lora=None if reference.lora is None else located(reference.lora),
         override_architecture=reference.override_architecture,
     )
 
 
 def opened(reference: ModelReference, options: MergeOptions) -> Checkpoint:
-    """Open the model below an adapter.
-
-    Args:
-        reference: with absolute folders.
-
-    Raises:
-        SnrfError: there is no such model, or it cannot be read.
-    """
+    """Open the model below an adapter; its folders must be absolute."""
     return open_checkpoint(
         reference.model.path,
         reference.model.revision,
@@ -80,9 +60,7 @@ def with_adapter(reference: ModelReference, options: MergeOptions) -> Checkpoint
             lora_merge_dtype=options.lora_merge_dtype,
         )
     except Exception as error:
-        raise SnrfError(
-            reference,
-            f"mergekit cannot merge the adapter into the source ({first_line(error)})",
-            f"check the adapter, and empty {options.lora_merge_cache} before the next run",
-        ) from error
+        what = f"mergekit cannot merge the adapter into the source ({first_line(error)})"
+        remedy = f"check the adapter, and empty {options.lora_merge_cache} before the next run"
+        raise SnrfError(reference, what, remedy) from error
     return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)

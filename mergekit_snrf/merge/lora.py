@@ -32,7 +32,7 @@ from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
-from mergekit_snrf.merge.tensors import Tensors, cast, filter_of, threads
+from mergekit_snrf.merge.tensors import Tensors, cast, kernel_options, threads
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import TensorHeader
@@ -66,13 +66,7 @@ class Adapter:
 def factors(
     update: Update, neurons: int, axis: int, beta: float
 ) -> tuple[Float[Tensor, "rank columns"], Float[Tensor, "rows rank"]]:
-    """Return (A, B) with B @ A = beta * M_S(Delta_r) as a whole matrix.
-
-    Args:
-        update: the selected neurons as ``left @ right``.
-        neurons: how many neurons the projection has.
-        axis: the axis of the weight that counts neurons.
-    """
+    """Return (A, B) with B @ A = beta * M_S(Delta_r) as a whole matrix of so many neurons along an axis."""
     left, right = update.left, update.right
     if left is None or left.shape[0] < left.shape[1]:
         # Fewer neurons than ranks: their rows themselves are the smaller factor.
@@ -99,8 +93,7 @@ def export_adapter(
     """Write the update of a merge as an adapter; the folder appears at once or not at all.
 
     Args:
-        config: the recipe as mergekit parsed it.
-        recipe: the recipe's text, kept in the model card.
+        recipe: its text, kept in the model card.
         out_path: must not exist, or be empty.
         recipe_folder: where relative paths of the recipe are looked for after the working folder.
         workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
@@ -110,13 +103,7 @@ def export_adapter(
         SnrfError: the merge cannot run, the folder is not empty, a bias moves, or a weight is not finite.
     """
     plan = plan_output(
-        config,
-        options,
-        out_path,
-        "adapter",
-        recipe_folder=recipe_folder,
-        overwrite=overwrite,
-        problems=_problems,
+        config, options, out_path, "adapter", recipe_folder=recipe_folder, overwrite=overwrite, problems=_problems
     )
     settings = settings or AdapterSettings.model_validate({})
     plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
@@ -177,7 +164,9 @@ def _matrices(
     unmoved = 0
 
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        a, b = factors(_update_of(edit, read), len(edit.member), edit.site.axis, edit.fusion.beta)
+        target, source, base = read.read(edit)
+        update = masked_update(target, source, **kernel_options(edit, base, read.filters))
+        a, b = factors(update, len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
         return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
 
@@ -200,21 +189,6 @@ def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Fl
     return padded
 
 
-def _update_of(edit: PlannedEdit, tensors: Tensors) -> Update:
-    target, source, source_base = tensors.read(edit)
-    return masked_update(
-        target,
-        source,
-        edit.member,
-        edit.site.axis,
-        edit.fusion,
-        name=edit.target_name,
-        source_base=source_base,
-        site=edit.site,
-        moments=filter_of(edit, tensors.filters),
-    )
-
-
 def live_prefix(checkpoint: Checkpoint) -> str:
     """Return the decoder's prefix in the model that transformers builds, ``model.language_model.layers.``.
 
@@ -228,27 +202,17 @@ def live_prefix(checkpoint: Checkpoint) -> str:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            str(checkpoint.folder or checkpoint.name),
-            revision=checkpoint.revision,
-            trust_remote_code=checkpoint.trust_remote_code,
-        )
+        place, trust = str(checkpoint.folder or checkpoint.name), checkpoint.trust_remote_code
+        config = AutoConfig.from_pretrained(place, revision=checkpoint.revision, trust_remote_code=trust)
         if not config.architectures:
             raise ValueError("its config.json names no class under 'architectures'")
         with torch.device("meta"):
-            model = get_auto_cls(config.architectures[0]).from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code
-            )
+            model = get_auto_cls(config.architectures[0]).from_config(config, trust_remote_code=trust)
     except Exception as error:
         what = f"transformers cannot build it ({first_line(error)}), and an adapter needs the names of its modules"
         raise SnrfError(checkpoint.name, what, "check its config.json and files") from None
-    headers = {
-        name: TensorHeader("BF16", tuple(parameter.shape), "live") for name, parameter in model.named_parameters()
-    }
-    live = Checkpoint(
-        checkpoint.name, checkpoint.folder, headers, checkpoint.config, checkpoint.config_bytes, checkpoint.files
-    )
-    return find_decoder(live).prefix
+    headers = {name: TensorHeader("BF16", tuple(weight.shape), "live") for name, weight in model.named_parameters()}
+    return find_decoder(replace(checkpoint, tensors=headers)).prefix
 
 
 def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> Any:

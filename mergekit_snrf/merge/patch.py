@@ -6,6 +6,7 @@ target's own shards (with ``--cuda``, mergekit's last digits can round otherwise
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -74,14 +75,9 @@ def patch_merge(
     Raises:
         SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
     """
+    found = functools.partial(_problems, config)
     plan = plan_output(
-        config,
-        options,
-        out_path,
-        "merge",
-        recipe_folder=recipe_folder,
-        overwrite=overwrite,
-        problems=lambda plan: _problems(plan, config),
+        config, options, out_path, "merge", recipe_folder=recipe_folder, overwrite=overwrite, problems=found
     )
     tensors = Tensors(plan, options)
     folder, side_files = tensors.target_folder, plan.target.checkpoint.side_files()
@@ -98,7 +94,7 @@ def patch_merge(
     return patched
 
 
-def _problems(draft: PlanDraft, config: MergeConfiguration) -> Iterator[SnrfError]:
+def _problems(config: MergeConfiguration, draft: PlanDraft) -> Iterator[SnrfError]:
     for key in ("dtype", "out_dtype"):
         if getattr(config, key) is not None:
             yield SnrfError(None, "a patch keeps every dtype", "remove it, or merge with mergekit-yaml", field=key)
@@ -106,11 +102,8 @@ def _problems(draft: PlanDraft, config: MergeConfiguration) -> Iterator[SnrfErro
         yield SnrfError(None, "a patch copies the tokenizer", "merge with mergekit-yaml", field="chat_template")
     for checkpoint in draft.checkpoints.values():
         if any(tensor.file.endswith(".bin") for tensor in checkpoint.tensors.values()):
-            yield SnrfError(
-                checkpoint.name,
-                "is stored as .bin, and a patch reads byte ranges of safetensors",
-                "convert it, or merge with mergekit-yaml",
-            )
+            what = "is stored as .bin, and a patch reads byte ranges of safetensors"
+            yield SnrfError(checkpoint.name, what, "convert it, or merge with mergekit-yaml")
 
 
 def _write_shards(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +34,9 @@ _TOP = "parameters"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked SNRF recipe.
+    """A checked SNRF recipe; its target is mergekit's base_model.
 
     Attributes:
-        target: mergekit's base_model.
-        source: the one other model.
         source_parameters: as written under ``models``.
         parameters: as written at the top level.
         source_base: the model that Delta is taken from; None: the target.
@@ -121,12 +118,9 @@ class Recipe:
 
 
 def stray_keys(content: Any) -> list[SnrfError]:
-    """Return a problem for every key outside the parameters that mergekit would ignore.
+    """Return a problem for every key outside the parameters of an snrf recipe that mergekit would ignore.
 
     ``name`` (of a stage of mergekit-multi) and keys that begin with ``x-`` (anchors) are allowed at the top.
-
-    Args:
-        content: the recipe as YAML gives it; other methods than snrf have no problems.
     """
     if not isinstance(content, Mapping) or content.get("merge_method") != SPEC.name:
         return []
@@ -152,14 +146,10 @@ def _strays(content: Mapping[Any, Any], known: Iterable[str], where: str) -> lis
 
 
 def read_recipe(config: MergeConfiguration, problems: list[SnrfError]) -> Recipe | None:
-    """Check a mergekit configuration against SNRF's rules.
+    """Return the recipe of a mergekit configuration, None if it does not name one target and one source.
 
     Args:
-        config: as mergekit parsed it.
         problems: receives one entry for every rule that is broken.
-
-    Returns:
-        The recipe, or None if it does not name one target and one source.
     """
     _check_keys(config, problems)
     models = list(config.models or [])
@@ -272,8 +262,7 @@ def _check_parameters(
 def _check_parameter(name: str, setting: ParameterSetting, where: str, problems: list[SnrfError]) -> None:
     spec = _SPECS.get(name)
     if spec is None:
-        close = difflib.get_close_matches(name, _SPECS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the parameters are {', '.join(_SPECS)}"
+        hint = did_you_mean(name, _SPECS, "the parameters are")
         problems.append(SnrfError(where, f"unknown parameter {name!r}", hint))
         return
     if spec.scope == ParameterScope.SHARED and not isinstance(setting, (str, bool, int, float)):

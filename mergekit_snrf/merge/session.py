@@ -17,7 +17,7 @@ from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
-from mergekit_snrf.merge.tensors import can_overflow, filters_of, fuse_edit, overflow, overflows
+from mergekit_snrf.merge.tensors import check_cast, filters_of, fuse_edit
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 
@@ -30,13 +30,14 @@ class MergeSession:
 
     Args:
         recipe: its text, for the card.
+        name: of the merged model, for the card.
     """
 
-    def __init__(self, plan: MergePlan, recipe: str) -> None:
+    def __init__(self, plan: MergePlan, recipe: str, name: str = "merged") -> None:
         self.plan = plan
         self.key = f"session {uuid.uuid4()}"
         self.tally = Tally(len(plan.edits), allow_noop=bool(plan.recipe.value("allow_noop")))
-        self._recipe = recipe
+        self._recipe, self._name = recipe, name
         self._filters = filters_of(plan)
         self._edits: dict[str, PlannedEdit] = {edit.target_name: edit for edit in plan.edits}
 
@@ -74,37 +75,24 @@ class MergeSession:
                 fused = fuse_edit(edit, base.tensor, tensors[0], second, self._filters)
             self.tally.add(name, fused)
             result = fused.tensor
-        out = dtype_from_name(self.plan.recipe.out_dtype)
         # mergekit casts when it saves; finite weights that are infinite then would go unnoticed.
-        if out is not None and result.is_floating_point() and _beyond(result, out):
-            raise overflow(result, out, name)
+        check_cast(result, dtype_from_name(self.plan.recipe.out_dtype), name)
         return result
 
     def _check_read(self, role: str, name: str, entry: TensorEntry) -> None:
         """Find weights that became infinite when mergekit read them in the recipe's dtype."""
-        stored = FLOAT_DTYPES.get(self.plan.checkpoints[role].tensors[name].dtype)
-        tensor = entry.tensor
-        if stored is None or not can_overflow(getattr(torch, stored), tensor.dtype) or not tensor.numel():
+        stored, tensor = FLOAT_DTYPES.get(self.plan.checkpoints[role].tensors[name].dtype), entry.tensor
+        if stored is None or getattr(torch, stored) == tensor.dtype or not tensor.numel():
             return
-        if all(bool(end.isfinite()) for end in tensor.aminmax()):
-            return
-        original = LoaderCache().get(entry.id).get_tensor(name).to(tensor.device)
-        if overflows(original, tensor):
-            raise overflow(original, tensor.dtype, name)
+        if not all(bool(end.isfinite()) for end in tensor.aminmax()):
+            check_cast(LoaderCache().get(entry.id).get_tensor(name), tensor.dtype, name)
 
-    def card(self, name: str) -> str:
+    def card(self) -> str:
         """Return the README of the merged folder."""
         recipe = self.plan.recipe
         # What mergekit rounds after the method has returned was not counted.
         changed = None if recipe.out_dtype else self.tally.changed
-        return merge_card(self.plan, name, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
-
-
-def _beyond(tensor: Tensor, dtype: torch.dtype) -> bool:
-    if not can_overflow(tensor.dtype, dtype) or not tensor.numel():
-        return False
-    ends = torch.stack(tensor.aminmax())
-    return bool(ends.to(dtype).isinf().any()) and overflows(tensor, tensor.to(dtype))
+        return merge_card(self.plan, self._name, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
 
 
 _SESSIONS: dict[str, MergeSession] = {}

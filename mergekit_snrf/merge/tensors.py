@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
+from typing import Any
 
 import torch
 import tqdm
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
-from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.models.filters import Filters
@@ -34,24 +34,23 @@ def fuse_edit(
     Raises:
         SnrfError: a weight is not finite, or the result overflows the target's dtype.
     """
-    return fuse_and_report(
-        target,
-        source,
-        edit.member,
-        edit.site.axis,
-        edit.fusion,
-        name=edit.target_name,
-        source_base=source_base,
-        site=edit.site,
-        moments=filter_of(edit, filters),
+    return fuse_and_report(target, source, **kernel_options(edit, source_base, filters))
+
+
+def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filters | None) -> dict[str, Any]:
+    """Return what a function of ``fusion.fuse`` takes for a planned edit besides target and source."""
+    moments = (
+        filters.of(edit.site, edit.fusion.keep) if filters is not None and edit.fusion.update == "regmean" else None
     )
-
-
-def filter_of(edit: PlannedEdit, filters: Filters | None) -> Filter | None:
-    """Return the filter of a planned edit; None where its update needs none."""
-    if filters is None or edit.fusion.update != "regmean":
-        return None
-    return filters.of(edit.site, edit.fusion.keep)
+    return {
+        "neurons": edit.member,
+        "axis": edit.site.axis,
+        "fusion": edit.fusion,
+        "name": edit.target_name,
+        "source_base": source_base,
+        "site": edit.site,
+        "moments": moments,
+    }
 
 
 def filters_of(plan: MergePlan) -> Filters | None:
@@ -60,40 +59,29 @@ def filters_of(plan: MergePlan) -> Filters | None:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
-    """Return a tensor in another dtype; None: as it is.
+    """Return a tensor in another dtype; None: as it is. Raises as ``check_cast``."""
+    check_cast(tensor, dtype, name)
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
+    """Check that a tensor can be written in another dtype.
 
     Raises:
         SnrfError: a finite weight would become infinite.
     """
-    if dtype is None:
-        return tensor
-    result = tensor.to(dtype)
-    if overflows(tensor, result):
-        raise overflow(tensor, dtype, name)
-    return result
-
-
-def can_overflow(stored: torch.dtype, dtype: torch.dtype) -> bool:
-    """Return whether a finite number of one floating-point dtype may be infinite in another."""
-    return torch.finfo(stored).max > torch.finfo(dtype).max
-
-
-def overflows(tensor: Tensor, result: Tensor) -> bool:
-    """Return whether a finite number of ``tensor`` is infinite in ``result``, its copy in another dtype."""
-    if not tensor.is_floating_point() or not can_overflow(tensor.dtype, result.dtype) or not tensor.numel():
-        return False
+    if dtype is None or not tensor.is_floating_point() or not tensor.numel():
+        return
+    if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
+        return
     # Most tensors are judged by their ends alone.
-    if all(bool(end.isfinite()) for end in result.aminmax()):
-        return False
-    return bool((tensor.isfinite() & result.isinf()).any())
-
-
-def overflow(tensor: Tensor, dtype: torch.dtype, name: str) -> SnrfError:
-    """Return the error of a cast that makes finite weights infinite."""
-    largest = float(tensor[tensor.isfinite()].abs().amax())
-    kind = str(dtype).removeprefix("torch.")
-    what = f"holds weights up to {largest:.3g}, which are infinite in {kind}"
-    return SnrfError(name, what, f"merge in a wider dtype than {kind}")
+    if all(bool(end.to(dtype).isfinite()) for end in tensor.aminmax()):
+        return
+    largest = tensor[tensor.isfinite()].abs()
+    if largest.numel() and bool(largest.amax().to(dtype).isinf()):
+        kind = str(dtype).removeprefix("torch.")
+        what = f"holds weights up to {float(largest.amax()):.3g}, which are infinite in {kind}"
+        raise SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
 class Tensors:

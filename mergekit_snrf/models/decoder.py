@@ -58,25 +58,11 @@ class Decoder:
         return f"{self.prefix}{site.layer}.{site.module}.weight"
 
 
-def site_of(weight_name: str) -> Site:
-    """Return the layer and projection of a decoder weight's name.
-
-    Raises:
-        SnrfError: the name is not that of one of the five projections.
-    """
-    match = _WEIGHT.fullmatch(weight_name)
-    if match is None:
-        what = f"not a weight of a text decoder's {', '.join(PROJECTIONS)}"
-        raise SnrfError(repr(weight_name), what, "expected e.g. model.layers.0.self_attn.k_proj.weight")
-    return Site(int(match["layer"]), _SITE_OF_MODULE[match["module"]])
-
-
 def find_decoder(checkpoint: Checkpoint) -> Decoder:
     """Return the one complete text stack of a checkpoint, found by its tensor names and its text configuration.
 
     Raises:
-        SnrfError: there is none, there are several, it is fused, quantised or a mixture of experts, or it
-            contradicts the configuration.
+        SnrfError: there is none or several, it is not supported, or it contradicts the configuration.
     """
     name, tensors, text = checkpoint.name, checkpoint.tensors, checkpoint.text_config
     try:
@@ -88,15 +74,12 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
     expert = next(filter(_MOE.fullmatch, tensors), None)
     if expert is not None:
         raise SnrfError(name, f"is a mixture of experts ({expert})", "use a model with dense layers")
-    complete = complete_stacks(tensors)
-    matching = main_stacks(
-        tensors,
-        [
-            prefix
-            for prefix, stack in complete.items()
-            if len(stack) == shape.layers and _query(tensors, prefix).shape[-1:] == (shape.hidden_size,)
-        ],
-    )
+    fitting = [
+        prefix
+        for prefix, stack in complete_stacks(tensors).items()
+        if len(stack) == shape.layers and _query(tensors, prefix).shape[-1:] == (shape.hidden_size,)
+    ]
+    matching = main_stacks(tensors, fitting)
     if len(matching) > 1:
         what = f"several text decoders match the configuration ({', '.join(sorted(matching))})"
         raise SnrfError(name, what, "use a checkpoint with one")
@@ -108,18 +91,19 @@ def find_decoder(checkpoint: Checkpoint) -> Decoder:
 
 
 def complete_stacks(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
-    """Return the layers that have all five projections, by prefix; vision towers have no ``mlp.up_proj``."""
-    return {prefix: stack for prefix, stack in _stacks(names).items() if _is_complete(stack)}
+    """Return the layers by prefix where all have five projections; vision towers have no ``mlp.up_proj``."""
+    return {
+        prefix: stack
+        for prefix, stack in _stacks(names).items()
+        if sorted(stack) == list(range(len(stack))) and all(len(m) == len(PROJECTIONS) for m in stack.values())
+    }
 
 
 def main_stacks(names: Collection[str], prefixes: Sequence[str]) -> list[str]:
     """Return those of several stacks that embeddings and a final norm belong to, unlike a resampler's; else all."""
-
-    def is_main(prefix: str) -> bool:
-        above = prefix.removesuffix("layers.")
-        return f"{above}embed_tokens.weight" in names and f"{above}norm.weight" in names
-
-    return [prefix for prefix in prefixes if is_main(prefix)] or list(prefixes)
+    own = ("embed_tokens.weight", "norm.weight")
+    main = [prefix for prefix in prefixes if all(prefix.removesuffix("layers.") + name in names for name in own)]
+    return main or list(prefixes)
 
 
 def _stacks(tensors: Iterable[str]) -> dict[str, dict[int, set[str]]]:
@@ -129,10 +113,6 @@ def _stacks(tensors: Iterable[str]) -> dict[str, dict[int, set[str]]]:
         if match is not None:
             stacks[match["prefix"]][int(match["layer"])].add(match["module"])
     return stacks
-
-
-def _is_complete(stack: Mapping[int, set[str]]) -> bool:
-    return sorted(stack) == list(range(len(stack))) and all(len(m) == len(PROJECTIONS) for m in stack.values())
 
 
 def _query(tensors: Mapping[str, TensorHeader], prefix: str) -> TensorHeader:
@@ -161,13 +141,11 @@ def _no_decoder(checkpoint: Checkpoint, shape: DecoderShape) -> SnrfError:
     if complete:
         # The deepest stack is the decoder; a resampler has a few layers only.
         prefix, stack = max(complete.items(), key=lambda item: len(item[1]))
-        found = list(_query(tensors, prefix).shape)
-        return SnrfError(
-            name,
+        what = (
             f"{_described(checkpoint)} {shape.layers} layers of width {shape.hidden_size}, but the tensors {prefix}* "
-            f"are {len(stack)} layers, {prefix}0.self_attn.q_proj.weight of shape {found}",
-            "config and weights are of different models",
+            f"are {len(stack)} layers, {prefix}0.self_attn.q_proj.weight of shape {list(_query(tensors, prefix).shape)}"
         )
+        return SnrfError(name, what, "config and weights are of different models")
     # An incomplete stack matters only if it is the decoder: vision towers have q, k and v too, but no up_proj.
     partial = {p: s for p, s in _stacks(tensors).items() if any("mlp.up_proj" in modules for modules in s.values())}
     for tensor in filter(_FUSED.fullmatch, tensors):
@@ -178,18 +156,10 @@ def _no_decoder(checkpoint: Checkpoint, shape: DecoderShape) -> SnrfError:
         for layer in range(max(len(stack), shape.layers)):
             missing = sorted(set(_SITE_OF_MODULE) - stack.get(layer, set()))
             if missing:
-                return SnrfError(
-                    name,
-                    f"tensor {prefix}{layer}.{missing[0]}.weight is missing, but all {shape.layers} layers need all "
-                    f"five projections",
-                    "complete the download; hybrid decoders are not supported",
-                )
-    return SnrfError(
-        name,
-        "no text decoder found, no tensor is called ...layers.N.self_attn.q_proj.weight with "
-        "...layers.N.mlp.up_proj.weight beside it",
-        f"model_type {checkpoint.model_type!r} is not supported",
-    )
+                what = f"tensor {prefix}{layer}.{missing[0]}.weight is missing, but all {shape.layers} layers need five"
+                return SnrfError(name, what, "complete the download; hybrid decoders are not supported")
+    what = "no text decoder found, no ...layers.N.self_attn.q_proj.weight with ...layers.N.mlp.up_proj.weight beside it"
+    return SnrfError(name, what, f"model_type {checkpoint.model_type!r} is not supported")
 
 
 def _family(checkpoint: Checkpoint, text: Mapping[str, object], prefix: str) -> str:
@@ -210,11 +180,9 @@ def _check_weights(checkpoint: Checkpoint, decoder: Decoder) -> None:
             what = f"{tensor} is stored as {header.dtype}, not as {', '.join(FLOAT_DTYPES)}"
             raise SnrfError(checkpoint.name, what, "use the unquantised checkpoint")
         if header.shape != expected:
-            raise SnrfError(
-                checkpoint.name,
-                f"{tensor} has shape {list(header.shape)}, but {_described(checkpoint)} {list(expected)}",
-                "config and weights are of different models, or the projection is of an unsupported kind",
-            )
+            what = f"{tensor} has shape {list(header.shape)}, but {_described(checkpoint)} {list(expected)}"
+            remedy = "config and weights are of different models, or the projection is of an unsupported kind"
+            raise SnrfError(checkpoint.name, what, remedy)
 
 
 _COMPARED = (
@@ -232,9 +200,6 @@ def pairing_problems(target: Checkpoint, source: Checkpoint, *, any_family: bool
 
     Args:
         any_family: accept decoders of different families with equal shapes.
-
-    Raises:
-        SnrfError: one of them has no usable text decoder.
     """
     mine, theirs = find_decoder(target), find_decoder(source)
 
@@ -255,9 +220,9 @@ def pairing_problems(target: Checkpoint, source: Checkpoint, *, any_family: bool
     ]
     if mine.family != theirs.family and not any_family:
         what = (
-            f"model type: the target's text decoder is {mine.family!r} ({target.name}/config.json), the source's "
+            f"the target's text decoder is {mine.family!r} ({target.name}/config.json), the source's "
             f"{theirs.family!r} ({source.name}/config.json), and neurons of different families do not correspond"
         )
-        remedy = "use a source of the same family, or set allow_family_mismatch: true to pair them by index"
-        problems.append(SnrfError(None, what, remedy))
+        remedy = "use a source of the same family, or set it to true to pair them by index"
+        problems.append(SnrfError(None, what, remedy, field="any_family"))
     return problems

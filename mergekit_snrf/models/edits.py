@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -93,9 +92,7 @@ class Edit:
         """Return the edit; it is undone at the end of the block."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Undo the edit."""
         self.undo()
 

@@ -137,15 +137,13 @@ def _live_shape(name: str, path: str, layers: tuple[nn.Module, ...]) -> DecoderS
     if not isinstance(head_dim, int):
         raise SnrfError(name, f"{path}.0.self_attn has no head_dim", "the model is not supported")
     shapes = {
-        DecoderShape.of(
-            {
-                "num_hidden_layers": len(layers),
-                "hidden_size": _width(layer),
-                "num_attention_heads": _features(layer, "attn.q")[1] // head_dim,
-                "num_key_value_heads": _features(layer, "attn.k")[1] // head_dim,
-                "head_dim": head_dim,
-                "intermediate_size": _features(layer, "fwd.up")[1],
-            }
+        DecoderShape(
+            layers=len(layers),
+            hidden_size=_width(layer),
+            heads=_features(layer, "attn.q")[1] // head_dim,
+            kv_heads=_features(layer, "attn.k")[1] // head_dim,
+            head_dim=head_dim,
+            intermediate_size=_features(layer, "fwd.up")[1],
         )
         for layer in layers
     }

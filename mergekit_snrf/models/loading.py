@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 def load_model(ref: ModelRef, *, images: bool | None) -> tuple[PreTrainedModel, Any]:
     """Load a model in eval mode, with its processor (images) or its tokenizer (text only).
 
-    Vision-language models are loaded as AutoModelForImageTextToText, text models as AutoModelForCausalLM, with the
-    attention that transformers chooses.
-
     Args:
-        ref: which model, and how to load it.
         images: whether its inputs have images; None: if it has an image processor.
 
     Raises:
@@ -43,11 +39,8 @@ def load_model(ref: ModelRef, *, images: bool | None) -> tuple[PreTrainedModel, 
         model, report = auto.from_pretrained(ref.model, output_loading_info=True, **options, **ref.origin)
         missing = sorted(map(str, report.get("missing_keys") or ()))
         if missing:
-            raise SnrfError(
-                ref.model,
-                f"{len(missing)} weights are missing and would be random, such as {missing[0]}",
-                "use a complete checkpoint",
-            )
+            what = f"{len(missing)} weights are missing and would be random, such as {missing[0]}"
+            raise SnrfError(ref.model, what, "use a complete checkpoint")
         if place is not None:
             model = model.to(place)
     _check_finite(ref, model)
@@ -58,8 +51,7 @@ def load_processor(ref: ModelRef, *, images: bool | None) -> Any:
     """Load a model's processor (images) or its tokenizer (text only); a tokenizer without padding gets it.
 
     Args:
-        ref: which model.
-        images: whether its inputs have images; None: if it has an image processor.
+        images: as ``load_model``.
 
     Raises:
         SnrfError: it cannot be loaded, or there is no image processor for images.
@@ -72,12 +64,8 @@ def load_processor(ref: ModelRef, *, images: bool | None) -> Any:
         with _explained(ref, "processor"):
             processor = AutoProcessor.from_pretrained(ref.model, **ref.origin)
         if tokenizer_of(processor) is processor:
-            raise SnrfError(
-                ref.model,
-                "has no image processor",
-                "leave out the images, or use a vision-language model with its processor files",
-                field="images",
-            )
+            remedy = "leave out the images, or use a vision-language model with its processor files"
+            raise SnrfError(ref.model, "has no image processor", remedy, field="images")
     else:
         with _explained(ref, "tokenizer"):
             processor = AutoTokenizer.from_pretrained(ref.model, **ref.origin)
@@ -101,27 +89,19 @@ def find_device(device: str | None) -> torch.device:
     Raises:
         SnrfError: torch has no such device.
     """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def missing(what: str, remedy: str) -> SnrfError:
-        return SnrfError(None, f"{device!r} {what}", remedy, field="device")
-
+        return torch.device("cuda" if count else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError:
-        raise missing("is not a torch device", "use cpu, cuda or cuda:N") from None
-    if found.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise missing(
-                f"is not available, torch {torch.__version__} finds no CUDA device",
-                "use cpu, or install a CUDA build of torch and a driver",
-            )
-        if found.index is not None and found.index >= count:
-            raise missing(f"does not exist, there are {count} CUDA devices", f"use cuda:0 to cuda:{count - 1}")
-    elif found.type not in ("cpu", "meta") and not getattr(torch, found.type, None):
-        raise missing(f"is not available in torch {torch.__version__}", "use cpu or cuda")
+        raise SnrfError(None, f"{device!r} is not a torch device", "use cpu, cuda or cuda:N", field="device") from None
+    if found.type == "cuda" and (found.index or 0) >= count:
+        what = f"{device!r} is not available, torch {torch.__version__} finds {count} CUDA devices"
+        raise SnrfError(None, what, "use cpu or another device, or check torch's build and the driver", field="device")
+    if found.type not in ("cpu", "cuda", "meta") and not getattr(torch, found.type, None):
+        what = f"{device!r} is not available in torch {torch.__version__}"
+        raise SnrfError(None, what, "use cpu or cuda", field="device")
     return found
 
 
@@ -133,11 +113,7 @@ def _has_image_processor(ref: ModelRef) -> bool:
 
 
 def load_config(ref: ModelRef) -> PretrainedConfig:
-    """Return the model's configuration as transformers reads it, also of a GGUF file.
-
-    Raises:
-        SnrfError: it cannot be loaded.
-    """
+    """Return the model's configuration as transformers reads it, also of a GGUF file."""
     from transformers import AutoConfig
 
     with _explained(ref, "configuration"):
@@ -160,26 +136,16 @@ def _model_class(ref: ModelRef, config: PretrainedConfig) -> Any:
             return auto
     if "AutoModel" in remote:
         return AutoModel
-    raise SnrfError(
-        ref.model,
-        f"transformers has no text-generating model for model_type {getattr(config, 'model_type', '')!r}",
-        "use a decoder-only text model or a vision-language model",
-    )
+    what = f"transformers has no text-generating model for model_type {getattr(config, 'model_type', '')!r}"
+    raise SnrfError(ref.model, what, "use a decoder-only text model or a vision-language model")
 
 
 def _processor_chat_template(ref: ModelRef) -> str | None:
     from transformers.utils import cached_file
 
-    file = cached_file(
-        ref.model,
-        "chat_template.json",
-        revision=ref.revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
-        return None
-    return load_json(file).get("chat_template")
+    silent = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+    file = cached_file(ref.model, "chat_template.json", revision=ref.revision, **silent)
+    return None if file is None else load_json(file).get("chat_template")
 
 
 def _check_finite(ref: ModelRef, model: PreTrainedModel) -> None:
@@ -188,12 +154,8 @@ def _check_finite(ref: ModelRef, model: PreTrainedModel) -> None:
             continue
         # Both ends are NaN if one weight is, and nothing is copied.
         if weight.numel() and not all(end.isfinite() for end in weight.detach().aminmax()):
-            dtype = str(weight.dtype).removeprefix("torch.")
-            raise SnrfError(
-                ref.model,
-                f"weight {name} has NaN or infinite values in {dtype}",
-                "use another dtype, or get the checkpoint again",
-            )
+            what = f"weight {name} has NaN or infinite values in {str(weight.dtype).removeprefix('torch.')}"
+            raise SnrfError(ref.model, what, "use another dtype, or get the checkpoint again")
 
 
 @contextmanager
@@ -204,28 +166,21 @@ def _explained(ref: ModelRef, what: str) -> Iterator[None]:
     except SnrfError:
         raise
     except torch.OutOfMemoryError as error:
-        raise SnrfError(
-            ref.model,
-            f"the {what} does not fit in the memory of the device ({first_line(error)})",
-            "use a smaller dtype, several devices, or the CPU",
-            field="device",
-        ) from None
+        problem = f"the {what} does not fit in the memory of the device ({first_line(error)})"
+        remedy = "use a smaller dtype, several devices, or the CPU"
+        raise SnrfError(ref.model, problem, remedy, field="device") from None
     except Exception as error:
         if "trust_remote_code" in str(error) and not ref.trust_remote_code:
-            raise SnrfError(
-                ref.model,
-                f"is off, but the {what} needs code that the checkpoint brings along",
-                "read that code, then turn it on",
-                field="trust_remote_code",
-            ) from None
+            problem = f"is off, but the {what} needs code that the checkpoint brings along"
+            raise SnrfError(ref.model, problem, "read that code, then turn it on", field="trust_remote_code") from None
         if "torchvision" in str(error).lower() or isinstance(error, ImportError):
             raise _missing_package(ref, what, error) from None
-        raise SnrfError(
-            ref.model, f"the {what} cannot be loaded ({first_line(error)})", "check the path or hub id"
-        ) from None
+        problem = f"the {what} cannot be loaded ({first_line(error)})"
+        raise SnrfError(ref.model, problem, "check the path or hub id") from None
 
 
 def _missing_package(ref: ModelRef, what: str, error: Exception) -> SnrfError:
+    state = None
     try:
         installed = version("torchvision")
         import_module("torchvision")
@@ -233,15 +188,10 @@ def _missing_package(ref: ModelRef, what: str, error: Exception) -> SnrfError:
         state = "is not installed" if "torchvision" in str(error).lower() else None
     except Exception as broken:
         state = f"is installed as {installed} and cannot be imported ({first_line(broken)})"
-    else:
-        state = None
     if state is None:
         return SnrfError(ref.model, f"the {what} needs a package that is missing ({first_line(error)})", "install it")
     # torchvision 0.(n + 15) belongs to torch 2.n.
     major, minor = torch.__version__.split(".")[:2]
     fitting = f"'torchvision=={int(major) - 2}.{int(minor) + 15}.*'"
-    return SnrfError(
-        ref.model,
-        f"the {what} needs torchvision, which {state}",
-        f"pip install {fitting}, which belongs to torch {torch.__version__}",
-    )
+    remedy = f"pip install {fitting}, which belongs to torch {torch.__version__}"
+    return SnrfError(ref.model, f"the {what} needs torchvision, which {state}", remedy)

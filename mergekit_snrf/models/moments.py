@@ -36,6 +36,7 @@ READERS = {"attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "fwd.up": "up",
 DENSE_LIMIT = 4096
 """Inputs up to this size are stored dense unless a sketch is asked for."""
 
+_AGAIN = "take the moments again"
 _KEY = re.compile(
     rf"layers\.(?P<layer>0|[1-9][0-9]{{0,3}})\.(?P<input>{'|'.join(INPUTS)})\.(?P<set>{'|'.join(SETS)})"
     r"\.(?P<name>scale|correlation|factor|rest|clip)"
@@ -126,13 +127,8 @@ class Moments:
         except ValueError as error:
             raise self._damaged(f"{site.key}.{which}", str(error)) from None
 
-    def clip(self, site: InputSite, which: str) -> float:
-        """Read the norm at which inputs of a set were clipped."""
-        with container.opened(self.path, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, _):
-            return float(file.get_tensor(f"{site.key}.{which}.clip"))
-
     def _damaged(self, tensor: str, what: str) -> SnrfError:
-        return SnrfError(self.path, f"tensor {tensor!r} {what}", "take the moments again")
+        return SnrfError(self.path, f"tensor {tensor!r} {what}", _AGAIN)
 
     def __repr__(self) -> str:
         return f"Moments({self.path}: {self.layers} layers, {len(self.sketches)} of {len(self.sizes)} inputs sketched)"
@@ -142,55 +138,45 @@ def read_moments(path: str | os.PathLike[str]) -> Moments:
     """Read and check the header of a moments file: names, dtypes and shapes of all tensors, and the provenance.
 
     Raises:
-        SnrfError: the file is missing, damaged or of another format, a tensor is missing, unknown or of an impossible
-            shape.
+        SnrfError: the file is missing or of another format, or a tensor is missing, unknown or of another shape.
     """
     where = os.fspath(path)
     with container.opened(where, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, content):
         found = {key: (file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     sizes: dict[InputSite, int] = {}
     sketches: dict[InputSite, int] = {}
-    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for key in found:
+    for key, (_, shape) in found.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise SnrfError(where, f"tensor {key!r} is not part of the format", "take the moments again")
+            continue
         site = InputSite(int(match["layer"]), match["input"])
-        shape = found[key][1]
         if match["name"] == "scale" and len(shape) == 1:
             sizes[site] = shape[0]
         elif match["name"] == "factor" and len(shape) == 2:
             sizes[site], sketches[site] = shape
-    for site, size in sizes.items():
-        for which in SETS:
-            stem = f"{site.key}.{which}"
-            expected[f"{stem}.clip"] = ("F32", (1,))
-            if site in sketches:
-                expected[f"{stem}.factor"] = ("F32", (size, sketches[site]))
-                expected[f"{stem}.rest"] = ("F32", (1,))
-            else:
-                expected[f"{stem}.scale"] = ("F32", (size,))
-                expected[f"{stem}.correlation"] = ("F16", (size * (size + 1) // 2,))
-    if not sizes:
-        raise SnrfError(where, "holds no moments", "take the moments again")
-    for site in (InputSite(layer, name) for layer in range(1 + max(site.layer for site in sizes)) for name in INPUTS):
+    for site in (InputSite(n, name) for n in range(1 + max((s.layer for s in sizes), default=0)) for name in INPUTS):
         if site not in sizes:
-            raise SnrfError(where, f"has no moments of {site}", "take the moments again")
-    for key in sorted(found.keys() ^ expected.keys()):
-        what = "is missing" if key in expected else "does not go with the others"
-        raise SnrfError(where, f"tensor {key!r} {what}", "take the moments again")
-    for key, (dtype, shape) in expected.items():
-        if found[key] != (dtype, shape):
-            raise SnrfError(
-                where,
-                f"tensor {key!r} must be {dtype} of shape {list(shape)}, got {found[key][0]} {list(found[key][1])}",
-                "take the moments again",
-            )
+            raise SnrfError(where, f"has no moments of {site}", _AGAIN)
+    expected = {key: one for site in sizes for key, one in _parts(site, sizes[site], sketches.get(site)).items()}
+    for key in sorted(found.keys() | expected.keys()):
+        wanted, got = (f"{one[0]} {list(one[1])}" if one else "absent" for one in (expected.get(key), found.get(key)))
+        if wanted != got:
+            raise SnrfError(where, f"tensor {key!r} must be {wanted}, and is {got}", _AGAIN)
     try:
         provenance = MomentsProvenance.model_validate(content)
     except ValidationError as error:
-        raise invalid(where, error.errors(), remedy="take the moments again") from None
+        raise invalid(where, error.errors(), remedy=_AGAIN) from None
     return Moments(sizes, sketches, provenance, where)
+
+
+def _parts(site: InputSite, size: int, sketch: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of every tensor that a file holds of an input, by key."""
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {"clip": ("F32", (1,))}
+    if sketch is not None:
+        parts |= {"factor": ("F32", (size, sketch)), "rest": ("F32", (1,))}
+    else:
+        parts |= {"scale": ("F32", (size,)), "correlation": ("F16", (size * (size + 1) // 2,))}
+    return {f"{site.key}.{which}.{name}": part for which in SETS for name, part in parts.items()}
 
 
 def moment_tensors(site: InputSite, which: str, moment: Moment, clip: float) -> dict[str, Tensor]:

@@ -117,7 +117,7 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
         if problems:
             raise SnrfError(None, "; ".join(map(str, problems)))
         for problem in pairing_problems(target, source):
-            logger.warning("%s", problem)
+            logger.warning("%s", problem.what)
     elif models["target"].shape != models["source"].shape:
         raise SnrfError(
             config.side("source").model,

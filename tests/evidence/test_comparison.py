@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import load, make_source, make_target, read
+from checkpoints import INTERMEDIATE, LAYERS, WIDTH, load, make_source, make_target, read
 from click.testing import CliRunner
+from made_moments import FilterOracle, sizes_of, write_random_moments
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -26,6 +27,7 @@ from mergekit_snrf.evidence.study import Row, Setup, run_study
 from mergekit_snrf.merge import install
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.moments import read_moments
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
@@ -57,6 +59,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dare": ({"update": "dare", "seed": 5}, {"rank": None, "drop_rate": 0.3}, {}),
     "order": ({"order": "mask-then-svd"}, {}, {}),
     "dtype": ({}, {}, {"dtype": "float32"}),
+    "regmean": ({"update": "regmean", "masks": None}, {"beta": None, "rank": None, "keep": 2.0}, {}),
 }
 
 
@@ -72,6 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     members = {s: torch.rand(shape.neurons(s.projection), generator=generator) < 1 / 3 for s in shape.sites()}
     members[Site(1, "attn.v")][:] = False
     write_mask(folder / "mask.safetensors", NeuronSet(members))
+    write_random_moments(folder / "moments.safetensors", sizes_of(LAYERS, WIDTH, INTERMEDIATE))
     return folder
 
 
@@ -79,7 +83,10 @@ def recipe(folder: Path, variant: str = "plain", **changes: Any) -> dict[str, An
     top, source, other = copy.deepcopy(VARIANTS[variant])
     if "source_base" in top:
         top["source_base"] = str(folder / "base")
+    if top.get("update") == "regmean":
+        top["moments"] = str(folder / "moments.safetensors")
     parameters = {"beta": 0.7, "rank": 3, **source, **changes}
+    shared = {"masks": str(folder / "mask.safetensors"), **top}
     return {
         "merge_method": "snrf",
         "base_model": str(folder / "target"),
@@ -89,7 +96,7 @@ def recipe(folder: Path, variant: str = "plain", **changes: Any) -> dict[str, An
                 "parameters": {name: value for name, value in parameters.items() if value is not None},
             }
         ],
-        "parameters": {"masks": str(folder / "mask.safetensors"), **top},
+        "parameters": {name: value for name, value in shared.items() if value is not None},
         **other,
     }
 
@@ -285,6 +292,39 @@ def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: 
         np.testing.assert_allclose(live(after, site), expected, rtol=0, atol=1e-6)
 
 
+def test_regmean_rows_are_numpys_at_every_keep(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    base = open_base(str(folder / "base"), opened(folder), MergeOptions())
+    oracle = FilterOracle(folder / "moments.safetensors")
+    moments = read_moments(folder / "moments.safetensors")
+    rows = rows_of(folder, model, rows=["regmean", "base"], base=base, moments=moments, keeps=(0.5, 4.0))
+    expected = [f"{name}, keep {keep}" for name in ("regmean", "regmean from base") for keep in ("4", "0.5")]
+    assert list(rows) == [TARGET, CLAIM, *expected]
+    for name, source in (("regmean, keep 0.5", "source"), ("regmean from base, keep 4", "base")):
+        after = changed_by(rows[name].draws[0], model)
+        for site in opened(folder).merge.shape.sites():
+            module, axis = MODULES[site.projection]
+            target, other = (arrays(folder / one, site) for one in ("target", source))
+            delta = other - target if axis == 0 else (other - target).T
+            update = delta @ oracle.of(site.layer, module, rows[name].strength or 0.0)
+            np.testing.assert_allclose(live(after, site), target + (update if axis == 0 else update.T), atol=2e-6)
+
+
+def test_a_regmean_recipe_is_a_point_of_its_curve(folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    base = open_base(str(folder / "base"), opened(folder), MergeOptions())
+    rows = rows_of(folder, model, "regmean", base=base, draws=1, linear_betas=(1.0,), keeps=(1.0, 2.0))
+    assert list(rows) == [
+        TARGET, "regmean, keep 2", "linear, beta 1", "regmean, keep 1", "regmean from base, keep 2",
+        "regmean from base, keep 1", "DARE, drop rate 0.5",
+    ]  # fmt: skip
+    assert (rows["regmean, keep 2"].role, rows["regmean, keep 2"].strength) == ("claim", 2.0)
+    norms = opened(folder, "regmean").merge.norms(model)
+    before, after = weights(model), changed_by(rows["regmean, keep 2"].draws[0], model)
+    for site, norm in norms.items():
+        assert norm == pytest.approx(np.linalg.norm(live(after, site) - live(before, site)), rel=1e-4)
+
+
 def test_rows_are_left_out_for_want_of_what_they_need(folder: Path) -> None:
     model = load(folder / "target")
     least = opened(folder).merge.neurons.random(11)
@@ -298,7 +338,7 @@ def test_a_base_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> Non
     with pytest.raises(SnrfError, match=r"base: .*intermediate size"):
         open_base(str(tmp_path / "other"), opened(folder), MergeOptions())
     make_source(tmp_path / "llama", "llama")
-    with pytest.raises(SnrfError, match=r"base: .*model type"):
+    with pytest.raises(SnrfError, match=r"base: .*family"):
         open_base(str(tmp_path / "llama"), opened(folder), MergeOptions())
 
 

@@ -15,7 +15,7 @@ from mergekit_snrf.evidence.compare import CLAIM, TARGET
 from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study
-from mergekit_snrf.evidence.sweep import LINEAR, crossing, interpolated
+from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN, Curve, crossing, interpolated
 from mergekit_snrf.evidence.verdict import Words, format_losses
 
 small = st.integers(0, 6).map(float)
@@ -48,7 +48,12 @@ def items(*scores: float) -> Items:
 
 
 def study_of(
-    scores: dict[str, list[dict[str, Items]]], betas: dict[str, float], *, ablation: bool = False, seed: int = 0
+    scores: dict[str, list[dict[str, Items]]],
+    betas: dict[str, float],
+    *,
+    ablation: bool = False,
+    seed: int = 0,
+    curves: dict[str, Curve] | None = None,
 ) -> Study:
     changes: dict[str, dict[str, Any]] = {
         TARGET: {"role": "reference"},
@@ -56,7 +61,7 @@ def study_of(
         "random": {"words": Words("", "the choice"), "settings": {"seeds": []}},
     }
     for name, beta in betas.items():
-        changes[name] = {"curve": LINEAR, "strength": beta}
+        changes[name] = {"curve": (curves or {}).get(name, LINEAR), "strength": beta}
     rows = [replace(Row(name, "control"), **changes.get(name, {})) for name in scores]
     setup = Setup("ablation" if ablation else "comparison", "m", "e", seed=seed)
     return build_study(setup, rows, scores, {"R": "gain", "P": "keep"})
@@ -70,13 +75,8 @@ def coin(count: int, *heads: int) -> list[dict[str, Items]]:
 
 def test_equal_perception_by_hand_and_against_a_plain_bootstrap() -> None:
     generator = np.random.default_rng(5)
-    # Nested answers, so that more is right at a lower beta on P, and at a higher one on R.
-    uniform = generator.random((2, 120))
     chances = {TARGET: (0.2, 0.95), CLAIM: (0.5, 0.8), "half": (0.4, 0.85), "full": (0.7, 0.5)}
-    table = {
-        name: [(uniform[k] < chance).astype(float) for k, chance in enumerate(two)] for name, two in chances.items()
-    }
-    scores = {name: [{"R": items(*two[0]), "P": items(*two[1])}] for name, two in table.items()}
+    table, scores = nested(120, 5, chances)
     study = study_of(scores, {"half": 0.5, "full": 1.0}, seed=3)
     row = next(condition for condition in study.conditions if condition.name == "linear at equal P")
 
@@ -110,6 +110,51 @@ def test_equal_perception_that_linear_does_not_reach_is_said() -> None:
     assert row.settings["beta"]["estimate"] == 0.0
     assert row.metrics["R"].mean.estimate == pytest.approx(0.3)
     assert any("comes closest to the P of SNRF (80.0 against 100.0 points)" in text for text in study.verdict)
+
+
+def nested(count: int, seed: int, chances: dict[str, tuple[float, float]]) -> tuple[Any, Any]:
+    """R and P by name as arrays, and as scores: what is right at a low chance is right at a higher one, too."""
+    uniform = np.random.default_rng(seed).random((2, count))
+    table = {
+        name: [(uniform[k] < chance).astype(float) for k, chance in enumerate(two)] for name, two in chances.items()
+    }
+    return table, {name: [{"R": items(*two[0]), "P": items(*two[1])}] for name, two in table.items()}
+
+
+def test_equal_perception_of_a_sweep_of_keep_is_found_on_a_log_scale() -> None:
+    chances = {TARGET: (0.2, 0.95), CLAIM: (0.5, 0.8), "k10": (0.4, 0.9), "k1": (0.7, 0.6)}
+    table, scores = nested(150, 6, chances)
+    study = study_of(scores, {"k10": 10.0, "k1": 1.0}, curves={"k10": REGMEAN, "k1": REGMEAN})
+    row = next(condition for condition in study.conditions if condition.name == "regmean at equal P")
+    p, r = ([table[name][k].mean() for name in ("k10", "k1")] for k in (1, 0))
+    share = (p[0] - table[CLAIM][1].mean()) / (p[0] - p[1])
+    assert 0 < share < 1
+    assert row.settings["keep"]["estimate"] == pytest.approx(10 ** (1 - share))
+    assert row.settings["keep"]["low"] < row.settings["keep"]["estimate"] < row.settings["keep"]["high"]
+    assert row.metrics["R"].mean.estimate == pytest.approx(r[0] + share * (r[1] - r[0]))
+    assert any(text.startswith("RegMean of keep ") and "keeps as much P as SNRF" in text for text in study.verdict)
+    points = {one.name: (one.curve, one.strength) for one in study.conditions if one.curve is not None}
+    assert points == {"k10": ("regmean", 10.0), "k1": ("regmean", 1.0)}
+
+
+def test_a_claim_on_a_curve_is_compared_with_the_other_curves_only() -> None:
+    chances = {TARGET: (0.2, 0.95), CLAIM: (0.6, 0.9), "k1": (0.7, 0.7), "half": (0.4, 0.9), "full": (0.8, 0.5)}
+    chances |= {"b9": (0.35, 0.94), "b1": (0.55, 0.8)}
+    table, scores = nested(400, 7, chances)
+    strengths = {CLAIM: 3.0, "k1": 1.0, "half": 0.5, "full": 1.0, "b9": 9.0, "b1": 1.0}
+    curves = {CLAIM: REGMEAN, "k1": REGMEAN, "b9": BASE, "b1": BASE}
+    study = study_of(scores, strengths, curves=curves)
+    assert {contrast.right for contrast in study.contrasts} == {"linear at equal P", "regmean from base at equal P"}
+    assert not any("k1" in sentence for sentence in study.verdict)
+    target, base = (
+        next(c for c in study.conditions if c.name == one) for one in (TARGET, "regmean from base at equal P")
+    )
+    gained = table[CLAIM][0].mean() - target.metrics["R"].mean.estimate
+    share = (base.metrics["R"].mean.estimate - target.metrics["R"].mean.estimate) / gained
+    assert study.verdict[-1].startswith(
+        "Restoration: at equal P, RegMean with the common base as source changes R by +"
+    )
+    assert f"which is {100 * share:.1f} [" in study.verdict[-1]
 
 
 def test_the_verdict_says_what_the_intervals_support() -> None:

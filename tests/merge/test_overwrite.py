@@ -19,7 +19,7 @@ from pair import Pair, assert_same, merge, write_recipe
 from peft import LoraConfig
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.merge.folders import MARKER, is_unfinished, path_problem, written_in_place
+from mergekit_snrf.merge.folders import UNFINISHED, built_inside, path_problem
 
 COMMANDS = ["patch", "lora"]
 
@@ -227,19 +227,16 @@ def test_second_rename_that_fails_is_undone(pair: Pair, tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_kill_between_the_two_renames(flags: list[str], pair: Pair, tmp_path: Path) -> None:
-    """The next run, whatever its output, puts the earlier output back first."""
-    for name in ("out", "other"):
-        earlier = hashes(done("patch", pair.recipe(), tmp_path / "out"))
-        work = tmp_path / ".out.partial"
-        work.mkdir()
-        (work / MARKER).touch()
-        shutil.copytree(tmp_path / "out", work / "new")
-        (tmp_path / "out").rename(work / "old")
-        result = run("patch", pair.recipe(source={"beta": 1.0}), tmp_path / name, *flags)
-        assert result.exit_code == (1 if name == "out" and not flags else 0), result.output
-        assert (hashes(tmp_path / "out") == earlier) == (name == "other" or not flags)
-        assert not list(tmp_path.glob(".*"))
-        shutil.rmtree(tmp_path / "out")
+    """The next run puts the earlier output back first."""
+    earlier = hashes(done("patch", pair.recipe(), tmp_path / "out"))
+    work = tmp_path / ".out.partial"
+    work.mkdir()
+    shutil.copytree(tmp_path / "out", work / "new")
+    (tmp_path / "out").rename(work / "old")
+    result = run("patch", pair.recipe(source={"beta": 1.0}), tmp_path / "out", *flags)
+    assert result.exit_code == (0 if flags else 1), result.output
+    assert (hashes(tmp_path / "out") == earlier) == (not flags)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_another_target_leaves_nothing_of_the_old_one(pair: Pair, tmp_path: Path) -> None:
@@ -263,41 +260,35 @@ def earlier_merge(folder: Path) -> Path:
 def test_nothing_is_written_through_links_in_place(tmp_path: Path) -> None:
     out = earlier_merge(tmp_path)
     before = hashes(tmp_path / "backup")
-    with written_in_place(str(out)):
-        assert is_unfinished(str(out))
-        with pytest.raises(SnrfError, match="another run"), written_in_place(str(out)):
+    (out / "thesis.txt").write_text("mine")
+    with built_inside(str(out)) as building:
+        with pytest.raises(SnrfError, match="another run"), built_inside(str(out)):
             pass
-        assert hashes(out).keys() == {MARKER, "model.safetensors", "sub/a.jinja"}
         for name in ("config.json", "sub/a.jinja", "vocab.json", "README.md"):
-            (out / name).write_text("new")
-    assert not is_unfinished(str(out))
+            (building / name).parent.mkdir(exist_ok=True)
+            (building / name).write_text("new")
     assert hashes(tmp_path / "backup") == before
     assert not (out / "nowhere").exists()
+    assert hashes(out).keys() == {
+        "config.json",
+        "model.safetensors",
+        "sub/a.jinja",
+        "vocab.json",
+        "README.md",
+        "thesis.txt",
+    }
+    assert (out / "config.json").read_text() == "new"
 
 
-def interrupted(out: Path, name: str) -> None:
-    """Write a file of a merge in place, and stop."""
-    with written_in_place(str(out)):
-        (out / name).unlink(missing_ok=True)
-        (out / name).write_text("new")
-        raise KeyboardInterrupt
-
-
-def test_a_merge_in_place_that_fails_or_is_killed(tmp_path: Path) -> None:
-    """Card and recipe come back as long as the weights are the earlier ones; the next run removes those of a kill."""
-    out = earlier_merge(tmp_path)
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_merge_in_place_that_fails_changes_nothing(existed: bool, tmp_path: Path) -> None:
+    out = earlier_merge(tmp_path) if existed else tmp_path / "out"
     before = hashes(out)
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(out, "model-1.safetensors")
-    (out / "model-1.safetensors").unlink()
+    with pytest.raises(KeyboardInterrupt), built_inside(str(out)) as building:  # noqa: PT012
+        (building / "model.safetensors").write_text("new")
+        raise KeyboardInterrupt
     assert hashes(out) == before
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(out, "model.safetensors")
-    assert is_unfinished(str(out))
-    assert not {"README.md", "config.json"} & set(os.listdir(out))
-    with written_in_place(str(out)):
-        assert not (out / "model.safetensors").exists()
-    assert not is_unfinished(str(out))
+    assert out.exists() == existed
 
 
 KILLED = """
@@ -311,13 +302,13 @@ main()
 
 @pytest.mark.parametrize("moment", ["merged", "card"])
 def test_kill_of_a_merge_into_an_earlier_one(moment: str, pair: Pair, tmp_path: Path) -> None:
-    """While tensors are merged, and when all weights are written: nothing loads what is left, and the rerun works."""
+    """While tensors are merged, and when all weights are written: the earlier merge stays, and the rerun works."""
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yml", pair.recipe(source={"beta": 1.0}))
     merge(pair.recipe(), out)
+    before = hashes(out)
     words = [sys.executable, "-c", KILLED, moment, str(recipe), str(out), "--quiet"]
     assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
-    assert is_unfinished(str(out))
-    assert not {"README.md", "mergekit_config.yml", "config.json"} & set(os.listdir(out))
+    assert {name: digest for name, digest in hashes(out).items() if UNFINISHED not in name} == before
     merge(recipe, out)
     merge(recipe, tmp_path / "fresh" / "out")
     assert hashes(out) == hashes(tmp_path / "fresh" / "out")

@@ -398,20 +398,6 @@ def test_two_runs_do_not_mix(pair: Pair, tmp_path: Path) -> None:
     assert set(os.listdir(out)) == {*os.listdir(pair.target), "README.md", "mergekit_config.yml"}
 
 
-def test_what_dead_runs_left_is_removed_and_what_others_own_is_not(pair: Pair, tmp_path: Path) -> None:
-    running = tmp_path / ".running.partial"
-    for name in ("dead", "running"):
-        (tmp_path / f".{name}.partial" / "new").mkdir(parents=True)
-        (tmp_path / f".{name}.partial" / folders.MARKER).touch()
-    (tmp_path / ".download.partial").mkdir()
-    (tmp_path / ".file.partial").touch()
-    descriptor = os.open(running, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    assert run("patch", pair.recipe(), tmp_path / "out").exit_code == 0
-    os.close(descriptor)
-    assert {path.name for path in tmp_path.glob(".*")} == {".running.partial", ".download.partial", ".file.partial"}
-
-
 @pytest.mark.parametrize("locks", [False, None])
 def test_systems_without_locks(locks: bool | None, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if locks is None:
@@ -447,7 +433,7 @@ def attempt(out, limit, report=None):
     if child:
         return os.waitpid(child, 0)[1]
     for module, name in ((os, "copy_file_range"), (patch, "_write"), (shutil, "copy"), (patch, "merge_card"),
-                         (Path, "write_text"), (Path, "rename"), (Path, "unlink")):
+                         (Path, "write_text"), (Path, "rename"), (Path, "rmdir")):
         watch(module, name, limit)
     try:
         main(["patch", recipe, str(out), "--quiet", "--workers", "1"], standalone_mode=False)
@@ -460,7 +446,7 @@ def attempt(out, limit, report=None):
 assert attempt(runs / "whole" / "out", -1, runs / "log.json") == 0
 events = json.loads((runs / "log.json").read_text())
 copies, writes = ([i for i, name in enumerate(events) if name == kind] for kind in ("copy_file_range", "_write"))
-points = [events.index(name) for name in ("merge_card", "write_text", "copy", "rename", "unlink")]
+points = [events.index(name) for name in ("merge_card", "write_text", "copy", "rename", "rmdir")]
 points += [copies[0], copies[-1], events.index("rename") - 1, *writes[:: len(writes) // 4]]
 statuses = {point: attempt(runs / f"at-{point}" / "out", point) for point in sorted(set(points))}
 (runs / "log.json").write_text(json.dumps({"events": events, "statuses": statuses}))
@@ -487,7 +473,7 @@ def test_killed_run(sharded: Pair, tmp_path: Path) -> None:
     assert_like_mergekit(runs / "whole" / "out", tmp_path / "mergekit" / "out")
 
     move = log["events"].index("rename")
-    assert log["events"][move:] == ["rename", "unlink"], "the marker goes after the move into place"
+    assert log["events"][move:] == ["rename", "rmdir"]
     assert len(log["statuses"]) >= 10
     whole = hashes(runs / "whole" / "out")
     for point, status in log["statuses"].items():
@@ -496,7 +482,7 @@ def test_killed_run(sharded: Pair, tmp_path: Path) -> None:
         assert os.WTERMSIG(status) == signal.SIGKILL
         if int(point) > move:
             assert hashes(folder / "out") == whole
-            done("patch", recipe, folder / "other")
+            done("patch", recipe, folder / "out", "--overwrite")
             continue
         assert os.listdir(folder) == [".out.partial"], point
         assert (hashes(new) == whole) if int(point) == move else not loads(new), log["events"][int(point)]

@@ -145,32 +145,20 @@ def error_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_missing_shard(tmp_path: Path, suffix: str) -> None:
-    folder = sharded(folder_of(tmp_path / "model"), suffix)
-    (folder / f"model-00002-of-00002.{suffix}").unlink()
-    shard = folder / f"model-00002-of-00002.{suffix}"
-    assert error_of(folder) == f"{shard}: the index names this shard, but the file is missing; get it again"
+def test_a_missing_shard_or_tensor(tmp_path: Path, suffix: str) -> None:
+    shard = f"model-00002-of-00002.{suffix}"
+    folder = sharded(folder_of(tmp_path / "model"), suffix, **{"layers.0.weight": shard})
+    assert f"{folder / shard}: lacks tensor 'layers.0.weight', which the index" in error_of(folder)
+    (folder / shard).unlink()
+    assert f"{folder / shard}: the index names this shard, but the file is missing" in error_of(folder)
 
 
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_tensor_missing_from_its_shard(tmp_path: Path, suffix: str) -> None:
-    wrong = f"model-00002-of-00002.{suffix}"
-    folder = sharded(folder_of(tmp_path / "model"), suffix, **{"layers.0.weight": wrong})
-    assert error_of(folder) == (
-        f"{folder / wrong}: lacks tensor 'layers.0.weight', which the index places in this file "
-        f"(1 such tensors); get the shard again"
-    )
+PLACES = ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "./x", "x/", 3, None, [], "", ".", "..", "a\0b"]
 
 
-@pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "./x", "x/", 3, None, []])
-def test_an_index_that_leaves_the_folder(tmp_path: Path, place: Any) -> None:
+@pytest.mark.parametrize("place", [*PLACES, "x" * 300], ids=lambda place: str(place)[:9])
+def test_an_index_that_leaves_the_folder_or_names_no_file(tmp_path: Path, place: Any) -> None:
     save_file(FIRST, tmp_path / "model.safetensors")
-    folder = sharded(folder_of(tmp_path / "model"), **{"layers.0.weight": place})
-    assert "'weight_map' does not map tensors to file names; get the index again" in error_of(folder)
-
-
-@pytest.mark.parametrize("place", ["", ".", "..", "x" * 300, "a\0b"])
-def test_an_index_that_names_no_file(tmp_path: Path, place: str) -> None:
     folder = sharded(folder_of(tmp_path / "model"), **{"layers.0.weight": place})
     assert re.search("the index names this shard, but the file is missing|does not map tensors", error_of(folder))
 
@@ -178,12 +166,8 @@ def test_an_index_that_names_no_file(tmp_path: Path, place: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not valid JSON"),
-        (b"{", "not valid JSON"),
-        (b"\xff\xff", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "not a JSON object; the file is damaged, get the file again"),
-        (b"null", "not a JSON object; the file is damaged, get the file again"),
+        *((content, "not valid JSON") for content in (b"", b"{", b"\xff\xff", b"[" * 100_000)),
+        *((content, "not a JSON object") for content in (b"[]", b"null")),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -203,10 +187,7 @@ def test_an_index_without_a_map(tmp_path: Path, index: Any) -> None:
 
 def test_folders_without_weights_or_config(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert error_of(tmp_path / "empty") == (
-        f"{tmp_path}/empty/config.json: cannot be read (No such file or directory); "
-        f"{tmp_path}/empty is not the folder of a checkpoint"
-    )
+    assert f"{tmp_path}/empty/config.json: cannot be read" in error_of(tmp_path / "empty")
     folder = folder_of(tmp_path / "model")
     (folder / "model-00001-of-00002.safetensors").touch()
     assert "holds neither model.safetensors nor pytorch_model.bin nor an index of shards" in error_of(folder)
@@ -217,10 +198,7 @@ def test_folders_without_weights_or_config(tmp_path: Path) -> None:
 def test_damaged_weights(tmp_path: Path, file: str, content: bytes) -> None:
     folder = folder_of(tmp_path / "model")
     (folder / file).write_bytes(content)
-    assert re.match(
-        rf"{re.escape(str(folder / file))}: cannot be read \(.+\); get the file again, or convert it to safetensors$",
-        error_of(folder),
-    )
+    assert error_of(folder).startswith(f"{folder / file}: cannot be read (")
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), 3, None, {"state_dict": 3}, {5: torch.zeros(2)}])
@@ -247,13 +225,6 @@ def test_a_bin_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def outcome(folder: Path) -> Checkpoint | str:
-    try:
-        return open_checkpoint(str(folder))
-    except SnrfError as error:
-        return str(error)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_flipped_bytes_give_headers_or_one_error(tmp_path: Path, file: str) -> None:
@@ -268,22 +239,24 @@ def test_flipped_bytes_give_headers_or_one_error(tmp_path: Path, file: str) -> N
         for _ in range(dice.randint(1, 12)):
             damaged[dice.randrange(min(len(good), 600))] = dice.randrange(256)
         (folder / file).write_bytes(damaged)
-        checkpoint_or_message = outcome(folder)
-        seen.add(type(checkpoint_or_message))
-        assert isinstance(checkpoint_or_message, Checkpoint) or str(folder / file) in checkpoint_or_message
-    assert str in seen
+        try:
+            open_checkpoint(str(folder))
+        except SnrfError as error:
+            seen.add(str(folder / file) in str(error))
+    assert seen == {True}
 
 
 @pytest.mark.parametrize("name", ["", "model", "./model", "/no/such/model", "~/model", "a/b/c", "a/b/", "../model"])
 def test_names_that_are_no_model(name: str) -> None:
-    with pytest.raises(SnrfError, match="no such folder; give the folder of a checkpoint"):
+    with pytest.raises(SnrfError, match="no such folder"):
         open_checkpoint(name)
 
 
 @pytest.mark.parametrize("name", ["owner/--model", "ow ner/model", "owner/" + "x" * 300])
 def test_names_that_are_no_hub_id(name: str, tmp_path: Path) -> None:
-    with pytest.raises(SnrfError, match=rf"^{re.escape(name)}: neither a local folder nor a model that the hub gives"):
+    with pytest.raises(SnrfError, match="neither a local folder nor a model") as caught:
         open_checkpoint(name, cache_dir=str(tmp_path))
+    assert caught.value.where == name
 
 
 def test_text_config_is_completed_by_transformers(tmp_path: Path) -> None:
@@ -337,32 +310,14 @@ def test_defaults_of_another_layout_are_not_taken_for_the_files() -> None:
 
 
 SIDE_FILES = [
-    "LICENSE",
-    "LICENSE.txt",
-    "Notice.md",
-    "USE_POLICY.md",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",
-    "configuration_x.py",
-    "merges.txt",
-    "processor_config.json",
-    "qwen.tiktoken",
-    "sentencepiece.bpe",
-    "spiece.spm",
-    "tokenizer.json",
-    "tokenizer.model",
-]
+    "LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "added_tokens.json", "chat_template.jinja", "config.json",
+    "configuration_x.py", "merges.txt", "processor_config.json", "qwen.tiktoken", "sentencepiece.bpe", "spiece.spm",
+    "tokenizer.json", "tokenizer.model",
+]  # fmt: skip
 WEIGHTS = [
-    "MODEL.SAFETENSORS",
-    "consolidated.00.pth",
-    "model-00001-of-00002.safetensors",
-    "model.onnx",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "q4.gguf",
-]
+    "MODEL.SAFETENSORS", "consolidated.00.pth", "model-00001-of-00002.safetensors", "model.onnx",
+    "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "q4.gguf",
+]  # fmt: skip
 NESTED = ["additional_chat_templates/tool_use.jinja", "code/modeling/x.py", "processor/preprocessor_config.json"]
 OTHER_MODELS = ["onnx/model.onnx", "onnx/tokenizer.json", "checkpoint-5/rank/state.json", "checkpoint-5/optimizer.pt"]
 OTHER_MODELS += [".git/config.json", "__pycache__/x.py", ".cache/huggingface/x.json"]
@@ -371,12 +326,10 @@ OTHERS = [".gitattributes", ".hidden.json", "README.md", "mergekit_config.yml", 
 
 def test_side_files_are_everything_small_that_belongs_to_the_model(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model")
-    for name in (*SIDE_FILES, *WEIGHTS, *OTHERS):
-        if not (folder / name).exists():
-            (folder / name).touch()
-    for name in NESTED + OTHER_MODELS:
+    for name in (*SIDE_FILES, *WEIGHTS, *OTHERS, *NESTED, *OTHER_MODELS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
+        if name != "config.json":
+            (folder / name).touch()
     (folder / "model.safetensors.index.json").unlink()
     (folder / "pytorch_model.bin.index.json").unlink()
     save_file(TENSORS, folder / "model.safetensors")

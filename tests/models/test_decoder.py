@@ -9,7 +9,7 @@ import pytest
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems, site_of
+from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.models.headers import TensorHeader
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.neurons.shape import DecoderShape
@@ -62,10 +62,11 @@ def checkpoint(tensors: Headers, config: Mapping[str, Any] = TEXT, name: str = "
 def error_of(tensors: Headers, config: Mapping[str, Any] = TEXT) -> str:
     with pytest.raises(SnrfError) as caught:
         find_decoder(checkpoint(tensors, config))
-    message = str(caught.value)
-    assert message.startswith("model")
-    assert "\n" not in message
-    return message
+    assert str(caught.value.where) in ("model", "model/config.json")
+    return str(caught.value)
+
+
+VISUAL = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
 
 
 @pytest.mark.parametrize(
@@ -81,55 +82,25 @@ def error_of(tensors: Headers, config: Mapping[str, Any] = TEXT) -> str:
 )
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 def test_decoders_of_every_layout(prefix: str, dtype: str) -> None:
-    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
     others = headers({"lm_head.weight": (9, 16), "mm.layers.0.weight": (1,)})
-    tensors = {**vision_tower(), **visual, **others, **stack(prefix, dtype=dtype)}
+    tensors = {**vision_tower(), **VISUAL, **others, **stack(prefix, dtype=dtype)}
     decoder = find_decoder(checkpoint(tensors))
     assert decoder == Decoder(prefix, "qwen2", SHAPE)
     for site in SHAPE.sites():
         name = decoder.weight_name(site)
         header = tensors[name]
         assert header.shape[site.axis] == SHAPE.neurons(site.projection)
-        assert site_of(name) == site
 
 
 def test_sites_are_every_layer_and_projection() -> None:
     assert SHAPE.sites() == [Site(layer, name) for layer in range(3) for name in PROJECTIONS]
-    assert {name: SHAPE.neurons(name) for name in PROJECTIONS} == {
-        "attn.q": 16,
-        "attn.k": 8,
-        "attn.v": 8,
-        "fwd.up": 24,
-        "fwd.down": 24,
-    }
+    assert [SHAPE.neurons(name) for name in ("attn.q", "attn.k", "attn.v", "fwd.up", "fwd.down")] == [16, 8, 8, 24, 24]
     assert SHAPE.repeats == 2
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "",
-        "lm_head.weight",
-        "model.layers.0.self_attn.o_proj.weight",
-        "model.layers.0.mlp.gate_proj.weight",
-        "model.layers.0.self_attn.q_proj.bias",
-        "model.layers.00.self_attn.q_proj.weight",
-        "model.layers.\u0660.self_attn.q_proj.weight",
-        "model.layers.self_attn.q_proj.weight",
-        "visual.blocks.0.mlp.up_proj.weight",
-        "model.layers.0.mlp.up_proj.weight.absmax",
-    ],
-)
-def test_names_of_other_weights(name: str) -> None:
-    with pytest.raises(SnrfError, match="not a weight of a text decoder"):
-        site_of(name)
 
 
 def test_a_vision_tower_of_the_decoders_depth_and_width_is_ignored() -> None:
     siglip = vision_tower("vision_tower.vision_model.encoder.layers.", SHAPE.layers, SHAPE.hidden_size)
-    assert find_decoder(checkpoint({**siglip, **stack("language_model.model.layers.")})).prefix == (
-        "language_model.model.layers."
-    )
+    assert find_decoder(checkpoint({**siglip, **stack("llm.model.layers.")})).prefix == "llm.model.layers."
     assert "no text decoder found" in error_of(siglip)
 
 
@@ -150,57 +121,43 @@ def test_of_two_equal_stacks_the_one_with_embeddings_and_norm_is_the_decoder() -
     assert find_decoder(checkpoint(both)).prefix == "model.text_model.layers."
 
 
-@pytest.mark.parametrize(
-    ("prefix", "modules"),
-    [
-        ("model.layers.", ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")),
-        ("language_model.model.layers.", ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2")),
-        ("transformer.h.", ("self_attention.query_key_value",)),
-        ("transformer.h.", ("attn.c_attn",)),
-        ("model.layers.", ("mlp.gate_up_proj", *MODULES[:3], "mlp.down_proj")),
-        ("model.layers.", ("self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
-    ],
-    ids=["phi3", "internlm2", "falcon", "gpt2", "glm4", "fused qkv"],
-)
-def test_fused_decoders_are_refused_by_name(prefix: str, modules: tuple[str, ...]) -> None:
+FUSED = {
+    "phi3": ("model.layers.", "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    "internlm2": ("language_model.model.layers.", "attention.wqkv", "attention.wo", "feed_forward.w1"),
+    "falcon": ("transformer.h.", "self_attention.query_key_value"),
+    "gpt2": ("transformer.h.", "attn.c_attn"),
+    "glm4": ("model.layers.", "mlp.gate_up_proj", *MODULES[:3], "mlp.down_proj"),
+    "fused qkv": ("model.layers.", "self_attn.qkv_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+
+
+@pytest.mark.parametrize(("prefix", "modules"), [(one[0], one[1:]) for one in FUSED.values()], ids=FUSED)
+def test_fused_decoders_are_refused(prefix: str, modules: tuple[str, ...]) -> None:
     fused = headers({f"{prefix}{n}.{name}.weight": (4, 4) for n in range(3) for name in modules})
-    assert f"has fused projections ({prefix}0.{modules[0]}.weight)" in error_of({**vision_tower(), **fused})
+    assert f"fused projections ({prefix}0.{modules[0]}.weight)" in error_of({**vision_tower(), **fused})
 
 
-def test_a_fused_vision_tower_is_no_obstacle() -> None:
-    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
-    assert find_decoder(checkpoint({**visual, **stack()})).prefix == "model.layers."
+ATTENTION = {name: header for name, header in stack().items() if ".mlp." not in name}
+UNQUANTISED = {name: header for name, header in stack().items() if not name.endswith("_proj.weight")}
 
 
 @pytest.mark.parametrize(
-    "expert",
+    ("tensors", "kind", "example"),
     [
-        "model.layers.1.mlp.experts.0.up_proj.weight",
-        "model.layers.1.mlp.experts.gate_up_proj",
-        "model.layers.1.mlp.shared_experts.up_proj.weight",
-        "language_model.model.layers.1.block_sparse_moe.gate.weight",
+        (stack(), "experts", "model.layers.1.mlp.experts.0.up_proj.weight"),
+        (ATTENTION, "experts", "model.layers.1.mlp.experts.gate_up_proj"),
+        (ATTENTION, "experts", "model.layers.1.mlp.shared_experts.up_proj.weight"),
+        (stack(), "experts", "language_model.model.layers.1.block_sparse_moe.gate.weight"),
+        (UNQUANTISED, "quantised", "model.layers.0.self_attn.q_proj.qweight"),
+        (UNQUANTISED, "quantised", "model.layers.0.self_attn.q_proj.weight_packed"),
+        (UNQUANTISED, "quantised", "model.layers.0.self_attn.q_proj.weight_scale"),
+        (stack(shape=replace(SHAPE, hidden_size=1)), "quantised", "model.layers.0.self_attn.q_proj.weight.absmax"),
+        ({}, "not merged", "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"),
+        ({}, "not merged", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
     ],
 )
-def test_mixtures_of_experts_are_refused_by_name(expert: str) -> None:
-    attention = {name: header for name, header in stack().items() if ".mlp." not in name}
-    for dense in (attention, stack()):
-        assert f"is a mixture of experts ({expert})" in error_of({**dense, **headers({expert: (4, 4)})})
-
-
-@pytest.mark.parametrize("part", ["qweight", "weight_packed", "weight.absmax", "weight_scale"])
-def test_quantised_decoders_are_refused_by_name(part: str) -> None:
-    example = f"model.layers.0.self_attn.q_proj.{part}"
-    if part == "weight.absmax":
-        tensors = stack(shape=replace(SHAPE, hidden_size=1), dtype="U8")
-    else:
-        tensors = {name: header for name, header in stack().items() if not name.endswith("_proj.weight")}
-    assert f"is quantised ({example})" in error_of({**tensors, **headers({example: (4,)})})
-
-
-@pytest.mark.parametrize("part", ["base_layer.weight", "lora_A.weight"])
-def test_unmerged_adapters_are_refused_by_name(part: str) -> None:
-    example = f"base_model.model.model.layers.0.self_attn.q_proj.{part}"
-    assert f"has an adapter that is not merged ({example})" in error_of(headers({example: (4, 4)}))
+def test_other_kinds_of_decoders_are_refused(tensors: Headers, kind: str, example: str) -> None:
+    assert f"{kind} ({example})" in error_of({**tensors, **headers({example: (4, 4)})})
 
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E4M3", "F8_E5M2", "I32", "BOOL", "C64", "torch.float8_e4m3fn"])
@@ -216,31 +173,24 @@ def test_weights_of_unusable_dtypes_are_refused_by_name(dtype: str) -> None:
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_missing_tensor_is_named(layer: int, module: str) -> None:
     name = f"model.layers.{layer}.{module}.weight"
-    visual = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(3)})
-    tensors = {**vision_tower(), **visual, **stack()}
+    tensors = {**vision_tower(), **VISUAL, **stack()}
     del tensors[name]
-    assert error_of(tensors).startswith(f"model: tensor {name} is missing")
+    assert f"tensor {name} is missing" in error_of(tensors)
 
 
-@pytest.mark.parametrize("layer", [0, 1])
-def test_a_missing_layer_is_named(layer: int) -> None:
-    tensors = {name: header for name, header in stack().items() if f"layers.{layer}." not in name}
-    assert error_of(tensors).startswith(f"model: tensor model.layers.{layer}.mlp.down_proj.weight is missing,")
+@pytest.mark.parametrize("spelling", [None, "00", "\u0660", "0x0", "-0", "100000"])
+def test_a_missing_layer_is_named_and_layer_numbers_are_plain(spelling: str | None) -> None:
+    tensors = {name.replace("layers.0.", f"layers.{spelling}."): header for name, header in stack().items()}
+    if spelling is None:
+        tensors = {name: header for name, header in tensors.items() if "layers.None." not in name}
+    assert "tensor model.layers.0.mlp.down_proj.weight is missing" in error_of(tensors)
 
 
 def test_a_missing_last_layer_contradicts_the_config() -> None:
     tensors = stack(shape=replace(SHAPE, layers=2))
     perceiver = stack("model.perceiver.layers.", replace(SHAPE, layers=1, hidden_size=8))
-    assert error_of({**perceiver, **tensors}) == (
-        "model: config.json says 3 layers of width 16, but the tensors model.layers.* are 2 layers, "
-        "model.layers.0.self_attn.q_proj.weight of shape [16, 16]; config and weights are of different models"
-    )
-
-
-@pytest.mark.parametrize("spelling", ["00", "\u0660", "0x0", "-0", "100000"])
-def test_layer_numbers_are_plain(spelling: str) -> None:
-    tensors = {name.replace("layers.0.", f"layers.{spelling}."): header for name, header in stack().items()}
-    assert error_of(tensors).startswith("model: tensor model.layers.0.mlp.down_proj.weight is missing,")
+    message = error_of({**perceiver, **tensors})
+    assert "config.json says 3 layers of width 16, but the tensors model.layers.* are 2 layers" in message
 
 
 @pytest.mark.parametrize("shape", [(), (16,), (8,), (16, 8), (2, 16, 16)])
@@ -251,7 +201,6 @@ def test_weights_of_another_shape_are_named(module: str, shape: tuple[int, ...])
     message = error_of({**tensors, name: replace(tensors[name], shape=shape)})
     assert f"{name} " in message
     assert str(list(shape)) in message
-    assert "config and weights are of different models" in message
 
 
 @pytest.mark.parametrize(
@@ -271,38 +220,23 @@ def test_a_config_that_contradicts_the_shapes(key: str, value: Any, name: str, e
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("key", "value"),
     [
-        {"num_hidden_layers": None},
-        {"num_hidden_layers": "three"},
-        {"num_hidden_layers": 0},
-        {"num_hidden_layers": -3},
-        {"num_hidden_layers": [3]},
-        {"num_hidden_layers": float("inf")},
-        {"num_hidden_layers": float("nan")},
-        {"hidden_size": None},
-        {"hidden_size": {}},
-        {"num_attention_heads": 0},
-        {"num_attention_heads": None},
-        {"num_key_value_heads": 3},
-        {"num_key_value_heads": -1},
-        {"num_key_value_heads": 8},
-        {"head_dim": "wide"},
-        {"intermediate_size": [24, 24, 24]},
+        *(("num_hidden_layers", value) for value in (None, "three", 0, -3, [3], float("inf"), float("nan"))),
+        *(("hidden_size", value) for value in (None, {})),
+        *(("num_attention_heads", value) for value in (0, None)),
+        *(("num_key_value_heads", value) for value in (3, -1, 8)),
+        ("head_dim", "wide"),
+        ("intermediate_size", [24, 24, 24]),
+        *((key, ...) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")),
     ],
     ids=str,
 )
-def test_configs_without_a_text_decoder(change: dict[str, Any]) -> None:
-    message = error_of(stack(), {**TEXT, "model_type": "unheard_of", **change})
-    assert message.startswith(
-        "model/config.json: does not describe a text decoder with num_hidden_layers, hidden_size,"
-    )
-
-
-@pytest.mark.parametrize("missing", ["num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"])
-def test_configs_that_lack_a_field(missing: str) -> None:
-    config = {key: value for key, value in TEXT.items() if key not in (missing, "model_type")}
-    assert error_of(stack(), config).startswith("model/config.json: does not describe a text decoder")
+def test_configs_without_a_text_decoder(key: str, value: Any) -> None:
+    config = {**TEXT, "model_type": "unheard_of", key: value}
+    if value is ...:
+        del config[key], config["model_type"]
+    assert error_of(stack(), config).startswith("model/config.json: does not describe a text decoder with ")
 
 
 @pytest.mark.parametrize("layers", [9999, 10**6, 10**30])
@@ -379,7 +313,7 @@ def test_equal_decoders_pair_whatever_surrounds_them() -> None:
 
 
 def problems_of(target: Checkpoint, source: Checkpoint) -> list[str]:
-    return [str(problem).partition(":")[0] for problem in pairing_problems(target, source)]
+    return [problem.field or str(problem).partition(":")[0] for problem in pairing_problems(target, source)]
 
 
 @pytest.mark.parametrize(
@@ -407,14 +341,13 @@ def test_head_layouts_of_equal_weights_do_not_pair() -> None:
     assert shapes[0] == shapes[1]
     assert problems_of(target, source) == ["attention heads", "key and value heads", "head dimension"]
     source = model("source", "llama", layers=2, intermediate_size=9)
-    assert problems_of(model("target", "qwen2"), source) == ["layers", "intermediate size", "model type"]
+    assert problems_of(model("target", "qwen2"), source) == ["layers", "intermediate size", "any_family"]
 
 
 def test_families_pair_only_on_request() -> None:
     target, source = model("target", "qwen2"), model("source", "llama")
     (problem,) = map(str, pairing_problems(target, source))
     assert "'qwen2' (target/config.json), the source's 'llama' (source/config" in problem
-    assert "allow_family_mismatch: true" in problem
     assert pairing_problems(target, source, any_family=True) == []
     assert pairing_problems(target, model("source", "llama", layers=2), any_family=True) != []
 

@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target, read, write
 from click.testing import CliRunner
+from made_moments import sizes_of, write_random_moments
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor, nn
 
@@ -401,3 +402,27 @@ def test_of_two_live_stacks_the_one_with_embeddings_and_norm_is_the_decoder(pair
     tensors = model.state_dict()
     assert f"{path}." == state_weights(tensors).prefix
     assert "tensor(" not in repr(state_weights(tensors)) + repr(deactivate(model, NeuronSet({})))
+
+
+def test_regmean_is_the_folder_that_mergekit_yaml_writes_and_is_undone(pairs: Any) -> None:
+    folder, neurons = pairs("llava")
+    shape = find_decoder(open_checkpoint(str(folder / "target"))).shape
+    sizes = sizes_of(shape.layers, shape.hidden_size, shape.intermediate_size)
+    path = write_random_moments(folder / "moments.safetensors", sizes)
+    install()
+    (folder / "regmean.yml").write_text(
+        "merge_method: snrf\nbase_model: target\nmodels: [{model: source}]\n"
+        "parameters: {update: regmean, moments: moments.safetensors, keep: 2}\n"
+    )
+    result = CliRunner().invoke(mergekit_yaml, [str(folder / "regmean.yml"), str(folder / "regmean"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    model, source = load(folder / "target"), load(folder / "source")
+    before, fusion = copy_of(model), Fusion(update="regmean", keep=2)
+    with snrf.fuse_model(model, source, None, fusion, moments=path):
+        assert_same(copy_of(model), copy_of(load(folder / "regmean")))
+    assert_same(copy_of(model), before)
+    other = write_random_moments(folder / "other.safetensors", sizes_of(shape.layers, 8, shape.intermediate_size))
+    for given, text in ((None, "moments: is missing"), (other, "has moments of 8 inputs at layers.0.attn")):
+        with pytest.raises(SnrfError, match=text):
+            snrf.fuse_model(model, source, neurons, fusion, moments=given)
+    assert_same(copy_of(model), before)
