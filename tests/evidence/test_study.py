@@ -61,7 +61,7 @@ def study_of(
         "random": {"words": Words("", "the choice"), "settings": {"seeds": []}},
     }
     for name, beta in betas.items():
-        changes[name] = {"curve": (curves or {}).get(name, LINEAR), "strength": beta}
+        changes[name] = {**changes.get(name, {}), "curve": (curves or {}).get(name, LINEAR), "strength": beta}
     rows = [replace(Row(name, "control"), **changes.get(name, {})) for name in scores]
     setup = Setup("ablation" if ablation else "comparison", "m", "e", seed=seed)
     return build_study(setup, rows, scores, {"R": "gain", "P": "keep"})
