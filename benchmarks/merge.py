@@ -4,7 +4,8 @@
 
 Two bf16 checkpoints of random weights are made with the shapes of Qwen2.5; their difference is a tenth as large as the
 weights, with singular values that fall off about as i^-0.5. The mask holds 10 % of the neurons of
-every layer and projection; ``one layer`` holds the same of layer 0 alone.
+every layer and projection; ``one layer`` holds the same of layer 0 alone. ``regmean`` has no mask: it moves all neurons
+of the five projections, with moments of random inputs (dense up to 4096 inputs, or ``--sketch``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mergekit_snrf.models.checkpoint import open_checkpoint
 
 # Bars of the time relative to linear, by rank.
 LINEAR_BARS = {16: 1.3, 64: 1.5}
+# Of regmean: with dense moments of an input wider than this the bar is the second.
+REGMEAN_WIDE, REGMEAN_BARS = 2048, {False: 1.3, True: 2.0}
 
 
 @click.command()
@@ -30,6 +33,8 @@ LINEAR_BARS = {16: 1.3, 64: 1.5}
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out-shard-size", default="5B", show_default=True)
+@click.option("--sketch", type=click.IntRange(1), help="Eigenvectors of all moments; default: dense up to 4096 inputs.")
+@click.option("--only", multiple=True, help="Measure these rows alone, besides linear and passthrough.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for the checkpoints; a temporary one by default.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
 def main(
@@ -38,6 +43,8 @@ def main(
     repeats: int,
     threads: int,
     out_shard_size: str,
+    sketch: int | None,
+    only: tuple[str, ...],
     work: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -48,8 +55,10 @@ def main(
         make_pair(folder, size)
         recipes = {}
         for rank in ranks:
-            for name, recipe in write_recipes(folder, rank).items():
+            for name, recipe in write_recipes(folder, rank, sketch).items():
                 recipes[f"{name}, rank {rank}" if name.startswith("snrf") else name] = recipe
+        if only:
+            recipes = {name: path for name, path in recipes.items() if name in (*only, "linear", "passthrough")}
         cold = drop_file_caches()
         mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
         options = ["--quiet", "--no-copy-tokenizer", "--out-shard-size", out_shard_size]
@@ -65,7 +74,12 @@ def main(
             shutil.rmtree(folder)
     results = {name: median(measured) for name, measured in runs.items()}
     bars = []
-    for rank in ranks:
+    if "regmean" in results:
+        dense = sketch is None and SHAPES[size]["hidden_size"] > REGMEAN_WIDE
+        limit = REGMEAN_BARS[dense]
+        bars.append(bar("regmean / linear, wall", results["regmean"].wall_s / results["linear"].wall_s, limit))
+        bars.append(bar("regmean / linear, peak", results["regmean"].peak_mb / results["linear"].peak_mb, 1))
+    for rank in ranks if not only else ():
         whole, single = results[f"snrf, rank {rank}"], results[f"snrf in one layer, rank {rank}"]
         limit = LINEAR_BARS.get(rank, LINEAR_BARS[64])
         bars.append(bar(f"snrf / linear, wall, rank {rank}", whole.wall_s / results["linear"].wall_s, limit))

@@ -10,8 +10,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
+from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.moments import (
+    DENSE_LIMIT,
+    INPUTS,
+    SETS,
+    InputSite,
+    MomentsProvenance,
+    moment_tensors,
+    write_moments,
+)
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 
@@ -73,8 +83,34 @@ def make_pair(work: Path, size: str) -> None:
         make_checkpoint(work / "source", SHAPES[size], 1, drift=work / "base")
 
 
-def write_recipes(work: Path, rank: int) -> dict[str, Path]:
-    """Write masks and recipes; return the recipes by name."""
+def write_random_moments(path: Path, hidden: int, wide: int, layers: int, sketch: int | None = None) -> Path:
+    """Write moments of random inputs with a falling spectrum; all layers hold the same."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"attn": hidden, "up": hidden, "down": wide}
+    tensors = {}
+    for number, name in enumerate(INPUTS):
+        for offset, which in enumerate(SETS):
+            generator.manual_seed(2 * number + offset)
+            moment = _random_moment(sizes[name], sketch, generator)
+            for layer in range(layers):
+                tensors |= moment_tensors(InputSite(layer, name), which, moment, 1.0)
+    write_moments(path, tensors, MomentsProvenance())
+    return path
+
+
+def _random_moment(size: int, sketch: int | None, generator: torch.Generator) -> Moment:
+    values = torch.arange(1, size + 1, dtype=torch.float64).pow(-1)
+    if sketch is None and size <= DENSE_LIMIT:
+        inputs = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+        mixed = inputs * values.sqrt() @ torch.randn(size, size, generator=generator, dtype=torch.float64)
+        return DenseMoment.of(mixed.mT @ mixed)
+    width = min(sketch or 512, size)
+    vectors = torch.linalg.qr(torch.randn(size, width, generator=generator, dtype=torch.float64)).Q
+    return SketchMoment.of(vectors, values[:width], float(values.sum()))
+
+
+def write_recipes(work: Path, rank: int, sketch: int | None = None) -> dict[str, Path]:
+    """Write masks, moments and recipes; return the recipes by name."""
     shape = find_decoder(open_checkpoint(str(work / "base"))).shape
     generator = torch.Generator().manual_seed(0)
     everywhere = NeuronSet(
@@ -93,6 +129,13 @@ def write_recipes(work: Path, rank: int) -> dict[str, Path]:
         "snrf": snrf + "all.safetensors\n",
         "snrf in one layer": snrf + "one.safetensors\n",
     }
+    moments = work / "all.moments.safetensors"
+    if not moments.exists():
+        write_random_moments(moments, shape.hidden_size, shape.intermediate_size, shape.layers, sketch)
+    recipes["regmean"] = (
+        f"merge_method: snrf\nbase_model: {work}/base\nmodels:\n  - model: {work}/source\n"
+        f"parameters: {{update: regmean, moments: {moments}, keep: 3}}\n"
+    )
     paths = {}
     for name, text in recipes.items():
         paths[name] = work / f"{name.replace(' ', '-')}-{rank}.yml"

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from mergekit_snrf.models.checkpoint import open_checkpoint
 
 CP, LINEAR, MERGEKIT, PATCH, LORA = "cp", "linear", "snrf", "snrf patch", "snrf lora"
+REGMEAN = "snrf patch, regmean"
 SNRF = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
 
 
@@ -55,7 +56,7 @@ def main(
 ) -> None:
     """Print wall time, CPU time, peak memory and size, and the ratios that the project promises."""
     folder = Path(tempfile.mkdtemp(prefix="snrf-patch-")) if work is None else work
-    outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGEKIT, PATCH, LORA)}
+    outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGEKIT, PATCH, LORA, REGMEAN)}
     try:
         make_pair(folder, size)
         recipes = write_recipes(folder, rank)
@@ -67,6 +68,10 @@ def main(
             LINEAR: [*mergekit, str(recipes["linear"]), str(outs[LINEAR]), *options],
             MERGEKIT: [*mergekit, snrf, str(outs[MERGEKIT]), *options],
             PATCH: [*SNRF, "patch", snrf, str(outs[PATCH]), "--quiet", "--workers", str(threads)],
+            REGMEAN: [
+                *[*SNRF, "patch", str(recipes["regmean"]), str(outs[REGMEAN])],
+                *["--quiet", "--workers", str(threads)],
+            ],
             LORA: [*SNRF, "lora", snrf, str(outs[LORA]), "--dtype", "bfloat16", "--quiet"],
         }
         cold = drop_file_caches()
@@ -83,6 +88,7 @@ def main(
     linear, patch, lora = results[LINEAR], results[PATCH], results[LORA]
     bars = [
         bar("snrf patch / linear, wall", patch.wall_s / linear.wall_s, 0.65),
+        bar("snrf patch of regmean / linear, wall", results[REGMEAN].wall_s / linear.wall_s, 1),
         bar("snrf lora / linear, wall", lora.wall_s / linear.wall_s, 0.5),
         bar("snrf patch, peak GB", patch.peak_mb / 1000, 2),
         bar("tensors in which snrf patch differs from mergekit-yaml", len(different), 0),
@@ -92,7 +98,7 @@ def main(
     click.echo(f"two bf16 checkpoints of {sizes[CP]:.0f} MB ({size}), rank {rank}, medians of {repeats}")
     for name, measured in results.items():
         click.echo(
-            f"{name:<12} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak "
+            f"{name:<20} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak "
             f"{sizes[name]:8.1f} MB output"
         )
     click.echo(bars_text(bars))

@@ -16,6 +16,7 @@ import torch
 import yaml
 from checkpoints import make_source, make_target, read
 from click.testing import CliRunner, Result
+from made_moments import sizes_of, write_random_moments
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli.profile import main as snrf_profile
@@ -24,6 +25,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_processor
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.profiling.moments import moments_path
 from mergekit_snrf.profiling.settings import load_profile_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -281,6 +283,24 @@ def test_recipe_has_the_settings_of_the_paper(pair: Pair) -> None:
     }
 
 
+@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair is not MINICPM], ids=lambda pair: pair.folder)
+def test_regmean_recipe_reads_the_moments_of_the_profile(pair: Pair, tmp_path: Path) -> None:
+    example = copied(pair, tmp_path)
+    replaced(example / "regmean.yml", pair.target, str(tmp_path / "target"))
+    replaced(example / "regmean.yml", pair.source, str(tmp_path / "source"))
+    moments = moments_path(example / pair.mask)
+    sizes = sizes_of(pair.decoder.layers, pair.tiny["hidden_size"], pair.tiny["intermediate_size"])
+    write_random_moments(moments, sizes, tokens=8, sketches=dict.fromkeys(("attn", "up", "down"), 4))
+    result = invoke("plan", "--json", *pair.trust, str(example / "regmean.yml"))
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["problems"], plan["warnings"]) == ([], [])
+    assert len(plan["tensors"]["edited"]) == 5 * pair.decoder.layers
+    kinds = yaml.safe_load((pair.path / "profile.yml").read_text())["keep"]
+    assert [kind["name"] for kind in kinds] == ["vqa", "ocr", "count", "objects"]
+    assert all(kind["dataset"] in (EXAMPLES / "README.md").read_text() for kind in kinds)
+
+
 @every_pair
 def test_profile_has_the_settings_of_the_paper(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "profile.yml"
@@ -435,6 +455,16 @@ def test_figures_of_the_page_follow_from_the_shapes(pair: Pair) -> None:
     if pair is MINICPM:
         assert not [name for name in rows if "profiling" in name]
         return
+    dense, wide = (
+        2 * (pair.decoder.width * (pair.decoder.width + 1) + 4 * pair.decoder.width),
+        pair.decoder.intermediate,
+    )
+    sizes = (
+        2 * decoder.layers * (dense + 4 * wide * 512) / 1e9,
+        8 * decoder.layers * 256 * (2 * decoder.width + wide) / 1e9,
+    )
+    moments = rows["moments for `regmean.yml`"][0]
+    assert [float(number) for number in re.findall(r"([\d.]+) GB", moments)][:2] == pytest.approx(sizes, rel=5e-3)
     neurons = decoder.layers * ((decoder.heads + 2 * decoder.kv_heads) * HEAD_DIM + decoder.intermediate)
     assert f"{three_digits(92 * neurons / 1e6)} MB of statistics" in rows["memory of profiling"][0]
     found = [float(number) for number in re.findall(r"[\d.]+", rows["time of profiling (estimate)"][0])][:3]

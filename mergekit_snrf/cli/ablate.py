@@ -10,7 +10,9 @@ from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
     is_quiet,
+    loaded,
     silence_progress,
+    study_text,
 )
 from mergekit_snrf.cli.options import (
     construct,
@@ -21,7 +23,7 @@ from mergekit_snrf.cli.options import (
     mask_option,
     seed_option,
 )
-from mergekit_snrf.cli.study import check_mask, loaded, study_text
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.reference import ModelRef
 
 
@@ -58,12 +60,15 @@ def ablate(
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.neurons.maskfile import load_mask
+    from mergekit_snrf.neurons.shape import check_fit
 
     check_outputs(json_file)
     ref = construct(ModelRef, {"model": model, **loading})
     checkpoint = open_checkpoint(model, trust_remote_code=ref.trust_remote_code)
     chosen = load_mask(mask)
-    check_mask(chosen, find_decoder(checkpoint).shape, model)
+    if not chosen.neurons.count():
+        raise SnrfError(chosen.path, "has no neurons", "give a mask with at least one")
+    check_fit(chosen.neurons, find_decoder(checkpoint).shape, where=chosen.path, model=model)
     settings: dict[str, Any] = {"dtype": ref.dtype, "config_sha256": checkpoint.config_sha256}
     least = None
     if profile_file is not None:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, silence_progress, table
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
 from mergekit_snrf.cli.options import construct, figures_option, json_option, loading_options, settings_options
-from mergekit_snrf.cli.study import loaded
 from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
 from mergekit_snrf.models.reference import ModelRef

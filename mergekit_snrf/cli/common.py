@@ -1,22 +1,27 @@
-"""What all commands share: verbosity, errors in one line, checked outputs and tables."""
+"""What commands share: verbosity, errors in one line, checked outputs, loaded models and tables."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mergekit_snrf.errors import SnrfError, os_reason
-from mergekit_snrf.files.writing import check_writable
+from mergekit_snrf.errors import SnrfError, naming, option, os_reason
+from mergekit_snrf.files.markdown import share as share
+from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mergekit_snrf.evidence.recipes import OpenedRecipe
+    from mergekit_snrf.evidence.results import Study
+    from mergekit_snrf.merge.recipefile import MergeOptions
+    from mergekit_snrf.models.reference import ModelRef
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -29,32 +34,16 @@ def command_options(function: _F) -> _F:
         level = logging.DEBUG if verbosity > 1 else logging.INFO if verbosity else logging.WARNING
         logging.basicConfig(level=logging.ERROR if quiet else level)
         try:
-            with _clean_up_when_terminated():
+            with cleaning_up_when_terminated():
                 return function(*args, **kwargs)
         except SnrfError as error:
             if verbosity > 1:
                 raise
             raise click.ClickException(str(error)) from None
 
-    options = (
-        click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity)."),
-        click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings."),
-    )
-    return _with(options, wrapper)  # type: ignore[return-value]
-
-
-@contextmanager
-def _clean_up_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, after its cleaning up."""
-    of_python = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not of_python or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    quiet_option = click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings.")
+    verbose = click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity).")
+    return verbose(quiet_option(wrapper))  # type: ignore[return-value]
 
 
 def is_quiet() -> bool:
@@ -86,12 +75,6 @@ def check_outputs(json_file: str | None, figures: str | None = None) -> None:
             raise SnrfError(figures, f"cannot be made ({os_reason(error)})", "choose another folder") from None
 
 
-def _with(options: Sequence[Callable[[_F], _F]], function: _F) -> _F:
-    for option in reversed(options):
-        function = option(function)
-    return function
-
-
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Format rows under a header; the first column is flush left, the others flush right."""
     cells = [list(header), *([str(cell) for cell in row] for row in rows)]
@@ -105,11 +88,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     )
 
 
-def share(part: int, whole: int) -> str:
-    """Format a share as per cent with two digits."""
-    return f"{100 * part / whole:.2f} %" if whole else "-"
-
-
 def size(count: int) -> str:
     """Format a number of bytes in decimal units."""
     value = float(count)
@@ -118,3 +96,38 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = None) -> tuple[PreTrainedModel, Any]:
+    """Load a model with its processor, and write into ``settings`` how it was loaded."""
+    from mergekit_snrf.models import loading
+
+    with naming(option):
+        model, processor = loading.load_model(ref, images=images)
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+    return model, processor
+
+
+def study_text(study: Study) -> str:
+    """Return a study as text: a table per metric, and the verdict."""
+    from mergekit_snrf.evidence.tables import study_table
+
+    parts = []
+    for metric in study.items:
+        one = study_table(study, metric)
+        parts.append(table((one.caption, *one.header[1:]), one.rows))
+    intervals = f"[{100 * study.level:g} % intervals]: paired bootstrap over items and draws, seed {study.seed}."
+    return "\n\n".join([*parts, "\n".join([intervals, *study.verdict])])
+
+
+def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) -> tuple[OpenedRecipe, MergeOptions]:
+    """Return a recipe whose models are here, and mergekit's options; ``loading`` gets its dtype if it has none."""
+    from mergekit_snrf.evidence.recipes import open_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
+
+    trust = loading.get("trust_remote_code", False)
+    options = MergeOptions(**caches, trust_remote_code=trust, quiet=is_quiet())
+    opened = open_recipe(load_recipe(path), options, str(Path(path).resolve().parent))
+    if loading.get("dtype", "auto") == "auto":
+        loading["dtype"] = opened.dtype
+    return opened, options

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,7 +13,10 @@ from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
     is_quiet,
+    loaded,
+    opened_recipe,
     silence_progress,
+    study_text,
 )
 from mergekit_snrf.cli.options import (
     cache_options,
@@ -24,17 +26,14 @@ from mergekit_snrf.cli.options import (
     figures_option,
     json_option,
     loading_options,
-    merge_options,
     seed_option,
 )
-from mergekit_snrf.cli.study import loaded, study_text
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
-
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
+    from mergekit_snrf.merge.recipefile import MergeOptions
     from mergekit_snrf.models.moments import Moments
     from mergekit_snrf.models.weights import Weights
     from mergekit_snrf.neurons.sets import NeuronSet
@@ -42,24 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
-_OF_RECIPE = (
-    "reference",
-    "rows",
-    "draws",
-    "profiles",
-    "base",
-    "linear_betas",
-    "moments",
-    "keeps",
-    "drop_rate",
-    "device",
-    "dtype",
-    "trust_remote_code",
-    "transformers_cache",
-    "lora_merge_cache",
-)
 _MOST_KEEP = 1e6
 _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
+_OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
 
 
 @click.command()
@@ -160,11 +144,12 @@ def _check_chosen(row: str, needed: str) -> None:
 
 def _check_options(from_lmms_eval: bool) -> None:
     context = click.get_current_context()
-    for name in _OF_RECIPE if from_lmms_eval else _OF_LMMS_EVAL:
-        if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE:
-            given = next(parameter.opts[0] for parameter in context.command.params if parameter.name == name)
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+        if given and name not in _OF_BOTH and (name in _OF_LMMS_EVAL) != from_lmms_eval:
             where = "with a recipe only" if from_lmms_eval else "with --from-lmms-eval only"
-            raise SnrfError(None, f"has an effect {where}", "leave it out", field=given)
+            raise SnrfError(None, f"has an effect {where}", "leave it out", field=parameter.opts[0])
 
 
 def _from_lmms_eval(
@@ -183,58 +168,33 @@ def _from_lmms_eval(
 
 
 def _from_recipe(
-    places: tuple[str, ...],
-    *,
-    reference: str | None,
-    rows: str,
-    draws: int,
-    seed: int,
-    profiles: tuple[str, ...],
-    base: str | None,
-    linear_betas: str,
-    moments: str | None,
-    keeps: str,
-    drop_rate: float,
-    loading: dict[str, Any],
-    caches: dict[str, Any],
-    **_: Any,
+    places: tuple[str, ...], *, reference: str | None, loading: dict[str, Any], caches: dict[str, Any], **given: Any
 ) -> tuple[Study, list[str]]:
     if len(places) != 1:
         raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys = _keys(rows)
-    betas = _numbers(linear_betas, "--linear-betas", 1)
-    strengths = _numbers(keeps, "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), _numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
-    from mergekit_snrf.evidence.recipes import open_recipe
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
 
-    trust = loading.get("trust_remote_code", False)
-    options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
-    from mergekit_snrf.merge.recipefile import load_recipe
-
-    opened = open_recipe(load_recipe(places[0]), options, str(Path(places[0]).resolve().parent))
+    opened, options = opened_recipe(places[0], loading, caches)
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    least, common, notes = _of_options(keys, opened, profiles, base, options, settings)
-    found = _moments(keys, opened, moments, settings, notes)
+    least, common, notes = _of_options(keys, opened, given["profiles"], given["base"], options, settings)
+    found = _moments(keys, opened, given["moments"], settings, notes)
     silence_progress()
     evaluation = load_evaluation(reference)
-    if loading.get("dtype", "auto") == "auto":
-        loading["dtype"] = opened.dtype
-    model, processor = loaded(
-        construct(ModelRef, {"model": str(opened.target_folder), **loading}),
-        settings,
-    )
-    controls = Controls(keys, draws, seed, least, common, betas, drop_rate)
+    model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
+    controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
     controls = replace(controls, moments=found, keeps=strengths)
     digest = None if opened.mask is None else sha256(opened.mask)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, seed, settings)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
         study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())

@@ -16,7 +16,7 @@ from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import ModelRef
 
 if TYPE_CHECKING:
-    from mergekit.options import MergeOptions
+    from mergekit_snrf.merge.recipefile import MergeOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -80,7 +80,7 @@ selection_options = _bundle(
 
 def merge_options(reading: dict[str, Any], **more: Any) -> MergeOptions:
     """Return mergekit's options of a merge."""
-    from mergekit.options import MergeOptions
+    from mergekit_snrf.merge.recipefile import MergeOptions
 
     return MergeOptions(**reading, **more)
 

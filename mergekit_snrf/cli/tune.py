@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, silence_progress, table
+from mergekit_snrf.cli.common import (
+    check_outputs,
+    command_options,
+    is_quiet,
+    loaded,
+    opened_recipe,
+    silence_progress,
+    table,
+)
 from mergekit_snrf.cli.options import (
     cache_options,
     construct,
@@ -15,12 +23,10 @@ from mergekit_snrf.cli.options import (
     figures_option,
     json_option,
     loading_options,
-    merge_options,
 )
 from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.tune import TunedPoint, Tuning
 
 
@@ -96,14 +102,13 @@ def _tuned(
     loading: dict[str, Any],
     caches: dict[str, Any],
 ) -> Tuning:
-    from mergekit_snrf.cli.study import loaded
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
     from mergekit_snrf.evidence.heldout import held_out, kinds_of
     from mergekit_snrf.evidence.tune import tune as bisect
     from mergekit_snrf.models.reference import ModelRef
     from mergekit_snrf.profiling.settings import load_profile_config
 
-    opened = _open(recipe, loading, caches)
+    opened, _ = opened_recipe(recipe, loading, caches)
     moments = opened.merge.moments
     if moments is None:
         raise SnrfError(recipe, "does not use moments", "tune a recipe with update: regmean", field="update")
@@ -113,8 +118,6 @@ def _tuned(
     evaluation = None if reference is None else load_evaluation(reference)
     silence_progress()
     settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
-    if loading.get("dtype", "auto") == "auto":
-        loading["dtype"] = opened.dtype
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
     folders = [Path(place).resolve().parent for place in (profile, moments.path, recipe) if place is not None]
     found = held_out(kinds, model, processor, folders)
@@ -136,15 +139,6 @@ def _tuned(
             visit=None if is_quiet() else show,
         )
     return tuning.model_copy(update={"settings": settings})
-
-
-def _open(recipe: str, loading: dict[str, Any], caches: dict[str, Any]) -> OpenedRecipe:
-    from mergekit_snrf.evidence.recipes import open_recipe
-    from mergekit_snrf.merge.recipefile import load_recipe
-
-    trust = loading.get("trust_remote_code", False)
-    options = merge_options({**caches, "trust_remote_code": trust}, quiet=is_quiet())
-    return open_recipe(load_recipe(recipe), options, str(Path(recipe).resolve().parent))
 
 
 def _said(tuning: Tuning) -> str:

@@ -14,8 +14,8 @@ from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.models.edits import Edit, filter_at, fuse_model
-from mergekit_snrf.models.filters import Filters
+from mergekit_snrf.models.edits import Edit, fuse_model
+from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import Weights, bias_name

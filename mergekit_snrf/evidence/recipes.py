@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import dtype_from_name
-from mergekit.config import MergeConfiguration
-from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned
 from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
 from mergekit_snrf.models.weights import Weights, bias_name, stored_weights

@@ -1,4 +1,7 @@
-"""Reading a recipe file as mergekit does, with the key in every error."""
+"""Reading a recipe file as mergekit does, with the key in every error.
+
+Other rooms take mergekit's types from here.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-from mergekit.config import MergeConfiguration
+from mergekit.common import dtype_from_name as dtype_from_name
+from mergekit.config import MergeConfiguration as MergeConfiguration
+from mergekit.options import MergeOptions as MergeOptions
 from pydantic import ValidationError
 
 from mergekit_snrf.errors import SnrfError, first_line, invalid

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse
-from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.filters import Filters, check_moments
+from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import Moments, read_moments
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
@@ -211,19 +210,6 @@ def _fused(
         theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
         yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
-
-
-def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
-    """Return the filter of a site; None where its update needs none.
-
-    Raises:
-        SnrfError: the update is regmean, and there are no moments.
-    """
-    if fusion.update != "regmean":
-        return None
-    if filters is None:
-        raise SnrfError(None, "is missing", "name the moments file of the target", field="moments")
-    return filters.of(site, fusion.keep)
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import LAYERS, example_inputs, load, make_source, make_target
+from checkpoints import example_inputs, load, make_source, make_target
 from made_profiles import impact_profile
 from torch import Tensor
 
-from mergekit_snrf.cli.study import check_mask
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.ablate import ablation_rows
 from mergekit_snrf.evidence.evaluation import Evaluation
@@ -23,7 +22,6 @@ from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Setup, run_study
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 from mergekit_snrf.profiling.result.profilefile import Profile
 
@@ -180,18 +178,6 @@ def test_the_impacts_of_several_profiles_are_averaged_over_their_probes() -> Non
     for given, least in ((profiles, 0), (profiles[:1], 0), (profiles[1:], 1)):
         neurons = least_important(given, NeuronSet({site: torch.tensor([True, False])}))
         assert [neuron.index for neuron in neurons.neurons()] == [least]
-
-
-def test_masks_of_another_model_are_refused_by_headers(folder: Path) -> None:
-    shape = find_decoder(open_checkpoint(str(folder))).shape
-    check_mask(Mask(some_neurons(folder)), shape, "model")
-    for neurons in (
-        NeuronSet({}),
-        NeuronSet({Site(LAYERS, "attn.q"): torch.ones(64).bool()}),
-        NeuronSet({Site(0, "attn.k"): torch.ones(7).bool()}),
-    ):
-        with pytest.raises(SnrfError, match=r"^m: "):
-            check_mask(Mask(neurons, path="m"), shape, "model")
 
 
 @pytest.mark.parametrize(("draws", "keep", "field"), [(0, True, "draws"), (3, False, "mask")])

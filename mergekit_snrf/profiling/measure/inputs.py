@@ -40,7 +40,7 @@ def watched_inputs(
     Raises:
         SnrfError: an input was not seen, has another size, or holds NaN or infinite values.
     """
-    sizes, seen = input_sizes(decoder), set[InputSite]()
+    sizes, seen, unpadded = input_sizes(decoder), set[InputSite](), bool(counted.all())
 
     def hook(site: InputSite) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -54,7 +54,7 @@ def watched_inputs(
                     f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]",
                     "the model is not supported",
                 )
-            rows = tensor[counted.to(tensor.device)]
+            rows = tensor.flatten(0, 1) if unpadded else tensor[counted.to(tensor.device)]
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
             visit(site, rows)
 

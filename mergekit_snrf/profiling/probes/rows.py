@@ -92,8 +92,8 @@ class Rows:
     """
 
     source: ProbeSource
-    rows: tuple[Row, ...]
-    bad: tuple[BadRow, ...] = ()
+    rows: tuple[Row, ...] = field(repr=False)
+    bad: tuple[BadRow, ...] = field(default=(), repr=False)
     _dataset: datasets.Dataset | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = None
 

@@ -62,17 +62,22 @@ class InputSum:
         self.tokens += len(rows)
         if len(rows):
             self.largest = max(self.largest, float(norms.max()))
-        self.clipped += int((norms > self.clip).sum())
-        rows = rows * (self.clip / norms.clamp_min(self.clip))[:, None] if self.clip else rows
-        self.trace += float(rows.double().square().sum())
+        long = norms > self.clip
+        clipped = int(long.sum())
+        self.clipped += clipped
+        if self.clip and clipped:
+            rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
+            norms = norms.clamp_max(self.clip)
+        self.trace += float(norms.double().square().sum())
         if self.directions is not None:
-            self.total += (rows.mT @ (rows @ self.directions.to(rows))).to(self.total)
+            self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
             return
         size = rows.shape[1]
         step = -(-size // _BLOCKS)
         for start in range(0, size, step):
             block = rows[:, start : start + step]
-            self.total[start : start + step, start:] += (block.mT @ rows[:, start:]).to(self.total)
+            # Added as float32, without a float64 copy of the product.
+            self.total[start : start + step, start:].add_((block.mT @ rows[:, start:]).to(self.total.device))
 
     def merge(self, other: InputSum) -> None:
         """Add the inputs of another sum."""

@@ -73,7 +73,7 @@ class ProfileProvenance(BaseModel):
     fingerprint: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SiteProfile:
     """The four statistics of one layer and projection.
 
@@ -85,6 +85,10 @@ class SiteProfile:
     max_rank: Float32[Tensor, " neurons"]
     mean_impact: Float32[Tensor, " neurons"]
     hits: Int32[Tensor, "neurons bins"]
+
+    def __repr__(self) -> str:
+        """Return the number of neurons."""
+        return f"<SiteProfile of {self.neurons} neurons>"
 
     def __post_init__(self) -> None:
         neurons = len(self.min_impact)
@@ -114,7 +118,7 @@ class SiteProfile:
         return torch.round(self.max_rank.double() * self.neurons).nan_to_num(-1.0).to(torch.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Profile:
     """What a model uses on a corpus of ``count`` probes, and where that was measured.
 
@@ -131,6 +135,10 @@ class Profile:
     provenance: ProfileProvenance = field(default_factory=ProfileProvenance)
     edges: tuple[str, ...] = EDGES
     path: str = "profile"
+
+    def __repr__(self) -> str:
+        """Return the path and the sizes."""
+        return f"<Profile {self.path}: {self.count} probes, {len(self.sites)} layers and projections>"
 
     def __post_init__(self) -> None:
         try:

@@ -1,0 +1,183 @@
+"""CPU time of taking moments beside the forward passes that they need, and size and time of a moments file.
+
+    python benchmarks/moments.py --json moments.json
+
+The model has the shape of SmolLM2-135M and random weights; every probe is 512 random tokens, eight in a
+batch. The file has the shape of Qwen2.5-VL-7B's decoder (hidden 3584, FFN 18944, 28 layers) and random activations; a
+few layers are made, written and read, and bytes and seconds are scaled to all layers, of which every one is alike.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import torch
+from machine import bar, bars_text, describe, write_json
+from profiling import load
+from torch import nn
+
+from mergekit_snrf.fusion.regmean import DenseMoment, regmean_filter
+from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.moments import (
+    INPUTS,
+    SETS,
+    InputSite,
+    MomentsProvenance,
+    moment_tensors,
+    read_moments,
+    write_moments,
+)
+from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_watched, watched_inputs
+from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
+
+QWEN_7B = {"attn": 3584, "up": 3584, "down": 18944}
+LAYERS = 28
+COST_BAR = 1.3
+SIZE_BARS = {None: 2.6, 256: 0.8}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Probes of random tokens, without padding."""
+
+    inputs: dict[str, torch.Tensor]
+    attention_mask: torch.Tensor
+
+
+def probe(number: int, tokens: int, vocabulary: int, batch_size: int) -> Batch:
+    """Return the batch of that number."""
+    generator = torch.Generator().manual_seed(number)
+    ids = torch.randint(0, vocabulary, (batch_size, tokens), generator=generator)
+    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids))
+
+
+def cpu(function: Callable[[], object]) -> float:
+    """Return the CPU seconds of a call."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def costs(
+    model: nn.Module, tokens: int, batch_size: int, sketch: int | None, repeats: int
+) -> tuple[list[float], list[float]]:
+    """Return CPU seconds of the forward pass of a batch, and of the pass with its moments taken, alternately."""
+    decoder = find_live_decoder(model, name="benchmark")
+    batches = [probe(number, tokens, model.config.vocab_size, batch_size) for number in range(repeats + 1)]
+    norms = NormMedians()
+    with watched_inputs(decoder, batches[0].attention_mask != 0, norms.visit):
+        run_watched(model, batches[0].inputs)
+    clips = {site: CLIP * median for site, median in norms.medians().items()}
+    sums = MomentSums(input_sizes(decoder), clips, sketch, 0)
+
+    def taken(number: int) -> None:
+        batch = batches[number]
+        with watched_inputs(decoder, batch.attention_mask != 0, lambda site, rows: sums.sums[site].add(rows)):
+            run_watched(model, batch.inputs)
+
+    taken(0)
+    plain, watched = [], []
+    for number in range(1, repeats + 1):
+        plain.append(cpu(lambda number=number: run_watched(model, batches[number].inputs)))
+        watched.append(cpu(lambda number=number: taken(number)))
+    return plain, watched
+
+
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    """Append the wall seconds of a block."""
+    start = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - start)
+
+
+def file_figures(folder: Path, layers: int, sketch: int | None) -> dict[str, float]:
+    """Return GB and seconds of a file of all layers, scaled from a few, and the seconds of one layer's filters."""
+    path = folder / "moments.safetensors"
+    tensors, made, wrote, read, solved = {}, [], [], [], []
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(layers):
+        sites = {InputSite(layer, name): QWEN_7B[name] for name in INPUTS}
+        for which in SETS:
+            sums = MomentSums(sites, dict.fromkeys(sites, 1e9), sketch, 0)
+            for site, size in sites.items():
+                decay = torch.arange(1, size + 1).pow(-0.5)
+                sums.sums[site].add(torch.randn(2048, size, generator=generator) * decay)
+                with timed(made):
+                    one = sums.sums[site]
+                    tensors |= moment_tensors(site, which, one.moment(sums.eigenvectors(size)), one.clip)
+                one.total = torch.empty(0)
+    with timed(wrote):
+        write_moments(path, tensors, MomentsProvenance())
+    tensors.clear()
+    with timed(read):
+        found = read_moments(path)
+        moments = {(site, which): found.moment(site, which) for site in found.sizes for which in SETS}
+    for name in INPUTS:
+        pair = [moments[InputSite(0, name), which] for which in SETS]
+        with timed(solved):
+            regmean_filter(*pair, 3.0)
+    dense = sum(isinstance(moment, DenseMoment) for moment in moments.values())
+    scale = LAYERS / layers
+    return {
+        "GB": path.stat().st_size * scale / 1e9,
+        "dense share": dense / len(moments),
+        "moments of sums s": sum(made) * scale,
+        "write s": wrote[0] * scale,
+        "read s": read[0] * scale,
+        "filters s": sum(solved) * LAYERS,
+    }
+
+
+@click.command()
+@click.option("--tokens", default=512, show_default=True)
+@click.option("--batch-size", default=8, show_default=True, help="Probes in a batch; 8 is profile.yml's default.")
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--layers", default=2, show_default=True, help="Layers of the file that are made; 0: no file.")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path))
+def main(tokens: int, batch_size: int, repeats: int, layers: int, threads: int, json_path: Path | None) -> None:
+    """Print times and sizes, and the bars that the project promises."""
+    torch.set_num_threads(threads)
+    model = load(None)
+    figures, bars = {}, []
+    for label, sketch in (("dense", None), ("sketch 256", 256)):
+        plain, watched = costs(model, tokens, batch_size, sketch, repeats)
+        ratio = statistics.median(after / before for before, after in zip(plain, watched, strict=True))
+        figures |= {f"forward, beside {label}, CPU s": plain, f"moments, {label}, CPU s": watched}
+        bars.append(bar(f"taking moments / forward passes, {label}, {batch_size} x {tokens} tokens", ratio, COST_BAR))
+    del model
+    machine = describe(threads)
+    click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads")
+    for name, values in figures.items():
+        click.echo(f"{name:<36} {statistics.median(values):7.3f} ({min(values):.3f} to {max(values):.3f})")
+    for sketch, limit in SIZE_BARS.items() if layers else ():
+        folder = Path(tempfile.mkdtemp(prefix="snrf-moments-"))
+        try:
+            found = file_figures(folder, layers, sketch)
+        finally:
+            shutil.rmtree(folder)
+        label = "default" if sketch is None else f"sketch {sketch}"
+        click.echo(
+            f"7B file, {label}, from {layers} of {LAYERS} layers: "
+            + ", ".join(f"{k} {v:.3g}" for k, v in found.items())
+        )
+        figures |= {f"7B file, {label}, {name}": [value] for name, value in found.items()}
+        bars.append(bar(f"moments file of 7B shape, {label}, GB", found["GB"], limit))
+    click.echo(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    click.echo(bars_text(bars))
+    if json_path:
+        write_json(json_path, "moments", threads, figures, bars, tokens=tokens, batch_size=batch_size, layers=layers)
+
+
+if __name__ == "__main__":
+    main()
