@@ -76,7 +76,7 @@ def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind
     for index, entry in enumerate(known):
         source = ProbeSource(**{key: entry[key] for key in _SOURCE if entry.get(key) is not None})
         if config is not None:
-            mine = config.keep_source(index)
+            mine = config.kept()[index].source
             if (mine.limit, mine.seed) != (source.limit, source.seed):
                 what = f"keep.{index} draws {mine.limit} rows by seed {mine.seed}, but {moments.path} was taken on "
                 what += f"{source.limit} by seed {source.seed}"
