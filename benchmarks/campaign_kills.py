@@ -221,7 +221,10 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
         found += ["left journals"] if any("journal" in name for name in left) else []
     else:
         found += _loads_wrong(place, output, whole, earlier, log)
-    options = case.again if code is None or case.over is not None or case.words[0] == "profile" else ("--help",)
+    options = case.again
+    if case.words[0] in ("patch", "lora") and output.exists():
+        # It was complete before the kill, or an earlier one.
+        options = ("--overwrite",)
     code = _forked(lambda: _run(case.words, output, options), log)
     if code != 0:
         return [
@@ -238,9 +241,9 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
 def _loads_wrong(place: Path, output: Path, whole: Files, earlier: Files, log: Path) -> list[str]:
     found = []
     for folder in (output, place / ".out.partial" / "new"):
-        # What mergekit builds in a hidden folder below does not change what the folder itself loads.
-        held = {name: one for name, one in (_hashes(folder) if folder.exists() else {}).items() if name[:5] != ".snrf"}
-        files = {f"out/{name}": sha256 for name, sha256 in held.items()}
+        # What is being built lies in a folder of its own.
+        hashes = _hashes(folder) if folder.exists() else {}
+        files = {f"out/{name}": sha256 for name, sha256 in hashes.items() if ".snrf-unfinished" not in name}
         if files in ({}, whole, earlier):
             continue
         loaded = _forked(lambda folder=folder: _loads(folder), log)

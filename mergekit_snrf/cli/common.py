@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import signal
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +13,7 @@ import click
 
 from mergekit_snrf.errors import SnrfError, naming, option, os_reason
 from mergekit_snrf.files.markdown import share as share
-from mergekit_snrf.files.writing import check_writable
+from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +34,7 @@ def command_options(function: _F) -> _F:
         level = logging.DEBUG if verbosity > 1 else logging.INFO if verbosity else logging.WARNING
         logging.basicConfig(level=logging.ERROR if quiet else level)
         try:
-            with _clean_up_when_terminated():
+            with cleaning_up_when_terminated():
                 return function(*args, **kwargs)
         except SnrfError as error:
             if verbosity > 1:
@@ -48,20 +44,6 @@ def command_options(function: _F) -> _F:
     quiet_option = click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings.")
     verbose = click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity).")
     return verbose(quiet_option(wrapper))  # type: ignore[return-value]
-
-
-@contextmanager
-def _clean_up_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the command as Ctrl-C does, after its cleaning up."""
-    of_python = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if not of_python or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_quiet() -> bool:

@@ -82,14 +82,17 @@ def load_yaml(path: _Path, limit: int = CONFIG_BYTES, *, remedy: str = _PATH) ->
     return parse_yaml(read_text(path, limit, remedy=remedy), path)
 
 
-def parse_yaml(text: str, where: object | None) -> Any:
+def parse_yaml(text: str, where: object | None, *, several: bool = False) -> Any:
     """Return what YAML text holds, as PyYAML's safe loader does.
+
+    Args:
+        several: return a list of all documents; otherwise there may be only one.
 
     Raises:
         SnrfError: it is not YAML, has a duplicate key, or is too deep or too large with its aliases written out.
     """
     try:
-        return yaml.load(text, _Loader)
+        return list(yaml.load_all(text, _Loader)) if several else yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
         line, column = text.count("\n", 0, error.position), error.position - text.rfind("\n", 0, error.position) - 1
         what = f"character U+{error.character:04X} is not allowed"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import stat
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -123,3 +126,17 @@ def _through(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 def _not_written(path: str | os.PathLike[str], error: Exception) -> SnrfError:
     return SnrfError(path, f"cannot be written ({os_reason(error)})", _REMEDY)
+
+
+@contextmanager
+def cleaning_up_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, after its cleaning up."""
+    of_python = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not of_python or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -19,6 +19,14 @@ def install() -> None:
     import mergekit_snrf.merge.method  # noqa: F401
 
     when_imported("mergekit.merge", _wrap)
+    for script in ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge"):
+        when_imported(script, _guard)
+
+
+def _guard(script: ModuleType) -> None:
+    from mergekit_snrf.merge.guard import GuardedYaml
+
+    script.yaml = GuardedYaml()  # type: ignore[attr-defined]
 
 
 class _MergeModule(ModuleType):

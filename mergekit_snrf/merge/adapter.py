@@ -28,8 +28,9 @@ from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.reading import parse_yaml
+from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
 from mergekit_snrf.merge.method import SPEC
@@ -102,7 +103,7 @@ def run_session(
     context = click.get_current_context(silent=True)
     try:
         session = _open_session(config, str(out_path), options, config_source, context)
-        with session.running():
+        with session.running(), cleaning_up_when_terminated():
             for warning in session.plan.warnings:
                 LOG.warning(warning)
             if options.multi_gpu:
@@ -196,8 +197,10 @@ def session_of(config: MergeConfiguration) -> MergeSession:
 
 
 def _hook(names: dict[str, Any]) -> None:
-    """Let ``mergekit.merge`` ask us for the architecture and the card of a running session."""
-    for name, ours in (("get_architecture_info", architecture_of), ("generate_card", _card)):
+    """Let ``mergekit.merge`` ask us for the architecture, the card and the tokenizer of a running session."""
+    copier = functools.partial(_copy_tokenizer, names["_copy_tokenizer"])
+    hooks = (("get_architecture_info", architecture_of), ("generate_card", _card), ("_copy_tokenizer", copier))
+    for name, ours in hooks:
         if not getattr(names[name], "__snrf__", False):
             names[name] = _instead(names[name], ours)
 
@@ -213,6 +216,14 @@ def _instead(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
 def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
     return session_of(config).card()
+
+
+def _copy_tokenizer(original: Callable[..., Any], config: MergeConfiguration, *args: Any, **kwargs: Any) -> None:
+    """Let mergekit write the tokenizer, which it loads where it cannot copy; its files are copied in any case."""
+    try:
+        original(config, *args, **kwargs)
+    except Exception as error:  # mergekit would log a traceback.
+        LOG.warning("%s: mergekit cannot load the tokenizer (%s)", config.base_model, first_line(error))
 
 
 def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeOptions) -> list[str]:

@@ -12,7 +12,7 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.merge.cards import pipeline_tag
 from mergekit_snrf.merge.folders import in_place_problem, path_problem
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
@@ -87,18 +87,32 @@ def check_dtypes(draft: PlanDraft, config: MergeConfiguration) -> None:
                 break
 
 
-def check_chat_template(draft: PlanDraft, config: MergeConfiguration) -> None:
-    """Refuse a chat template that mergekit cannot find."""
-    if not config.chat_template or config.chat_template == "auto":
+def check_chat_template(draft: PlanDraft, config: MergeConfiguration, options: MergeOptions) -> None:
+    """Refuse a chat template that mergekit cannot find, or a tokenizer that it cannot load to write the template.
+
+    mergekit notices both after the weights are written, and then leaves the tokenizer out.
+    """
+    if not config.chat_template:
         return
-    # mergekit notices a bad template after the weights are written, and then leaves the tokenizer out.
     from mergekit.merge import _set_chat_template
+    from transformers import AutoTokenizer
 
     try:
-        _set_chat_template(SimpleNamespace(), config)
+        if config.chat_template != "auto":
+            _set_chat_template(SimpleNamespace(), config)
     except RuntimeError:
         what = f"{config.chat_template!r} is neither Jinja text nor the name of one of mergekit's templates"
         draft.problems.append(SnrfError(None, what, "correct or remove it", field="chat_template"))
+    target = draft.checkpoints.get("target")
+    if target is None or not options.copy_tokenizer:
+        return
+    try:
+        AutoTokenizer.from_pretrained(
+            str(target.folder or target.name), revision=target.revision, trust_remote_code=options.trust_remote_code
+        )
+    except Exception as error:  # Damaged files raise whatever their readers raise.
+        what = f"the tokenizer, which gets the chat template, cannot be loaded ({first_line(error)})"
+        draft.problems.append(SnrfError(target.name, what, "get its files again, or remove chat_template"))
 
 
 def check_distinct(draft: PlanDraft, recipe: Recipe) -> None:

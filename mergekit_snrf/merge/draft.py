@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import Site
 
 
-@dataclass
+@dataclass(repr=False)
 class PlanDraft:
     """What was found of a merge so far, and every problem.
 
@@ -55,6 +56,10 @@ class PlanDraft:
     mask_path: Path | None = None
     moments: Moments | None = None
     edits: list[PlannedEdit] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return how far the plan is."""
+        return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
 
     @contextmanager
     def collect(self) -> Iterator[None]:
@@ -114,7 +119,7 @@ def draft_merge(
     _read_moments(draft, recipe, recipe_folder)
     checks.check_output(draft, config, options, out_path)
     checks.check_dtypes(draft, config)
-    checks.check_chat_template(draft, config)
+    checks.check_chat_template(draft, config, options)
     checks.check_remote_code(draft, options)
     target = draft.models.get("target")
     if target is None:
@@ -141,6 +146,9 @@ def plan_merge(
 
 
 def _open(draft: PlanDraft, role: str, reference: ModelReference, options: MergeOptions, merge_adapter: bool) -> None:
+    if reference.lora is not None and not os.path.isdir(reference.model.path) and os.path.isdir(str(reference)):
+        what = "has a '+' in its name, which in a recipe stands between a model and its adapter"
+        raise SnrfError(reference, what, "rename the folder, or name a link to it")
     checkpoint = draft.checkpoints[role] = opened(reference, options)
     if reference.lora is not None and role == "target":
         what = "a base_model with a LoRA adapter would lose the processor's files"

@@ -57,7 +57,7 @@ class PlannedEdit:
         return self.neurons if self.is_bias else self.neurons * self.shape[1 - self.site.axis]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan:
     """A merge that can run.
 
@@ -80,6 +80,10 @@ class MergePlan:
     edits: tuple[PlannedEdit, ...]
     copied: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """Return the models and the number of edits."""
+        return f"<MergePlan of {' and '.join(model.checkpoint.name for model in self.models)}: {len(self.edits)} edits>"
 
     @property
     def models(self) -> tuple[OpenedModel, ...]:

@@ -18,7 +18,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.filters import Filters
+from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
@@ -39,9 +39,6 @@ def fuse_edit(
 
 def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filters | None) -> dict[str, Any]:
     """Return what a function of ``fusion.fuse`` takes for a planned edit besides target and source."""
-    moments = (
-        filters.of(edit.site, edit.fusion.keep) if filters is not None and edit.fusion.update == "regmean" else None
-    )
     return {
         "neurons": edit.member,
         "axis": edit.site.axis,
@@ -49,7 +46,7 @@ def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filte
         "name": edit.target_name,
         "source_base": source_base,
         "site": edit.site,
-        "moments": moments,
+        "moments": filter_at(edit.site, edit.fusion, filters),
     }
 
 

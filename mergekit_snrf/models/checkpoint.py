@@ -16,12 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
+from mergekit_snrf.files.reading import DATA_BYTES, open_regular, read_bytes
 from mergekit_snrf.models import hub
 from mergekit_snrf.models.headers import TensorHeader, parse_object, read_headers, weight_map
 
-_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".bpe"}
-_SIDE_PREFIXES = ("license", "notice", "use_policy")
+_MEDIA = re.compile(
+    r".*\.(png|jpe?g|gif|webp|svg|pdf|mp[34]|mov|avi|wav|zip|tar|gz|npz|npy|pkl|parquet|arrow)", re.IGNORECASE
+)
+_SMALL = 100_000_000
+"""Bytes of the largest file that is copied with a model beside its weights; tokenizers have about 30 million."""
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.index\.json)?$", re.IGNORECASE)
 _OWN_FILES = {"mergekit_config.yml", "README.md"}
 _NESTED_TEXT = ("text_config", "llm_config", "language_config")
@@ -129,12 +132,13 @@ class Checkpoint:
         A folder inside the checkpoint with weights of its own is another model.
 
         Raises:
-            SnrfError: there is no connection to the hub, and the cache lacks some of them.
+            SnrfError: there is no connection to the hub, and the cache lacks some of them; or one cannot be read.
         """
         if self.missing:
             what = f"the cache lacks {', '.join(self.missing)}, and the hub cannot be reached"
             raise SnrfError(self.name, what, f"download the model first (hf download {self.name})")
-        return _side_files(self.files)
+        files = _side_files(self.files)
+        return files if self.folder is None else tuple(name for name in files if _size(self.folder / name) <= _SMALL)
 
     def local(self, cache_dir: str | None = None) -> Path:
         """Return the folder of the shards and side files, downloaded if they are only on the hub."""
@@ -156,10 +160,16 @@ def _side_files(files: Sequence[str]) -> tuple[str, ...]:
             and not _WEIGHTS.match(name)
             and not any(part.startswith(".") for part in path.split("/"))
             and not models & above
-            and (posixpath.splitext(name)[1] in _SIDE_SUFFIXES or name.lower().startswith(_SIDE_PREFIXES))
+            and "__pycache__" not in path.split("/")
+            and not _MEDIA.fullmatch(name)
         )
 
     return tuple(sorted(filter(belongs, files)))
+
+
+def _size(path: Path) -> int:
+    with open_regular(path, remedy=_AGAIN) as file:
+        return os.fstat(file.fileno()).st_size
 
 
 def weight_files(names: Iterable[str]) -> tuple[str, ...]:
@@ -209,7 +219,7 @@ def _files(folder: Path) -> tuple[str, ...]:
     for root, folders, names in os.walk(folder):
         inside = Path(root).relative_to(folder)
         folders[:] = [n for n in folders if n[0] not in "._" and len(inside.parts) < _DEEPEST]
-        found += [(inside / name).as_posix() for name in names if os.path.isfile(os.path.join(root, name))]
+        found += [(inside / name).as_posix() for name in names]
     return tuple(sorted(found))
 
 

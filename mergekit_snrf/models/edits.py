@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse
-from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.filters import Filters, check_moments
+from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import Moments, read_moments
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
@@ -199,9 +199,9 @@ def _fused(
         weight, name = target.weight(site), target.name(site)
         theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
-        kept = filter_at(site, how, filters)
+        options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
         with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=name, source_base=old, site=site, moments=kept)
+            fused = fuse(weight, new, member, site.axis, how, name=name, **options)
         bias = target.bias(site) if biases and site.axis == 0 else None
         if bias is None:
             yield site, fused, None
@@ -210,19 +210,6 @@ def _fused(
         theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
         yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
-
-
-def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
-    """Return the filter of a site; None where its update needs none.
-
-    Raises:
-        SnrfError: the update is regmean, and there are no moments.
-    """
-    if fusion.update != "regmean":
-        return None
-    if filters is None:
-        raise SnrfError(None, "is missing", "name the moments file of the target", field="moments")
-    return filters.of(site, fusion.keep)
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.fusion.regmean import Filter, regmean_filter
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.models.moments import READERS, InputSite, Moments
@@ -63,3 +64,16 @@ def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
             raise SnrfError(moments.path, what, "use moments of this model")
     if moments.provenance.keep == []:
         raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")
+
+
+def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
+    """Return the filter of a site; None where its update needs none.
+
+    Raises:
+        SnrfError: the update is regmean, and there are no moments.
+    """
+    if fusion.update != "regmean":
+        return None
+    if filters is None:
+        raise SnrfError(None, "is missing", "name the moments file of the target", field="moments")
+    return filters.of(site, fusion.keep)

@@ -33,7 +33,8 @@ from safetensors.torch import save_file
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -313,6 +314,25 @@ def test_adapter(pair: Pair, tmp_path: Path) -> None:
     assert message.endswith(f"check the adapter, and empty {tmp_path / 'cache'} before the next run")
     message = one(pair.recipe(base_model=f"{pair.target}+{tmp_path / 'adapter'}"), tmp_path / "out")
     assert "merge the adapter into a folder of its own first and name that folder" in message
+
+
+def test_a_plus_in_the_name_of_a_folder(pair: Pair, tmp_path: Path) -> None:
+    shutil.copytree(pair.source, tmp_path / "a+b")
+    message = one(pair.recipe(models=[{"model": str(tmp_path / "a+b")}]), tmp_path / "out")
+    assert message.startswith(f"{tmp_path}/a+b: has a '+' in its name")
+
+
+@pytest.mark.parametrize("chat_template", [None, "chatml"])
+def test_a_tokenizer_that_cannot_be_read(chat_template: str | None, pair: Pair, tmp_path: Path) -> None:
+    """Without a chat template mergekit copies its files; with one it loads them."""
+    target = shutil.copytree(pair.target, tmp_path / "target")
+    (target / "tokenizer.json").unlink()
+    if chat_template is None:
+        (target / "tokenizer.json").symlink_to("tokenizer.json")
+    else:
+        (target / "tokenizer.json").write_text("{")
+    message = one(pair.recipe(base_model=str(target), chat_template=chat_template), tmp_path / "out")
+    assert message.startswith(f"{target}/tokenizer.json" if chat_template is None else f"{target}: the tokenizer")
 
 
 def test_all_problems_at_once(pair: Pair, tmp_path: Path) -> None:

@@ -295,7 +295,8 @@ KILLED = """
 import os, signal, sys
 from mergekit_snrf.cli.merge import main
 from mergekit_snrf.merge.session import MergeSession
-setattr(MergeSession, sys.argv.pop(1), lambda *words: os.kill(os.getpid(), signal.SIGKILL))
+number = getattr(signal, sys.argv.pop(1))
+setattr(MergeSession, sys.argv.pop(1), lambda *words: os.kill(os.getpid(), number))
 main()
 """
 
@@ -306,9 +307,16 @@ def test_kill_of_a_merge_into_an_earlier_one(moment: str, pair: Pair, tmp_path: 
     out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yml", pair.recipe(source={"beta": 1.0}))
     merge(pair.recipe(), out)
     before = hashes(out)
-    words = [sys.executable, "-c", KILLED, moment, str(recipe), str(out), "--quiet"]
+    words = [sys.executable, "-c", KILLED, "SIGKILL", moment, str(recipe), str(out), "--quiet"]
     assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
     assert {name: digest for name, digest in hashes(out).items() if UNFINISHED not in name} == before
     merge(recipe, out)
     merge(recipe, tmp_path / "fresh" / "out")
     assert hashes(out) == hashes(tmp_path / "fresh" / "out")
+
+
+def test_a_merge_that_is_terminated_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
+    words = [sys.executable, "-c", KILLED, "SIGTERM", "merged", str(recipe), str(tmp_path / "out"), "--quiet"]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "out").exists()

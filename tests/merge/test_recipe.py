@@ -12,7 +12,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from mergekit.config import MergeConfiguration
-from pair import MODULES, Pair, merge, one, plan, problem, run
+from pair import MODULES, Pair, merge, one, plan, problem, run, write_recipe
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
@@ -242,6 +242,25 @@ def test_mistake_in_the_recipe(mistake: str, pair: Pair) -> None:
 def test_a_mistake_ends_the_command_with_one_sentence(pair: Pair, tmp_path: Path) -> None:
     said = one(pair.recipe(source={"beta": 1.5}), tmp_path / "out")
     assert said == f"parameters of {pair.source}: beta: must be in [0, 1], got 1.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n---\nmerge_method: snrf\n", "expected a single document"),
+        (
+            "\nx-a: &a [x, x, x, x]\n" + "".join(f"x-{i}: &{i} [{'*a, ' * 400}]\n" for i in range(200)),
+            "more than 100000",
+        ),
+        ("\nx-a: 2020-13-45\n", "is not a valid timestamp"),
+    ],
+)
+def test_yaml_that_mergekit_cannot_read_is_one_sentence(text: str, said: str, pair: Pair, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "snrf.yml", pair.recipe())
+    path.write_text(path.read_text() + text)
+    message = one(path, tmp_path / "out")
+    assert message.startswith(f"{path}: not valid YAML at line ")
+    assert said in message
 
 
 def test_base_model_is_no_source(pair: Pair, tmp_path: Path) -> None:

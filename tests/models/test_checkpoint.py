@@ -319,8 +319,9 @@ WEIGHTS = [
     "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "q4.gguf",
 ]  # fmt: skip
 NESTED = ["additional_chat_templates/tool_use.jinja", "code/modeling/x.py", "processor/preprocessor_config.json"]
+NESTED += ["notes.md", "processor/vocab.yaml", "words"]
 OTHER_MODELS = ["onnx/model.onnx", "onnx/tokenizer.json", "checkpoint-5/rank/state.json", "checkpoint-5/optimizer.pt"]
-OTHER_MODELS += [".git/config.json", "__pycache__/x.py", ".cache/huggingface/x.json"]
+OTHER_MODELS += [".git/config.json", "__pycache__/x.pyc", ".cache/huggingface/x.json"]
 OTHERS = [".gitattributes", ".hidden.json", "README.md", "mergekit_config.yml", "picture.png"]
 
 
@@ -336,6 +337,13 @@ def test_side_files_are_everything_small_that_belongs_to_the_model(tmp_path: Pat
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.side_files() == tuple(sorted(SIDE_FILES + NESTED))
     assert len(repr(checkpoint)) < 200
+    with (folder / "words").open("wb") as file:
+        file.truncate(2 * 10**8)
+    assert "words" not in checkpoint.side_files()
+    (folder / "words").unlink()
+    (folder / "words").symlink_to("nowhere")
+    with pytest.raises(SnrfError, match="words: cannot be read"):
+        open_checkpoint(str(folder)).side_files()
     assert weight_files([*SIDE_FILES, *WEIGHTS, *OTHERS]) == tuple(sorted(WEIGHTS))
 
 

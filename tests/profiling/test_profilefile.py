@@ -67,6 +67,7 @@ def test_file_comes_back_as_it_was_written(tmp_path):
     back = read_profile(path)
     assert back.provenance == provenance
     assert (back.count, back.edges, back.path) == (2, EDGES, str(path))
+    assert len(repr(back)) < 200 + len(str(path))
     assert back.sites.keys() == written.sites.keys()
     for site, statistics in back.sites.items():
         for name in ("min_impact", "max_rank", "mean_impact", "hits", "ranks"):
