@@ -84,8 +84,9 @@ def _containers(folder: Path) -> Iterator[Reader]:
     from mergekit_snrf.neurons.maskcard import mask_card, provenance_rows
     from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
     from mergekit_snrf.neurons.released import read_released
-    from mergekit_snrf.neurons.sets import NeuronSet, Site
+    from mergekit_snrf.neurons.sets import NeuronSet
     from mergekit_snrf.neurons.shape import DecoderShape
+    from mergekit_snrf.neurons.sites import Site
     from mergekit_snrf.profiling.journal import Journals, Progress, Tally
     from mergekit_snrf.profiling.result.profilefile import read_profile, write_profile
     from mergekit_snrf.profiling.result.selection import select

@@ -25,7 +25,7 @@ import transformers
 from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 from mergekit_snrf.profiling.measure.meter import Measure, Meter
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
     python benchmarks/moments.py --json moments.json
 
-The model has the shape of SmolLM2-135M and random weights; every probe is 512 random tokens, eight in a
-batch. The file has the shape of Qwen2.5-VL-7B's decoder (hidden 3584, FFN 18944, 28 layers) and random activations; a
-few layers are made, written and read, and bytes and seconds are scaled to all layers, of which every one is alike.
+The model has the shape of SmolLM2-135M and random weights; every probe is 512 random tokens, eight in a batch.
+The file has the shape of Qwen2.5-VL-7B's decoder (hidden 3584, FFN 18944, 28 layers) and random activations; a few
+layers are made, written and read, and bytes and seconds are scaled to all layers, of which every one is alike.
 """
 
 from __future__ import annotations

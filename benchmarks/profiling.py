@@ -34,7 +34,7 @@ from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.run import profile_model
+from mergekit_snrf.profiling.notebook import profile_model
 
 
 def load_file(name: str, path: Path) -> ModuleType:

@@ -186,10 +186,10 @@ def _shown(token: str) -> str:
 
 
 def _draw(result: Amplification, folder: Path) -> list[Path]:
-    from mergekit_snrf.evidence import figures, wording
+    from mergekit_snrf.evidence import drawing, figures, wording
 
     paths = []
     for neuron in result.neurons:
         title = f"{neuron.neuron} of {wording.without_folders(result.model)} amplified by {result.factor:g}"
-        paths += figures.save(figures.word_cloud(neuron), folder, neuron.neuron, title, wording.word_cloud_text(neuron))
+        paths += drawing.save(figures.word_cloud(neuron), folder, neuron.neuron, title, wording.word_cloud_text(neuron))
     return paths

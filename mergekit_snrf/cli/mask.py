@@ -6,15 +6,16 @@ import json
 import math
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, share, table
-from mergekit_snrf.cli.options import SEEDS
-from mergekit_snrf.errors import naming
+from mergekit_snrf.cli.common import command_options, table
+from mergekit_snrf.cli.options import SEEDS, selection_options
+from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.decoder import DecoderShape
@@ -50,34 +51,26 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     from mergekit_snrf.files.references import local_path, sha256
     from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
+    from mergekit_snrf.neurons.sets import count_rows
+    from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
     path = local_path(mask_file)
     content, digest = read_mask(path), sha256(path)
     counts = content.neurons.by_projection()
-    provenance = content.provenance.model_dump(mode="json", exclude_none=True)
     if as_json:
+        provenance = content.provenance.model_dump(mode="json", exclude_none=True)
         by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
-        summary = {name: {"tensors": t, "neurons": n, "of": of} for name, (t, n, of) in counts.items()}
-        click.echo(
-            json.dumps({"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}, indent=2)
-        )
+        summary = {name: dict(zip(("tensors", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
+        shown = {"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}
+        click.echo(json.dumps(shown, indent=2))
         return
-    rows: list[tuple[object, ...]] = [(name, t, n, of, share(n, of)) for name, (t, n, of) in counts.items()]
-    totals = [sum(values) for values in zip(*counts.values(), strict=True)]
-    rows.append(("all", *totals, share(totals[1], totals[2])))
-    click.echo(table(("projection", "layers", "neurons", "of", "share"), rows))
+    click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
     if layers:
-        click.echo("\n" + _layer_table(content.neurons))
+        numbers = sorted({site.layer for site in content.neurons.nonempty()})
+        rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
+        click.echo("\n" + table(("layer", *PROJECTIONS), rows))
     facts = [("sha256", digest), *provenance_rows(content)]
     click.echo("\n" + "\n".join(f"{name:<16}  {' '.join(text.split())}" for name, text in facts))
-
-
-def _layer_table(neurons: NeuronSet) -> str:
-    from mergekit_snrf.neurons.sites import PROJECTIONS, Site
-
-    numbers = sorted({site.layer for site in neurons.nonempty()})
-    rows = [(layer, *(neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
-    return table(("layer", *PROJECTIONS), rows)
 
 
 def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSet], text: str) -> click.Command:
@@ -186,3 +179,69 @@ def export(mask_file: str, json_file: str, model: str) -> None:
         content = released_json(load_mask(mask_file).neurons, _shape(model)[0])
     write_text(json_file, json.dumps(content))
     click.echo(f"{json_file}: {sum(len(i) for layers in content.values() for i in layers.values())} indices")
+
+
+@mask.command()
+@click.argument("mask_file", metavar="MASK")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write it to this file instead of printing it.")
+@command_options
+def card(mask_file: str, out: str | None) -> None:
+    """Print a model card for MASK: what it holds, where it comes from, its sha256, and a recipe that uses it.
+
+    Everything is read from the file.
+    """
+    from mergekit_snrf.files import references, writing
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.fusion.fuse import Fusion
+    from mergekit_snrf.neurons.maskcard import mask_card
+    from mergekit_snrf.neurons.maskfile import read_mask
+
+    path = local_path(mask_file)
+    fusion = {"beta": Fusion().beta, "rank": Fusion().rank}
+    text = mask_card(read_mask(path), sha256=references.sha256(path), fusion=fusion)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    with writing.replacing(out) as file:
+        file.write(text.encode(errors="replace"))
+    click.echo(out)
+
+
+@mask.command()
+@click.argument("profiles", nargs=-1, required=True, metavar="PROFILE...")
+@click.argument("out", type=click.Path(dir_okay=False))
+@selection_options
+@command_options
+def select(profiles: tuple[str, ...], out: str, rule: dict[str, Any]) -> None:
+    """Write to OUT the neurons that every PROFILE finds active (Eq. 5 and 6); give --top-ratio or --sigma.
+
+    One profile gives the neurons of one model, the profiles of target and source the shared ones.
+    """
+    from mergekit_snrf.files import references
+    from mergekit_snrf.files.references import local_path
+    from mergekit_snrf.neurons.maskfile import Provenance, write_mask
+    from mergekit_snrf.profiling.result.profilefile import read_profile
+    from mergekit_snrf.profiling.result.selection import Selection
+    from mergekit_snrf.profiling.result.selection import select as select_neurons
+
+    if (rule["top_ratio"] is None) == (rule["sigma"] is None):
+        raise click.UsageError("give either --top-ratio or --sigma")
+    with suppress(SnrfError):
+        read_profile(out)
+        raise click.UsageError(f"OUT, {out}, is a profile, which the mask would replace; name the mask's file last")
+    paths = [local_path(reference) for reference in profiles]
+    contents = [read_profile(path) for path in paths]
+    with naming(option):
+        selection = Selection.of(**rule)
+        neurons = select_neurons(contents, selection)
+    sides = {content.provenance.side: content.provenance.model for content in contents}
+    provenance = Provenance(
+        target=sides.get("target"),
+        source=sides.get("source"),
+        selection=selection.rule,
+        operation="select",
+        inputs=[{"file": path.name, "sha256": references.sha256(path)} for path in paths],
+        seed=contents[0].provenance.seed,
+    )
+    write_mask(out, neurons, provenance)
+    click.echo(f"{out}: {neurons.count()} neurons")

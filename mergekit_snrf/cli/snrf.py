@@ -7,7 +7,6 @@ import click
 from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
-from mergekit_snrf.cli.card import card
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
@@ -16,7 +15,6 @@ from mergekit_snrf.cli.overlap import overlap
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
 from mergekit_snrf.cli.report import report
-from mergekit_snrf.cli.select import select
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,15 +23,5 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-main.add_command(plan)
-main.add_command(patch)
-main.add_command(lora)
-main.add_command(mask)
-main.add_command(moments)
-main.add_command(overlap)
-main.add_command(report)
-main.add_command(ablate)
-main.add_command(compare)
-main.add_command(amplify)
-mask.add_command(card)
-mask.add_command(select)
+for command in (plan, patch, lora, mask, moments, overlap, report, ablate, compare, amplify):
+    main.add_command(command)

@@ -77,16 +77,16 @@ def _of_profile(path: Path, model: ModelRef, given: dict[str, Any], tokens: int 
     if column is not None:
         raise SnrfError(path, "names its columns itself", "leave the option out", field=column)
     config = load_profile_config(path)
-    is_source = _same(config.model_of("source").model, model.model)
-    side = "source" if is_source and not _same(config.model_of("target").model, model.model) else "target"
-    own = config.model_of(side)  # type: ignore[arg-type]
-    if _same(own.model, model.model):
-        model = model.model_copy(update={"revision": own.revision, "gguf_file": own.gguf_file})
+    target, source = config.kind("target"), config.kind("source")
+    is_source = _same(source.model.model, model.model) and not _same(target.model.model, model.model)
+    own = source if is_source else target
+    if _same(own.model.model, model.model):
+        model = model.model_copy(update={"revision": own.model.revision, "gguf_file": own.model.gguf_file})
     if tokens is None and "max_new_tokens" in config.answer.model_fields_set:
         tokens = config.answer.max_new_tokens
-    source = ProbeSource(**{**config.probes_of(side).model_dump(), **given})  # type: ignore[arg-type]
+    asked = ProbeSource(**{**own.source.model_dump(), **given})
     rule = AnswerRule(max_new_tokens=tokens or NEW_TOKENS)
-    return Asked(model, source, rule, size or config.batch_size, config.token_limit)
+    return Asked(model, asked, rule, size or config.batch_size, config.token_limit)
 
 
 def _same(one: str, other: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,8 +65,8 @@ class Merge:
         """
         moving = NeuronSet({site: self.neurons[site] for site in self.fusions})
         if self.betas is None:
-            options = {"source_base": self.source_base, "moments": self.moments}
-            edit = fuse_model(model, self.source, moving, self.fusions.__getitem__, **options)  # type: ignore[arg-type]
+            options: Any = {"source_base": self.source_base, "moments": self.moments}
+            edit = fuse_model(model, self.source, moving, self.fusions.__getitem__, **options)
         else:
             edit = Edit()
         try:
@@ -96,17 +96,15 @@ class Merge:
 
     def _update(self, weights: LiveDecoder, site: Site, filters: Filters | None) -> Update:
         target, base = weights.weight(site), self.source_base
+        fusion, source = self.fusions[site], self.source.weight(site).to(target.device)
+        options: Any = {
+            "source_base": None if base is None else base.weight(site).to(target.device),
+            "site": site,
+            "moments": filter_at(site, fusion, filters),
+        }
         with one_thread():
             return masked_update(
-                target,
-                self.source.weight(site).to(target.device),
-                self.neurons[site],
-                site.axis,
-                self.fusions[site],
-                name=weights.name(site),
-                source_base=None if base is None else base.weight(site).to(target.device),
-                site=site,
-                moments=filter_at(site, self.fusions[site], filters),
+                target, source, self.neurons[site], site.axis, fusion, name=weights.name(site), **options
             )
 
     def _add(self, edit: Edit, model: PreTrainedModel, betas: Mapping[Site, float]) -> None:

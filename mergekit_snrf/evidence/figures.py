@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import COLORS, INK, WIDTH, new_figure, save, styled, svg
+from mergekit_snrf.evidence.drawing import COLORS, INK, WIDTH, new_figure, styled
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
 from mergekit_snrf.evidence.wording import percent, quoted, scale
@@ -18,17 +18,6 @@ from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-__all__ = [
-    "mask_map",
-    "overlap_curve",
-    "overlap_diagram",
-    "overlap_map",
-    "save",
-    "study_intervals",
-    "svg",
-    "word_cloud",
-]
 
 _SETS = COLORS[:2]
 _ROLES = {"reference": (INK, "s"), "claim": (COLORS[0], "o"), "control": (COLORS[1], "D")}

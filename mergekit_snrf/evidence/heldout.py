@@ -16,7 +16,7 @@ from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.profiling.probes.answers import placeholder_ids
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import count_rows, load_rows
-from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeSource
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
 from mergekit_snrf.profiling.settings import ProfileConfig, keep_keys
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind
     for index, entry in enumerate(known):
         source = ProbeSource(**{key: entry[key] for key in _SOURCE if entry.get(key) is not None})
         if config is not None:
-            mine = config.keep_source(index)
+            mine = config.kept()[index].source
             if (mine.limit, mine.seed) != (source.limit, source.seed):
                 what = f"keep.{index} draws {mine.limit} rows by seed {mine.seed}, but {moments.path} was taken on "
                 what += f"{source.limit} by seed {source.seed}"
@@ -103,6 +103,10 @@ def held_out(kinds: Sequence[Kind], model: PreTrainedModel, processor: Any, fold
     for index, kind in enumerate(kinds):
         used, dataset = kind.source.limit, kind.source.dataset
         local = next((one for one in folders if (one / dataset).exists()), None)
+        if local is None and Path(dataset).suffix in DATA_SUFFIXES and not Path(dataset).exists():
+            looked = " and ".join(dict.fromkeys(map(str, folders))) or "the working folder"
+            what = f"is not in {looked}, but the moments were taken on it"
+            raise SnrfError(dataset, what, "give the profile.yml of the moments, beside which it lies")
         with naming(keep_keys(index)):
             total = count_rows(kind.source, local)
             left = 0 if used is None else total - used

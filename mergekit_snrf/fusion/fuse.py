@@ -64,18 +64,14 @@ class Setting:
         return f"at least {self.least:g}" if self.most is None else f"in [{self.least:g}, {self.most:g}]"
 
 
-def _setting(default: Any, meaning: str, *, of_regmean: Any = None, **limits: Any) -> Any:
-    known = Setting(default, meaning, of_regmean, **limits)
-    return field(default=default if of_regmean is None else None, metadata={"setting": known})
+def _setting(default: Any, meaning: str, **limits: Any) -> Any:
+    known = Setting(default, meaning, **limits)
+    return field(default=default if known.of_regmean is None else None, metadata={"setting": known})
 
 
 @dataclass(frozen=True)
 class Fusion:
-    """How strongly, at which rank and in which variant a tensor is fused.
-
-    Raises:
-        SnrfError: a value is out of range.
-    """
+    """How strongly, at which rank and in which variant a tensor is fused; a value out of range is an error."""
 
     beta: float = _setting(0.5, "strength of the update (Eq. 11)", of_regmean=1.0, least=0, most=1, by_tensor=True)
     rank: int = _setting(4, "rank of the update (Eq. 10); 0: full rank", of_regmean=0, least=0, by_tensor=True)
@@ -109,18 +105,10 @@ class Fusion:
         return Fusion(beta=self.beta, rank=0)
 
     def check_rank(self, name: str, shape: tuple[int, ...]) -> None:
-        """Check the rank against a weight's shape; only DARE has none.
-
-        Raises:
-            SnrfError: the rank exceeds the smaller side.
-        """
+        """Raise ``SnrfError`` if the rank exceeds the smaller side of a weight's shape; only DARE has none."""
         if self.update != "dare" and self.rank > min(shape):
-            raise SnrfError(
-                name,
-                f"{self.rank} exceeds the smaller side of shape {list(shape)}",
-                f"use at most {min(shape)}, or 0 for the full-rank update",
-                field="rank",
-            )
+            what = f"{self.rank} exceeds the smaller side of shape {list(shape)}"
+            raise SnrfError(name, what, f"use at most {min(shape)}, or 0 for the full-rank update", field="rank")
 
 
 def settings() -> dict[str, Setting]:
@@ -184,12 +172,8 @@ def masked_update(
     """
     _check_shapes(name, target, source, source_base)
     if len(neurons) != target.shape[axis]:
-        raise SnrfError(
-            name,
-            f"the mask has {len(neurons)} neurons, but axis {axis} of shape {list(target.shape)} has "
-            f"{target.shape[axis]}",
-            "use a mask of this model",
-        )
+        of = f"axis {axis} of shape {list(target.shape)} has {target.shape[axis]}"
+        raise SnrfError(name, f"the mask has {len(neurons)} neurons, but {of}", "use a mask of this model")
     fusion.check_rank(name, tuple(target.shape))
     delta = _delta(name, target, source, source_base)
     by_neuron = delta if axis == 0 else delta.mT
@@ -208,9 +192,8 @@ def masked_update(
 def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moments: Filter) -> Update:
     """Return M_S(D F), or its truncation."""
     if fusion.rank:
-        whole = moments.apply(delta)
-        mask_first = fusion.order == "mask-then-svd"
-        return low_rank(whole if axis == 0 else whole.mT, selected, fusion.rank, mask_first=mask_first)
+        whole = moments.apply(delta) if axis == 0 else moments.apply(delta).mT
+        return low_rank(whole, selected, fusion.rank, mask_first=fusion.order == "mask-then-svd")
     if axis == 1:
         return Update(selected, None, moments.apply(delta, selected).mT)
     return Update(selected, None, moments.apply(delta if len(selected) == len(delta) else delta[selected]))
@@ -218,17 +201,11 @@ def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moment
 
 def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> None:
     if target.shape != source.shape or target.ndim != 2:
-        raise SnrfError(
-            name,
-            f"target has shape {list(target.shape)} and source {list(source.shape)}",
-            "SNRF needs two tensors of one shape",
-        )
+        what = f"target has shape {list(target.shape)} and source {list(source.shape)}"
+        raise SnrfError(name, what, "SNRF needs two tensors of one shape")
     if source_base is not None and source_base.shape != source.shape:
-        raise SnrfError(
-            name,
-            f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}",
-            "use the model that the source was trained from",
-        )
+        what = f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}"
+        raise SnrfError(name, what, "use the model that the source was trained from")
 
 
 def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> Tensor:
@@ -246,11 +223,9 @@ def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None
         return delta
     for which, tensor in (("target", target), ("source", source), ("source_base", source_base)):
         if tensor is not None and not _is_finite(tensor):
-            raise SnrfError(
-                name,
-                f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights",
-                "the checkpoint is damaged; download it again, or remove these neurons from the mask",
-            )
+            what = f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights"
+            remedy = "the checkpoint is damaged; download it again, or remove these neurons from the mask"
+            raise SnrfError(name, what, remedy)
     other = "target" if source_base is None else "source_base"
     raise SnrfError(name, f"the difference of source and {other} overflows {dtype}", "check both checkpoints")
 
@@ -266,20 +241,13 @@ def fuse(
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
-    *,
-    name: str = "weight",
-    source_base: Float[Tensor, "rows ..."] | None = None,
-    site: Site | None = None,
-    moments: Filter | None = None,
+    **options: Any,
 ) -> Float[Tensor, "rows ..."]:
-    """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype; args as ``masked_update``.
+    """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype.
 
-    A bias, whose axis is 0, is a matrix of one column and is fused as ``Fusion.of_bias`` says. Neurons outside the
-    mask are bit-identical to the target's.
-
-    Raises:
-        SnrfError: as ``masked_update``, or the result overflows the dtype.
-        ValueError: as ``masked_update``.
+    Arguments, options and errors as ``masked_update``; it is also an error if the result overflows the dtype. A bias,
+    whose axis is 0, is a matrix of one column and is fused as ``Fusion.of_bias`` says. Neurons outside the mask are
+    bit-identical to the target's.
 
     >>> import torch
     >>> target, source = torch.zeros(3, 2), torch.ones(3, 2)
@@ -288,8 +256,7 @@ def fuse(
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    options = {"name": name, "source_base": source_base, "site": site, "moments": moments}
-    return fuse_and_report(target, source, neurons, axis, fusion, **options).tensor  # type: ignore[arg-type]
+    return fuse_and_report(target, source, neurons, axis, fusion, **options).tensor
 
 
 def fuse_and_report(
@@ -301,20 +268,15 @@ def fuse_and_report(
     *,
     name: str = "weight",
     source_base: Float[Tensor, "rows ..."] | None = None,
-    site: Site | None = None,
-    moments: Filter | None = None,
+    **options: Any,
 ) -> Fused:
-    """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update.
-
-    Raises as ``fuse``.
-    """
+    """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update."""
     if target.ndim == 1:
         base = None if source_base is None else source_base.unsqueeze(-1)
         columns = target.unsqueeze(1), source.unsqueeze(-1)
         fused = fuse_and_report(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
         return fused._replace(tensor=fused.tensor.squeeze(1))
-    options: dict[str, Any] = {"name": name, "source_base": source_base, "site": site, "moments": moments}
-    update = masked_update(target, source, neurons, axis, fusion, **options)
+    update = masked_update(target, source, neurons, axis, fusion, name=name, source_base=source_base, **options)
     result = target.clone()
     rounding = _add(result if axis == 0 else result.mT, update.selected, update.rows() * fusion.beta, name)
     return Fused(result, update.certificate, rounding)
@@ -326,9 +288,8 @@ def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Roundi
     exact = before.to(step.dtype) + step
     fused = exact.to(by_neuron.dtype)
     if not _is_finite(fused):
-        raise SnrfError(
-            name, f"the fused weights overflow {by_neuron.dtype}", "merge in a wider dtype or with a lower beta"
-        )
+        what = f"the fused weights overflow {by_neuron.dtype}"
+        raise SnrfError(name, what, "merge in a wider dtype or with a lower beta")
     by_neuron[selected] = fused
     return Rounding(
         update=frobenius_norm(step) if step.numel() else 0.0,

@@ -166,11 +166,8 @@ def certified_factors(
 ) -> tuple[Float[Tensor, "selected rank"] | None, Float[Tensor, "rank columns"], Certificate]:
     """Return the selected rows of the rank-r truncated SVD of ``matrix`` (Eq. 10) as ``left @ right``.
 
-    Args as ``certified_subspace``; the other rows are not formed. A transposed view selects columns. ``left`` is None
-    where nothing is truncated: the rows are ``right`` itself.
-
-    Raises:
-        ValueError: as ``certified_subspace``.
+    Arguments and errors as ``certified_subspace``; the other rows are not formed. A transposed view selects columns.
+    ``left`` is None where nothing is truncated: the rows are ``right`` itself.
     """
     subspace = certified_subspace(matrix, rank, rows=rows)
     basis, certificate = subspace.basis, subspace.certificate

@@ -32,9 +32,6 @@ class DenseMoment:
     Attributes:
         scale: sqrt of the diagonal of C.
         correlation: C_ij / (scale_i scale_j), the upper triangle with its diagonal, row by row; 0 where a scale is 0.
-
-    Raises:
-        ValueError: the triangle is not one of a matrix of size d.
     """
 
     scale: Float32[Tensor, " d"]
@@ -42,10 +39,9 @@ class DenseMoment:
 
     def __post_init__(self) -> None:
         d = len(self.scale)
-        if self.correlation.shape != (d * (d + 1) // 2,):
-            raise ValueError(
-                f"correlation must have shape [{d * (d + 1) // 2}] for {d} inputs, got {list(self.correlation.shape)}"
-            )
+        wanted, found = [d * (d + 1) // 2], list(self.correlation.shape)
+        if found != wanted:
+            raise ValueError(f"correlation must have shape {wanted} for {d} inputs, got {found}")
 
     @property
     def size(self) -> int:
@@ -78,9 +74,6 @@ class SketchMoment:
     Attributes:
         factor: A, the k leading eigenvectors times the square roots of their eigenvalues.
         rest: (d - ||A||_F^2) / d.
-
-    Raises:
-        ValueError: A is not a matrix with k <= d columns, or the rest is negative or not finite.
     """
 
     factor: Float32[Tensor, "d k"]
@@ -135,11 +128,7 @@ class Filter:
     def apply(
         self, delta: Float[Tensor, "rows d"], columns: Bool[Tensor, " d"] | Int[Tensor, " selected"] | None = None
     ) -> Float[Tensor, "rows selected"]:
-        """Return D F, or the chosen columns of it, in the dtype of D.
-
-        Raises:
-            ValueError: D does not read d inputs.
-        """
+        """Return D F, or the chosen columns of it, in the dtype of D."""
         if delta.shape[-1] != self.size:
             raise ValueError(f"delta must have shape [rows, {self.size}], got {list(delta.shape)}")
         chosen = slice(None) if columns is None else columns.to(delta.device)
@@ -168,10 +157,8 @@ def regmean_filter(gain: Moment, keep: Moment, strength: float, *, eps: float = 
         ValueError: the moments are of different sizes or forms, or a value is out of range.
     """
     if type(gain) is not type(keep) or gain.size != keep.size:
-        raise ValueError(
-            f"both moments must be of one form and size, got {type(gain).__name__} of {gain.size} and "
-            f"{type(keep).__name__} of {keep.size}"
-        )
+        found = " and ".join(f"{type(one).__name__} of {one.size}" for one in (gain, keep))
+        raise ValueError(f"both moments must be of one form and size, got {found}")
     if not (strength >= 0 and eps > 0) or strength == float("inf"):
         raise ValueError(f"strength must be at least 0 and eps above 0, got {strength} and {eps}")
     ridge = eps * (1 + strength)

@@ -42,17 +42,11 @@ class Update:
 
 
 def low_rank(
-    delta: Float[Tensor, "neurons length"],
-    selected: Int[Tensor, " selected"],
-    rank: int,
-    *,
-    mask_first: bool = False,
+    delta: Float[Tensor, "neurons length"], selected: Int[Tensor, " selected"], rank: int, *, mask_first: bool = False
 ) -> Update:
-    """Return the selected rows of the rank-r truncated SVD of ``delta`` (Eq. 10), or the SVD of the selected rows.
+    """Return the selected rows of the rank-r truncated SVD of ``delta`` (Eq. 10; 0: full rank).
 
-    Args:
-        rank: r, at most the smaller side, 0 for full rank.
-        mask_first: truncate the selected rows, and not ``delta`` (Appendix B).
+    With ``mask_first`` the selected rows are truncated, and not ``delta`` (Appendix B).
     """
     whole = delta[selected] if mask_first else delta
     side = min(whole.shape)
@@ -77,10 +71,6 @@ def dropped(
 
     The draw depends on ``seed``, layer, projection and the number of selected rows only: rows in ascending order, from
     numpy's legacy MT19937 generator, the one whose stream numpy guarantees never to change.
-
-    Args:
-        drop_rate: p, in [0, 1).
-        seed: in [0, 2**32).
     """
     generator = np.random.RandomState([seed, site.layer, list(PROJECTIONS).index(site.projection)])
     rows = delta[selected]

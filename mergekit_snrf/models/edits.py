@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -198,9 +199,9 @@ def _fused(
         weight, name = target.weight(site), target.name(site)
         theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
-        kept = filter_at(site, how, filters)
+        options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
         with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=name, source_base=old, site=site, moments=kept)
+            fused = fuse(weight, new, member, site.axis, how, name=name, **options)
         bias = target.bias(site) if biases and site.axis == 0 else None
         if bias is None:
             yield site, fused, None

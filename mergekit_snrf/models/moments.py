@@ -84,6 +84,7 @@ class MomentsProvenance(BaseModel):
     seed: int | None = None
     dtype: str | None = None
     versions: dict[str, str] | None = None
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)

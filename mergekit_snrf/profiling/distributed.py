@@ -72,9 +72,8 @@ class Ranks:
         if device.type != "cuda":
             return str(device)
         if device.index is not None:
-            raise SnrfError(
-                None, f"{name!r} would be shared by {self.world} processes", "use cuda for one each", field="device"
-            )
+            what = f"{name!r} would be shared by {self.world} processes"
+            raise SnrfError(None, what, "use cuda for one each", field="device")
         local = int(os.environ.get("LOCAL_RANK", self.rank))
         return f"cuda:{local % max(1, torch.cuda.device_count())}"
 

@@ -1,4 +1,4 @@
-"""Groups of probes through a loaded model: shared between processes, journalled, and resumed."""
+"""Groups of probes of one kind: prepared, and sent through a loaded model by processes, with journals."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.models.loading import find_device, load_config, load_processor
 from mergekit_snrf.profiling.distributed import Ranks
-from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Sums, Tally
-from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, probe_batches
-from mergekit_snrf.profiling.probes.source import AnswerRule
+from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
+from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches
+from mergekit_snrf.profiling.probes.rows import Rows, load_rows
+from mergekit_snrf.profiling.settings import Kind, ProfileConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,18 +47,38 @@ class RunOptions:
     ranks: Ranks
 
 
+def checked_device(config: ProfileConfig, ranks: Ranks) -> str | None:
+    """Return the device of this process; an error if there is none."""
+    if config.device_map is not None and ranks.world > 1:
+        what = f"auto spreads one model over all devices, which {ranks.world} processes cannot share"
+        raise SnrfError(None, what, "start one process", field="device_map")
+    device = ranks.device(config.device)
+    find_device(device)
+    return device
+
+
+def rows_of(kind: Kind, folder: Path | None) -> Rows:
+    """Return the rows of one kind of probes; errors name the keys of profile.yml."""
+    with naming(kind.keys):
+        return load_rows(kind.source, answers=kind.rule.by == "column", folder=folder)
+
+
+def probes_of(config: ProfileConfig, kind: Kind, rows: Rows) -> Probes:
+    """Return rows as prompts, without loading weights; errors name the keys of profile.yml."""
+    with naming(kind.model_keys):
+        model_config = load_config(kind.model)
+        processor = load_processor(kind.model, images=rows.source.images is not None)
+    limits: dict[str, Any] = {"batch_size": config.batch_size, "token_limit": config.token_limit}
+    with naming(kind.keys):
+        return prepare(rows, processor, rule=kind.rule, config=model_config, model=kind.model.model, **limits)
+
+
 @dataclass(frozen=True)
 class Groups:
-    """Probes of one kind, ready to go through a model.
+    """Probes of one kind, ready to go through a model."""
 
-    Attributes:
-        name: for the progress bar and messages.
-        rule: where the answers come from.
-    """
-
-    name: str
+    kind: Kind
     probes: Probes
-    rule: AnswerRule
     journals: Journals
     options: RunOptions
 
@@ -77,31 +100,30 @@ class Groups:
         with tqdm(
             total=sum(len(self.probes.groups[group]) for group in [*todo, *mine.done]),
             initial=mine.statistics.probes,
-            desc=self.name if ranks.world == 1 else f"{self.name} (rank 0 of {ranks.world})",
+            desc=self.kind.name if ranks.world == 1 else f"{self.kind.name} (rank 0 of {ranks.world})",
             unit="probe",
             disable=not (self.options.progress and ranks.first),
         ) as bar:
             for group in todo:
                 for batch in self.batches(model, group):
                     visit(mine.statistics, batch)
-                    mine.tally.add(batch, batch.ended)
+                    mine.tally.add(batch)
                     bar.update(len(batch.numbers))
                 mine.done.add(group)
                 journal.write(mine)
         if ranks.world > 1:
             # A rank that is killed while it waits for the others must not have to measure again.
             journal.write(mine, now=True)
-        sums: Sums = mine.statistics
-        sums.reduce(ranks.reduce)
+        mine.statistics.reduce(ranks.reduce)
         whole = Tally()
         for tally in ranks.all(mine.tally):
             whole.merge(tally)
-        return Progress(sums, whole, set(range(len(self.probes.groups))))
+        return Progress(mine.statistics, whole, set(range(len(self.probes.groups))))
 
     def batches(self, model: PreTrainedModel, group: int) -> Any:
         """Iterate over the batches of one group, with their answers."""
         processor = self.probes.renderer.processor
-        return probe_batches(self.probes, model, processor, rule=self.rule, device=model.device, groups={group})
+        return probe_batches(self.probes, model, processor, rule=self.kind.rule, device=model.device, groups={group})
 
     def _recover(self, empty: Callable[[], Any]) -> Progress:
         """Return on rank 0 what an unfinished run has measured, moved to the journal of rank 0."""
@@ -111,5 +133,5 @@ class Groups:
         if before.done:
             self.journals.write(0, before)
             self.journals.delete(keep=0)
-            logger.info("%s: resumed with %d probes", self.name, before.statistics.probes)
+            logger.info("%s: resumed with %d probes", self.kind.name, before.statistics.probes)
         return before

@@ -7,21 +7,21 @@ A run can be resumed with any number of processes.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files import container
-from mergekit_snrf.profiling.measure.meter import Batch
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
+from mergekit_snrf.profiling.result.sums import Sums
 
-JOURNAL_FORMAT, JOURNAL_VERSION = "snrf-journal", 2
+_FORMAT: dict[str, Any] = {"file_format": "snrf-journal", "version": 2}
 
 # A journal of a large model takes seconds to write; this share of the time is enough.
 _SHARE = 0.05
@@ -43,12 +43,12 @@ class Tally:
     cut: int = 0
     digest: int = 0
 
-    def add(self, batch: Batch, ended: tuple[bool, ...] = ()) -> None:
+    def add(self, batch: ProbeBatch) -> None:
         """Count the probes of a batch."""
         real = batch.attention_mask != 0
         self.tokens += int(real.sum())
         self.answer_tokens += int(batch.answer_mask.sum())
-        self.cut += sum(not end for end in ended)
+        self.cut += sum(not end for end in batch.ended)
         for number, ids, mask in zip(batch.numbers, batch.inputs["input_ids"], real, strict=True):
             content = json.dumps([number, ids[mask].tolist()], separators=(",", ":"))
             self._add_digest(int(hashlib.sha256(content.encode()).hexdigest(), 16))
@@ -64,32 +64,9 @@ class Tally:
         self.digest = (self.digest + digest) % 2**256
 
 
-class Sums(Protocol):
-    """What a run adds up over probes: the statistics of a profile, moments, or both."""
-
-    probes: int
-
-    def merge(self, other: Any) -> None:
-        """Add what another process has measured."""
-
-    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
-        """Combine with other processes; ``reduce`` combines a tensor in place by ``min``, ``max`` or ``sum``."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything except ``probes``."""
-
-    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
-        """Take over a state; raise ``SnrfError`` if it belongs to another model."""
-
-
 @dataclass
 class Progress:
-    """What one process has measured.
-
-    Attributes:
-        statistics: ``Sums`` of one kind.
-        done: the groups of probes whose statistics are in.
-    """
+    """What one process has measured: its ``Sums``, and the groups of probes that are in them."""
 
     statistics: Any
     tally: Tally = field(default_factory=Tally)
@@ -112,6 +89,7 @@ class Journals:
 
     def __init__(self, stem: Path, request: Mapping[str, Any]) -> None:
         self._stem = stem
+        self._pattern = f"{glob.escape(stem.name)}.journal-*.safetensors"
         self._request = json.loads(json.dumps(request))
 
     def path(self, rank: int) -> Path:
@@ -120,14 +98,10 @@ class Journals:
 
     def files(self) -> list[Path]:
         """Return the journals that exist."""
-        return journals_of(self._stem)
+        return sorted(self._stem.parent.glob(self._pattern))
 
     def write(self, rank: int, progress: Progress) -> None:
-        """Replace the journal of one process.
-
-        Raises:
-            SnrfError: it cannot be written.
-        """
+        """Replace the journal of one process."""
         tally = progress.tally
         content = {
             "request": self._request,
@@ -135,19 +109,10 @@ class Journals:
             "done": f"{sum(1 << group for group in progress.done):x}",
             "tally": {**vars(tally), "digest": f"{tally.digest:064x}"},
         }
-        container.write(
-            self.path(rank),
-            progress.statistics.state(),
-            file_format=JOURNAL_FORMAT,
-            version=JOURNAL_VERSION,
-            content=content,
-        )
+        container.write(self.path(rank), progress.statistics.state(), content=content, **_FORMAT)
 
     def read(self, empty: Callable[[], Sums]) -> Progress:
-        """Return what all journals hold together.
-
-        Args:
-            empty: returns statistics of no probes.
+        """Return what all journals hold together, from ``empty`` sums.
 
         Raises:
             SnrfError: a journal is damaged, of another run, or overlaps with another one.
@@ -167,22 +132,19 @@ class Journals:
 
     def delete(self, keep: int | None = None) -> None:
         """Delete all journals except that of rank ``keep``, and the partial files of killed processes."""
-        abandoned = self._stem.parent.glob(f".{_journals(self._stem)}.*.partial")
+        abandoned = self._stem.parent.glob(f".{self._pattern}.*.partial")
         for path in [*self.files(), *abandoned]:
             if keep is None or path != self.path(keep):
                 path.unlink(missing_ok=True)
 
     def _read(self, path: Path, statistics: Sums) -> Progress:
-        tensors, content = container.read(path, file_format=JOURNAL_FORMAT, version=JOURNAL_VERSION)
+        tensors, content = container.read(path, **_FORMAT)
         try:
             request = content["request"]
             different = differences(request, self._request)
             if different:
-                raise SnrfError(
-                    path,
-                    f"is the journal of another run: {', '.join(different)}",
-                    "use the same settings, or delete the journal to start again",
-                )
+                what = f"is the journal of another run: {', '.join(different)}"
+                raise SnrfError(path, what, "use the same settings, or delete the journal to start again")
             done, tally = int(content["done"], 16), dict(content["tally"])
             tally["digest"] = int(tally["digest"], 16)
             if any(type(count) is not int for count in tally.values()):
@@ -190,22 +152,15 @@ class Journals:
             groups = {group for group in range(done.bit_length()) if done >> group & 1}
             statistics.restore(tensors, int(content["probes"]))
             return Progress(statistics, Tally(**tally), groups)
-        except SnrfError as error:
-            raise (
-                error if error.where else SnrfError(path, f"is damaged ({error})", "delete it to start again")
-            ) from None
         except (KeyError, TypeError, ValueError) as error:
-            raise SnrfError(path, f"is damaged ({error!r})", "delete it to start again") from None
+            if isinstance(error, SnrfError) and error.where:
+                raise
+            reason = error if isinstance(error, SnrfError) else repr(error)
+            raise SnrfError(path, f"is damaged ({reason})", "delete it to start again") from None
 
 
 class JournalWriter:
-    """Writes the journal of one process every few seconds, and less often where that takes long.
-
-    Args:
-        journals: of the side.
-        rank: of the process.
-        seconds: time between two writes; 0: after every group.
-    """
+    """Writes the journal of one process every few seconds (0: after every group), less often where that takes long."""
 
     def __init__(self, journals: Journals, rank: int, seconds: float) -> None:
         self._journals, self._rank, self._seconds = journals, rank, seconds
@@ -220,16 +175,6 @@ class JournalWriter:
         self._written = time.monotonic()
         if self._interval:
             self._interval = max(self._seconds, (self._written - start) / _SHARE)
-
-
-def journals_of(stem: Path) -> list[Path]:
-    """Return the journals of a side that exist."""
-    return sorted(stem.parent.glob(_journals(stem)))
-
-
-def _journals(stem: Path) -> str:
-    escaped = "".join(f"[{sign}]" if sign in "*?[" else sign for sign in stem.name)
-    return f"{escaped}.journal-*.safetensors"
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:

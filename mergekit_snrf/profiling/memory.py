@@ -15,11 +15,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a size such as ``500MB``, ``2GiB`` or ``1e9``.
-
-    Raises:
-        SnrfError: the text is not a positive size.
-    """
+    """Return the bytes of a size such as ``500MB``, ``2GiB`` or ``1e9``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:e\d{1,2})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
     if match is None or (match[3] and not match[2]) or not float(match[1]) > 0:
         what = f"{text!r} is not an amount of memory"

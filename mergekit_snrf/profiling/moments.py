@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
+from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.moments import (
     InputSite,
     Moments,
@@ -25,29 +25,28 @@ from mergekit_snrf.models.moments import (
     read_moments,
     write_moments,
 )
-from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling.distributed import joined_ranks
-from mergekit_snrf.profiling.groups import Groups, RunOptions
+from mergekit_snrf.profiling.groups import Groups, RunOptions, checked_device, probes_of, rows_of
 from mergekit_snrf.profiling.journal import Journals, Progress, Tally
-from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_watched, watched_inputs
+from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import ProbeBatch, prepare
-from mergekit_snrf.profiling.probes.rows import load_rows
-from mergekit_snrf.profiling.rendering import side_probes, side_rows
+from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes
+from mergekit_snrf.profiling.probes.rows import Rows
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     check_model,
     check_output,
-    model_path,
-    moments_request,
-    source_provenance,
+    fingerprint,
+    model_provenance,
+    probes_provenance,
+    request_of,
     stem_of,
     versions,
 )
 from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
-from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
 from mergekit_snrf.profiling.result.statistics import Statistics
-from mergekit_snrf.profiling.settings import ProfileConfig, keep_keys, model_keys
+from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.settings import ProfileConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,32 +54,103 @@ if TYPE_CHECKING:
 FEW_DENSE, FEW_SKETCH = 5, 2
 """Fewer tokens than this for each input (dense) or eigenvector (sketch) get a warning."""
 
-_GAIN = "gain."
-
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class KeepProbes:
-    """The kinds of probes to keep, rendered, before any weight is loaded."""
+class Watch:
+    """Moments of the inputs of a model: empty sums, and how a batch is added to them."""
 
     config: ProfileConfig
-    options: RunOptions
-    groups: tuple[Groups, ...]
+    model: PreTrainedModel
+    decoder: LiveDecoder
+    clips: dict[InputSite, float]
 
-    def clips(self, model: PreTrainedModel, decoder: LiveDecoder) -> dict[InputSite, float]:
-        """Return the norms to clip at, from the first group of every kind."""
-        return clips_of(self.groups, model, decoder)
+    @staticmethod
+    def of(config: ProfileConfig, groups: tuple[Groups, ...], model: PreTrainedModel, decoder: LiveDecoder) -> Watch:
+        """Clip at three medians of the norm of every input over the first group of each kind; equal on all ranks."""
+        norms = NormMedians()
+        for one in groups:
+            for batch in one.batches(model, 0):
+                with watched_inputs(decoder, batch.attention_mask != 0, norms.visit), torch.no_grad():
+                    run_once(model, batch.inputs)
+        medians = groups[0].options.ranks.from_first(norms.medians())
+        return Watch(config, model, decoder, {site: CLIP * median for site, median in medians.items()})
 
-    def sums(self, model: PreTrainedModel, decoder: LiveDecoder) -> tuple[MomentSums | None, list[Tally]]:
-        """Return the mean moments of all kinds on rank 0 (None elsewhere), and the tally of each kind."""
-        clips = self.clips(model, decoder)
+    def empty(self) -> MomentSums:
+        """Return sums of no tokens."""
+        return MomentSums(input_sizes(self.decoder), self.clips, self.config.sketch, self.config.seed)
+
+    def visit(self, sums: MomentSums, batch: ProbeBatch) -> None:
+        """Run a batch through the model and add its inputs to sums."""
+        with self.watching(sums, batch), torch.no_grad():
+            run_once(self.model, batch.inputs)
+
+    def watching(self, sums: MomentSums, batch: ProbeBatch) -> Any:
+        """Return a context in which the inputs of a batch are added to sums while others run it through the model."""
+        sums.count(len(batch.numbers))
+        return watched_inputs(self.decoder, batch.attention_mask != 0, lambda site, rows: sums.sums[site].add(rows))
+
+
+class ImpactsAndMoments(Sums):
+    """The statistics of a profile and the moments of the same probes, in the same passes."""
+
+    def __init__(self, statistics: Statistics, gain: MomentSums) -> None:
+        self.statistics, self.gain = statistics, gain
+
+    @property
+    def probes(self) -> int:
+        """Number of probes."""
+        return self.statistics.probes
+
+    @probes.setter
+    def probes(self, probes: int) -> None:
+        self.statistics.probes = self.gain.probes = probes
+
+    def parts(self) -> dict[str, tuple[Tensor, str]]:
+        """Return the tensors of both."""
+        return {**self.statistics.parts(), **{f"gain.{key}": part for key, part in self.gain.parts().items()}}
+
+
+@dataclass(frozen=True)
+class MomentsRun:
+    """The probes to gain and the kinds of probes to keep, ready to go through the target."""
+
+    config: ProfileConfig
+    info: ModelInfo
+    out: Path
+    gain: Groups
+    keep: tuple[Groups, ...]
+    fingerprint: str
+
+    def with_impacts(self, groups: Groups, model: PreTrainedModel, meter: Meter) -> Progress:
+        """Return on rank 0 the ``ImpactsAndMoments`` of the probes of a profile, which are those to gain."""
+        watch = Watch.of(self.config, (groups,), model, meter.decoder)
+
+        def visit(both: ImpactsAndMoments, batch: ProbeBatch) -> None:
+            with watch.watching(both.gain, batch):
+                impacts = meter.impacts(batch)
+            both.statistics.update(impacts)
+
+        return groups.measure(model, lambda: ImpactsAndMoments(Statistics(meter.neurons), watch.empty()), visit)
+
+    def take(self, model: PreTrainedModel, gain: tuple[MomentSums, Tally] | None = None) -> None:
+        """Take the moments that are not there yet, and write the file on rank 0."""
+        first = self.gain.options.ranks.first
+        decoder = find_live_decoder(model, self.info.shape, name=self.config.target.model)
+        if gain is None:
+            watch = Watch.of(self.config, (self.gain,), model, decoder)
+            done = self.gain.measure(model, watch.empty, watch.visit)
+            if first:
+                self.gain.journals.write(0, done)
+            gain = done.statistics, done.tally
+        watch = Watch.of(self.config, self.keep, model, decoder)
         total: MomentSums | None = None
         tallies = []
-        for groups in self.groups:
-            done = groups.measure(model, lambda: empty_sums(self.config, decoder, clips), adder(model, decoder))
+        for groups in self.keep:
+            done = groups.measure(model, watch.empty, watch.visit)
             tallies.append(done.tally)
-            if not self.options.ranks.first:
+            if not first:
                 continue
             # A run that is interrupted in a later kind starts there again.
             groups.journals.write(0, done)
@@ -89,185 +159,78 @@ class KeepProbes:
                 total = done.statistics
             else:
                 total.merge(done.statistics)
-        return total, tallies
+        if total is not None:
+            self._write(model, gain, total, tallies)
 
-    def finish(
-        self, model: PreTrainedModel, gain: Progress, info: ModelInfo, profile: ProfileProvenance
-    ) -> Statistics | None:
-        """Take the moments of the probes to keep and write the file of a profiling run; return its statistics."""
-        decoder = find_live_decoder(model, info.shape, name=self.config.target.model)
-        kept, tallies = self.sums(model, decoder)
-        if kept is None:
-            return None
-        both: GainAndStatistics = gain.statistics
-        origin = (profile.model and profile.model.probes) or {}
-        self.write(moments_path(self.options.mask), model, info, (both.gain, origin), (kept, tallies))
-        return both.statistics
-
-    def write(
-        self,
-        out: Path,
-        model: PreTrainedModel,
-        info: ModelInfo,
-        gain: tuple[MomentSums, dict[str, Any]],
-        keep: tuple[MomentSums, list[Tally]],
+    def _write(
+        self, model: PreTrainedModel, gain: tuple[MomentSums, Tally], keep: MomentSums, tallies: list[Tally]
     ) -> None:
-        """Write a moments file, and warn where tokens are few.
-
-        Args:
-            gain: sums and provenance of the probes to gain.
-            keep: sums of all kinds to keep, and the tally of each.
-        """
-        config, folder = self.config, self.options.folder
-        kinds = [
-            {"name": one.name, **source_provenance(one.probes.rows.source, one.rule, folder, one.probes, tally)}
-            for one, tally in zip(self.groups, keep[1], strict=True)
-        ]
-        facts = {"gain": gain[0].facts(), "keep": keep[0].facts()}
-        for which, sums in (("gain", gain[0]), ("keep", keep[0])):
-            _warn_of_few_tokens(sums, which)
+        sums, folder = {"gain": gain[0], "keep": keep}, self.gain.options.folder
+        facts = {which: one.facts() for which, one in sums.items()}
+        for which, one in sums.items():
+            _warn_of_few_tokens(one, which)
+        kinds: list[dict[str, Any]] = []
+        for groups, tally in zip(self.keep, tallies, strict=True):
+            origin = probes_provenance(groups.kind, folder, groups.probes, tally)
+            kinds.append({"name": groups.kind.name, "seed": self.config.seed, **origin})
         provenance = MomentsProvenance(
-            model=ModelProvenance(
-                path=model_path(config, "target", folder),
-                revision=config.target.revision or getattr(model.config, "_commit_hash", None),
-                model_type=info.model_type,
-                config_sha256=info.config_sha256,
-            ),
-            gain=gain[1],
+            model=model_provenance(self.gain.kind, self.info, model, folder),
+            gain=probes_provenance(self.gain.kind, folder, self.gain.probes, gain[1]),
             keep=kinds,
             inputs={key: {which: facts[which][key] for which in facts} for key in facts["gain"]},
-            sketch=config.sketch,
-            seed=config.seed,
+            sketch=self.config.sketch,
+            seed=self.config.seed,
             dtype=str(model.dtype).removeprefix("torch."),
             versions=versions(),
+            fingerprint=self.fingerprint,
         )
-        write_moments(out, {**gain[0].tensors("gain"), **keep[0].tensors("keep")}, provenance)
+        tensors = {key: tensor for which, one in sums.items() for key, tensor in one.tensors(which).items()}
+        write_moments(self.out, tensors, provenance)
+
+    def delete_journals(self) -> None:
+        """Delete what an unfinished run would need."""
+        for groups in (self.gain, *self.keep):
+            groups.journals.delete()
 
 
-@dataclass
-class GainAndStatistics:
-    """The statistics of a profile and the moments of the same probes, in the same passes."""
+def prepare_moments(
+    config: ProfileConfig, info: ModelInfo, options: RunOptions, out: Path, gain: Rows | Probes, *, again: bool = True
+) -> MomentsRun | None:
+    """Return all probes with their rows, images and prompts checked; no weights are loaded.
 
-    statistics: Statistics
-    gain: MomentSums
-
-    @staticmethod
-    def of(
-        groups: Groups, model: PreTrainedModel, meter: Meter, config: ProfileConfig
-    ) -> tuple[Callable[[], GainAndStatistics], Callable[[GainAndStatistics, ProbeBatch], None]]:
-        """Return what ``Groups.measure`` needs: a function that returns empty sums, and one that adds a batch."""
-        decoder = meter.decoder
-        clips = clips_of((groups,), model, decoder)
-
-        def empty() -> GainAndStatistics:
-            return GainAndStatistics(Statistics(meter.neurons), empty_sums(config, decoder, clips))
-
-        def visit(both: GainAndStatistics, batch: ProbeBatch) -> None:
-            with watching(both.gain, decoder, batch):
-                impacts = meter.impacts(batch)
-            both.statistics.update(impacts)
-
-        return empty, visit
-
-    @property
-    def probes(self) -> int:
-        """Number of probes."""
-        return self.statistics.probes
-
-    def merge(self, other: GainAndStatistics) -> None:
-        """Add what another process has measured."""
-        self.statistics.merge(other.statistics)
-        self.gain.merge(other.gain)
-
-    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
-        """Combine with other processes."""
-        self.statistics.reduce(reduce)
-        self.gain.reduce(reduce)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything except ``probes``."""
-        return {**self.statistics.state(), **{f"{_GAIN}{key}": one for key, one in self.gain.state().items()}}
-
-    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
-        """Take over a state."""
-        gain = {key.removeprefix(_GAIN): one for key, one in tensors.items() if key.startswith(_GAIN)}
-        self.statistics.restore({key: one for key, one in tensors.items() if not key.startswith(_GAIN)}, probes)
-        self.gain.restore(gain, probes)
-
-
-def prepare_keep(config: ProfileConfig, info: ModelInfo, options: RunOptions) -> KeepProbes:
-    """Return all kinds of probes to keep with their rows, images and prompts checked; no weights are loaded.
+    Args:
+        gain: the probes to gain, or their rows.
+        again: False: return None if an earlier run has written the file with the same settings.
 
     Raises:
-        SnrfError: there is no kind, or rows cannot be read or rendered.
+        SnrfError: there is no kind of probes to keep, rows cannot be read or rendered, or another kind of file is at
+            ``out``.
     """
     if not config.keep:
         raise SnrfError(None, "key 'keep' is missing", "add a list of probes that the merge keeps")
-    ref = config.model_of("target")
-    with naming(model_keys("target")):
-        model_config = load_config(ref)
+    kinds = config.kind("target"), *config.kept()
+    read = [gain if isinstance(gain, Rows) else gain.rows, *(rows_of(kind, options.folder) for kind in kinds[1:])]
+    requests = [
+        request_of(config, kind, info, rows, options.folder, sketch=config.sketch, device=config.device)
+        for kind, rows in zip(kinds, read, strict=True)
+    ]
+    wanted = fingerprint(requests)
+    if options.ranks.first:
+        check_moments_replaceable(out)
+        again = again or not out.is_file() or read_moments(out).provenance.fingerprint != wanted
+    if not options.ranks.from_first(again):
+        return None
     groups = []
-    for index in range(len(config.keep)):
-        source, rule = config.keep_source(index), config.keep_rule(index)
-        with naming(keep_keys(index)):
-            rows = load_rows(source, answers=rule.by == "column", folder=options.folder)
-            processor = load_processor(ref, images=source.images is not None)
-            probes = prepare(
-                rows,
-                processor,
-                rule=rule,
-                batch_size=config.batch_size,
-                token_limit=config.token_limit,
-                config=model_config,
-                model=ref.model,
-            )
-        request = moments_request(config, source, rule, info, rows, options.folder)
-        journals = Journals(keep_stem(options.mask, index), request)
-        groups.append(Groups(config.keep_name(index), probes, rule, journals, options))
-    return KeepProbes(config, options, tuple(groups))
-
-
-def keep_stem(out: Path, index: int) -> Path:
-    """Return the path that the journals of one kind of probes to keep begin with."""
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}.keep-{index}")
-
-
-def clips_of(groups: tuple[Groups, ...], model: PreTrainedModel, decoder: LiveDecoder) -> dict[InputSite, float]:
-    """Return three medians of the norm of every input over the first group of each kind; equal on all ranks."""
-    norms = NormMedians()
-    for one in groups:
-        for batch in one.batches(model, 0):
-            with watched_inputs(decoder, batch.attention_mask != 0, norms.visit):
-                run_watched(model, batch.inputs)
-    medians = groups[0].options.ranks.from_first(norms.medians())
-    return {site: CLIP * median for site, median in medians.items()}
-
-
-def empty_sums(config: ProfileConfig, decoder: LiveDecoder, clips: Mapping[InputSite, float]) -> MomentSums:
-    """Return sums of no tokens for the inputs of a decoder."""
-    return MomentSums(input_sizes(decoder), clips, config.sketch, config.seed)
-
-
-def adder(model: PreTrainedModel, decoder: LiveDecoder) -> Callable[[MomentSums, ProbeBatch], None]:
-    """Return a function that runs a batch through the model and adds its inputs to sums."""
-
-    def add(sums: MomentSums, batch: ProbeBatch) -> None:
-        with watching(sums, decoder, batch):
-            run_watched(model, batch.inputs)
-
-    return add
-
-
-def watching(sums: MomentSums, decoder: LiveDecoder, batch: ProbeBatch) -> Any:
-    """Return a context in which the inputs of a batch are added to sums while others run it through the model."""
-    sums.probes += len(batch.numbers)
-    return watched_inputs(decoder, batch.attention_mask != 0, lambda site, rows: sums.sums[site].add(rows))
+    for index, (kind, rows, request) in enumerate(zip(kinds, read, requests, strict=True)):
+        journals = Journals(stem_of(options.mask, f"keep-{index - 1}" if index else "gain"), request)
+        probes = gain if isinstance(gain, Probes) and not index else probes_of(config, kind, rows)
+        groups.append(Groups(kind, probes, journals, options))
+    return MomentsRun(config, info, out, groups[0], tuple(groups[1:]), wanted)
 
 
 def moments_path(mask: str | os.PathLike[str]) -> Path:
     """Return where the moments of a profiling run lie, ``folder/mask.moments.safetensors``."""
-    path = Path(mask)
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.moments.safetensors")
+    return stem_of(mask, "moments.safetensors")
 
 
 def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
@@ -309,31 +272,26 @@ def take_moments(
     """
     with joined_ranks() as ranks:
         path = Path(out)
-        options = RunOptions(
-            path, None if folder is None else Path(folder), resume, None, journal_seconds, progress, ranks
-        )
+        place = None if folder is None else Path(folder)
+        options = RunOptions(path, place, resume, None, journal_seconds, progress, ranks)
         if ranks.first:
             check_output(out, resume=resume, replaceable=check_moments_replaceable)
-        config = config.model_copy(update={"device": ranks.device(config.device)})
-        find_device(config.device)
-        info = check_model(config, "target")
-        rows = side_rows(config, "target", options.folder)
-        source, rule = config.probes_of("target"), config.answer
-        request = moments_request(config, source, rule, info, rows, options.folder)
-        journals = Journals(stem_of(path, "target"), request)
-        gain = Groups("gain", side_probes(config, "target", rows), rule, journals, options)
-        keep = prepare_keep(config, info, options)
-        images = any(groups.probes.rows.source.images is not None for groups in (gain, *keep.groups))
-        with naming(model_keys("target")):
-            model, _ = load_model(config.model_of("target"), images=images)
-        decoder = find_live_decoder(model, info.shape, name=config.target.model)
-        clips = clips_of((gain,), model, decoder)
-        done = gain.measure(model, lambda: empty_sums(config, decoder, clips), adder(model, decoder))
-        kept, tallies = keep.sums(model, decoder)
-        if kept is None:
+        config = config.model_copy(update={"device": checked_device(config, ranks)})
+        kind = config.kind("target")
+        info = check_model(kind)
+        run = prepare_moments(config, info, options, path, rows_of(kind, place))
+        assert run is not None
+        model = load_target(run)
+        run.take(model)
+        if not ranks.first:
             return None
-        origin = source_provenance(source, rule, options.folder, gain.probes, done.tally)
-        keep.write(path, model, info, (done.statistics, origin), (kept, tallies))
-        for groups in (gain, *keep.groups):
-            groups.journals.delete()
+        run.delete_journals()
         return read_moments(path)
+
+
+def load_target(run: MomentsRun) -> PreTrainedModel:
+    """Return the target, with its images if any kind of probes has some."""
+    kind = run.gain.kind
+    images = any(groups.probes.rows.source.images is not None for groups in (run.gain, *run.keep))
+    with naming(kind.model_keys):
+        return load_model(kind.model, images=images)[0]

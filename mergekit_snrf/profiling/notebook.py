@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.profiling.measure.meter import Batch, Measure
+from mergekit_snrf.profiling.measure.meter import Measure, Meter
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
 from mergekit_snrf.profiling.request import versions
 from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance
-from mergekit_snrf.profiling.run import profile_model
+from mergekit_snrf.profiling.result.statistics import Statistics
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """What a processor or tokenizer returned, as a batch of probes."""
-
-    numbers: tuple[int, ...]
-    inputs: Mapping[str, Any]
-
-    @property
-    def attention_mask(self) -> Tensor:
-        mask = self.inputs.get("attention_mask")
-        return torch.ones_like(self.inputs["input_ids"]) if mask is None else mask
-
-    @property
-    def answer_mask(self) -> Tensor:
-        return self.attention_mask != 0
+def profile_model(
+    model: nn.Module, batches: Iterable[ProbeBatch], *, measure: Measure | None = None, progress: bool = False
+) -> Statistics:
+    """Return the statistics of every neuron of a loaded model; arguments and errors as ``profile``."""
+    meter = Meter(model, measure or Measure())
+    statistics = Statistics(meter.neurons)
+    with tqdm(unit="probe", disable=not progress) as bar:
+        for batch in batches:
+            statistics.update(meter.impacts(batch))
+            bar.update(len(batch.numbers))
+    return statistics
 
 
 def profile(
     model: nn.Module,
-    batches: Iterable[Batch | Mapping[str, Any]],
+    batches: Iterable[ProbeBatch | Mapping[str, Any]],
     *,
     measure: Measure | None = None,
     progress: bool = False,
@@ -59,7 +56,7 @@ def profile(
     return statistics.profile(provenance)
 
 
-def _as_batches(batches: Iterable[Batch | Mapping[str, Any]], measure: Measure) -> Iterator[Batch]:
+def _as_batches(batches: Iterable[ProbeBatch | Mapping[str, Any]], measure: Measure) -> Iterator[ProbeBatch]:
     count = 0
     for batch in batches:
         if not isinstance(batch, Mapping):
@@ -70,6 +67,8 @@ def _as_batches(batches: Iterable[Batch | Mapping[str, Any]], measure: Measure) 
         if not isinstance(batch.get("input_ids"), Tensor) or batch["input_ids"].ndim != 2:
             remedy = "call the processor with return_tensors='pt' and padding=True"
             raise SnrfError(None, "a batch has no tensor input_ids of shape [probes, tokens]", remedy)
-        probes = len(batch["input_ids"])
-        yield _Plain(tuple(range(count, count + probes)), batch)
-        count += probes
+        numbers = tuple(range(count, count + len(batch["input_ids"])))
+        mask = batch.get("attention_mask")
+        mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
+        yield ProbeBatch(numbers, batch, mask, mask != 0)
+        count += len(numbers)

@@ -20,14 +20,13 @@ from mergekit_snrf.files.references import sha256
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.models.loading import load_config
-from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import ModelProvenance, check_replaceable
 from mergekit_snrf.profiling.journal import Tally, differences
 from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeColumns, ProbeSource
+from mergekit_snrf.profiling.probes.source import ProbeColumns
 from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
-from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideConfig, SideName, model_keys
+from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, SideName
 
 _PACKAGES = ("mergekit-snrf", "torch", "transformers")
 
@@ -50,22 +49,21 @@ class ModelInfo:
     content_sha256: str | None = None
 
 
-def stem_of(mask: str | os.PathLike[str], side: SideName) -> Path:
-    """Return the path that the files of one side begin with, beside the mask: ``folder/mask.target``."""
+def stem_of(mask: str | os.PathLike[str], part: str) -> Path:
+    """Return the path that the files of a part of a run begin with, beside the mask: ``folder/mask.target``."""
     path = Path(mask)
-    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{side}")
+    return path.with_name(f"{path.name.removesuffix('.safetensors')}.{part}")
 
 
 def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
     """Return the path of the profile of one side, ``folder/mask.target.profile.safetensors``."""
-    stem = stem_of(mask, side)
-    return stem.with_name(f"{stem.name}.profile.safetensors")
+    return stem_of(mask, f"{side}.profile.safetensors")
 
 
 def check_output(
     mask: str | os.PathLike[str], *, resume: bool, replaceable: Callable[[Path], None] = check_replaceable
 ) -> None:
-    """Check that the mask can be written and no unfinished run would be lost.
+    """Check that a file can be written and no unfinished run would be lost.
 
     Args:
         replaceable: raises ``SnrfError`` where another kind of file lies.
@@ -87,135 +85,78 @@ def check_output(
         what = f"cannot be written ({os_reason(error)})"
         raise SnrfError(path, what, "choose a folder that exists and is writable") from None
     replaceable(path)
-    stem = path.name.removesuffix(".safetensors")
     found = path.parent.glob("*.journal-*.safetensors")
-    unfinished = sorted(file for file in found if file.name.startswith(f"{stem}."))
+    unfinished = sorted(file for file in found if file.name.startswith(stem_of(path, "").name))
     if unfinished and not resume:
-        raise SnrfError(
-            unfinished[0],
-            "is the journal of an unfinished run",
-            f"resume the run, or delete its journals ({stem_of(mask, 'target').stem}.*.journal-*.safetensors)",
-            field="resume",
-        )
+        names = stem_of(path, "*.journal-*.safetensors").name
+        remedy = f"resume the run, or delete its journals ({names})"
+        raise SnrfError(unfinished[0], "is the journal of an unfinished run", remedy, field="resume")
 
 
 def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
-    """Return the headers of both models, whose decoders have the same shape.
-
-    Raises:
-        SnrfError: a model cannot be read, has no usable text decoder, or the two have different shapes.
-    """
-    checkpoints: dict[SideName, Checkpoint] = {}
-    models: dict[SideName, ModelInfo] = {}
-    for name in SIDES:
-        models[name], checkpoint = _opened(config, name)
-        if checkpoint is not None:
-            checkpoints[name] = checkpoint
-    if len(checkpoints) == 2:
-        target, source = checkpoints["target"], checkpoints["source"]
-        problems = pairing_problems(target, source, any_family=True)
+    """Return the headers of both models; an error if they have no usable text decoders of the same shape."""
+    (target, of_target), (source, of_source) = (_opened(config.kind(name)) for name in SIDES)
+    if of_target is not None and of_source is not None:
+        problems = pairing_problems(of_target, of_source, any_family=True)
         if problems:
             raise SnrfError(None, "; ".join(map(str, problems)))
-        for problem in pairing_problems(target, source):
+        for problem in pairing_problems(of_target, of_source):
             logger.warning("%s", problem.what)
-    elif models["target"].shape != models["source"].shape:
-        raise SnrfError(
-            config.side("source").model,
-            f"the decoder has the shape {models['source'].shape}, that of {config.target.model} has "
-            f"{models['target'].shape}",
-            "use a source with the same decoder shape",
-        )
-    return models
+    elif target.shape != source.shape:
+        what = f"the decoder has the shape {source.shape}, that of {config.target.model} has {target.shape}"
+        raise SnrfError(config.side("source").model, what, "use a source with the same decoder shape")
+    return {"target": target, "source": source}
 
 
-def check_model(config: ProfileConfig, name: SideName) -> ModelInfo:
-    """Return the headers of one model.
-
-    Raises:
-        SnrfError: it cannot be read, or has no usable text decoder.
-    """
-    return _opened(config, name)[0]
+def check_model(kind: Kind) -> ModelInfo:
+    """Return the headers of a model; an error if it cannot be read, or has no usable text decoder."""
+    return _opened(kind)[0]
 
 
-def _opened(config: ProfileConfig, name: SideName) -> tuple[ModelInfo, Checkpoint | None]:
-    ref = config.model_of(name)
-    with naming(model_keys(name)):
+def _opened(kind: Kind) -> tuple[ModelInfo, Checkpoint | None]:
+    ref = kind.model
+    with naming(kind.model_keys):
         if ref.gguf_file is not None:
-            return _gguf_info(ref), None
+            config = load_config(ref)
+            return ModelInfo(DecoderShape.of(config.to_dict()), config.model_type), None
         checkpoint = open_checkpoint(ref.model, ref.revision, trust_remote_code=ref.trust_remote_code)
         shape = find_decoder(checkpoint).shape
     info = ModelInfo(shape, checkpoint.model_type, checkpoint.config_sha256, _content_sha256(checkpoint))
     return info, checkpoint
 
 
-def _gguf_info(ref: ModelRef) -> ModelInfo:
-    config = load_config(ref)
-    return ModelInfo(DecoderShape.of(config.to_dict()), config.model_type)
-
-
 def _content_sha256(checkpoint: Checkpoint) -> str:
     tensors = {name: [header.dtype, *header.shape] for name, header in checkpoint.tensors.items()}
     digest = hashlib.sha256(json.dumps(tensors, sort_keys=True).encode())
-    for name in checkpoint.side_files() if checkpoint.folder is not None else ():
-        assert checkpoint.folder is not None
-        digest.update(name.encode() + b"\0" + bytes.fromhex(sha256(checkpoint.folder / name)))
+    folder = checkpoint.folder
+    if folder is not None:
+        for name in checkpoint.side_files():
+            digest.update(name.encode() + b"\0" + bytes.fromhex(sha256(folder / name)))
     return digest.hexdigest()
 
 
 def request_of(
-    config: ProfileConfig, name: SideName, model: ModelInfo, rows: Rows, folder: Path | None, *, device: str, block: int
+    config: ProfileConfig, kind: Kind, model: ModelInfo, rows: Rows, folder: Path | None, **more: Any
 ) -> dict[str, Any]:
-    """Return everything that the bytes of a profile depend on, as JSON values.
+    """Return everything that the result of one kind of probes depends on, ``more`` among it, as JSON values.
 
     Paths are as the user wrote them: those found beside profile.yml are relative to it.
     """
-    side = config.side(name)
-    kernel: dict[str, Any] = {} if config.backend == "auto" else {"backend": config.backend}
-    moments: dict[str, Any] = {}
-    if name == "target" and config.keep:
-        kinds = [kind.model_dump(exclude_none=True) for kind in config.keep]
-        moments = {"keep": [{**kind, "dataset": _written(kind["dataset"], folder)} for kind in kinds]}
-        moments["sketch"] = config.sketch
     return {
-        **kernel,
-        **moments,
         "model": {
-            "path": _written(side.model, folder),
-            "revision": side.revision,
-            "gguf_file": side.gguf_file,
+            "path": _written(kind.model.model, folder),
+            "revision": kind.model.revision,
+            "gguf_file": kind.model.gguf_file,
             "config_sha256": model.config_sha256,
             "content_sha256": model.content_sha256,
         },
-        "probes": {**_probes(side, folder), "rows_sha256": _rows_sha256(rows)},
-        "template": side.template,
-        "answer": config.answer.model_dump(exclude_none=True),
-        "limit": config.limit,
-        "seed": config.seed,
-        "batch_size": config.batch_size,
-        "token_limit": config.token_limit,
-        "dtype": config.dtype,
-        "device": device,
-        "block_bytes": block,
-        "measure": config.measure.provenance(),
+        "probes": {**_columns(kind, folder), "rows_sha256": _rows_sha256(rows)},
+        "template": kind.source.template,
+        "answer": kind.rule.model_dump(exclude_none=True),
+        "limit": kind.source.limit,
+        **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype")},
         "versions": versions(),
-    }
-
-
-def moments_request(
-    config: ProfileConfig, source: ProbeSource, rule: AnswerRule, model: ModelInfo, rows: Rows, folder: Path | None
-) -> dict[str, Any]:
-    """Return everything that the moments of one kind of probes depend on, as JSON values."""
-    return {
-        "model": {
-            "path": model_path(config, "target", folder),
-            "config_sha256": model.config_sha256,
-            "content_sha256": model.content_sha256,
-        },
-        "probes": {**_source(source, folder), "rows_sha256": _rows_sha256(rows)},
-        "answer": rule.model_dump(exclude_none=True),
-        "sketch": config.sketch,
-        **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype", "device")},
-        "versions": versions(),
+        **more,
     }
 
 
@@ -227,7 +168,7 @@ def _rows_sha256(rows: Rows) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(request: Mapping[str, Any]) -> str:
+def fingerprint(request: Any) -> str:
     """Return the sha256 of a request."""
     return hashlib.sha256(json.dumps(request, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
@@ -243,11 +184,9 @@ def changes(was: ProfileProvenance, request: Mapping[str, Any]) -> list[str]:
         **{key: probes.get(key) for key in ("limit", "template")},
         **{key: getattr(was, key) for key in ("seed", "dtype", "measure", "versions")},
     }
-    now = {
-        "model": {key: request["model"][key] for key in before["model"]},
-        "probes": {name: request["probes"].get(name) for name in columns},
-        **{key: request[key] for key in before if key not in ("model", "probes")},
-    }
+    now = {key: request[key] for key in before}
+    for key in ("model", "probes"):
+        now[key] = {name: request[key].get(name) for name in before[key]}
     if now["model"]["revision"] is None:  # Then the profile records the commit that was found.
         before["model"]["revision"] = None
     if now["dtype"] == "auto":  # Then it records the checkpoint's.
@@ -255,26 +194,24 @@ def changes(was: ProfileProvenance, request: Mapping[str, Any]) -> list[str]:
     return differences(before, now)
 
 
-def probes_provenance(
-    config: ProfileConfig, name: SideName, folder: Path | None, probes: Probes, tally: Tally
-) -> dict[str, Any]:
-    """Return where the probes of one side come from, and how many there are."""
-    side = config.side(name)
-    origin = {**_probes(side, folder), "limit": config.limit, "template": side.template}
-    return _counted({key: value for key, value in origin.items() if value is not None}, config.answer, probes, tally)
+def model_provenance(kind: Kind, info: ModelInfo, model: Any, folder: Path | None, **more: Any) -> ModelProvenance:
+    """Return which model a loaded one is."""
+    return ModelProvenance(
+        path=_written(kind.model.model, folder),
+        revision=kind.model.revision or getattr(model.config, "_commit_hash", None),
+        model_type=info.model_type,
+        config_sha256=info.config_sha256,
+        **more,
+    )
 
 
-def source_provenance(
-    source: ProbeSource, rule: AnswerRule, folder: Path | None, probes: Probes, tally: Tally
-) -> dict[str, Any]:
+def probes_provenance(kind: Kind, folder: Path | None, probes: Probes, tally: Tally) -> dict[str, Any]:
     """Return where the probes of one kind come from, and how many there are."""
-    return _counted(_source(source, folder), rule, probes, tally)
-
-
-def _counted(origin: Mapping[str, Any], rule: AnswerRule, probes: Probes, tally: Tally) -> dict[str, Any]:
-    answer = rule.model_dump(exclude_none=True)
+    more = {"limit": kind.source.limit, "template": kind.source.template}
+    answer = kind.rule.model_dump(exclude_none=True)
     return {
-        **origin,
+        **_columns(kind, folder),
+        **{key: value for key, value in more.items() if value is not None},
         "answer": {**answer, "cut": tally.cut} if answer["by"] == "model" else answer,
         "count": len(probes),
         "left_out": len(probes.bad),
@@ -285,24 +222,13 @@ def _counted(origin: Mapping[str, Any], rule: AnswerRule, probes: Probes, tally:
     }
 
 
-def model_path(config: ProfileConfig, name: SideName, folder: Path | None) -> str:
-    """Return a model's path or hub id as the user wrote it."""
-    return _written(config.side(name).model, folder)
-
-
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the numbers depend on."""
     return {package: torch.__version__ if package == "torch" else version(package) for package in _PACKAGES}
 
 
-def _probes(side: SideConfig, folder: Path | None) -> dict[str, Any]:
-    found = side.probes.model_dump(exclude_none=True)
-    return {**found, "dataset": _written(side.probes.dataset, folder)}
-
-
-def _source(source: ProbeSource, folder: Path | None) -> dict[str, Any]:
-    found = source.model_dump(exclude_none=True)
-    return {**found, "dataset": _written(source.dataset, folder)}
+def _columns(kind: Kind, folder: Path | None) -> dict[str, Any]:
+    return {**kind.columns.model_dump(exclude_none=True), "dataset": _written(kind.columns.dataset, folder)}
 
 
 def _written(value: str, folder: Path | None) -> str:

@@ -11,27 +11,19 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from tqdm import tqdm
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files import references
-from mergekit_snrf.models.loading import find_device
 from mergekit_snrf.neurons.maskfile import Provenance, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
-from mergekit_snrf.profiling.groups import RunOptions
-from mergekit_snrf.profiling.measure.meter import Batch, Measure, Meter
-from mergekit_snrf.profiling.rendering import side_probes, side_rows
+from mergekit_snrf.profiling.distributed import joined_ranks
+from mergekit_snrf.profiling.groups import RunOptions, checked_device, probes_of, rows_of
 from mergekit_snrf.profiling.request import check_models, check_output, profile_path
 from mergekit_snrf.profiling.result.profilefile import Profile
 from mergekit_snrf.profiling.result.selection import select
-from mergekit_snrf.profiling.result.statistics import Statistics
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName
 from mergekit_snrf.profiling.side import prepare_side
 
@@ -57,36 +49,6 @@ class Result:
     profiles: dict[SideName, Path]
     probes: dict[SideName, int]
     seconds: dict[SideName, float]
-
-
-def profile_model(
-    model: nn.Module,
-    batches: Iterable[Batch],
-    *,
-    measure: Measure | None = None,
-    progress: bool = False,
-) -> Statistics:
-    """Return the statistics of every neuron of a loaded model on batches of probes.
-
-    >>> statistics = profile_model(model, batches)                        # doctest: +SKIP
-    >>> select([statistics.profile()], top_ratio=0.1).count()             # doctest: +SKIP
-
-    Args:
-        model: any transformers model with a text decoder; it is not changed.
-        batches: of ``probe_batches``, or anything with ``numbers``, ``inputs``, ``attention_mask`` and ``answer_mask``.
-        measure: what counts as the impact; None is Eq. 14 over all tokens.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        SnrfError: the model is not supported, or computes NaN or infinite values.
-    """
-    meter = Meter(model, measure or Measure())
-    statistics = Statistics(meter.neurons)
-    with tqdm(unit="probe", disable=not progress) as bar:
-        for batch in batches:
-            statistics.update(meter.impacts(batch))
-            bar.update(len(batch.numbers))
-    return statistics
 
 
 def run(
@@ -122,19 +84,12 @@ def run(
         SnrfError: a problem that the user can fix: the settings, the models, the probes, the memory.
     """
     with joined_ranks() as ranks:
-        options = RunOptions(
-            Path(mask),
-            None if folder is None else Path(folder),
-            resume,
-            memory_budget,
-            journal_seconds,
-            progress,
-            ranks,
-        )
+        place = None if folder is None else Path(folder)
+        options = RunOptions(Path(mask), place, resume, memory_budget, journal_seconds, progress, ranks)
         # Other ranks must not mistake the first one's journals for those of an earlier run.
         if ranks.first:
             check_output(mask, resume=resume)
-        config = config.model_copy(update={"device": _check_device(config, ranks)})
+        config = config.model_copy(update={"device": checked_device(config, ranks)})
         models = ranks.from_first(check_models(config) if ranks.first else {})
         # Measuring the first side can take days: every fault of the second is found before.
         sides = [prepare_side(config, name, models[name], options) for name in SIDES]
@@ -143,49 +98,31 @@ def run(
         for side in sides:
             start = time.monotonic()
             profile = side.profile()
-            seconds[side.name] = 0.0 if side.probes is None else time.monotonic() - start
+            seconds[side.name] = 0.0 if side.groups is None else time.monotonic() - start
             if profile is not None:
                 profiles[side.name] = profile
-            _free_memory()
+            gc.collect()  # Release the model before the next is loaded.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return _finish(config, Path(mask), profiles, seconds) if ranks.first else None
 
 
 def dry_run(config: ProfileConfig, *, folder: str | os.PathLike[str] | None = None, shown: int = 3) -> str:
-    """Return the first probes of each side as their models would read them, without loading weights.
-
-    Raises:
-        SnrfError: as ``run``, except what only the loaded models show.
-    """
+    """Return the first probes of each side as their models would read them, without loading weights."""
     check_models(config)
     lines = []
     for name in SIDES:
-        side = config.side(name)
-        probes = side_probes(config, name, side_rows(config, name, None if folder is None else Path(folder)))
-        lines.append(f"{name}: {len(probes)} probes of {side.probes.dataset} through {side.model}")
+        kind = config.kind(name)
+        probes = probes_of(config, kind, rows_of(kind, None if folder is None else Path(folder)))
+        lines.append(f"{name}: {len(probes)} probes of {kind.source.dataset} through {kind.model.model}")
         for probe in probes.probes[:shown]:
             images = f", {len(probe.row.images)} image(s)" if probe.row.images else ""
             answer = probe.row.answer
             if answer is None:
                 answer = f"(generated by the model, up to {config.answer.max_new_tokens} tokens)"
-            lines += [
-                f"--- row {probe.row.number}: {probe.tokens} tokens{images}",
-                probe.prompt,
-                f"--- answer: {answer}",
-            ]
+            lines += [f"--- row {probe.row.number}: {probe.tokens} tokens{images}", probe.prompt]
+            lines.append(f"--- answer: {answer}")
     return "\n".join(lines)
-
-
-def _check_device(config: ProfileConfig, ranks: Ranks) -> str | None:
-    if config.device_map is not None and ranks.world > 1:
-        raise SnrfError(
-            None,
-            f"auto spreads one model over all devices, which {ranks.world} processes cannot share",
-            "start one process",
-            field="device_map",
-        )
-    device = ranks.device(config.device)
-    find_device(device)
-    return device
 
 
 def _finish(
@@ -217,10 +154,3 @@ def _mask_provenance(config: ProfileConfig, profiles: dict[SideName, Profile], m
         dtype=target.dtype if len(dtypes) == 1 else f"{target.dtype} (target), {source.dtype} (source)",
         versions=target.versions,
     )
-
-
-def _free_memory() -> None:
-    """Release the model of one side before the next is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -13,7 +14,7 @@ from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import ModelRef
-from mergekit_snrf.profiling.measure.meter import Measure
+from mergekit_snrf.profiling.measure.meter import Measure, MeasuredSite, Scoring, Tokens, Weight
 from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
     AnswerRule,
@@ -21,6 +22,7 @@ from mergekit_snrf.profiling.probes.source import (
     Name,
     ProbeColumns,
     ProbeSource,
+    PromptColumns,
     Seed,
     Template,
     check_prompt,
@@ -29,6 +31,10 @@ from mergekit_snrf.profiling.result.selection import Selection
 
 SideName = Literal["target", "source"]
 SIDES: tuple[SideName, ...] = ("target", "source")
+
+_Columns = TypeVar("_Columns", bound=ProbeColumns)
+_MODEL_FIELDS = ("model", "revision", "gguf_file")
+_ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
 class SideConfig(Settings):
@@ -46,18 +52,33 @@ class SideConfig(Settings):
         return self
 
 
-class KeepConfig(ProbeColumns):
+class KeepConfig(PromptColumns):
     """One kind of probes that a merge keeps (``update: regmean``), such as counting, OCR or general questions."""
 
     name: Name | None = Field(default=None, description="For messages and results; default: the data set's.")
-    template: Template | None = Field(default=None, description="Replaces the model's chat template.")
     limit: Count | None = Field(default=None, description="Rows drawn; default: limit of the profile.")
     max_new_tokens: Count | None = Field(default=None, description="Default: that of answer.")
 
-    @model_validator(mode="after")
-    def _prompts_differ(self) -> KeepConfig:
-        check_prompt(self.question, self.template)
-        return self
+
+@dataclass(frozen=True)
+class Kind:
+    """Probes of one kind, and the model that they go through.
+
+    Attributes:
+        name: ``target``, ``source``, or what the kind of probes to keep is called.
+        columns: as they are written.
+        source: with the column of the answers, template, limit and seed.
+        keys: of profile.yml, for the fields of the probes and answers (``errors.naming``).
+        model_keys: the same for the fields of the model.
+    """
+
+    name: str
+    model: ModelRef
+    columns: ProbeColumns
+    source: ProbeSource
+    rule: AnswerRule
+    keys: dict[str, str]
+    model_keys: dict[str, str]
 
 
 class ProfileConfig(Settings):
@@ -79,16 +100,10 @@ class ProfileConfig(Settings):
     limit: Count | None = Field(default=None, description="Rows drawn from each data set; default: all.")
     seed: Seed = Field(default=0, description="Seed of the draw of the rows.")
     template: Template | None = Field(default=None, description="For a side without a template of its own.")
-    tokens: Literal["all", "answer"] = Field(default="all", description="The positions that count.")
-    scoring: Literal["exact", "released"] = Field(
-        default="exact", description="The exact impact (Eq. 14), or the score of the paper's released code."
-    )
-    weight: Literal["paper", "residual", "gradient"] = Field(
-        default="paper", description="Weight of the positions: one, by the residual stream, or by a gradient."
-    )
-    site: Literal["pre_o", "post_o"] = Field(
-        default="pre_o", description="Compare the attention output before or after o_proj."
-    )
+    tokens: Tokens = "all"
+    scoring: Scoring = "exact"
+    weight: Weight = "paper"
+    site: MeasuredSite = "pre_o"
     backend: Literal["auto", "blocked", "sdpa"] = Field(
         default="auto", description="Kernel of attn.q and attn.k; the results agree up to rounding."
     )
@@ -125,9 +140,9 @@ class ProfileConfig(Settings):
         if self.device is not None and self.device_map is not None:
             raise ValueError("device and device_map exclude each other; device_map: auto uses all devices")
         if self.answer.by == "column":
-            sources = {f"{name}.probes": self.probes_of(name) for name in self.sides}
-            sources |= {f"keep.{index}": self.keep_source(index) for index in range(len(self.keep))}
-            lacking = next((key for key, source in sources.items() if source.answer is None), None)
+            written = {f"{name}.probes": self.side(name).probes for name in self.sides}
+            written |= {f"keep.{index}": kind for index, kind in enumerate(self.keep)}
+            lacking = next((key for key, one in written.items() if not (one.answer or self.answer.column)), None)
             if lacking is not None:
                 raise ValueError(
                     f"answer is {{by: column}}, but no column is named for {lacking}; add column to answer, or "
@@ -144,84 +159,69 @@ class ProfileConfig(Settings):
         return SIDES if self.source is not None else ("target",)
 
     def side(self, name: SideName) -> SideConfig:
-        """Return one of the two sides, as it is written.
-
-        Raises:
-            SnrfError: the source is not written.
-        """
+        """Return one of the two sides, as it is written; an error if the source is missing."""
         side = self.target if name == "target" else self.source
         if side is None:
             raise SnrfError(None, f"key {name!r} is missing", "add it")
         return side
 
-    def keep_source(self, index: int) -> ProbeSource:
-        """Return the probe source of one kind of probes to keep."""
-        kind = self.keep[index]
-        columns = {key: getattr(kind, key) for key in ProbeColumns.model_fields}
-        columns["answer"] = kind.answer or self.answer.column
-        return ProbeSource(**columns, template=kind.template, limit=kind.limit or self.limit, seed=self.seed)
+    def kind(self, name: SideName) -> Kind:
+        """Return the probes and the model of a side."""
+        side = self.side(name)
+        keys = {field: f"{name}.probes.{field}" for field in ProbeColumns.model_fields}
+        keys |= {"template": f"{name}.template", **_ANSWER_KEYS}
+        return Kind(
+            name,
+            self.model_of(name),
+            side.probes,
+            self._source(side.probes, side.template, self.limit),
+            self.answer,
+            keys,
+            {**{field: f"{name}.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
+        )
 
-    def keep_rule(self, index: int) -> AnswerRule:
-        """Return where the answers of one kind of probes to keep come from."""
-        tokens = self.keep[index].max_new_tokens
-        if tokens is None or self.answer.by == "column":
-            return self.answer
-        return AnswerRule(max_new_tokens=tokens)
+    def kept(self) -> tuple[Kind, ...]:
+        """Return the kinds of probes to keep, which go through the target."""
+        return tuple(self._kept(index, kind) for index, kind in enumerate(self.keep))
 
-    def keep_name(self, index: int) -> str:
-        """Return the name of one kind of probes to keep."""
-        return self.keep[index].name or Path(self.keep[index].dataset).stem
+    def _kept(self, index: int, kind: KeepConfig) -> Kind:
+        rule, tokens = self.answer, kind.max_new_tokens
+        keys = keep_keys(index)
+        return Kind(
+            kind.name or Path(kind.dataset).stem,
+            self.model_of("target"),
+            ProbeColumns(**{field: getattr(kind, field) for field in ProbeColumns.model_fields}),
+            self._source(kind, kind.template, kind.limit or self.limit),
+            rule if tokens is None or rule.by == "column" else AnswerRule(max_new_tokens=tokens),
+            keys,
+            {**{field: f"target.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
+        )
+
+    def _source(self, columns: ProbeColumns, template: str | None, limit: int | None) -> ProbeSource:
+        found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
+        found["answer"] = columns.answer or self.answer.column
+        return ProbeSource(**found, template=template, limit=limit, seed=self.seed)
 
     def model_of(self, name: SideName) -> ModelRef:
         """Return the model of a side."""
         side = self.side(name)
-        return ModelRef(
-            model=side.model,
-            revision=side.revision,
-            gguf_file=side.gguf_file,
-            dtype=self.dtype,
-            device=self.device,
-            device_map=self.device_map,
-            trust_remote_code=self.trust_remote_code,
-        )
-
-    def probes_of(self, name: SideName) -> ProbeSource:
-        """Return the probe source of a side."""
-        side = self.side(name)
-        columns = {**side.probes.model_dump(), "answer": side.probes.answer or self.answer.column}
-        return ProbeSource(**columns, template=side.template, limit=self.limit, seed=self.seed)
+        shared = {key: getattr(self, key) for key in ("dtype", "device", "device_map", "trust_remote_code")}
+        return ModelRef(**{key: getattr(side, key) for key in _MODEL_FIELDS}, **shared)
 
     @property
     def measure(self) -> Measure:
         """What counts as the impact of a neuron."""
-        return Measure(scoring=self.scoring, weight=self.weight, site=self.site, tokens=self.tokens)
+        return Measure(**{key: getattr(self, key) for key in Measure.model_fields})
 
     def override(self, **values: Any) -> ProfileConfig:
-        """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing.
-
-        Raises:
-            SnrfError: a value is not allowed.
-        """
+        """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing."""
         given = {key: value for key, value in values.items() if value is not None}
         return _validated({**self.model_dump(exclude_unset=True), **given}, "profile options")
 
 
-def model_keys(side: SideName) -> dict[str, str]:
-    """Return the keys of profile.yml that set the fields of a side's model, for ``errors.naming``."""
-    keys = {field: f"{side}.{field}" for field in ("model", "revision", "gguf_file")}
-    return {**keys, "images": f"{side}.probes.images"}
-
-
-def probe_keys(side: SideName) -> dict[str, str]:
-    """Return the keys of profile.yml that set the fields of a side's probes and answers, for ``errors.naming``."""
-    keys = {field: f"{side}.probes.{field}" for field in ProbeColumns.model_fields}
-    return {**keys, "template": f"{side}.template", **{key: f"answer.{key}" for key in AnswerRule.model_fields}}
-
-
 def keep_keys(index: int) -> dict[str, str]:
     """Return the keys of profile.yml that set the fields of one kind of probes to keep, for ``errors.naming``."""
-    keys = {field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}
-    return {**{key: f"answer.{key}" for key in AnswerRule.model_fields}, **keys}
+    return {**_ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
 
 
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
@@ -230,8 +230,7 @@ def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
     Relative paths of models and data files are looked for in the working folder, then beside the file.
 
     Raises:
-        SnrfError: the file cannot be read, is not YAML, or a key is unknown, missing or has a value that is not
-            allowed.
+        SnrfError: the file cannot be read, or a key is unknown, missing or has a value that is not allowed.
     """
     path = Path(path)
     raw = load_yaml(path, remedy="use the path of a profile.yml")
@@ -239,18 +238,18 @@ def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
         raise SnrfError(path, "must be a mapping with the keys target and source", "see the examples folder")
     config = _validated(raw, path)
     located: dict[str, Any] = {name: _located(config.side(name), path, name) for name in config.sides}
-    located["keep"] = tuple(
-        kind.model_copy(update={"dataset": _find(kind.dataset, path, f"keep.{index}.dataset", "dataset")})
-        for index, kind in enumerate(config.keep)
-    )
+    kept = enumerate(config.keep)
+    located["keep"] = tuple(_located_data(kind, path, f"keep.{index}") for index, kind in kept)
     return config.model_copy(update=located)
 
 
 def _located(side: SideConfig, path: Path, name: str) -> SideConfig:
     model = _find(side.model, path, f"{name}.model", "model")
-    dataset = _find(side.probes.dataset, path, f"{name}.probes.dataset", "dataset")
-    probes = side.probes.model_copy(update={"dataset": dataset})
-    return side.model_copy(update={"model": model, "probes": probes})
+    return side.model_copy(update={"model": model, "probes": _located_data(side.probes, path, f"{name}.probes")})
+
+
+def _located_data(columns: _Columns, path: Path, key: str) -> _Columns:
+    return columns.model_copy(update={"dataset": _find(columns.dataset, path, f"{key}.dataset", "dataset")})
 
 
 def _find(value: str, path: Path, key: str, what: str) -> str:
@@ -264,12 +263,8 @@ def _find(value: str, path: Path, key: str, what: str) -> str:
     looks_local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).suffix in DATA_SUFFIXES
     if looks_local or (what == "model" and value.count("/") != 1):
         looked = " and ".join(str(place.absolute()) for place in places)
-        raise SnrfError(
-            path,
-            f"{value!r} does not exist, looked for {looked}",
-            f"correct the path, or use a hub id such as owner/{what}",
-            field=f"key {key!r}",
-        )
+        message = f"{value!r} does not exist, looked for {looked}"
+        raise SnrfError(path, message, f"correct the path, or use a hub id such as owner/{what}", field=f"key {key!r}")
     return value
 
 

@@ -12,19 +12,16 @@ import torch
 
 from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.models.loading import find_device, load_model
-from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling import memory
-from mergekit_snrf.profiling.groups import Groups, RunOptions
+from mergekit_snrf.profiling.groups import Groups, RunOptions, probes_of, rows_of
 from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.moments import GainAndStatistics, KeepProbes, prepare_keep
-from mergekit_snrf.profiling.probes.batches import Probes
-from mergekit_snrf.profiling.rendering import side_probes, side_rows
+from mergekit_snrf.profiling.moments import MomentsRun, load_target, moments_path, prepare_moments
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     changes,
     fingerprint,
-    model_path,
+    model_provenance,
     probes_provenance,
     profile_path,
     request_of,
@@ -33,7 +30,7 @@ from mergekit_snrf.profiling.request import (
 )
 from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenance, read_profile, write_profile
 from mergekit_snrf.profiling.result.statistics import Statistics
-from mergekit_snrf.profiling.settings import ProfileConfig, SideName, model_keys, probe_keys
+from mergekit_snrf.profiling.settings import Kind, ProfileConfig, SideName
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,24 +43,21 @@ class Side:
     """One side, ready to be measured.
 
     Attributes:
-        probes: None if an earlier run has finished the side.
+        groups: the probes; None if an earlier run has finished the side.
         finished: the profile of that run, on rank 0.
-        keep: the probes to keep, whose moments are taken with the target's profile; None: there are none.
+        moments: taken with the target's profile; None: not wanted, or taken by an earlier run.
     """
 
     name: SideName
+    kind: Kind
     config: ProfileConfig
     options: RunOptions
     info: ModelInfo
     request: Mapping[str, Any]
-    probes: Probes | None
+    journals: Journals
+    groups: Groups | None
     finished: Profile | None
-    keep: KeepProbes | None = None
-
-    @property
-    def journals(self) -> Journals:
-        """What an unfinished run has left."""
-        return Journals(stem_of(self.options.mask, self.name), self.request)
+    moments: MomentsRun | None
 
     def profile(self) -> Profile | None:
         """Measure the side and write its profile; return it on rank 0, and None on other ranks.
@@ -71,71 +65,69 @@ class Side:
         Raises:
             SnrfError: the model cannot be loaded or measured, or the memory is too small.
         """
-        ranks = self.options.ranks
-        if self.probes is None:
-            if ranks.first:
-                self._delete_journals()
+        profile = self.finished
+        if self.groups is not None or self.moments is not None:
+            with naming(self.kind.model_keys):
+                model = self._load()
+            with self._memory_explained(), naming(self.kind.keys):
+                profile = self._measured(self.groups, model) if self.groups is not None else profile
+                if self.groups is None and self.moments is not None:
+                    self.moments.take(model)
+        if self.options.ranks.first:
+            if self.groups is None:
                 logger.info("%s: finished by an earlier run", self.name)
-            return self.finished
-        with naming(model_keys(self.name)):
-            model, _ = load_model(self.config.model_of(self.name), images=self.probes.rows.source.images is not None)
-        with self._memory_explained(), naming(probe_keys(self.name)):
-            done = self._measure(self.probes, model)
-            statistics, provenance = done.statistics, self._provenance(self.probes, model, done.tally)
-            if self.keep is not None:
-                statistics = self.keep.finish(model, done, self.info, provenance)
-        if not ranks.first:
-            return None
-        profile: Profile = statistics.profile(provenance)
-        write_profile(profile_path(self.options.mask, self.name), profile)
-        self._delete_journals()
+            elif profile is not None:
+                write_profile(profile_path(self.options.mask, self.name), profile)
+            self.journals.delete()
+            if self.moments is not None:
+                self.moments.delete_journals()
         return profile
 
-    def _delete_journals(self) -> None:
-        self.journals.delete()
-        for groups in () if self.keep is None else self.keep.groups:
-            groups.journals.delete()
+    def _load(self) -> PreTrainedModel:
+        if self.moments is not None:
+            return load_target(self.moments)
+        assert self.groups is not None
+        return load_model(self.kind.model, images=self.kind.source.images is not None)[0]
 
-    def _measure(self, probes: Probes, model: PreTrainedModel) -> Progress:
-        """Return on rank 0 what all ranks have measured."""
+    def _measured(self, groups: Groups, model: PreTrainedModel) -> Profile | None:
+        """Measure the impacts, and the moments if there are any; return the profile on rank 0."""
         meter = Meter(
             model,
             self.config.measure,
             shape=self.info.shape,
-            name=self.config.side(self.name).model,
+            name=self.kind.model.model,
             block_bytes=self.request["block_bytes"],
             backend=self.config.backend,
         )
-        groups = Groups(self.name, probes, self.config.answer, self.journals, self.options)
-        if self.keep is not None:
-            done = groups.measure(model, *GainAndStatistics.of(groups, model, meter, self.config))
+        if self.moments is not None:
+            done = self.moments.with_impacts(groups, model, meter)
         else:
-            done = groups.measure(
-                model,
-                lambda: Statistics(meter.neurons),
-                lambda statistics, batch: statistics.update(meter.impacts(batch)),
-            )
+            empty = lambda: Statistics(meter.neurons)  # noqa: E731
+            done = groups.measure(model, empty, lambda sums, batch: sums.update(meter.impacts(batch)))
         logger.info("%s: peak memory of the process %s", self.name, memory.peak(model.device))
-        return done
+        return self._finish(groups, model, done)
 
-    def _provenance(self, probes: Probes, model: PreTrainedModel, tally: Tally) -> ProfileProvenance:
+    def _finish(self, groups: Groups, model: PreTrainedModel, done: Progress) -> Profile | None:
+        statistics = done.statistics
+        if self.moments is not None:
+            self.moments.take(model, (statistics.gain, done.tally))
+            statistics = statistics.statistics
+        provenance = self._provenance(groups, model, done.tally)
+        return statistics.profile(provenance) if self.options.ranks.first else None
+
+    def _provenance(self, groups: Groups, model: PreTrainedModel, tally: Tally) -> ProfileProvenance:
         if tally.cut:
             logger.warning(
                 "%s: %d of %d answers reached max_new_tokens = %d before they ended; raise it to measure whole answers",
-                self.name, tally.cut, len(probes), self.config.answer.max_new_tokens,
+                self.name, tally.cut, len(groups.probes), self.kind.rule.max_new_tokens,
             )  # fmt: skip
-        config, folder = self.config, self.options.folder
+        folder = self.options.folder
+        probes = probes_provenance(self.kind, folder, groups.probes, tally)
         return ProfileProvenance(
             side=self.name,
-            model=ModelProvenance(
-                path=model_path(config, self.name, folder),
-                revision=config.side(self.name).revision or getattr(model.config, "_commit_hash", None),
-                model_type=self.info.model_type,
-                config_sha256=self.info.config_sha256,
-                probes=probes_provenance(config, self.name, folder, probes, tally),
-            ),
-            measure=dict(config.measure.provenance()),
-            seed=config.seed,
+            model=model_provenance(self.kind, self.info, model, folder, probes=probes),
+            measure=self.config.measure.provenance(),
+            seed=self.config.seed,
             dtype=str(model.dtype).removeprefix("torch."),
             versions=versions(),
             fingerprint=fingerprint(self.request),
@@ -164,14 +156,27 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     Raises:
         SnrfError: the rows cannot be read or rendered, or an earlier run has finished with other settings.
     """
-    rows = side_rows(config, name, options.folder)
-    kind = find_device(config.device)
-    block = memory.block_bytes(kind, options.memory_budget)
-    request = request_of(config, name, info, rows, options.folder, device=kind.type, block=block)
+    kind = config.kind(name)
+    rows = rows_of(kind, options.folder)
+    device = find_device(config.device)
+    measured = {
+        "measure": config.measure.provenance(),
+        "device": device.type,
+        "block_bytes": memory.block_bytes(device, options.memory_budget),
+        **({} if config.backend == "auto" else {"backend": config.backend}),
+    }
+    request = request_of(config, kind, info, rows, options.folder, **measured)
+    keeps = bool(config.keep) and name == "target"
+    # The moments are in the journal, but the profile does not depend on them.
+    journals = Journals(stem_of(options.mask, name), {**request, "sketch": config.sketch} if keeps else request)
     finished = _finished(options, name, request) if options.ranks.first else None
-    probes = None if options.ranks.from_first(finished is not None) else side_probes(config, name, rows)
-    keep = prepare_keep(config, info, options) if config.keep and name == "target" else None
-    return Side(name, config, options, info, request, probes, finished, keep)
+    groups, moments = None, None
+    if not options.ranks.from_first(finished is not None):
+        groups = Groups(kind, probes_of(config, kind, rows), journals, options)
+    if keeps:
+        gain, again = (rows, False) if groups is None else (groups.probes, True)
+        moments = prepare_moments(config, info, options, moments_path(options.mask), gain, again=again)
+    return Side(name, kind, config, options, info, request, journals, groups, finished, moments)
 
 
 def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -> Profile | None:
@@ -183,10 +188,6 @@ def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -
         different = ", ".join(changes(profile.provenance, request)) or (
             "another batch_size, token_limit, backend, device or memory budget, or the data or model have changed"
         )
-        raise SnrfError(
-            path,
-            f"this finished profile was made with other settings: {different}",
-            "use the same settings, or replace it by a run without resume",
-            field="resume",
-        )
+        what = f"this finished profile was made with other settings: {different}"
+        raise SnrfError(path, what, "use the same settings, or replace it by a run without resume", field="resume")
     return profile

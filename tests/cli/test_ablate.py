@@ -257,9 +257,9 @@ def test_an_interrupted_command_says_so_and_writes_nothing(mask: Path, evaluatio
 
 def test_quiet_is_quiet_on_data_that_was_never_read(mask: Path, tmp_path: Path) -> None:
     (tmp_path / "e.yml").write_text(
-        "metrics: {calc: {data: rows.jsonl, template: 'calc :', answer: a}}\nmax_new_tokens: 2\n"
+        "metrics: {calc: {data: rows.jsonl, template: '{q}', answer: a}}\nmax_new_tokens: 2\n"
     )
-    (tmp_path / "rows.jsonl").write_text('{"a": "1"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"q": "calc :", "a": "1"}\n')
     command = [BOARD / "target", "--mask", mask, "--eval", tmp_path / "e.yml", "--draws", "1"]
     for options, silent in ((), False), (("--quiet",), True):
         done = run(*command, *options, HF_DATASETS_CACHE=str(tmp_path / f"cache{silent}"))

@@ -24,7 +24,8 @@ from mergekit_snrf.evidence.results import Study, read_result
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import read_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.profilefile import write_profile
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -366,7 +366,7 @@ def test_the_command_as_a_user_runs_it(folder: Path) -> None:
     assert failed.stderr == f"Error: missing: no such file, looked for {folder}/missing; correct the path\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["mask", "--help"], ["mask", "show", "-h"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["mask", "show", "-h"], ["amplify", "-h"]])
 def test_help_needs_neither_torch_nor_mergekit(arguments: list[str]) -> None:
     code = "import sys; from mergekit_snrf.cli.snrf import main\ntry: main(prog_name='snrf')\n"
     code += "finally: print(sorted({'torch', 'mergekit', 'transformers'} & set(sys.modules)), file=sys.stderr)"

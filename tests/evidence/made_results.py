@@ -64,28 +64,23 @@ def ablation(sha256: str | None = None) -> Study:
 
 
 def comparison(sha256: str | None = None) -> Study:
-    names = [
-        ("target alone", "reference", 0.31),
-        ("SNRF", "claim", 0.493),
-        ("the same update on random neurons of the same counts", "control", 0.46),
-        ("least important neurons", "control", 0.33),
-        ("linear, beta 0.1", "control", 0.401),
-        ("linear, beta 0.5", "control", 0.52),
-        ("DARE on the shared neurons", "control", 0.47),
-        ("update of equal norm", "control", 0.476),
-    ]
-    conditions = [
-        Condition(
-            name=name,
-            role=role,  # type: ignore[arg-type]
-            neurons=0 if role == "reference" else 255,
-            settings={} if role == "reference" else {"beta": 1.0, "rank": 16},
-            metrics={
-                "reasoning": Measured(mean=around(value), change=None if role == "reference" else around(value - 0.31))
-            },
-        )
-        for name, role, value in names
-    ]
+    values = {
+        "the same update on random neurons of the same counts": 0.46,
+        "least important neurons": 0.33,
+        "linear, beta 0.1": 0.401,
+        "linear, beta 0.5": 0.52,
+        "DARE on the shared neurons": 0.47,
+        "update of equal norm": 0.476,
+    }
+
+    def row(name: str, role: str, value: float) -> Condition:
+        measured = Measured(mean=around(value), change=around(value - 0.31))
+        edit: dict[str, Any] = {"neurons": 255, "settings": {"beta": 1.0, "rank": 16}}
+        return Condition(name=name, role=role, metrics={"reasoning": measured}, **edit)  # type: ignore[arg-type]
+
+    target = Condition(name="target alone", role="reference", metrics={"reasoning": Measured(mean=around(0.31))})
+    controls = [row(name, "control", value) for name, value in values.items()]
+    conditions = [target, row("SNRF", "claim", 0.493), *controls]
     return Study(
         kind="comparison",
         model="target",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +65,10 @@ def zeroed_by_hand(folder: Path, chosen: dict[str, list[int]]) -> Any:
             found = [name for name in tensors if f"{ends}." in name and "vision" not in name and "visual" not in name]
             assert found
             for name in found:
-                for index in indices:
-                    if projection == "fwd.down":
-                        if name.endswith("weight"):
-                            tensors[name][:, index] = 0
-                    else:
-                        tensors[name][index] = 0
+                if projection != "fwd.down":
+                    tensors[name][indices] = 0
+                elif name.endswith("weight"):
+                    tensors[name][:, indices] = 0
     return model
 
 
@@ -186,33 +183,3 @@ def test_nothing_to_deactivate_or_to_draw_is_refused(draws: int, keep: bool, fie
     with pytest.raises(SnrfError) as found:
         ablation_rows(neurons, draws=draws)
     assert found.value.field == field
-
-
-def planted(broken: str) -> Callable[[Any, Any], dict[str, Items]]:
-    """An evaluation that is 1 on every item while a weight is whole, for R, and always for P."""
-
-    def scores(model: Any, processor: Any) -> dict[str, Items]:
-        whole = bool(model.get_parameter(broken)[3].abs().sum() > 0)
-        rng = np.random.default_rng(0)
-        noise = rng.random(200) < 0.1
-        return {"R": Items(tuple(float(whole and not one) for one in noise)), "P": Items((1.0, 0.0) * 100)}
-
-    return scores
-
-
-def test_a_skill_in_one_neuron_is_found_and_a_mask_beside_it_is_not_blamed(tmp_path: Path) -> None:
-    folder = make_source(tmp_path / "model", "llama")
-    model = load(folder)
-    evaluation = Evaluation("planted", planted("model.layers.1.self_attn.k_proj.weight"))
-    size = model.model.layers[1].self_attn.k_proj.out_features
-    site = Site(1, "attn.k")
-    hit, missed = (NeuronSet({site: torch.arange(size) == index}) for index in (3, 4))
-    # No draw of the seeds 0 to 4 happens to hold the neuron itself.
-    assert not any(bool(hit.random(seed)[site][3]) for seed in range(5))
-    found = ablated(model, evaluation, hit, draws=5).verdict
-    assert found[0].startswith("Deactivating the masked neuron lowers R by 8")
-    assert found[1].endswith(" lower after deactivating the masked neuron, so the choice of neurons matters.")
-    assert found[2].startswith("No evidence that deactivating the masked neuron changes P")
-    innocent = ablated(model, evaluation, missed, draws=5).verdict
-    assert [sentence.split(" ")[0] for sentence in innocent] == ["No", "Deactivating", "No", "Deactivating", "These"]
-    assert all("o evidence" in sentence for sentence in innocent[:4])

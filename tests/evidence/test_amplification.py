@@ -178,8 +178,7 @@ def test_result_holds_the_counts_of_the_generations(
         pieces = [tiny.processor.convert_ids_to_tokens(i) or f"<{i}>" for i in ids]
         return Counter(piece.replace("Ġ", " ") for piece in pieces)
 
-    plain = counted(None)
-    end = tiny.processor.eos_token_id
+    plain, end = counted(None), tiny.processor.eos_token_id
     assert [entry.neuron for entry in result.neurons] == [str(neuron) for neuron in NEURONS[:6]]
     for neuron, entry in zip(NEURONS[:6], result.neurons, strict=True):
         expected = counted(neuron)
@@ -224,24 +223,15 @@ def test_logits_that_are_not_a_number_are_an_error_that_leaves_no_hook(tiny: Tin
     assert hooks(tiny.model) == before
 
 
-def test_a_neuron_that_the_model_does_not_have(tiny: Tiny) -> None:
+def test_neurons_batches_and_arguments_that_do_not_fit(tiny: Tiny) -> None:
     before = hooks(tiny.model)
-    neuron = Neuron.parse(f"fwd.down.L0.N{INTERMEDIATE}")
-    with pytest.raises(SnrfError, match=str(neuron)), amplified(tiny.model, [neuron], 2.0):
-        pass
-    assert hooks(tiny.model) == before
-
-
-def test_a_batch_of_another_size_and_a_projection_that_does_not_run_are_errors(tiny: Tiny) -> None:
-    ids = torch.ones(3, 4, dtype=torch.long)
+    absent = Neuron.parse(f"fwd.down.L0.N{INTERMEDIATE}")
+    for neurons, text in (([absent], str(absent)), ([NEURONS[0]], r"layers.0.self_attn.q_proj did not run")):
+        with pytest.raises(SnrfError, match=text), amplified(tiny.model, neurons, 2.0):
+            pass
     with pytest.raises(SnrfError, match="not those of 2 generations"), amplified(tiny.model, NEURONS[:2], 2.0):
-        tiny.model(ids)
-    silent = pytest.raises(SnrfError, match=r"model.layers.0.self_attn.q_proj did not run")
-    with silent, amplified(tiny.model, [NEURONS[0]], 2.0):
-        pass
-
-
-def test_senseless_arguments_are_errors(tiny: Tiny) -> None:
+        tiny.model(torch.ones(3, 4, dtype=torch.long))
+    assert hooks(tiny.model) == before
     with pytest.raises(SnrfError, match="no neuron is named"):
         tiny.amplify([])
     with pytest.raises(SnrfError, match="nan") as caught:

@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import load, make_source
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.evaluation import Evaluation, Items, evaluate, load_evaluation
-from mergekit_snrf.models.loading import load_model
-from mergekit_snrf.models.reference import ModelRef
 
 SCRIPT = """
 from dataclasses import dataclass
@@ -54,15 +51,11 @@ def scores(reference: str) -> tuple[float, ...]:
     return evaluate(load_evaluation(reference), MODEL, None)["R"].scores
 
 
-def test_a_callable_in_a_file(script: Path) -> None:
-    assert scores(f"{script}:plain") == (1.0, 1.0)
-    assert scores(f"{script}:scaled") == (0.5,)
-    assert scores(f"{script}:space.inner") == (0.5,)
-
-
-def test_arguments_follow_a_question_mark(script: Path) -> None:
-    assert scores(f"{script}:plain?n=3") == (1.0, 1.0, 1.0)
-    assert scores(f"{script}:plain?n=1&value=0.25") == (0.25,)
+def test_a_callable_in_a_file_with_arguments(script: Path) -> None:
+    found = {"plain": (1.0, 1.0), "scaled": (0.5,), "space.inner": (0.5,)}
+    found |= {"plain?n=3": (1.0, 1.0, 1.0), "plain?n=1&value=0.25": (0.25,)}
+    for reference, expected in found.items():
+        assert scores(f"{script}:{reference}") == expected
     assert load_evaluation(f"{script}:plain?n=3").name == f"{script}:plain?n=3"
 
 
@@ -135,13 +128,16 @@ def test_references_that_lead_nowhere(reference: str, message: str, script: Path
 )
 def test_returned_values_that_are_no_scores(returned: Any, field: str | None) -> None:
     with pytest.raises(SnrfError) as caught:
-        evaluate(Evaluation("mine", lambda model, processor: returned), MODEL, None)
+        evaluate(returns(returned), MODEL, None)
     assert (caught.value.where, caught.value.field) == ("mine", field)
 
 
+def returns(value: Any) -> Evaluation:
+    return Evaluation("mine", lambda model, processor: value)
+
+
 def test_arrays_and_tensors_are_scores() -> None:
-    returned = {"a": np.array([True, False]), "b": torch.tensor([0.5, 1.0])}
-    found = evaluate(Evaluation("mine", lambda model, processor: returned), MODEL, None)
+    found = evaluate(returns({"a": np.array([True, False]), "b": torch.tensor([0.5, 1.0])}), MODEL, None)
     assert (found["a"].scores, found["b"].scores) == ((1.0, 0.0), (0.5, 1.0))
 
 
@@ -156,24 +152,16 @@ def test_arrays_and_tensors_are_scores() -> None:
 )
 def test_two_models_must_be_asked_the_same(other: Any, field: str | None) -> None:
     first = {"R": Items((0.0, 1.0), ids=("a", "b"))}
-    evaluation = Evaluation("mine", lambda model, processor: other)
     with pytest.raises(SnrfError) as caught:
-        evaluate(evaluation, MODEL, None, like=first)
+        evaluate(returns(other), MODEL, None, like=first)
     assert (caught.value.where, caught.value.field) == ("mine", field)
-    same = Evaluation("mine", lambda model, processor: {"R": Items((1.0, 1.0), ids=("a", "b"))})
-    assert evaluate(same, MODEL, None, like=first)["R"].mean == 1.0
+    assert evaluate(returns({"R": Items((1.0, 1.0), ids=("a", "b"))}), MODEL, None, like=first)["R"].mean == 1.0
 
 
 def test_an_evaluation_that_fails_is_named_and_keeps_its_cause() -> None:
-    def fails(model: Any, processor: Any) -> Any:
-        raise KeyError("answer")
-
     with pytest.raises(SnrfError, match=r"^mine: fails with KeyError: 'answer'") as caught:
-        evaluate(Evaluation("mine", fails), MODEL, None)
+        evaluate(Evaluation("mine", lambda model, processor: {}["answer"]), MODEL, None)
     assert isinstance(caught.value.__cause__, KeyError)
-
-
-def test_items_that_an_evaluation_makes_wrongly_are_named_with_it() -> None:
     with pytest.raises(SnrfError) as caught:
         evaluate(Evaluation("mine", lambda model, processor: {"R": Items(())}), MODEL, None)
     assert (caught.value.where, caught.value.field) == ("mine", "scores")
@@ -197,15 +185,3 @@ def test_items_check_their_lengths_and_average_over_tasks() -> None:
     grouped = Items((1.0, 0.0, 0.0, 0.0), malformed=(False, True, True, True), groups=("a", "b", "b", "b"))
     assert (grouped.mean, grouped.malformed_rate) == (0.5, 0.5)
     assert (Items((1.0, 0.0, 0.0, 0.0)).mean, Items((1.0,)).malformed_rate) == (0.25, None)
-
-
-def test_models_load_with_a_processor_or_a_tokenizer(tmp_path: Path) -> None:
-    source = make_source(tmp_path / "source", "qwen2")
-    model, processor = load_model(ModelRef(model=str(BOARD / "target"), device="cpu", dtype="float32"), images=None)
-    assert hasattr(processor, "image_processor")
-    assert model.dtype == torch.float32
-    assert not model.training
-    loaded, tokenizer = load_model(ModelRef(model=str(source), device="cpu"), images=None)
-    assert not hasattr(tokenizer, "image_processor")
-    reference = load(source).state_dict()
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in loaded.state_dict().items())

@@ -19,6 +19,7 @@ from mergekit_snrf.evidence.lmms_eval import compare_runs
 from mergekit_snrf.evidence.results import Study, read_result, write_result
 
 DATE = "20260102_030405"
+MME_PICTURE = {"category": "OCR", "question_id": "1"}
 
 
 def sample(number: int, **metrics: Any) -> dict[str, Any]:
@@ -74,12 +75,16 @@ def test_numbers_are_paired_and_compared(tmp_path: Path) -> None:
     assert read_result(tmp_path / "study.json") == study
 
 
+def pair(tmp_path: Path, first: list[dict[str, Any]], other: list[dict[str, Any]] | None = None) -> list[Path]:
+    """The folders a and b, with these samples of a task t."""
+    for name, samples in (("a", first), ("b", first if other is None else other)):
+        write(tmp_path / name, "t", samples)
+    return [tmp_path / "a", tmp_path / "b"]
+
+
 def test_order_of_the_lines_does_not_count(tmp_path: Path) -> None:
-    scores = [0.0, 1.0, 1.0, 0.0, 1.0]
-    lines = [sample(number, exact_match=score) for number, score in enumerate(scores)]
-    write(tmp_path / "a", "t", lines)
-    write(tmp_path / "b", "t", lines[::-1])
-    study, _ = compare_runs([tmp_path / "a", tmp_path / "b"])
+    lines = [sample(number, exact_match=score) for number, score in enumerate([0.0, 1.0, 1.0, 0.0, 1.0])]
+    study, _ = compare_runs(pair(tmp_path, lines, lines[::-1]))
     change = study.conditions[1].metrics["t/exact_match"].change
     assert change is not None
     assert (change.low, change.high) == (0.0, 0.0)
@@ -120,25 +125,32 @@ def test_mme_is_summed_up_as_mme_does(tmp_path: Path) -> None:
     assert study.roles == {"mme/mme_cognition_score": "gain", "mme/mme_perception_score": "keep"}
 
 
-def test_mme_with_a_lone_question_is_left_out(tmp_path: Path) -> None:
-    lines = [{"mme_perception_score": {"category": "OCR", "question_id": "1", "score": 1.0}, "x": 1.0}]
-    study, skipped = run(tmp_path, "mme", lines, lines)
-    assert list(study.items) == ["mme/x"]
-    assert skipped == ["Left out: mme/mme_perception_score, where 1 of 1 pictures do not have two questions"]
+@pytest.mark.parametrize(
+    ("metric", "first", "other"),
+    [
+        # A picture with a single question.
+        ("mme_perception_score", *[[{"mme_perception_score": {**MME_PICTURE, "score": 1.0}, "x": 1.0}]] * 2),
+        # Not of the same samples.
+        ("m", [{"m": 1.0, "x": 1.0}, {"x": 1.0}], [{"x": 1.0}, {"m": 1.0, "x": 1.0}]),
+    ],
+)
+def test_metrics_that_are_left_out(metric: str, first: Any, other: Any, tmp_path: Path) -> None:
+    study, (skipped,) = run(tmp_path, "t", first, other)
+    assert list(study.items) == ["t/x"]
+    assert skipped.startswith(f"Left out: t/{metric}, ")
 
 
 def test_pope_accuracy_counts_and_its_other_metrics_do_not(tmp_path: Path) -> None:
+    others = ("f1_score", "precision", "recall", "yes_ratio")
+
     def line(score: float) -> dict[str, Any]:
         one = {"question_id": "1", "score": score, "prediction": "yes", "ground_truth": "yes"}
-        return {f"pope_{name}": one for name in ("accuracy", "precision", "recall", "f1_score", "yes_ratio")}
+        return {f"pope_{name}": one for name in ("accuracy", *others)}
 
     study, skipped = run(tmp_path, "pope", [line(0.0), line(1.0)], [line(1.0), line(1.0)])
     assert means(study, "pope/pope_accuracy") == [0.5, 1.0]
     assert list(study.items) == ["pope/pope_accuracy"]
-    assert sorted(skipped) == [
-        f"Left out: pope/pope_{name}, which is not a mean over samples"
-        for name in ("f1_score", "precision", "recall", "yes_ratio")
-    ]
+    assert sorted(skipped) == [f"Left out: pope/pope_{name}, which is not a mean over samples" for name in others]
 
 
 @pytest.mark.parametrize(
@@ -193,26 +205,15 @@ def test_values_that_are_not_understood_are_left_out_with_the_reason(value: Any,
 
 def test_unpaired_samples_are_counted(tmp_path: Path) -> None:
     lines = [sample(number, m=1.0) for number in range(10)]
-    write(tmp_path / "a", "t", lines)
-    write(tmp_path / "b", "t", lines[:7])
-    with pytest.raises(SnrfError, match=r"^a and b: of the 10 samples of t, 3 are in one only, and 0 .*\(doc_id 7\)"):
-        compare_runs([tmp_path / "a", tmp_path / "b"])
-    changed = [one | {"doc_hash": "f" * 64} if one["doc_id"] in (2, 5) else one for one in lines]
-    write(tmp_path / "c", "t", changed)
-    with pytest.raises(SnrfError, match=r"0 are in one only, and 2 have the same doc_id but another document \(doc_id"):
-        compare_runs([tmp_path / "a", tmp_path / "c"])
-    write(tmp_path / "d", "t", [one | {"target": "other"} for one in lines])
-    with pytest.raises(SnrfError, match="and 10 have the same doc_id but another document"):
-        compare_runs([tmp_path / "a", tmp_path / "d"])
-    write(tmp_path / "e", "t", [{name: one[name] for name in ("doc_id", "m")} for one in lines])
-    assert compare_runs([tmp_path / "a", tmp_path / "e"])[1] == []
-
-
-def test_a_metric_of_other_samples_is_left_out(tmp_path: Path) -> None:
-    study, skipped = run(tmp_path, "t", [{"m": 1.0, "n": 1.0}, {"n": 1.0}], [{"n": 1.0}, {"m": 1.0, "n": 1.0}])
-    assert list(study.items) == ["t/n"]
-    assert len(skipped) == 1
-    assert skipped[0].startswith("Left out: t/m, which m1 and m0 do not have")
+    for other, text in (
+        (lines[:7], r"of the 10 samples of t, 3 are in one only, and 0 .*\(doc_id 7\)"),
+        ([one | {"doc_hash": "f" * 64} if one["doc_id"] in (2, 5) else one for one in lines], "0 are .*, and 2 have"),
+        ([one | {"target": "other"} for one in lines], "0 are in one only, and 10 have the same doc_id"),
+    ):
+        with pytest.raises(SnrfError, match=text) as caught:
+            compare_runs(pair(tmp_path, lines, other))
+        assert caught.value.where == "a and b"
+    assert compare_runs(pair(tmp_path, lines, [{"doc_id": one["doc_id"], "m": one["m"]} for one in lines]))[1] == []
 
 
 def test_tasks_metrics_and_roles_are_chosen(tmp_path: Path) -> None:
@@ -281,9 +282,8 @@ def test_folders_of_one_name_are_named_by_as_few_parts_as_are_needed(tmp_path: P
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:
-    write(tmp_path / "a" / "x", "t", [sample(0, m=1.0)])
-    write(tmp_path / "a" / "y", "t", [sample(0, m=1.0)])
-    write(tmp_path / "b", "t", [sample(0, m=1.0)])
+    for name in ("a/x", "a/y", "b"):
+        write(tmp_path / name, "t", [sample(0, m=1.0)])
     (tmp_path / "empty").mkdir()
     for folders, text in (
         (["b"], "needs two folders or more"),
@@ -313,11 +313,11 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
     ],
 )
 def test_damaged_lines_are_named(line: bytes, text: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a", "t", [sample(0, m=1.0)])
+    folders = pair(tmp_path, [sample(0, m=1.0)])
+    (path,) = folders[0].iterdir()
     path.write_bytes(path.read_bytes() + line + b"\n")
-    write(tmp_path / "b", "t", [sample(0, m=1.0)])
     with pytest.raises(SnrfError, match=text) as error:
-        compare_runs([tmp_path / "a", tmp_path / "b"])
+        compare_runs(folders)
     assert str(error.value).startswith(str(path))
     assert len(str(error.value).splitlines()) == 1
 
@@ -343,27 +343,16 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write(tmp_path / name, "t", [sample(0, m=1.0)])
-    path = tmp_path / "b" / f"{DATE}_samples_u.jsonl"
-    os.mkfifo(path)
+    folders = pair(tmp_path, [sample(0, m=1.0)])
+    os.mkfifo(tmp_path / "b" / f"{DATE}_samples_u.jsonl")
     with pytest.raises(SnrfError, match="is not a regular file"):
-        compare_runs([tmp_path / "a", tmp_path / "b"])
+        compare_runs(folders)
 
 
+KEYS = st.sampled_from(["score", "true_false", "answer", "parsed_pred", "question_type", "category", "question_id"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["1", "A", "open"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(
-                ["score", "true_false", "answer", "parsed_pred", "question_type", "category", "question_id"]
-            )
-            | st.text(max_size=3),
-            inner,
-            max_size=4,
-        )
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=3), inner, max_size=4),
     max_leaves=8,
 )
 METRICS = st.dictionaries(

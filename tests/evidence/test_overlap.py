@@ -154,26 +154,17 @@ def test_curve(pair: list[Profile]) -> None:
 def test_curve_with_at_least_keeps_to_the_edges(pair: list[Profile], caplog: pytest.LogCaptureFixture) -> None:
     (overlap,) = overlaps(pair, top_ratio=0.1, at_least=0.5, curve=True)
     ratios = [point.rule["top_ratio"] for point in overlap.curve]
-    assert ratios[0] == 0.001
-    assert ratios[-1] == 0.5
-    assert len(ratios) == 17
-    assert caplog.text == ""
+    assert (ratios[0], ratios[-1], len(ratios), caplog.text) == (0.001, 0.5, 17, "")
     first, second = (names(ranks, 0.3, 3) for ranks in RANKS.values())
     assert overlap.curve[-2].shared == len(first & second)
 
 
-def test_identical_profiles_share_everything(pair: list[Profile]) -> None:
-    (overlap,) = overlaps([pair[0], pair[0]], top_ratio=0.2)
-    counts = total(overlap.sites)
-    assert counts.share == 1
-    assert counts.only == (0, 0)
+def test_identical_profiles_share_everything_and_no_choice_has_no_z(pair: list[Profile]) -> None:
+    counts = total(overlaps([pair[0], pair[0]], top_ratio=0.2)[0].sites)
+    assert (counts.share, counts.only) == (1, (0, 0))
     assert counts.z is not None
     assert counts.z > 20
-
-
-def test_no_choice_has_no_z(pair: list[Profile]) -> None:
-    (overlap,) = overlaps(pair, top_ratio=1.0)
-    counts = total(overlap.sites)
+    counts = total(overlaps(pair, top_ratio=1.0)[0].sites)
     assert counts.share == counts.chance_share == 1
     assert counts.z is None
 

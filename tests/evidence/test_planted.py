@@ -125,40 +125,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def text_config() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=64,
-        mlp_bias=True,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "max_position_embeddings": 64}
+    tokens = {"vocab_size": len(VOCABULARY), "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return LlamaConfig(**sizes, **tokens, mlp_bias=True, tie_word_embeddings=False)
 
 
 def save_vlm(folder: Path, *, reasons: bool, seed: int) -> Path:
-    vision = SiglipVisionConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=SIDE,
-        patch_size=PATCH,
-        vision_use_head=False,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text_config(),
-        image_token_index=VOCABULARY.index("<image>"),
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-2,
-        image_seq_length=(SIDE // PATCH) ** 2,
-    )
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = SiglipVisionConfig(**sizes, image_size=SIDE, patch_size=PATCH, vision_use_head=False)
+    features = {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
+    image = {"image_token_index": VOCABULARY.index("<image>"), "image_seq_length": (SIDE // PATCH) ** 2}
+    config = LlavaConfig(vision_config=vision, text_config=text_config(), **features, **image)
     model = LlavaForConditionalGeneration(config)
     plant(model, model.model.language_model, reasons=reasons, seed=seed)
     plant_sight(model)
@@ -219,7 +197,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, rows in {"calc": items[CALC], "color": items[COLOR], "both": items[CALC] + items[COLOR]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = "images: image, answer: answer, template: '<image> {digit} {task}'"
-    words = "|".join(("^(", "|".join((*WORDS, *COLORS)), ")$")).replace("(|", "(").replace("|)", ")")
+    words = f"^({'|'.join((*WORDS, *COLORS))})$"
     (folder / "eval.yml").write_text(
         f"metrics:\n  reasoning: {{data: calc.jsonl, {asked}, answer_regex: '{words}'}}\n"
         f"  perception: {{data: color.jsonl, {asked}, answer_regex: '{words}', role: keep}}\n"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,15 +140,8 @@ def test_full_report(full: str, mask: Mask) -> None:
     for study in (ablation(), comparison()):
         assert page.said("p").count(study.verdict[0]) == 1
     cells = page.said("td")
-    assert {
-        "4.2 [1.2, 7.2]",
-        "-26.8 [-29.8, -23.8]",
-        "-18.6 [-23.1, -14.0]",
-        "1.5 %",
-        "abc",
-        "qwen2_5_vl",
-        "gsm8k",
-    } <= set(cells)
+    assert {"4.2 [1.2, 7.2]", "-26.8 [-29.8, -23.8]", "-18.6 [-23.1, -14.0]", "1.5 %"} <= set(cells)
+    assert {"abc", "qwen2_5_vl", "gsm8k"} <= set(cells)
     assert "' sum' 3.10 (41:2)" in " ".join(cells)
     assert "therefore" not in full
     assert any("2 of 3 (66.7 %) are math neurons" in sentence for sentence in page.said("p"))
@@ -192,22 +186,13 @@ def test_bare_mask_names_the_commands(mask: Mask) -> None:
     page = Page(text)
     assert_loads_nothing(page, text)
     assert page.said("h2") == ["Where the neurons live", "Where the mask comes from", "Not in this report"]
-    commands = [
-        command.split()[:2] for command in page.said("code") if command.startswith("snrf") and "--json" in command
-    ]
-    assert commands == [["snrf", name] for name in ("overlap", "ablate", "compare", "amplify")]
-    listed = main.list_commands(None)  # type: ignore[arg-type]
-    assert "overlap" in listed
-
-
-def test_what_is_there_is_not_missing(mask: Mask) -> None:
+    assert commands(page) == ["overlap", "ablate", "compare", "amplify"]
     pairs = OverlapPairs(pairs=overlaps(PROFILES, top_ratio=0.1))
-    page = Page(report(mask, [], [pairs, ablation()]))
-    commands = " ".join(page.said("code"))
-    assert "snrf compare" in commands
-    assert "snrf amplify" in commands
-    assert "snrf overlap" not in commands
-    assert "snrf ablate" not in commands
+    assert commands(Page(report(mask, [], [pairs, ablation()]))) == ["compare", "amplify"]
+
+
+def commands(page: Page) -> list[str]:
+    return [code.split()[1] for code in page.said("code") if code.startswith("snrf") and "--json" in code]
 
 
 def headings(page: Page) -> list[str]:
@@ -256,32 +241,20 @@ def test_no_local_folder_is_told(tmp_path: Path) -> None:
     known = Provenance(target=local, source=local, inputs=[{"file": "~/a.safetensors", "path": "C:\\Users\\alice\\a"}])
     mask = made_mask(tmp_path, known)
     digest = "ef" * 32
-    studies = [
-        study.model_copy(
-            update={
-                "model": f"{HOME}/target+{HOME}/adapter",
-                "mask": f"{HOME}/mask.safetensors",
-                "mask_sha256": digest,
-                "evaluation": f"{HOME}/evaluation.py:board?n=6&data={HOME}/rows.jsonl",
-                "settings": {
-                    "recipe": f"{HOME}/snrf.yml",
-                    "source": "owner/source",
-                    "base": "../base",
-                    "profiles": {f"{HOME}/target.profile": "12" * 32},
-                    "files": {"before": [f"{HOME}/before/20260101_000000_samples_t.jsonl"]},
-                },
-            }
-        )
-        for study in (ablation(), comparison())
-    ]
-    words = amplification().model_copy(
-        update={
-            "model": f"{HOME}/target",
-            "probes": f"{HOME}/rows.jsonl",
-            "classifier": f"{HOME}/own.py:is_math",
-            "settings": {"mask": "hf://owner/repo@main/m.safetensors"},
-        }
-    )
+    settings: dict[str, Any] = {"recipe": f"{HOME}/snrf.yml", "source": "owner/source", "base": "../base"}
+    settings["profiles"] = {f"{HOME}/target.profile": "12" * 32}
+    settings["files"] = {"before": [f"{HOME}/before/20260101_000000_samples_t.jsonl"]}
+    changes = {
+        "model": f"{HOME}/target+{HOME}/adapter",
+        "mask": f"{HOME}/mask.safetensors",
+        "mask_sha256": digest,
+        "evaluation": f"{HOME}/evaluation.py:board?n=6&data={HOME}/rows.jsonl",
+        "settings": settings,
+    }
+    studies = [study.model_copy(update=changes) for study in (ablation(), comparison())]
+    changes = {"model": f"{HOME}/target", "probes": f"{HOME}/rows.jsonl", "classifier": f"{HOME}/own.py:is_math"}
+    changes["settings"] = {"mask": "hf://owner/repo@main/m.safetensors"}
+    words = amplification().model_copy(update=changes)
     profiles = [profile_of(measured_ranks(1), f"{HOME}/target"), PROFILES[1]]
     text = report(mask, profiles, [*studies, words])
     assert "alice" not in text
@@ -291,18 +264,9 @@ def test_no_local_folder_is_told(tmp_path: Path) -> None:
     rows = dict(re.findall(r'<th scope="row">([^<]*)</th><td class="words">([^<]*)</td></tr>', text))
     assert rows["profiles target.profile"] == "12" * 32
     assert rows["mask sha256"] == digest
-    assert {
-        "target+adapter",
-        "mask.safetensors",
-        "evaluation.py:board?n=6&data=rows.jsonl",
-        "snrf.yml",
-        "owner/source",
-        "../base",
-        '["20260101_000000_samples_t.jsonl"]',
-        "hf://owner/repo@main/m.safetensors",
-        "/no_think/ {q}",
-        "a.safetensors",
-    } <= set(page.said("td"))
+    shown = ["target+adapter", "mask.safetensors", "evaluation.py:board?n=6&data=rows.jsonl", "snrf.yml"]
+    shown += ["owner/source", "../base", '["20260101_000000_samples_t.jsonl"]', "a.safetensors", "/no_think/ {q}"]
+    assert {*shown, "hf://owner/repo@main/m.safetensors"} <= set(page.said("td"))
     assert "Shared neurons of target and target" in page.said("h1")
     assert any("(own.py:is_math)" in sentence for sentence in page.said("p"))
 
@@ -372,17 +336,9 @@ def hostile(text: str) -> tuple[Provenance, list[Profile], list[Study | Amplific
     one = ablation()
     metrics = {plain: one.conditions[0].metrics["reasoning"]}
     conditions = [condition.model_copy(update={"name": plain, "metrics": metrics}) for condition in one.conditions]
-    evil_study = one.model_copy(
-        update={
-            "model": plain,
-            "mask_sha256": plain,
-            "evaluation": plain,
-            "conditions": conditions,
-            "contrasts": [one.contrasts[0].model_copy(update={"left": plain, "right": plain, "metric": plain})],
-            "verdict": [plain],
-            "settings": {plain: plain},
-        }
-    )
+    contrasts = [one.contrasts[0].model_copy(update=dict.fromkeys(("left", "right", "metric"), plain))]
+    known = {"conditions": conditions, "contrasts": contrasts, "verdict": [plain], "settings": {plain: plain}}
+    evil_study = one.model_copy(update={**dict.fromkeys(("model", "mask_sha256", "evaluation"), plain), **known})
     other = amplification()
     tokens = [token.model_copy(update={"token": plain}) for token in other.neurons[0].tokens]
     neurons = [other.neurons[0].model_copy(update={"neuron": plain, "tokens": tokens})]
@@ -472,7 +428,10 @@ def test_template_is_in_the_wheel() -> None:
     assert "mergekit_snrf/evidence/report.html.jinja" in packed
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
+needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
+
+
+@needs_chromium
 def test_in_a_browser(full: str, tmp_path: Path) -> None:
     """No console message, no request, no page-wide scrolling on a phone, and dark where the reader wants dark."""
     path = tmp_path / "report.html"
@@ -495,7 +454,7 @@ def test_in_a_browser(full: str, tmp_path: Path) -> None:
         assert page.messages() == []
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
+@needs_chromium
 def test_hostile_texts_in_a_browser(tmp_path: Path) -> None:
     provenance, profiles, results = hostile(EVIL)
     mask = made_mask(tmp_path)
@@ -509,7 +468,7 @@ def test_hostile_texts_in_a_browser(tmp_path: Path) -> None:
         assert page.messages() == []
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
+@needs_chromium
 def test_the_browser_check_sees_requests_and_messages(tmp_path: Path) -> None:
     path = tmp_path / "bad.html"
     path.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('no')</script>")
@@ -522,15 +481,9 @@ def test_the_browser_check_sees_requests_and_messages(tmp_path: Path) -> None:
 def test_settings_in_words(mask: Mask) -> None:
     study = comparison()
     settings = {"seeds": [0, 1], "means": {"R": [0.1 + 0.2, 1 / 3]}, "norm": None, "rescale": True, "update": "dare"}
-    changed = study.conditions[1].model_copy(update={"settings": settings})
-    study = study.model_copy(
-        update={
-            "model": "/a/folder/of/mine",
-            "conditions": [*study.conditions[:1], changed],
-            "verdict": ["a", "b", "c"],
-        }
-    )
-    page = Page(report(mask, [], [study]))
+    conditions = [*study.conditions[:1], study.conditions[1].model_copy(update={"settings": settings})]
+    changes = {"model": "/a/folder/of/mine", "conditions": conditions, "verdict": ["a", "b", "c"]}
+    page = Page(report(mask, [], [study.model_copy(update=changes)]))
     assert "seeds [0, 1], means R [0.3, 0.333333], norm None, rescale True, update dare" in page.said("td")
     assert "Does the merge beat simpler baselines? (mine)" in page.said("h2")
     assert {"a", "b", "c"} <= set(page.said("li"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -54,19 +55,14 @@ def study_of(
     seed: int = 0,
     curves: dict[str, Curve] | None = None,
 ) -> Study:
-    rows = [
-        Row(
-            name,
-            "reference" if name == TARGET else "claim" if name == CLAIM else "control",
-            curve=(curves or {}).get(name, LINEAR) if name in betas else None,
-            strength=betas.get(name),
-            words=Words(
-                "deactivating N" if ablation and name == CLAIM else "", "the choice" if name == "random" else ""
-            ),
-            settings={"seeds": []} if name == "random" else {},
-        )
-        for name in scores
-    ]
+    changes: dict[str, dict[str, Any]] = {
+        TARGET: {"role": "reference"},
+        CLAIM: {"role": "claim", "words": Words("deactivating N" if ablation else "")},
+        "random": {"words": Words("", "the choice"), "settings": {"seeds": []}},
+    }
+    for name, beta in betas.items():
+        changes[name] = {**changes.get(name, {}), "curve": (curves or {}).get(name, LINEAR), "strength": beta}
+    rows = [replace(Row(name, "control"), **changes.get(name, {})) for name in scores]
     setup = Setup("ablation" if ablation else "comparison", "m", "e", seed=seed)
     return build_study(setup, rows, scores, {"R": "gain", "P": "keep"})
 
@@ -254,7 +250,5 @@ def test_lost_items_with_newly_malformed_answers_are_counted() -> None:
     before = {"R": Items((1.0, 1.0, 1.0, 0.0, 1.0), malformed=(False, False, True, False, False)), "P": Items((1.0,))}
     after = {"R": Items((0.0, 0.0, 0.0, 0.0, 1.0), malformed=(True, False, True, True, False)), "P": Items((0.0,))}
     (sentence,) = format_losses("Deactivating N", before, after)
-    assert sentence.startswith(
-        "Deactivating N lowers the score of 3 items of R; 1 of these answers are newly malformed"
-    )
+    assert sentence.startswith("Deactivating N lowers the score of 3 items of R; 1 of these")
     assert format_losses("Deactivating N", before, before) == []

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import doctest
-import re
 
 import numpy as np
 import pytest
@@ -173,15 +172,6 @@ def test_small_fusions(data: st.DataObject) -> None:
         assert torch.equal(bits(unmasked[0][~neurons]), bits(unmasked[1][~neurons]))
 
 
-def test_the_orders_differ() -> None:
-    target, source = pair((24, 40), torch.float32, torch.float32)
-    neurons = every_third(24)
-    first, second = (rows_of(target, source, neurons, 0, 3, order) for order in ORDERS)
-    assert (first - second).norm() > 0.1 * first.norm()
-    # Appendix B's order keeps more of what the mask selects.
-    assert second.norm() > first.norm()
-
-
 @pytest.mark.parametrize("axis", [0, 1])
 def test_as_few_neurons_as_the_rank_need_no_truncation(axis: int) -> None:
     target, source = pair((24, 40), torch.float32, torch.bfloat16)
@@ -202,26 +192,19 @@ def test_full_rank_is_the_linear_update() -> None:
             torch.testing.assert_close(update, (source - target)[neurons], rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("case", ["one different row", "an outlier column"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("axis", [0, 1])
-def test_one_different_row(axis: int, order: str) -> None:
-    target, _ = pair((24, 40), torch.float32, torch.float32)
-    source = target.clone()
-    source[7] += torch.linspace(-1, 1, 40)
-    neurons = every_third(target.shape[axis])
-    assert neurons[7]
-    for rank in (1, 4):
-        how = Fusion(1.0, rank, order)
-        assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_an_outlier_column(axis: int, order: str) -> None:
+def test_one_line_that_dominates(axis: int, order: str, case: str) -> None:
     target, source = pair((24, 40), torch.float32, torch.float32)
-    source[:, 4] *= 1e4
+    if case == "an outlier column":
+        source[:, 4] *= 1e4
+    else:
+        source = target.clone()
+        source[7] += torch.linspace(-1, 1, 40)
     neurons = every_third(target.shape[axis])
     assert neurons[4]
+    assert neurons[7]
     for rank in (1, 4):
         how = Fusion(0.5, rank, order)
         assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
@@ -274,19 +257,6 @@ def test_maths_is_in_float32_or_float64(dtypes: tuple[str, str], expected: torch
     assert rows_of(target, source, every_third(6), 0, 2).dtype == expected
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_are_not_finite_are_named(bad: float, dtype: torch.dtype) -> None:
-    good, damaged = torch.ones(4, 3, dtype=dtype), torch.ones(4, 3, dtype=dtype)
-    damaged[3, 2] = bad
-    neurons = torch.tensor([True, False, False, False])
-    for which, target, source in (("target", damaged, good), ("source", good, damaged), ("target", damaged, damaged)):
-        with pytest.raises(
-            SnrfError, match=rf"^layer\.weight: the {which}'s tensor of shape .4, 3. holds NaN or infinite weights; "
-        ):
-            fuse(target, source, neurons, 0, Fusion(rank=1), name="layer.weight")
-
-
 def test_overflow_is_named() -> None:
     big, neurons = torch.full((2, 3), 3e38), torch.tensor([True, False])
     with pytest.raises(SnrfError, match=r"^w: the difference of source and target overflows torch\.float32; check"):
@@ -296,27 +266,6 @@ def test_overflow_is_named() -> None:
         with pytest.raises(SnrfError, match=r"^w: the fused weights overflow torch\.float16; merge in a wider dtype"):
             fuse(half, wide, neurons, 0, Fusion(rank=rank), name="w")
     assert torch.isfinite(fuse(half.float(), wide, neurons, 0, Fusion(rank=1))).all()
-
-
-@pytest.mark.parametrize(
-    ("target", "source"),
-    [((4, 3), (3, 4)), ((4, 3), (4, 2)), ((), ()), ((2, 4, 3), (2, 4, 3)), ((4, 3), (4, 3, 1))],
-    ids=str,
-)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_shapes_that_do_not_fit(target: tuple[int, ...], source: tuple[int, ...], rank: int) -> None:
-    message = f"w: target has shape {list(target)} and source {list(source)}; SNRF needs two tensors of one shape"
-    with pytest.raises(SnrfError, match=f"^{re.escape(message)}$"):
-        fuse(torch.zeros(target), torch.zeros(source), torch.ones(4, dtype=torch.bool), 0, Fusion(rank=rank), name="w")
-
-
-@pytest.mark.parametrize(("axis", "length", "expected"), [(0, 3, 4), (1, 4, 3), (0, 0, 4), (1, 1, 3)])
-def test_masks_of_another_length(axis: int, length: int, expected: int) -> None:
-    message = (
-        f"w: the mask has {length} neurons, but axis {axis} of shape [4, 3] has {expected}; use a mask of this model"
-    )
-    with pytest.raises(SnrfError, match=f"^{re.escape(message)}$"):
-        fuse(torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(length, dtype=torch.bool), axis, Fusion(rank=2), name="w")
 
 
 def test_rank_out_of_range() -> None:

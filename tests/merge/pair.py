@@ -23,7 +23,8 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.draft import PlanDraft, draft_merge
 from mergekit_snrf.neurons.maskfile import write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 HEAD_DIM = 16
 # Written down here and not taken from the package: what a neuron is belongs to the oracle.

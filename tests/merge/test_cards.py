@@ -27,7 +27,8 @@ from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipefile import load_recipe
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 COMMANDS = ["merged", "patched", "lora"]
 

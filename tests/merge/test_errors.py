@@ -35,7 +35,8 @@ from safetensors.torch import save_file
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

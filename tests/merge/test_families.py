@@ -21,7 +21,8 @@ from mergekit_snrf.merge import install
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 BETA, RANK = 0.5, 4
 

@@ -49,7 +49,7 @@ from mergekit_snrf.merge import method
 from mergekit_snrf.merge.adapter import architecture_of, rewritten
 from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.session import MergeSession
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 if TYPE_CHECKING:
     from conftest import Accelerator

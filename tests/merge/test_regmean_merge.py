@@ -29,7 +29,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from mergekit_snrf.models.moments import read_moments
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 SITES = [Site(layer, projection) for layer in range(LAYERS) for projection in MODULES]
 SIZES = sizes_of(LAYERS, WIDTH, INTERMEDIATE)

@@ -25,7 +25,7 @@ from pair import Pair, assert_same, merge, one, run, source_name, target_name, w
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import session
-from mergekit_snrf.neurons.sets import Site
+from mergekit_snrf.neurons.sites import Site
 
 
 def command(name: str, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:

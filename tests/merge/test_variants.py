@@ -26,7 +26,8 @@ from torch import Tensor
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.neurons.maskfile import write_mask
-from mergekit_snrf.neurons.sets import NeuronSet, Site
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.sites import Site
 
 Array = NDArray[np.float64]
 

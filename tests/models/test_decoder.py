@@ -11,8 +11,8 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
 from mergekit_snrf.models.headers import TensorHeader
-from mergekit_snrf.neurons.sets import PROJECTIONS, Site
 from mergekit_snrf.neurons.shape import DecoderShape
+from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 TEXT = {
     "model_type": "qwen2",

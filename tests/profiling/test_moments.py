@@ -82,8 +82,8 @@ def make_massive(target: Path) -> None:
 
 def gathered(config: ProfileConfig, folder: Path) -> dict[str, list[list[dict[InputSite, np.ndarray]]]]:
     """For `gain` and each kind to keep, by group, the unpadded inputs of every layer as modules beside the five see."""
-    sources = {"gain": (config.probes_of("target"), config.answer)}
-    sources |= {config.keep_name(i): (config.keep_source(i), config.keep_rule(i)) for i in range(len(config.keep))}
+    sources = {"gain": (config.kind("target").source, config.answer)}
+    sources |= {kind.name: (kind.source, kind.rule) for kind in config.kept()}
     found: dict[str, list[list[dict[InputSite, np.ndarray]]]] = {}
     for name, (source, rule) in sources.items():
         model, processor = load_model(config.model_of("target"), images=source.images is not None)
@@ -158,7 +158,7 @@ def test_moments_are_those_of_numpy(family: str, decoder: dict[str, int] | None,
     found = take_moments(config, tmp_path / "m.safetensors", folder=folder, progress=False)
     assert found is not None
     groups, stored = gathered(config, folder), load_file(tmp_path / "m.safetensors")
-    kinds = [groups[config.keep_name(i)] for i in range(len(config.keep))]
+    kinds = [groups[kind.name] for kind in config.kept()]
     assert len(found.sizes) == 3 * LAYERS
     for site, size in found.sizes.items():
         facts = (found.provenance.inputs or {})[site.key]
@@ -215,9 +215,7 @@ def test_padding_and_batches_do_not_count(tmp_path: Path) -> None:
     for size in (1, 5):
         config = load_profile_config(write_config(folder, "qwen2", batch_size=size))
         patch = pytest.MonkeyPatch()
-        patch.setattr(
-            taking, "clips_of", lambda groups, model, decoder: dict.fromkeys(taking.input_sizes(decoder), 6.0)
-        )
+        patch.setattr(taking.NormMedians, "medians", lambda norms: dict.fromkeys(norms._norms, 2.0))
         with patch.context():
             take_moments(config, tmp_path / f"{size}.safetensors", folder=folder, progress=False)
         patch.undo()
@@ -272,7 +270,7 @@ def test_from_profile_yml_to_a_loaded_merge(family: str, tmp_path: Path) -> None
 
 def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     passes = [0]
-    real = taking.run_watched
+    real = taking.run_once
 
     def run(*args: Any) -> None:
         if passes[0] == after:
@@ -280,7 +278,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
         passes[0] += 1
         real(*args)
 
-    monkeypatch.setattr(taking, "run_watched", run)
+    monkeypatch.setattr(taking, "run_once", run)
 
 
 # The first passes find the norms to clip at: 1 of the probes to gain, then 3 groups, then 1 + 1 of those to keep.

@@ -21,12 +21,12 @@ from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_model
+from mergekit_snrf.profiling.groups import probes_of, rows_of
 from mergekit_snrf.profiling.probes import render
 from mergekit_snrf.profiling.probes.answers import Answer
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import RowError
 from mergekit_snrf.profiling.settings import SIDES, load_profile_config
-from mergekit_snrf.profiling.side import side_probes, side_rows
 
 pytest.importorskip("datasets")
 
@@ -251,7 +251,7 @@ class TestPrompts:
             assert len(probes) == 19
             assert [bad.number for bad in probes.bad] == [11]
             what = "the token_limit of 64" if limit else "the model's 100 positions"
-            assert f"tokens and an answer of up to 20 exceed {what}" in probes.bad[0].reason
+            assert f"tokens and an answer of up to 20 exceed {what}" in str(probes.bad[0].error)
         tokens = [probe.tokens for probe in probes.probes]
         config = options(folders["llama"], path, answer={"max_new_tokens": 20}, token_limit=tokens[0] + 20)
         assert len(config.prepare(tokenizer)) == 19
@@ -545,7 +545,7 @@ def answer_ids(batch: ProbeBatch) -> dict[int, list[int]]:
 def test_the_board_example_makes_batches() -> None:
     config = load_profile_config(BOARD / "profile.yml").override(limit=8, device="cpu", dtype="float32")
     for name in SIDES:
-        probes = side_probes(config, name, side_rows(config, name, BOARD))
+        probes = probes_of(config, config.kind(name), rows_of(config.kind(name), BOARD))
         model, processor = load_model(config.model_of(name), images=name == "target")
         found = list(probe_batches(probes, model, processor, rule=config.answer, device="cpu"))
         assert sum(len(batch.numbers) for batch in found) == 8

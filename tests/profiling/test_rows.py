@@ -82,7 +82,7 @@ class TestRows:
         path = lines(tmp_path / "rows.jsonl", content)
         with caplog.at_level(logging.WARNING):
             rows = options("m", path).rows()
-        assert [(bad.number, bad.reason) for bad in rows.bad] == [
+        assert [(bad.number, str(bad.error)) for bad in rows.bad] == [
             (7, "column 'q' is empty"),
             (30, "column 'q' is empty"),
         ]

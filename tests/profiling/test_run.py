@@ -24,13 +24,15 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
+from mergekit_snrf.profiling.groups import probes_of, rows_of
 from mergekit_snrf.profiling.measure.meter import Meter
+from mergekit_snrf.profiling.moments import take_moments
+from mergekit_snrf.profiling.notebook import profile_model
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches
 from mergekit_snrf.profiling.result.profilefile import read_profile
 from mergekit_snrf.profiling.result.selection import select
-from mergekit_snrf.profiling.run import profile_model, run
+from mergekit_snrf.profiling.run import run
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName, load_profile_config
-from mergekit_snrf.profiling.side import side_probes, side_rows
 
 FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safetensors")
 
@@ -122,7 +124,7 @@ def invoke(path: Path, out: Path, *options: str) -> Result:
 
 
 def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any, Iterator[ProbeBatch]]:
-    probes = side_probes(config, name, side_rows(config, name, folder))
+    probes = probes_of(config, config.kind(name), rows_of(config.kind(name), folder))
     model, processor = load_model(config.model_of(name), images=probes.rows.source.images is not None)
     return model, probe_batches(probes, model, processor, rule=config.answer, device="cpu")
 
@@ -284,6 +286,20 @@ def test_resume_skips_a_finished_side_and_does_not_load_its_model(pair, tmp_path
     (tmp_path / "m.safetensors").unlink()
     monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert profiled(path, tmp_path, resume=True) == whole
+
+
+def test_other_probes_to_keep_change_the_moments_and_not_the_profile(pair, tmp_path, monkeypatch):
+    keep = {"dataset": "text.jsonl", "question": "question", "limit": 3}
+    before = profiled(write_config(pair("llama"), keep=[keep]), tmp_path)
+    assert profiled(write_config(pair("llama")), tmp_path, resume=True) == before
+    path = write_config(pair("llama"), keep=[keep | {"limit": 4}])
+    after = profiled(path, tmp_path, resume=True)
+    changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
+    assert changed == {"m.moments.safetensors"}
+    take_moments(load_profile_config(path), tmp_path / "alone.safetensors", folder=path.parent, progress=False)
+    assert (tmp_path / "alone.safetensors").read_bytes() == after["m.moments.safetensors"]
+    monkeypatch.setattr("mergekit_snrf.profiling.moments.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert profiled(path, tmp_path, resume=True)["m.moments.safetensors"] == after["m.moments.safetensors"]
 
 
 def test_resume_does_not_replace_a_finished_profile_of_other_settings(pair, tmp_path):

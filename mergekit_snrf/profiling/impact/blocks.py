@@ -48,11 +48,7 @@ class Block(NamedTuple):
 
 
 def block_size(device: torch.device, block_bytes: int | None) -> int:
-    """Return the bytes of a block: ``block_bytes``, or the default of the device.
-
-    Raises:
-        ValueError: ``block_bytes`` is not positive.
-    """
+    """Return the bytes of a block: ``block_bytes``, which must be positive, or the default of the device."""
     if block_bytes is None:
         return CPU_BLOCK_BYTES if device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
     if block_bytes < 1:

@@ -248,19 +248,9 @@ class HeadGroup:
 
 
 def head_groups(
-    inputs: AttentionInputs,
-    item: int,
-    weights: Float[Tensor, " tokens"],
-    block_bytes: int | None = None,
+    inputs: AttentionInputs, item: int, weights: Float[Tensor, " tokens"], block_bytes: int | None = None
 ) -> Iterator[HeadGroup]:
-    """Yield the groups of heads of one probe.
-
-    Args:
-        inputs: the captured layer.
-        item: index of the probe in the batch.
-        weights: w_i of the probe; rows of weight 0, and rows that attend to nothing, are left out.
-        block_bytes: size of a block of changed scores.
-    """
+    """Yield the groups of heads of probe ``item``; rows of weight 0, and those that attend to nothing, are left out."""
     dtype = working_dtype(inputs.query)
     tokens, head_dim, kv_heads = len(weights), inputs.head_dim, inputs.kv_heads
     elements = max(tokens, block_size(inputs.query.device, block_bytes) // dtype.itemsize)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -55,58 +55,45 @@ class AttentionInputs:
     mask: Shaped[Tensor, "#batch 1 tokens tokens"] | None = None
 
     def __post_init__(self) -> None:
-        if self.query.ndim != 3 or self.key.ndim != 3 or self.value.ndim != 3:
-            raise ValueError(
-                "query, key and value must have shape [batch, tokens, heads * head_dim], got "
-                f"{list(self.query.shape)}, {list(self.key.shape)}, {list(self.value.shape)}"
-            )
+        shapes = [list(tensor.shape) for tensor in (self.query, self.key, self.value)]
+        if any(len(shape) != 3 or shape[:2] != shapes[0][:2] for shape in shapes):
+            raise ValueError(f"query, key and value must have shape [batch, tokens, heads * head_dim], got {shapes}")
         batch, tokens, width = self.query.shape
-        if self.key.shape[:2] != (batch, tokens) or self.value.shape[:2] != (batch, tokens):
-            raise ValueError(
-                f"query, key and value must agree on [batch, tokens] = {[batch, tokens]}, got "
-                f"{list(self.key.shape[:2])} for key and {list(self.value.shape[:2])} for value"
-            )
         if self.head_dim < 1 or width % self.head_dim or self.key.shape[2] % self.head_dim:
-            raise ValueError(
-                f"head_dim {self.head_dim} does not divide the widths of query ({width}) and key ({self.key.shape[2]})"
-            )
+            widths = f"query ({width}) and key ({self.key.shape[2]})"
+            raise ValueError(f"head_dim {self.head_dim} does not divide the widths of {widths}")
         if self.kv_heads < 1 or self.heads % self.kv_heads or self.value.shape[2] % self.kv_heads:
-            raise ValueError(
-                f"{self.kv_heads} key heads do not divide {self.heads} query heads and value width "
-                f"{self.value.shape[2]}"
-            )
-        if (self.cos is None) != (self.sin is None):
-            raise ValueError("cos and sin must be given together")
-        if self.cos is not None and self.sin is not None:
-            rotary = self.cos.shape[-1]
-            if self.cos.shape != self.sin.shape or self.cos.shape not in (
-                (batch, tokens, rotary),
-                (1, tokens, rotary),
-            ):
-                raise ValueError(
-                    f"cos and sin must have shape [{batch} or 1, {tokens}, rotary_dim], got "
-                    f"{list(self.cos.shape)} and {list(self.sin.shape)}"
-                )
-            if rotary % 2 or rotary > self.head_dim:
-                raise ValueError(f"rotary_dim must be even and at most head_dim {self.head_dim}, got {rotary}")
-        for name, weight in (("query_norm", self.query_norm), ("key_norm", self.key_norm)):
+            of = f"{self.heads} query heads and value width {self.value.shape[2]}"
+            raise ValueError(f"{self.kv_heads} key heads do not divide {of}")
+        self._check_rotary(batch, tokens)
+        for name in ("query_norm", "key_norm"):
+            weight = getattr(self, name)
             if weight is not None and weight.shape != (self.head_dim,):
                 raise ValueError(f"{name} must have shape [{self.head_dim}], got {list(weight.shape)}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive, got {self.norm_eps}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive, got {self.softcap}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1, got {self.window}")
+        for name in ("norm_eps", "softcap", "window"):
+            number = getattr(self, name)
+            if number is not None and not number > 0:
+                raise ValueError(f"{name} must be positive, got {number}")
         if self.key_mask is not None and self.key_mask.shape != (batch, tokens):
             raise ValueError(f"key_mask must have shape {[batch, tokens]}, got {list(self.key_mask.shape)}")
         if self.mask is not None:
             if self.window is not None or self.key_mask is not None:
                 raise ValueError("mask is the whole mask: leave window and key_mask out")
             if self.mask.shape not in ((batch, 1, tokens, tokens), (1, 1, tokens, tokens)):
-                raise ValueError(
-                    f"mask must have shape [{batch} or 1, 1, {tokens}, {tokens}], got {list(self.mask.shape)}"
-                )
+                wanted = f"[{batch} or 1, 1, {tokens}, {tokens}]"
+                raise ValueError(f"mask must have shape {wanted}, got {list(self.mask.shape)}")
+
+    def _check_rotary(self, batch: int, tokens: int) -> None:
+        if self.cos is None or self.sin is None:
+            if self.cos is not self.sin:
+                raise ValueError("cos and sin must be given together")
+            return
+        rotary = self.cos.shape[-1]
+        if self.cos.shape != self.sin.shape or self.cos.shape not in ((batch, tokens, rotary), (1, tokens, rotary)):
+            shapes = f"{list(self.cos.shape)} and {list(self.sin.shape)}"
+            raise ValueError(f"cos and sin must have shape [{batch} or 1, {tokens}, rotary_dim], got {shapes}")
+        if rotary % 2 or rotary > self.head_dim:
+            raise ValueError(f"rotary_dim must be even and at most head_dim {self.head_dim}, got {rotary}")
 
     @property
     def heads(self) -> int:
@@ -143,16 +130,10 @@ class Readout:
     @staticmethod
     @torch.no_grad()
     def of(weight: Float[Tensor, "hidden heads*value_dim"], heads: int, kv_heads: int) -> Readout:
-        """Return the factors for ``o_proj.weight`` with so many query and key heads.
-
-        Raises:
-            ValueError: the shapes do not fit together.
-        """
+        """Return the factors for ``o_proj.weight`` with so many query and key heads."""
         if kv_heads < 1 or heads % kv_heads or weight.ndim != 2 or weight.shape[1] % heads:
-            raise ValueError(
-                f"o_proj weight must have shape [hidden, heads * value_dim] for {heads} heads and {kv_heads} key "
-                f"heads, got {list(weight.shape)}"
-            )
+            wanted = f"[hidden, heads * value_dim] for {heads} heads and {kv_heads} key heads"
+            raise ValueError(f"o_proj weight must have shape {wanted}, got {list(weight.shape)}")
         weight = weight.to(working_dtype(weight))
         n, value_dim = heads // kv_heads, weight.shape[1] // heads
         per_head = weight.unflatten(1, (heads, value_dim)).transpose(0, 1)
@@ -196,31 +177,16 @@ def full_precision(device_type: str) -> Iterator[None]:
 
     An impact is a difference of nearly equal outputs; shorter products would leave nothing of it.
     """
-    with torch.autocast(device_type, enabled=False), _without_short_products():
-        yield
-
-
-@contextmanager
-def _without_short_products() -> Iterator[None]:
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # torch refuses to mix this switch with its newer ones, so the process has set one of those.
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-        settings = [backend.fp32_precision for backend in backends]
+    with torch.autocast(device_type, enabled=False), ExitStack() as stack:
         try:
-            for backend in backends:
+            before = torch.get_float32_matmul_precision()
+        except RuntimeError:
+            # torch refuses to mix this switch with its newer ones, so the process has set one of those.
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
                 backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, setting in zip(backends, settings, strict=True):
-                backend.fp32_precision = setting
-        return
-    if before == "highest":
+        else:
+            if before != "highest":
+                stack.callback(torch.set_float32_matmul_precision, before)
+                torch.set_float32_matmul_precision("highest")
         yield
-        return
-    try:
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)

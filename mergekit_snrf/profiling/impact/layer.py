@@ -66,16 +66,11 @@ def attention_impact(
     """
     sdpa = uses_sdpa(inputs, backend)
     if readout is not None and readout.heads.shape[::2] != (inputs.heads, inputs.value_dim):
-        raise ValueError(
-            f"readout is for {readout.heads.shape[0]} heads of size {readout.heads.shape[2]}, the inputs have "
-            f"{inputs.heads} of size {inputs.value_dim}"
-        )
-    squares = sums_of(
-        inputs,
-        weights,
-        block_bytes,
-        lambda group: sdpa_squares(group, readout) if sdpa else group.impact_squares(readout),
-    )
+        heads, size = readout.heads.shape[::2]
+        found = f"the inputs have {inputs.heads} of size {inputs.value_dim}"
+        raise ValueError(f"readout is for {heads} heads of size {size}, {found}")
+    of_group = sdpa_squares if sdpa else HeadGroup.impact_squares
+    squares = sums_of(inputs, weights, block_bytes, lambda group: of_group(group, readout))
     return AttentionScores(*(square.sqrt().to(working_dtype(inputs.query)) for square in squares))
 
 
@@ -110,15 +105,8 @@ def attention_output(
 ) -> Float[Tensor, "batch tokens heads*value_dim"]:
     """Return the attention output before o_proj that the inputs imply, zero at positions that do not count.
 
-    Where it differs from what the model gave to o_proj, the inputs do not describe the layer (another mask,
-    scaling, cap, norm or rotary layout), and so neither would the impacts.
-
-    Args:
-        inputs: the captured layer.
-        weights: as for ``attention_impact``; only zero or not matters.
-
-    Raises:
-        ValueError: the weights do not fit the inputs, or one is negative.
+    Where it differs from what the model gave to o_proj, the inputs do not describe the layer, nor would the impacts.
+    Of the weights, as for ``attention_impact``, only zero or not matters.
     """
     weights = position_weights(weights, inputs.key_mask, inputs.query)
     batch, tokens, _ = inputs.query.shape
@@ -149,15 +137,12 @@ def ffn_impact(
         hidden: H = act(gate) * up, the input of down_proj.
         down: ``down_proj.weight``, or the norms of its columns from ``column_norms``, made once a layer.
         weights: w_i >= 0, how much the squared change at position i counts, 0 on padding; None counts all.
-
-    Raises:
-        ValueError: the shapes do not fit together, or a weight is negative.
     """
     if hidden.ndim != 3 or down.ndim not in (1, 2) or down.shape[-1] != hidden.shape[2]:
-        raise ValueError(
-            "hidden must have shape [batch, tokens, intermediate] and down [hidden, intermediate] or [intermediate], "
-            f"got {list(hidden.shape)} and {list(down.shape)}"
+        wanted = (
+            "hidden must have shape [batch, tokens, intermediate] and down [hidden, intermediate] or [intermediate]"
         )
+        raise ValueError(f"{wanted}, got {list(hidden.shape)} and {list(down.shape)}")
     norms = column_norms(down) if down.ndim == 2 else down
     squares = sum_over_positions(hidden, weights, torch.square)
     return (squares.sqrt() * norms.to(squares)).to(working_dtype(hidden))

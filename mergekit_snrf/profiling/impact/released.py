@@ -27,13 +27,7 @@ def released_attention_scores(
       key row.
     - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.
 
-    Args:
-        inputs: the captured layer.
-        weights: how much each query position counts; None counts the positions of ``inputs.key_mask``, or all.
-        block_bytes: as for ``attention_impact``.
-
-    Raises:
-        ValueError: the weights do not fit the inputs, or one is negative.
+    Arguments and errors as ``attention_impact``.
     """
     sums = sums_of(inputs, weights, block_bytes, _group_sums)
     return AttentionScores(*(one.to(working_dtype(inputs.query)) for one in sums))
@@ -43,15 +37,7 @@ def released_attention_scores(
 def released_ffn_scores(
     up: Float[Tensor, "batch tokens intermediate"], weights: Float[Tensor, "batch tokens"] | None = None
 ) -> Float[Tensor, "batch intermediate"]:
-    """Return the released code's score of fwd.up and fwd.down alike: sum over positions of ``|up_proj(x)|``.
-
-    Args:
-        up: output of up_proj.
-        weights: how much each position counts, 0 on padding; None counts all.
-
-    Raises:
-        ValueError: the shapes do not fit together, or a weight is negative.
-    """
+    """Return the released code's score of fwd.up and fwd.down alike: sum over positions of ``|up_proj(x)|``."""
     if up.ndim != 3:
         raise ValueError(f"up must have shape [batch, tokens, intermediate], got {list(up.shape)}")
     return sum_over_positions(up, weights, torch.abs).to(working_dtype(up))

@@ -22,11 +22,7 @@ Backend = Literal["auto", "blocked", "sdpa"]
 
 
 def uses_sdpa(inputs: AttentionInputs, backend: Backend) -> bool:
-    """Return whether fused attention is asked for: by name, or by ``auto`` on a CUDA device where it applies.
-
-    Raises:
-        ValueError: it is asked for by name, and the scores are capped, which it cannot do.
-    """
+    """Return whether fused attention is asked for: by name, or by ``auto`` on a CUDA device where it applies."""
     if backend == "sdpa" and inputs.softcap is not None:
         raise ValueError("fused attention cannot cap the scores; use backend: auto or blocked")
     return backend == "sdpa" or (backend == "auto" and inputs.query.device.type == "cuda" and inputs.softcap is None)
@@ -82,13 +78,8 @@ class _Attention:
         self, query: Float[Tensor, "#batch n rows head_dim"], key: Float[Tensor, "#batch #n keys head_dim"]
     ) -> Float[Tensor, "batch n rows value_dim"]:
         shape = torch.broadcast_shapes(query.shape[:2], key.shape[:2])
-        return F.scaled_dot_product_attention(
-            query.expand(*shape, -1, -1),
-            key.expand(*shape, -1, -1),
-            self._values.expand(*shape, -1, -1),
-            scale=self._scaling,
-            **self._mask,
-        )
+        query, key, values = (tensor.expand(*shape, -1, -1) for tensor in (query, key, self._values))
+        return F.scaled_dot_product_attention(query, key, values, scale=self._scaling, **self._mask)
 
     def batches(self, neurons: Int[Tensor, " head_dim"], heads: int) -> tuple[Int[Tensor, " dims"], ...]:
         """Split neurons into batches whose heads and outputs are not larger than the group's buffer."""

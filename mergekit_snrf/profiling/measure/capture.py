@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,21 +81,12 @@ def run_layers(
         layer = decoder.layers[index]
         missing = sorted({"call", *_SEEN} - seen.keys())
         if missing:
-            raise _unsupported(
-                f"{decoder.model}: {decoder.path}.{index}.{missing[0]}", "did not run as a module of the layer"
-            )
+            where = f"{decoder.model}: {decoder.path}.{index}.{missing[0]}"
+            raise _unsupported(where, "did not run as a module of the layer")
         visited.append(index)
-        visit(
-            CapturedLayer(
-                index=index,
-                module=layer,
-                attention=_attention_inputs(decoder, index, seen, attention_mask),
-                attended=seen[_OUTPUT],
-                up=seen.get(PROJECTIONS["fwd.up"].module),
-                hidden=seen[PROJECTIONS["fwd.down"].module],
-                stream=stream,
-            )
-        )
+        attention = _attention_inputs(decoder, index, seen, attention_mask)
+        up, hidden = seen.get(PROJECTIONS["fwd.up"].module), seen[PROJECTIONS["fwd.down"].module]
+        visit(CapturedLayer(index, layer, attention, seen[_OUTPUT], up, hidden, stream))
 
     with ExitStack() as stack, torch.no_grad():
         for index, layer in enumerate(decoder.layers):
@@ -111,8 +103,11 @@ def _hooked(
 ) -> Iterator[None]:
     seen: dict[str, Any] = {}
 
-    def keep(name: str, tensor: Tensor) -> None:
-        seen[name] = tensor.detach()
+    def before(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0].detach()
+
+    def after(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        seen[name] = output.detach()
 
     def entered(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen["call"] = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
@@ -126,24 +121,15 @@ def _hooked(
     handles = [layer.register_forward_hook(left)]
     handles.append(layer.get_submodule("self_attn").register_forward_pre_hook(entered, with_kwargs=True))
     for name in outputs:
-        hook = _after(keep, name)
-        handles.append(layer.get_submodule(name).register_forward_hook(hook))
+        handles.append(layer.get_submodule(name).register_forward_hook(partial(after, name)))
     for name in (_OUTPUT, PROJECTIONS["fwd.down"].module):
-        handles.append(layer.get_submodule(name).register_forward_pre_hook(_before(keep, name)))
+        handles.append(layer.get_submodule(name).register_forward_pre_hook(partial(before, name)))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         seen.clear()
-
-
-def _after(keep: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-    return lambda module, args, output: keep(name, output)
-
-
-def _before(keep: Callable[[str, Tensor], None], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    return lambda module, args: keep(name, args[0])
 
 
 def _attention_inputs(
@@ -155,7 +141,7 @@ def _attention_inputs(
     query, key, value = (seen[PROJECTIONS[name].module] for name in ("attn.q", "attn.k", "attn.v"))
     cos, sin = _rotary_tables(where, attention, call)
     norms = [_norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim) for name in _NORMS]
-    epsilons = {norm.epsilon for norm in norms if norm is not None}
+    epsilons = {epsilon for _, epsilon in norms if epsilon is not None}
     if len(epsilons) > 1:
         raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
     # The mask that the layer was given is the truth: images may see each other in both directions.
@@ -170,11 +156,11 @@ def _attention_inputs(
             scaling=float(getattr(attention, _SCALING, decoder.shape.head_dim**-0.5)),
             cos=cos,
             sin=sin,
-            query_norm=None if norms[0] is None else norms[0].weight,
-            key_norm=None if norms[1] is None else norms[1].weight,
+            query_norm=norms[0][0],
+            key_norm=norms[1][0],
             norm_eps=epsilons.pop() if epsilons else 1e-6,
             softcap=getattr(attention, _SOFTCAP, None),
-            causal=_is_causal(attention, call),
+            causal=bool(getattr(attention, _CAUSAL, True) if call.get(_CAUSAL) is None else call[_CAUSAL]),
             window=None if mask is not None else _window(attention),
             key_mask=None if mask is not None else attention_mask,
             mask=mask,
@@ -196,9 +182,7 @@ def _rotary_tables(where: str, attention: nn.Module, call: dict[str, Any]) -> tu
     if not getattr(attention, _USE_ROPE, True):
         return None, None
     tables = call.get("position_embeddings")
-    if not (
-        isinstance(tables, tuple | list) and len(tables) == 2 and all(isinstance(table, Tensor) for table in tables)
-    ):
+    if not isinstance(tables, tuple | list) or [isinstance(table, Tensor) for table in tables] != [True, True]:
         raise _unsupported(where, "was not given (cos, sin) as position_embeddings, so its rotary layout is unknown")
     cos, sin = tables
     if cos.ndim == 4:
@@ -221,16 +205,10 @@ def mixed_sections(
     return torch.cat([part[place % len(sections)] for place, part in enumerate(parts)], dim=-1)
 
 
-@dataclass(frozen=True)
-class _Norm:
-    weight: Float[Tensor, " head_dim"]
-    epsilon: float
-
-
-def _norm(where: str, norm: Any, head_dim: int) -> _Norm | None:
-    """Return what an RMS norm over heads multiplies with, found by trying it: its weight, or one more (Gemma)."""
+def _norm(where: str, norm: Any, head_dim: int) -> tuple[Tensor | None, float | None]:
+    """Return what an RMS norm over heads multiplies with, found by trying it (Gemma: weight + 1), and its epsilon."""
     if norm is None or isinstance(norm, nn.Identity):
-        return None
+        return None, None
     weight = weight_of(norm)
     epsilon = next((float(getattr(norm, name)) for name in _EPSILONS if hasattr(norm, name)), None)
     if weight.shape == (head_dim,) and epsilon is not None and epsilon > 0:
@@ -240,26 +218,17 @@ def _norm(where: str, norm: Any, head_dim: int) -> _Norm | None:
         tolerance = 8 * torch.finfo(weight.dtype).eps
         for multiplier in (weight, 1.0 + weight.float()):
             if torch.allclose(result, normalised * multiplier.float(), rtol=tolerance, atol=tolerance):
-                return _Norm(multiplier, epsilon)
-    raise _unsupported(
-        where,
-        f"{type(norm).__name__} with a weight of shape {list(weight.shape)} is not an RMS norm over heads of size "
-        f"{head_dim}",
-    )
+                return multiplier, epsilon
+    found = f"{type(norm).__name__} with a weight of shape {list(weight.shape)}"
+    raise _unsupported(where, f"{found} is not an RMS norm over heads of size {head_dim}")
 
 
 def _whole_mask(where: str, mask: Tensor, query: Tensor) -> Tensor:
     batch, tokens, _ = query.shape
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2:] != (tokens, tokens):
-        raise _unsupported(
-            where, f"an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens is unknown"
-        )
+        found = f"an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens"
+        raise _unsupported(where, f"{found} is unknown")
     return mask.detach()
-
-
-def _is_causal(attention: nn.Module, call: dict[str, Any]) -> bool:
-    given = call.get(_CAUSAL)
-    return bool(getattr(attention, _CAUSAL, True) if given is None else given)
 
 
 def _window(attention: Any) -> int | None:

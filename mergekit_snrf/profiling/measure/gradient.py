@@ -47,8 +47,6 @@ def layer_gradients(
     let go of as soon as they are squared; the activations of all layers are kept until the backward pass.
 
     Args:
-        model: in eval mode.
-        decoder: its text decoder.
         forward: runs the model once on a batch, without a cache.
         counted: the positions whose final states count.
 
@@ -77,20 +75,12 @@ def layer_gradients(
         forward()
         final = states[-1] if states else None
         if final is None or final.shape[:2] != counted.shape or not final.requires_grad:
-            raise SnrfError(
-                decoder.model,
-                f"{decoder.path} has no final states to differentiate",
-                "weight by 'residual'",
-                field="weight",
-            )
+            what = f"{decoder.path} has no final states to differentiate"
+            raise SnrfError(decoder.model, what, "weight by 'residual'", field="weight")
         final.backward(_cotangent(final, counted))
     if len(found) != 2 * len(decoder.layers):
-        raise SnrfError(
-            decoder.model,
-            f"the final states do not depend on every layer of {decoder.path}",
-            "weight by 'residual'",
-            field="weight",
-        )
+        what = f"the final states do not depend on every layer of {decoder.path}"
+        raise SnrfError(decoder.model, what, "weight by 'residual'", field="weight")
     return [LayerGradient(found[index, ATTENTION], found[index, FFN]) for index in range(len(decoder.layers))]
 
 

@@ -49,11 +49,9 @@ def watched_inputs(
             seen.add(site)
             tensor: Tensor = args[0].detach()
             if tensor.shape[:2] != counted.shape or tensor.shape[2] != sizes[site]:
-                raise SnrfError(
-                    f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}",
-                    f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]",
-                    "the model is not supported",
-                )
+                what = f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]"
+                remedy = "the model is not supported"
+                raise SnrfError(f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}", what, remedy)
             rows = tensor.flatten(0, 1) if unpadded else tensor[counted.to(tensor.device)]
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
             visit(site, rows)
@@ -70,11 +68,9 @@ def watched_inputs(
             handle.remove()
     missing = sorted(sizes.keys() - seen)
     if missing:
-        raise SnrfError(
-            f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}",
-            "did not run as a module of the layer",
-            "the model is not supported",
-        )
+        what = "did not run as a module of the layer"
+        remedy = "the model is not supported"
+        raise SnrfError(f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}", what, remedy)
 
 
 class NormMedians:
@@ -92,10 +88,15 @@ class NormMedians:
         return {site: float(torch.cat(norms).median()) for site, norms in self._norms.items()}
 
 
-def run_watched(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run a model once on a batch in eval mode, without gradients, cache and logits that are not needed."""
+def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Run a model on a batch in eval mode, without cache and logits; it is left as it was."""
     accepted = inspect.signature(type(model).forward).parameters
+    # The logits of long probes over a large vocabulary would need more memory than all else.
     extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.no_grad():
+    try:
         model(**{**inputs, **extra})
+    finally:
+        for module, training in modes.items():
+            module.training = training

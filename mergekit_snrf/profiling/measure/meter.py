@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -28,6 +26,8 @@ from mergekit_snrf.profiling.impact.released import released_attention_scores, r
 from mergekit_snrf.profiling.impact.sdpa import Backend
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
 from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradients
+from mergekit_snrf.profiling.measure.inputs import run_once
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
 
 CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Largest median over positions of the relative error with which captured tensors must give the attention's output.
@@ -37,24 +37,18 @@ the model rounds queries and keys to its own dtype after RoPE, the impact does n
 """
 
 
-class Batch(Protocol):
-    """Probes as a model takes them: ``ProbeBatch``, or anything with these attributes."""
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        """The number of each probe, for messages."""
-
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        """What ``model(**inputs)`` takes."""
-
-    @property
-    def attention_mask(self) -> Shaped[Tensor, "batch tokens"]:
-        """Nonzero where a token is real."""
-
-    @property
-    def answer_mask(self) -> Bool[Tensor, "batch tokens"]:
-        """Where a token belongs to the answer."""
+Scoring = Annotated[
+    Literal["exact", "released"],
+    Field(description="The exact impact (Eq. 14), or the score of the paper's released code."),
+]
+Weight = Annotated[
+    Literal["paper", "residual", "gradient"],
+    Field(description="Weight of the positions: one, by the residual stream, or by a gradient."),
+]
+MeasuredSite = Annotated[
+    Literal["pre_o", "post_o"], Field(description="Compare the attention output before or after o_proj.")
+]
+Tokens = Annotated[Literal["all", "answer"], Field(description="The positions that count.")]
 
 
 class Measure(Settings):
@@ -62,20 +56,15 @@ class Measure(Settings):
 
     >>> Measure(weight="residual").provenance()
     {'scoring': 'exact', 'weight': 'residual', 'site': 'pre_o', 'tokens': 'all'}
+
+    A squared change counts at a position by one (``paper``), divided by the mean square of the residual stream after
+    the layer (``residual``), or multiplied by how much the final states feel a change there (``gradient``).
     """
 
-    scoring: Literal["exact", "released"] = Field(
-        default="exact", description="The exact impact (Eq. 14), or the score of the paper's released code."
-    )
-    weight: Literal["paper", "residual", "gradient"] = Field(
-        default="paper",
-        description="How a squared change counts at a position: by one, divided by the mean square of the residual "
-        "stream after the layer, or multiplied by how much the final states feel a change there.",
-    )
-    site: Literal["pre_o", "post_o"] = Field(
-        default="pre_o", description="Compare the attention output before or after o_proj."
-    )
-    tokens: Literal["all", "answer"] = Field(default="all", description="The positions that count.")
+    scoring: Scoring = "exact"
+    weight: Weight = "paper"
+    site: MeasuredSite = "pre_o"
+    tokens: Tokens = "all"
 
     @model_validator(mode="after")
     def _check_released(self) -> Measure:
@@ -96,8 +85,6 @@ class Meter:
     model computed. So an attention of an unknown kind is an error, never a wrong number.
 
     Args:
-        model: a loaded transformers model.
-        measure: what to measure.
         shape: of the decoder, where it is known from the checkpoint.
         name: of the model, for messages.
         block_bytes: size of a block of changed scores; None is the default of the device.
@@ -130,7 +117,7 @@ class Meter:
         """How many neurons each measured site has; fwd.down has the impacts of fwd.up."""
         return {site: self.decoder.shape.neurons(site.projection) for site in self.decoder.shape.sites()}
 
-    def impacts(self, batch: Batch) -> dict[Site, Float[Tensor, "probes neurons"]]:
+    def impacts(self, batch: ProbeBatch) -> dict[Site, Float[Tensor, "probes neurons"]]:
         """Return the impacts of one batch, on the CPU: float64 for a float64 model, else float32.
 
         Raises:
@@ -142,16 +129,12 @@ class Meter:
             counted &= batch.answer_mask
         for number, probe in zip(batch.numbers, counted, strict=True):
             if not bool(probe.any()):
-                raise SnrfError(
-                    self.decoder.model,
-                    f"probe {number} has no token that counts with {self.measure.tokens!r}",
-                    "leave out the row, or count all tokens",
-                    field="tokens",
-                )
+                what = f"probe {number} has no token that counts with {self.measure.tokens!r}"
+                raise SnrfError(self.decoder.model, what, "leave out the row, or count all tokens", field="tokens")
         found: dict[Site, Tensor] = {}
         gradients: list[LayerGradient] = []
         if self.measure.weight == "gradient":
-            gradients = layer_gradients(self.model, self.decoder, lambda: self._forward(batch.inputs), counted)
+            gradients = layer_gradients(self.model, self.decoder, lambda: run_once(self.model, batch.inputs), counted)
 
         def visit(layer: CapturedLayer) -> None:
             self._check_finite(layer, batch)
@@ -169,7 +152,7 @@ class Meter:
 
         run_layers(
             self.decoder,
-            lambda: self._forward(batch.inputs),
+            lambda: run_once(self.model, batch.inputs),
             batch.attention_mask,
             visit,
             up=self.measure.scoring == "released",
@@ -177,18 +160,6 @@ class Meter:
         self._check_gradients(gradients, counted, batch)
         self._checked = True
         return found
-
-    def _forward(self, inputs: Mapping[str, Any]) -> None:
-        accepted = inspect.signature(type(self.model).forward).parameters
-        # The logits of long probes over a large vocabulary would need more memory than all else.
-        extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            self.model(**{**inputs, **extra})
-        finally:
-            for module, training in modes.items():
-                module.training = training
 
     def _position_weights(
         self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None
@@ -218,20 +189,12 @@ class Meter:
         readout = None
         if self.measure.site == "post_o":
             output = weight_of(layer.module.get_submodule("self_attn.o_proj"))
-            readout = Readout.of(
-                output.to(layer.attention.query.device), layer.attention.heads, layer.attention.kv_heads
-            )
+            output = output.to(layer.attention.query.device)
+            readout = Readout.of(output, layer.attention.heads, layer.attention.kv_heads)
         if self._backend == "sdpa" and layer.attention.softcap is not None:
-            raise SnrfError(
-                self.decoder.model, "caps its attention scores, which 'sdpa' cannot", "use 'auto'", field="backend"
-            )
-        return attention_impact(
-            layer.attention,
-            weights,
-            readout,
-            self._block_bytes,
-            backend=self._backend,
-        )
+            what = "caps its attention scores, which 'sdpa' cannot"
+            raise SnrfError(self.decoder.model, what, "use 'auto'", field="backend")
+        return attention_impact(layer.attention, weights, readout, self._block_bytes, backend=self._backend)
 
     def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
         if self.measure.scoring == "released":
@@ -241,7 +204,7 @@ class Meter:
             self._column_norms[layer.index] = column_norms(weight_of(layer.module.get_submodule("mlp.down_proj")))
         return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights)
 
-    def _check_finite(self, layer: CapturedLayer, batch: Batch) -> None:
+    def _check_finite(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
         """Name the first projection that gives NaN or infinite values at a real token."""
         captured = {
             "attn.q": layer.attention.query,
@@ -254,21 +217,18 @@ class Meter:
             self._refuse(layer, projection, batch, wrong.any(-1))
 
     def _check_gradients(
-        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: Batch
+        self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: ProbeBatch
     ) -> None:
         for index, gradient in enumerate(gradients):
             finite = gradient.attention.isfinite() & gradient.ffn.isfinite()
             wrong = (~finite & counted.to(finite.device)).any(-1)
             if bool(wrong.any()):
                 number = batch.numbers[int(wrong.nonzero()[0])]
-                raise SnrfError(
-                    self.decoder.model,
-                    f"the gradient at layer {index} is NaN or infinite on probe {number}",
-                    "load the model in a dtype of more range such as float32, or weight by 'residual'",
-                    field="weight",
-                )
+                what = f"the gradient at layer {index} is NaN or infinite on probe {number}"
+                remedy = "load the model in a dtype of more range such as float32, or weight by 'residual'"
+                raise SnrfError(self.decoder.model, what, remedy, field="weight")
 
-    def _refuse(self, layer: CapturedLayer, projection: str, batch: Batch, wrong: Bool[Tensor, " probes"]) -> None:
+    def _refuse(self, layer: CapturedLayer, projection: str, batch: ProbeBatch, wrong: Bool[Tensor, " probes"]) -> None:
         if bool(wrong.any()):
             number = batch.numbers[int(wrong.nonzero()[0])]
             raise SnrfError(
@@ -278,7 +238,7 @@ class Meter:
                 f"such as float32",
             )
 
-    def _check(self, layer: CapturedLayer, batch: Batch) -> None:
+    def _check(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
         """Compare the attention output that the captured tensors imply with the model's own."""
         actual = layer.attended
         real = (batch.attention_mask != 0).to(actual.device)
@@ -287,10 +247,9 @@ class Meter:
         error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
         tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
         if not float(error.median()) <= tolerance:
-            raise SnrfError(
-                self.decoder.model,
+            what = (
                 f"the attention of {self.decoder.path}.{layer.index} does not follow from its projections (relative "
                 f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
-                f"unknown",
-                "the model is not supported",
+                f"unknown"
             )
+            raise SnrfError(self.decoder.model, what, "the model is not supported")

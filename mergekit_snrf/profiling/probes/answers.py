@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +27,7 @@ _NOT_PER_TOKEN = ("image_", "pixel_", "video_", "second_per_")
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of one answer.
-
-    Attributes:
-        ids: token ids, the end token included if the model generated it.
-        ended: False if generation stopped at max_new_tokens without an end token.
-    """
+    """The tokens of one answer, a generated end included, and whether it came before max_new_tokens."""
 
     ids: tuple[int, ...]
     ended: bool = True
@@ -61,12 +55,6 @@ def generate_answers(
     Greedy: the most probable token at every step, whatever sampling, penalties or beams the checkpoint's generation
     config sets. Tokens that stand for an image are never generated, because no image follows them.
 
-    Args:
-        model: in eval mode.
-        processor: of the model, for the end and padding tokens.
-        inputs: what the model takes, ``input_ids`` [batch, tokens] among them.
-        max_new_tokens: at most as many tokens are generated.
-
     Raises:
         SnrfError: the model cannot generate.
     """
@@ -74,12 +62,9 @@ def generate_answers(
 
     generate: Any = getattr(model, "generate", None)
     if not callable(generate):
-        raise SnrfError(
-            str(model.config.name_or_path) or None,
-            f"{type(model).__name__} cannot generate answers",
-            "read the answers from a column of the data set",
-            field="by",
-        )
+        what = f"{type(model).__name__} cannot generate answers"
+        remedy = "read the answers from a column of the data set"
+        raise SnrfError(str(model.config.name_or_path) or None, what, remedy, field="by")
     ends, tokenizer = end_ids(model, processor), tokenizer_of(processor)
     greedy = GenerationConfig(
         do_sample=False,
@@ -91,8 +76,13 @@ def generate_answers(
         bos_token_id=tokenizer.bos_token_id,
         suppress_tokens=list(placeholder_ids(model.config)) or None,
     )
-    with _generation_config(model, greedy):
+    own = model.generation_config
+    # generate() fills what is not set from the model's own generation config.
+    model.generation_config = greedy
+    try:
         sequences = generate(**inputs, generation_config=greedy)
+    finally:
+        model.generation_config = own
     prompt = inputs["input_ids"].shape[1]
     return [_cut(ids, ends) for ids in sequences[:, prompt:].tolist()]
 
@@ -104,17 +94,6 @@ def _cut(ids: list[int], ends: Sequence[int]) -> Answer:
     return Answer(tuple(ids), ended=False)
 
 
-@contextmanager
-def _generation_config(model: PreTrainedModel, replacement: Any) -> Iterator[None]:
-    # generate() fills what is not set from the model's own generation config.
-    own = model.generation_config
-    model.generation_config = replacement
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
 def append_answers(
     inputs: Mapping[str, Tensor], answers: Sequence[Answer], pad: int
 ) -> tuple[dict[str, Tensor], Bool[Tensor, "batch tokens"]]:
@@ -123,8 +102,6 @@ def append_answers(
     Args:
         inputs: ``input_ids`` and ``attention_mask`` [batch, prompt], other integer inputs of one value a token, and
             inputs of images, which stay as they are.
-        answers: one a row.
-        pad: the token to pad with.
 
     Returns:
         The inputs with as many tokens as the longest prompt with its answer, and where the answers' tokens are.

@@ -16,10 +16,10 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
@@ -90,22 +90,22 @@ class ProbeBatch:
     """Probes with their answers, as the model takes them.
 
     Attributes:
-        group: index in ``Probes.groups``; a group can come in several batches.
         numbers: row numbers.
         inputs: arguments of the model's forward: prompts, then answers, padded on the right.
-        attention_mask: 1 on the tokens of prompt and answer.
+        attention_mask: nonzero on the tokens of prompt and answer.
         answer_mask: True on the answer's tokens; a generated end token is one of them.
         answers: as text, without special tokens.
         ended: False where generation stopped at max_new_tokens.
+        group: index in ``Probes.groups``; a group can come in several batches.
     """
 
-    group: int
     numbers: tuple[int, ...]
-    inputs: Mapping[str, Tensor]
-    attention_mask: Int[Tensor, "batch tokens"]
+    inputs: Mapping[str, Any]
+    attention_mask: Shaped[Tensor, "batch tokens"]
     answer_mask: Bool[Tensor, "batch tokens"]
-    answers: tuple[str, ...]
-    ended: tuple[bool, ...]
+    answers: tuple[str, ...] = ()
+    ended: tuple[bool, ...] = ()
+    group: int = 0
 
 
 def prepare(
@@ -124,11 +124,8 @@ def prepare(
     ``token_limit`` or than the model has positions: nothing is ever cut.
 
     Args:
-        rows: of ``load_rows``.
         processor: of the model, or its tokenizer.
-        rule: where the answers come from.
         batch_size: probes in a group, at most.
-        token_limit: tokens of prompt and answer, at most.
         config: of the model, for its number of positions and the tokens that stand for images; None checks neither.
         model: name of the model, for messages.
 
@@ -137,7 +134,7 @@ def prepare(
     """
     renderer = Renderer(processor, rows.source, model=model)
     reserved = set() if config is None else set(placeholder_ids(config))
-    tokenizer = _Tokenizer(rows, renderer, rule, _limit(token_limit, config), reserved)
+    tokenizer = _Tokenizer(rows, renderer, rule, _Limit.of(token_limit, config), reserved)
     probes: list[Probe] = []
     bad: list[BadRow] = []
     for row in rows.rows:
@@ -161,19 +158,12 @@ def probe_batches(
     device: str | torch.device,
     groups: Collection[int] | None = None,
 ) -> Iterator[ProbeBatch]:
-    """Iterate over the batches of some probes, with the model's own greedy answers or those of the data set.
-
-    Args:
-        probes: of ``prepare``.
-        model: in eval mode, on ``device``.
-        processor: of the model.
-        rule: where the answers come from.
-        device: of the inputs.
-        groups: indices of the groups of ``Probes.groups`` to make batches of; None: all.
+    """Iterate over the batches of some groups (None: all), with the model's own greedy answers or the data set's.
 
     Raises:
         SnrfError: the model cannot generate.
     """
+    tokenizer = tokenizer_of(processor)
     for group, positions in enumerate(probes.groups):
         if groups is not None and group not in groups:
             continue
@@ -187,7 +177,18 @@ def probe_batches(
             chosen = [members[index] for index in part]
             whole = bool(inputs) and part == list(range(len(members)))
             encoded = inputs if whole else encode(probes, chosen, model, device)
-            yield _batch(group, chosen, [answers[index] for index in part], encoded, model, processor)
+            theirs = [answers[index] for index in part]
+            extended, answer_mask = append_answers(encoded, theirs, tokenizer.pad_token_id)
+            extended = with_positions(model, extended)
+            yield ProbeBatch(
+                numbers=tuple(member.row.number for member in chosen),
+                inputs=extended,
+                attention_mask=extended["attention_mask"],
+                answer_mask=answer_mask,
+                answers=tuple(tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in theirs),
+                ended=tuple(answer.ended for answer in theirs),
+                group=group,
+            )
 
 
 def probes_sha256(probes: Probes) -> str:
@@ -200,20 +201,18 @@ def probes_sha256(probes: Probes) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Limit:
+class _Limit(NamedTuple):
     tokens: int | None
     reason: str
     field: str | None
 
-
-def _limit(token_limit: int | None, config: PretrainedConfig | None) -> _Limit:
-    positions = None
-    if config is not None:
-        positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if token_limit is not None and (positions is None or token_limit <= positions):
-        return _Limit(token_limit, f"the token_limit of {token_limit}", "token_limit")
-    return _Limit(positions, f"the model's {positions} positions", None)
+    @staticmethod
+    def of(token_limit: int | None, config: PretrainedConfig | None) -> _Limit:
+        text = None if config is None else config.get_text_config(decoder=True)
+        positions = getattr(text, "max_position_embeddings", None)
+        if token_limit is not None and (positions is None or token_limit <= positions):
+            return _Limit(token_limit, f"the token_limit of {token_limit}", "token_limit")
+        return _Limit(positions, f"the model's {positions} positions", None)
 
 
 @dataclass(frozen=True)
@@ -242,12 +241,9 @@ class _Tokenizer:
         longest = self.rule.max_new_tokens if answer is None else len(answer.ids)
         if self.limit.tokens is not None and len(ids) + longest > self.limit.tokens:
             lower = answer is None and len(ids) < self.limit.tokens
-            raise RowError(
-                f"{len(ids)} tokens and an answer of {'up to ' if answer is None else ''}{longest} exceed "
-                f"{self.limit.reason}",
-                "lower it" if lower else "use shorter prompts",
-                field="max_new_tokens" if lower else self.limit.field,
-            )
+            reason = f"{len(ids)} tokens and an answer of {'up to ' if answer is None else ''}{longest}"
+            remedy, field = ("lower it", "max_new_tokens") if lower else ("use shorter prompts", self.limit.field)
+            raise RowError(f"{reason} exceed {self.limit.reason}", remedy, field=field)
         return Probe(row, prompt, len(ids), answer)
 
     def _answer(self, row: Row) -> Answer | None:
@@ -286,28 +282,6 @@ def encode(
         dtype = model.dtype if torch.is_floating_point(tensor) else tensor.dtype
         moved[name] = tensor.to(device=device, dtype=dtype)
     return accepted(model, moved)
-
-
-def _batch(
-    group: int,
-    members: Sequence[Probe],
-    answers: Sequence[Answer],
-    inputs: Mapping[str, Tensor],
-    model: PreTrainedModel,
-    processor: Any,
-) -> ProbeBatch:
-    tokenizer = tokenizer_of(processor)
-    extended, answer_mask = append_answers(inputs, answers, tokenizer.pad_token_id)
-    extended = with_positions(model, extended)
-    return ProbeBatch(
-        group=group,
-        numbers=tuple(member.row.number for member in members),
-        inputs=extended,
-        attention_mask=extended["attention_mask"],
-        answer_mask=answer_mask,
-        answers=tuple(tokenizer.decode(list(answer.ids), skip_special_tokens=True) for answer in answers),
-        ended=tuple(answer.ended for answer in answers),
-    )
 
 
 def _even_parts(lengths: Sequence[int]) -> list[list[int]]:

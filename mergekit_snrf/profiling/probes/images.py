@@ -42,9 +42,7 @@ def image_folders(data: Path | None) -> tuple[Path, ...]:
 def read_image(entry: Any, folders: Sequence[Path]) -> bytes:
     """Return the bytes of an image file from what a data set holds: bytes, a path, or both in a mapping.
 
-    Args:
-        entry: the value of one row; relative paths begin in the first folder.
-        folders: where image files may lie.
+    Image files must lie in one of the folders; relative paths begin in the first one.
 
     Raises:
         BadImage: there is no image, or its file is missing, lies elsewhere, is not a regular file or is too large.
@@ -74,18 +72,15 @@ def decode(content: bytes) -> Image:
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise SnrfError(
-            None, "probes with images need the package 'pillow'", "pip install 'mergekit-snrf[profile]'"
-        ) from None
+        what = "probes with images need the package 'pillow'"
+        raise SnrfError(None, what, "pip install 'mergekit-snrf[profile]'") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Damaged files that can be read all the same.
             with Image.open(io.BytesIO(content)) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
-                    raise BadImage(
-                        f"an image of {opened.width} x {opened.height} pixels is larger than {MAX_PIXELS // 10**6} "
-                        f"megapixels"
-                    )
+                    size = f"{opened.width} x {opened.height} pixels"
+                    raise BadImage(f"an image of {size} is larger than {MAX_PIXELS // 10**6} megapixels")
                 return ImageOps.exif_transpose(opened).convert("RGB")
     except BadImage:
         raise

@@ -41,11 +41,6 @@ class Renderer:
     def __init__(self, processor: Any, source: ProbeSource, *, model: str | None = None) -> None:
         """Find the chat template and what marks an image, and render a sample.
 
-        Args:
-            processor: the model's processor, or its tokenizer.
-            source: of the rows.
-            model: name of the model; None: where its tokenizer was loaded from.
-
         Raises:
             SnrfError: there is neither a chat template nor a template, the chat template fails, or nothing marks an
                 image.
@@ -57,12 +52,8 @@ class Renderer:
             raise SnrfError(self.model, "has no chat template", _OWN_TEMPLATE, field="template")
         self.marker = self._image_marker() if source.images is not None else None
         if self.marker is None and source.images is not None:
-            raise SnrfError(
-                self.model,
-                "neither its processor nor its chat template defines what marks an image",
-                "use a vision-language model with its processor files",
-                field="images",
-            )
+            what = "neither its processor nor its chat template defines what marks an image"
+            raise SnrfError(self.model, what, "use a vision-language model with its processor files", field="images")
         try:
             sample = source.template or self._chat(Row(0, {}, _SENTINEL))
         except RowError as error:
@@ -77,8 +68,7 @@ class Renderer:
             SnrfError: the chat template takes too much time or memory.
         """
         prompt = self._fill(row) if self.source.template is not None else self._chat(row)
-        token = getattr(self.processor, "image_token", None)
-        token = token if isinstance(token, str) and token else self.marker
+        token = self._image_token() or self.marker
         if self.marker is not None and token and prompt.count(token) != len(row.images):
             raise RowError(f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)")
         return prompt
@@ -93,11 +83,8 @@ class Renderer:
     def _fill(self, row: Row) -> str:
         prompt = fill_template(self.source.template or "", row.fields)
         if prompt.count(IMAGE) != len(row.images):
-            raise RowError(
-                f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row",
-                "write one for each image",
-                field="template",
-            )
+            what = f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row"
+            raise RowError(what, "write one for each image", field="template")
         return prompt.replace(IMAGE, self.marker) if self.marker is not None else prompt
 
     def _chat(self, row: Row) -> str:
@@ -127,11 +114,11 @@ class Renderer:
                     add_generation_prompt=True,
                     tokenize=False,
                 )
-        except _TooLongError:
-            what = f"the chat template takes more than {MAX_SECONDS:g} seconds for one prompt"
-            raise SnrfError(self.model, what, _OWN_TEMPLATE, field="template") from None
-        except MemoryError:
-            what = f"the chat template takes more than {MAX_MEMORY >> 30} GiB of memory for one prompt"
+        except (_TooLongError, MemoryError) as error:
+            limit = (
+                f"{MAX_MEMORY >> 30} GiB of memory" if isinstance(error, MemoryError) else f"{MAX_SECONDS:g} seconds"
+            )
+            what = f"the chat template takes more than {limit} for one prompt"
             raise SnrfError(self.model, what, _OWN_TEMPLATE, field="template") from None
         except Exception as error:  # Templates are programs, which fail in all ways.
             raise self._template_error(f"the chat template fails ({first_line(error)})") from None
@@ -156,6 +143,9 @@ class Renderer:
             marker = with_image[start : len(with_image) - len(without) + start].strip()
             if marker and without[start:] and with_image.endswith(without[start:]):
                 return marker
+        return self._image_token()
+
+    def _image_token(self) -> str | None:
         token = getattr(self.processor, "image_token", None)
         return token if isinstance(token, str) and token else None
 
@@ -177,13 +167,9 @@ def _segments(row: Row) -> list[str | None]:
 
 
 def _chat_template(processor: Any) -> str | None:
-    for owner in (processor, tokenizer_of(processor)):
-        template = getattr(owner, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if template:
-            return template
-    return None
+    found = (getattr(owner, "chat_template", None) for owner in (processor, tokenizer_of(processor)))
+    templates = (one.get("default") if isinstance(one, dict) else one for one in found)
+    return next((template for template in templates if template), None)
 
 
 class _TooLongError(BaseException):

@@ -56,21 +56,14 @@ class BadRow:
     number: int
     error: RowError
 
-    @property
-    def reason(self) -> str:
-        """What is wrong with the row."""
-        return str(self.error)
-
     def __str__(self) -> str:
-        return f"row {self.number}: {self.reason}"
+        return f"row {self.number}: {self.error}"
 
 
 class RowError(Exception):
-    """Why a row cannot be used.
+    """Why a row cannot be used, and what to do if all rows have the same fault.
 
     Args:
-        reason: what is wrong.
-        remedy: what to do if all rows have the same fault.
         field: the setting to change then.
         model: the model at fault then; None: the data set.
     """
@@ -106,11 +99,7 @@ class Rows:
         return self.source.dataset
 
     def images(self, row: Row) -> list[Image]:
-        """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size.
-
-        Raises:
-            SnrfError: an image that was read before cannot be read any more.
-        """
+        """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size."""
         if not row.images or self._dataset is None or self.source.images is None:
             return []
         value = self._dataset[row.number][self.source.images]
@@ -158,22 +147,16 @@ def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
 
 
 def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence[BadRow] = ()) -> None:
-    """Log every bad row with its number and reason.
-
-    Args:
-        name: of the data set.
-        bad: rows that were found bad now.
-        total: number of rows that were drawn.
-        before: rows that were found bad, and logged, before.
+    """Log the rows of a data set that were found bad now; those ``before`` were logged.
 
     Raises:
-        SnrfError: more than 5 % of ``total`` rows are bad; the message shows the first few, or the one reason that all
-            rows share.
+        SnrfError: more than 5 % of the ``total`` rows that were drawn are bad; the message shows the first few, or the
+            one reason that all rows share.
     """
     if total == 0:
         raise SnrfError(name, "has no rows", "use a data set with at least one row", field="dataset")
     every = [*before, *bad]
-    if len(every) == total > 1 and len({row.reason for row in every}) == 1:
+    if len(every) == total > 1 and len({str(row.error) for row in every}) == 1:
         error = every[0].error
         what = f"none of the {total} rows can be used, all for the same reason: {error}"
         raise SnrfError(error.model or name, what, error.remedy, field=error.field)
@@ -227,12 +210,9 @@ def _place(source: ProbeSource, folder: Path | None) -> tuple[str, dict[str, Any
     if is_file:
         builder = DATA_SUFFIXES.get(path.suffix)
         if builder is None or not path.is_file():
-            raise SnrfError(
-                source.dataset,
-                "is not a data file",
-                f"use a file that ends in one of {', '.join(DATA_SUFFIXES)}",
-                field="dataset",
-            )
+            what = "is not a data file"
+            remedy = f"use a file that ends in one of {', '.join(DATA_SUFFIXES)}"
+            raise SnrfError(source.dataset, what, remedy, field="dataset")
         for key in ("config", "revision"):
             if getattr(source, key) is not None:
                 raise SnrfError(source.dataset, "is only for data sets on the hub", "remove it", field=key)
@@ -284,12 +264,9 @@ def _read_row(
         values = dataset[number]
     except UnicodeDecodeError as error:
         raise RowError(f"is not UTF-8 text ({first_line(error)})", "convert the file to UTF-8") from None
-    fields = {
-        column: _text(values[column], column) for key, column in columns.items() if key not in ("images", "answer")
-    }
-    images: tuple[str, ...] = ()
-    if source.images is not None:
-        images = _read_images(values[source.images], source.images, folder)
+    shown = [column for key, column in columns.items() if key not in ("images", "answer")]
+    fields = {column: _text(values[column], column) for column in shown}
+    images = () if source.images is None else _read_images(values[source.images], source.images, folder)
     answer = _text(values[columns["answer"]], columns["answer"]) if "answer" in columns else None
     question = fields[source.question] if source.question is not None else ""
     return Row(number, fields, question, images, answer)
@@ -311,14 +288,11 @@ def _read_images(value: Any, column: str, folder: Path | None) -> tuple[str, ...
 
 
 def _text(value: Any, column: str) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or not str(value).strip():
         raise RowError(f"column {column!r} is empty")
     if not isinstance(value, (str, int, float)):
         raise RowError(f"column {column!r} holds {type(value).__name__}, not text")
-    text = str(value)
-    if not text.strip():
-        raise RowError(f"column {column!r} is empty")
-    return text
+    return str(value)
 
 
 def _entries(value: Any) -> list[Any]:

@@ -38,32 +38,33 @@ class ProbeColumns(Settings):
     answer: Name | None = Field(default=None, description="Column of the answer.")
 
 
-class ProbeSource(ProbeColumns):
+class PromptColumns(ProbeColumns):
+    """A data set, its columns, and how a row becomes a prompt."""
+
+    template: Template | None = Field(
+        default=None,
+        description="Format string over the columns that replaces the model's chat template; <image> marks an image.",
+    )
+
+    @model_validator(mode="after")
+    def _prompts_differ(self) -> PromptColumns:
+        check_prompt(self.question, self.template)
+        return self
+
+
+class ProbeSource(PromptColumns):
     """Which rows of a data set become probes, and how they are rendered.
 
     >>> ProbeSource(dataset="openai/gsm8k", config="main", question="question", limit=100).seed
     0
     """
 
-    template: Template | None = Field(
-        default=None,
-        description="Format string over the columns that replaces the model's chat template; <image> marks an image.",
-    )
     limit: Count | None = Field(default=None, description="Number of rows to draw; default: all.")
     seed: Seed = Field(default=0, description="Seed of the draw.")
 
-    @model_validator(mode="after")
-    def _prompts_differ(self) -> ProbeSource:
-        check_prompt(self.question, self.template)
-        return self
-
 
 def check_prompt(question: str | None, template: str | None) -> None:
-    """Check that a prompt contains something of its row.
-
-    Raises:
-        ValueError: there is no column of the question, and no template that names a column.
-    """
+    """Raise ``ValueError`` if there is neither a column of the question nor a template that names one."""
     if question is None and template is None:
         raise ValueError("question is missing; name its column, or write a template such as '{question}'")
     if question is None and not template_fields(template or ""):

@@ -22,11 +22,7 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 
 def fill_template(template: str, fields: Mapping[str, str]) -> str:
-    """Replace every ``{column}`` by the row's text; ``{{`` and ``}}`` are braces.
-
-    Raises:
-        SnrfError: as ``template_fields``, or a column is not in ``fields``.
-    """
+    """Replace every ``{column}`` by the row's text; ``{{`` and ``}}`` are braces."""
     parts = []
     for literal, name in _parse(template):
         parts.append(literal)
@@ -41,18 +37,12 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise SnrfError(
-            None,
-            f"template {template!r} is not a format string ({error})",
-            "write a column as {question} and a brace as {{ or }}",
-        ) from None
+        what = f"template {template!r} is not a format string ({error})"
+        raise SnrfError(None, what, "write a column as {question} and a brace as {{ or }}") from None
     for _, name, specification, conversion in parsed:
         if name is None:
             continue
         if specification or conversion or not name.strip() or any(sign in name for sign in ".[]{}"):
-            raise SnrfError(
-                None,
-                f"{{{name}}} in template {template!r} is not the plain name of a column",
-                "remove attributes, indices, conversions and format specifications",
-            )
+            what = f"{{{name}}} in template {template!r} is not the plain name of a column"
+            raise SnrfError(None, what, "remove attributes, indices, conversions and format specifications")
     return [(literal, name) for literal, name, _, _ in parsed]

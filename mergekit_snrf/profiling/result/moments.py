@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.models.moments import DENSE_LIMIT, InputSite, moment_tensors
+from mergekit_snrf.profiling.result.sums import Sums
 
 CLIP = 3.0
 """Inputs are clipped at this many medians of their norm."""
@@ -42,89 +42,75 @@ class InputSum:
         clip: norm at which inputs are clipped.
         total: dense: the sum of x x^T, upper blocks only; sketch: the sum of x (x Omega)^T.
         directions: Omega of a sketch; None: dense.
-        trace: sum of ||x||^2 after clipping.
-        tokens: how many inputs were added.
-        clipped: how many of them were longer than ``clip``.
+        counts: the sum of ||x||^2 after clipping, how many inputs were added, and how many were longer than ``clip``.
         largest: the largest norm before clipping.
     """
 
     clip: float
     total: Float[Tensor, "d width"]
     directions: Float[Tensor, "d width"] | None
-    trace: float = 0.0
-    tokens: int = 0
-    clipped: int = 0
-    largest: float = 0.0
+    counts: Float64[Tensor, " 3"] = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    largest: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    @property
+    def tokens(self) -> int:
+        """How many inputs were added."""
+        return int(self.counts[1])
 
     def add(self, rows: Float[Tensor, "tokens d"]) -> None:
         """Add inputs, clipped."""
         norms = rows.norm(dim=1)
-        self.tokens += len(rows)
         if len(rows):
-            self.largest = max(self.largest, float(norms.max()))
+            self.largest.clamp_(min=float(norms.max()))
         long = norms > self.clip
         clipped = int(long.sum())
-        self.clipped += clipped
         if self.clip and clipped:
             rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
             norms = norms.clamp_max(self.clip)
-        self.trace += float(norms.double().square().sum())
+        self.counts += torch.tensor([float(norms.double().square().sum()), len(rows), clipped], dtype=torch.float64)
         if self.directions is not None:
             self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
             return
-        size = rows.shape[1]
-        step = -(-size // _BLOCKS)
-        for start in range(0, size, step):
+        step = -(-rows.shape[1] // _BLOCKS)
+        for start in range(0, rows.shape[1], step):
             block = rows[:, start : start + step]
             # Added as float32, without a float64 copy of the product.
             self.total[start : start + step, start:].add_((block.mT @ rows[:, start:]).to(self.total.device))
 
-    def merge(self, other: InputSum) -> None:
-        """Add the inputs of another sum."""
-        self.total += other.total
-        self.trace += other.trace
-        self.tokens += other.tokens
-        self.clipped += other.clipped
-        self.largest = max(self.largest, other.largest)
-
     def normalise(self) -> None:
         """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
-        factor = len(self.total) / self.trace if self.trace > 0 else 0.0
+        trace = float(self.counts[0])
+        factor = len(self.total) / trace if trace > 0 else 0.0
         self.total = (self.total * factor).to(torch.float32)
-        self.trace *= factor
+        self.counts[0] *= factor
 
     def moment(self, sketch: int | None) -> Moment:
-        """Return the moment in the form that files hold.
-
-        Args:
-            sketch: eigenvectors of a sketch; None: dense.
-        """
+        """Return the moment in the form that files hold, with so many eigenvectors of a sketch; None: dense."""
+        trace = float(self.counts[0])
         if self.directions is None:
             whole = torch.triu(self.total.double())
             whole = whole + torch.triu(whole, 1).mT
             if sketch is None:
                 return DenseMoment.of(whole)
             values, vectors = torch.linalg.eigh(whole)
-            return SketchMoment.of(vectors[:, -sketch:].flip(1), values[-sketch:].flip(0), self.trace)
-        assert sketch is not None
+            return SketchMoment.of(vectors[:, -sketch:].flip(1), values[-sketch:].flip(0), trace)
         vectors, values = _nystrom(self.total.double(), self.directions.double())
-        return SketchMoment.of(vectors[:, :sketch], values[:sketch], self.trace)
+        return SketchMoment.of(vectors[:, :sketch], values[:sketch], trace)
 
 
-class MomentSums:
+class MomentSums(Sums):
     """The running second moments of all inputs of a model on one kind of probes.
 
-    Sums over tokens: they combine over processes and resumed runs. Float64 sums of float32 products do not depend on
-    the split beyond their last digits.
+    Float64 sums of float32 products do not depend on how the tokens are split beyond their last digits.
 
     Args:
-        clips: the norm at which each input is clipped, with its size.
+        sizes: the size of each input.
+        clips: the norm at which each input is clipped.
         sketch: eigenvectors kept of every input; None: dense up to ``DENSE_LIMIT``, 512 eigenvectors beyond.
         seed: of the random directions of sketches.
     """
 
     def __init__(self, sizes: Mapping[InputSite, int], clips: Mapping[InputSite, float], sketch: int | None, seed: int):
-        self.probes = 0
         self._sketch = sketch
         self.sums: dict[InputSite, InputSum] = {}
         for site, size in sorted(sizes.items()):
@@ -140,59 +126,20 @@ class MomentSums:
             return None if size <= DENSE_LIMIT else DEFAULT_SKETCH
         return min(self._sketch, size)
 
-    def merge(self, other: MomentSums) -> None:
-        """Add the sums of other probes through the same model."""
-        for site, mine in self.sums.items():
-            mine.merge(other.sums[site])
-        self.probes += other.probes
+    def parts(self) -> dict[str, tuple[Tensor, str]]:
+        """Return the tensors of every input."""
+        found = {}
+        for site, one in self.sums.items():
+            found[f"{site.key}.total"] = one.total, "sum"
+            found[f"{site.key}.counts"] = one.counts, "sum"
+            found[f"{site.key}.largest"] = one.largest, "max"
+            found[f"{site.key}.clip"] = torch.tensor(one.clip, dtype=torch.float64), "same"
+        return found
 
     def normalise(self) -> None:
         """Scale every sum to trace d."""
         for one in self.sums.values():
             one.normalise()
-
-    def reduce(self, reduce: Callable[[Tensor, str], None]) -> None:
-        """Combine with the sums of other processes, as ``Statistics.reduce`` does."""
-        for one in self.sums.values():
-            reduce(one.total, "sum")
-            counts = torch.tensor([one.trace, one.tokens, one.clipped], dtype=torch.float64)
-            largest = torch.tensor(one.largest, dtype=torch.float64)
-            reduce(counts, "sum")
-            reduce(largest, "max")
-            one.trace, one.tokens, one.clipped = float(counts[0]), int(counts[1]), int(counts[2])
-            one.largest = float(largest)
-        probes = torch.tensor(self.probes)
-        reduce(probes, "sum")
-        self.probes = int(probes)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything except ``probes``, for a journal."""
-        found = {}
-        for site, one in self.sums.items():
-            found[f"{site.key}.total"] = one.total
-            numbers = [one.clip, one.trace, one.tokens, one.clipped, one.largest]
-            found[f"{site.key}.numbers"] = torch.tensor(numbers, dtype=torch.float64)
-        return found
-
-    def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
-        """Take over the ``state`` of sums of the same model.
-
-        Raises:
-            SnrfError: a tensor is missing, unknown, or of another shape or clip.
-        """
-        expected = self.state()
-        if tensors.keys() != expected.keys():
-            raise SnrfError(None, f"tensor {sorted(tensors.keys() ^ expected.keys())[0]!r} is missing or unknown")
-        for key, tensor in expected.items():
-            if tensors[key].shape != tensor.shape or tensors[key].dtype != tensor.dtype:
-                raise SnrfError(None, f"tensor {key!r} has shape {list(tensors[key].shape)}, not {list(tensor.shape)}")
-        for site, one in self.sums.items():
-            clip, trace, tokens, clipped, largest = tensors[f"{site.key}.numbers"].tolist()
-            if clip != one.clip:
-                raise SnrfError(site, f"was clipped at {clip}, and is at {one.clip}")
-            one.total = tensors[f"{site.key}.total"]
-            one.trace, one.tokens, one.clipped, one.largest = trace, int(tokens), int(clipped), largest
-        self.probes = probes
 
     def tensors(self, which: str) -> dict[str, Tensor]:
         """Return the tensors of a moments file for one set, ``gain`` or ``keep``; the sums are given up on the way."""
@@ -208,8 +155,8 @@ class MomentSums:
         return {
             site.key: {
                 "tokens": one.tokens,
-                "clipped": one.clipped,
-                "largest": one.largest,
+                "clipped": int(one.counts[2]),
+                "largest": float(one.largest),
                 "median": one.clip / CLIP,
             }
             for site, one in self.sums.items()

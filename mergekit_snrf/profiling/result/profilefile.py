@@ -50,12 +50,7 @@ EDGES: tuple[str, ...] = (
 MAX_NEURONS = 2**23
 """Up to this many neurons a float32 rank share gives its rank back exactly."""
 
-_STATISTICS = {
-    "min_impact": torch.float32,
-    "max_rank": torch.float32,
-    "mean_impact": torch.float32,
-    "hits": torch.int32,
-}
+_STATISTICS = {**dict.fromkeys(("min_impact", "max_rank", "mean_impact"), torch.float32), "hits": torch.int32}
 _AGAIN = "make the profile again"
 
 
@@ -75,11 +70,7 @@ class ProfileProvenance(BaseModel):
 
 @dataclass(frozen=True, repr=False)
 class SiteProfile:
-    """The four statistics of one layer and projection.
-
-    Raises:
-        SnrfError: a dtype, a shape or a value is impossible.
-    """
+    """The four statistics of one layer and projection; an impossible dtype, shape or value is an error."""
 
     min_impact: Float32[Tensor, " neurons"]
     max_rank: Float32[Tensor, " neurons"]
@@ -125,9 +116,6 @@ class Profile:
     Attributes:
         edges: upper edges of the bins of ``hits`` as decimal strings, rising, the last one 1.
         path: the file it was read from, for messages.
-
-    Raises:
-        SnrfError: the hits do not add up to the number of probes, or the edges are not rising.
     """
 
     sites: Mapping[Site, SiteProfile]
@@ -150,8 +138,8 @@ class Profile:
         if not 1 <= self.count < 2**31:
             raise SnrfError(self.path, f"a profile needs at least one probe, and fewer than {2**31}")
         for site, statistics in self.sites.items():
-            if statistics.hits.shape[1] != len(self.edges):
-                bins = statistics.hits.shape[1]
+            bins = statistics.hits.shape[1]
+            if bins != len(self.edges):
                 raise SnrfError(self.path, f"{site}.hits has {bins} bins for {len(self.edges)} edges")
             if not bool((statistics.hits.sum(1) == self.count).all()) or bool((statistics.hits < 0).any()):
                 raise SnrfError(self.path, f"{site}.hits does not add up to the {self.count} probes of the profile")
@@ -164,27 +152,15 @@ def edge_ranks(edges: tuple[str, ...], neurons: int) -> tuple[int, ...]:
 
 
 def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
-    """Write a profile file; equal profiles give equal bytes, and an existing file is replaced at once or not at all.
-
-    Raises:
-        SnrfError: the file cannot be written.
-    """
+    """Write a profile file; equal profiles give equal bytes, and an existing file is replaced at once or not at all."""
     tensors = {
         f"{site.key}.{name}": getattr(statistics, name)
         for site, statistics in profile.sites.items()
         for name in _STATISTICS
     }
-    container.write(
-        path,
-        tensors,
-        file_format=PROFILE_FORMAT,
-        version=PROFILE_VERSION,
-        content={
-            **profile.provenance.model_dump(mode="json", exclude_none=True),
-            "count": profile.count,
-            "edges": list(profile.edges),
-        },
-    )
+    content = profile.provenance.model_dump(mode="json", exclude_none=True)
+    content |= {"count": profile.count, "edges": list(profile.edges)}
+    container.write(path, tensors, file_format=PROFILE_FORMAT, version=PROFILE_VERSION, content=content)
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:

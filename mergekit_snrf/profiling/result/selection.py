@@ -30,12 +30,10 @@ logger = logging.getLogger(__name__)
 def _number(value: Any, most: float = math.inf) -> float:
     # PyYAML reads 1e-3 as text, since YAML wants the dot in 1.0e-3.
     if not isinstance(value, bool) and isinstance(value, int | float | str):
-        try:
+        with suppress(ValueError, OverflowError):
             number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if 0 <= number <= most and math.isfinite(number):
-            return number
+            if 0 <= number <= most and math.isfinite(number):
+                return number
     allowed = "a number of at least 0" if most == math.inf else "a share in [0, 1] such as 0.1"
     raise ValueError(f"must be {allowed}, got {value!r}")
 
@@ -159,7 +157,6 @@ def select(profiles: Sequence[Profile], selection: Selection | None = None, **ru
 
     Args:
         profiles: of models with the same decoder shape.
-        selection: the rule.
         rule: the fields of a ``Selection``, in place of one.
 
     Raises:
@@ -173,21 +170,14 @@ def select(profiles: Sequence[Profile], selection: Selection | None = None, **ru
 
 
 def check_same_sites(profiles: Sequence[Profile]) -> None:
-    """Check that profiles are of models with the same decoder shape.
-
-    Raises:
-        SnrfError: they are not.
-    """
+    """Check that profiles are of models with the same decoder shape. Raises ``SnrfError`` if they are not."""
     first = profiles[0]
     for other in profiles[1:]:
         for site in sorted({*first.sites, *other.sites}):
             a, b = (p.sites[site].neurons if site in p.sites else 0 for p in (first, other))
             if a != b:
-                raise SnrfError(
-                    other.path,
-                    f"has {b} neurons at {site} where {first.path} has {a}",
-                    "give profiles of models with the same decoder shape",
-                )
+                what = f"has {b} neurons at {site} where {first.path} has {a}"
+                raise SnrfError(other.path, what, "give profiles of models with the same decoder shape")
 
 
 def _of_profile(profile: Profile, selection: Selection) -> NeuronSet:
@@ -229,9 +219,8 @@ def _needed(profile: Profile, at_least: float | None) -> int:
     if isinstance(at_least, float):
         return math.ceil(Fraction(str(at_least)) * profile.count)
     if at_least > profile.count:
-        raise SnrfError(
-            profile.path, f"has {profile.count} probes, fewer than {at_least}", "lower it", field="at_least"
-        )
+        what = f"has {profile.count} probes, fewer than {at_least}"
+        raise SnrfError(profile.path, what, "lower it", field="at_least")
     return at_least
 
 
@@ -245,8 +234,5 @@ def _check_screen(profile: Profile, selection: Selection) -> None:
         if name in present and (selection.sigma is not None or selection.value(name) > 0)
     ]
     if screen is not None and estimated:
-        raise SnrfError(
-            profile.path,
-            f"was made with screen: {screen}, so most impacts of {' and '.join(estimated)} are estimates",
-            "make the profile again",
-        )
+        what = f"was made with screen: {screen}, so most impacts of {' and '.join(estimated)} are estimates"
+        raise SnrfError(profile.path, what, "make the profile again")
