@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,7 +128,7 @@ def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) ->
 
     trust = loading.get("trust_remote_code", False)
     options = MergeOptions(**caches, trust_remote_code=trust, quiet=is_quiet())
-    opened = open_recipe(load_recipe(path), options, str(Path(path).resolve().parent))
+    opened = open_recipe(load_recipe(path), options, os.path.dirname(os.path.realpath(path)))
     if loading.get("dtype", "auto") == "auto":
         loading["dtype"] = opened.dtype
     return opened, options

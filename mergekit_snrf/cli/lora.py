@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any, Literal
 
 import click
@@ -53,7 +53,7 @@ def lora(
             options,
             out_path,
             settings=AdapterSettings(dtype=dtype, rank=rank, base_model=base_model),
-            recipe_folder=str(Path(recipe).resolve().parent),
+            recipe_folder=os.path.dirname(os.path.realpath(recipe)),
             workers=workers,
             overwrite=overwrite,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 import click
@@ -44,7 +44,7 @@ def patch(
         read_text(recipe),
         options,
         out_path,
-        recipe_folder=str(Path(recipe).resolve().parent),
+        recipe_folder=os.path.dirname(os.path.realpath(recipe)),
         hard_links=hard_links,
         workers=workers,
         overwrite=overwrite,

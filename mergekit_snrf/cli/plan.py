@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +49,7 @@ def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, An
     from mergekit_snrf.merge.recipefile import load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
-    options, folder = merge_options(reading, quiet=is_quiet()), str(Path(recipe).resolve().parent)
+    options, folder = merge_options(reading, quiet=is_quiet()), os.path.dirname(os.path.realpath(recipe))
     draft = draft_merge(load_recipe(recipe), options, out_path=out_path, recipe_folder=folder, merge_adapter=certify)
     plan = None if draft.problems else draft.finish()
     certified = list(certified_edits(plan, options)) if certify and plan is not None else []

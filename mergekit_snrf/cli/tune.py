@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def _tuned(
     silence_progress()
     settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
-    folders = [Path(place).resolve().parent for place in (profile, moments.path, recipe) if place is not None]
+    folders = [Path(os.path.realpath(place)).parent for place in (profile, moments.path, recipe) if place is not None]
     found = held_out(kinds, model, processor, folders)
 
     def scores() -> dict[str, float]:

@@ -204,7 +204,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
     if data.suffix not in DATA_SUFFIXES:
         remedy = f"use a file that ends in {', '.join(DATA_SUFFIXES)}"
         raise SnrfError(None, f"{metric.data!r} is not a data file", remedy, field="data")
-    if not data.is_file():
+    if not os.path.isfile(data):
         remedy = "correct the path, which is relative to the evaluation's file"
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
     columns = metric.model_dump(include={"question", "images", "answer", "template"})

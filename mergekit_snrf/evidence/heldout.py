@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,8 @@ def held_out(kinds: Sequence[Kind], model: PreTrainedModel, processor: Any, fold
     found = []
     for index, kind in enumerate(kinds):
         used, dataset = kind.source.limit, kind.source.dataset
-        local = next((one for one in folders if (one / dataset).exists()), None)
-        if local is None and Path(dataset).suffix in DATA_SUFFIXES and not Path(dataset).exists():
+        local = next((one for one in folders if os.path.exists(one / dataset)), None)
+        if local is None and Path(dataset).suffix in DATA_SUFFIXES and not os.path.exists(dataset):
             looked = " and ".join(dict.fromkeys(map(str, folders))) or "the working folder"
             what = f"is not in {looked}, but the moments were taken on it"
             raise SnrfError(dataset, what, "give the profile.yml of the moments, beside which it lies")

@@ -132,7 +132,7 @@ def _check_chosen(field: str, chosen: Sequence[str], known: Collection[str]) -> 
 
 def _names(folders: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Return the last parts of every path, as few as are enough to tell the folders apart."""
-    whole = [Path(folder).resolve() for folder in folders]
+    whole = [Path(os.path.realpath(folder)) for folder in folders]
     for index, path in enumerate(whole):
         if path in whole[:index]:
             raise SnrfError(os.fspath(folders[index]), "is given twice", "give different folders")

@@ -56,7 +56,7 @@ def read_run(folder: Path, name: str, tasks: Sequence[str]) -> Run:
     Raises:
         SnrfError: a file is missing, too large or not of lmms-eval.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise SnrfError(folder, "is not a folder", "give the --output_path of lmms-eval, or a model's folder in it")
     files: dict[str, list[Path]] = defaultdict(list)
     for file in _sample_files(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,7 @@ def imported(reference: str, load: Callable[[], Any]) -> Any:
 
 
 def _module_at(reference: str, path: Path) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise SnrfError(reference, f"there is no file {path}", "correct the path")
     name = f"_mergekit_snrf_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)

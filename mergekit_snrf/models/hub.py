@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def remote_headers(repository: Repository) -> dict[str, TensorHeader]:
 
 def lacking(folder: Path, files: Iterable[str]) -> list[str]:
     """Return those of the files that are not in the folder."""
-    return [name for name in files if not folder.joinpath(*name.split(posixpath.sep)).is_file()]
+    return [name for name in files if not os.path.isfile(folder.joinpath(*name.split(posixpath.sep)))]
 
 
 def _reason(error: Exception) -> str:

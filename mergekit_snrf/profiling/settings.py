@@ -254,11 +254,11 @@ def _located_data(columns: _Columns, path: Path, key: str) -> _Columns:
 
 def _find(value: str, path: Path, key: str, what: str) -> str:
     """Return ``value`` itself if it is in the working folder or a hub id, else its path beside profile.yml."""
-    places = [Path(value).expanduser()]
+    places = [Path(os.path.expanduser(value))]
     if not places[0].is_absolute():
         places.append(path.parent / value)
     for place in places:
-        if place.exists():
+        if os.path.exists(place):
             return value if str(place) == value else str(place)
     looks_local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).suffix in DATA_SUFFIXES
     if looks_local or (what == "model" and value.count("/") != 1):

@@ -336,9 +336,7 @@ def test_two_decoders_are_told_apart_by_the_shape(folder_of):
     model = load(folder_of("source", "llama"))
     shape = find_live_decoder(model).shape
     both = nn.ModuleDict({"one": model, "other": transformers.LlamaModel(transformers.LlamaConfig(**SIZES))})
-    with pytest.raises(
-        SnrfError, match=r"several text decoders .*one\.model\.layers \(3 layers of width 64\), other"
-    ):
+    with pytest.raises(SnrfError, match=r"several text decoders .*one\.model\.layers \(3 layers of width 64\), other"):
         find_live_decoder(both)
     assert find_live_decoder(both, shape).path == "one.model.layers"
     with pytest.raises(SnrfError, match=r"the loaded decoder model\.layers is .* but the checkpoint's is"):

@@ -176,6 +176,9 @@ source: {model: source, probes: {dataset: texts.csv, question: q}}
     for line in ("model: target", "dataset: texts.csv"):
         with pytest.raises(SnrfError, match=r"profile.yml: key .* does not exist, looked for .*working.* and .*beside"):
             load(beside, text.replace(line, f"{line[:-1]}x.csv"))
+    for model in ("a/" * 2000, "~nobody/model"):
+        with pytest.raises(SnrfError, match="key .target.model.: .*; correct the path"):
+            load(beside, text.replace("model: target", f"model: {model}"))
 
 
 def test_a_shared_template_serves_the_sides_without_one(tmp_path: Path) -> None:

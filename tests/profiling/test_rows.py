@@ -48,6 +48,12 @@ class TestRows:
                 (i, f"question, {i}", str(i * 1.5)) for i in range(4)
             ]
 
+    def test_a_sparse_file_is_not_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "rows.jsonl").open("wb") as file:
+            file.truncate(2**40)
+        with pytest.raises(SnrfError, match="is not text"):
+            options("m", tmp_path / "rows.jsonl").rows()
+
     def test_the_draw_never_changes(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "rows.jsonl", [{"q": str(i)} for i in range(20)])
         drawn = {

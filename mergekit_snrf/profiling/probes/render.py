@@ -15,7 +15,7 @@ from mergekit_snrf.profiling.probes.rows import Row, RowError
 from mergekit_snrf.profiling.probes.source import ProbeSource
 from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
 
-MAX_SECONDS = 5.0
+MAX_SECONDS = 2.0
 """CPU time that a chat template may take for one prompt."""
 MAX_MEMORY = 2**30
 """Bytes that a chat template may use for one prompt."""

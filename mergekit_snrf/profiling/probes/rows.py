@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
+from mergekit_snrf.files.reading import open_regular
 from mergekit_snrf.profiling.probes.images import BadImage, decode, image_folders, read_image
 from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource
 from mergekit_snrf.profiling.probes.template import template_fields
@@ -197,11 +199,11 @@ def _open(source: ProbeSource, folder: Path | None) -> tuple[datasets.Dataset, P
 
 def _place(source: ProbeSource, folder: Path | None) -> tuple[str, dict[str, Any], Path | None]:
     """Return the arguments of ``load_dataset``, and the folder of a local data set."""
-    path = Path(source.dataset).expanduser()
+    path = Path(os.path.expanduser(source.dataset))
     try:
-        if not path.exists() and folder is not None and (folder / path).exists():
+        if not os.path.exists(path) and folder is not None and os.path.exists(folder / path):
             path = folder / path
-        is_file, is_folder = path.exists() and not path.is_dir(), path.is_dir()
+        is_file, is_folder = os.path.exists(path) and not os.path.isdir(path), os.path.isdir(path)
     except (OSError, ValueError) as error:
         raise SnrfError(source.dataset, f"cannot be read ({os_reason(error)})", field="dataset") from None
     options: dict[str, Any] = {"name": source.config, "split": source.split, "revision": source.revision}
@@ -209,10 +211,14 @@ def _place(source: ProbeSource, folder: Path | None) -> tuple[str, dict[str, Any
         return str(path), options, path.absolute()
     if is_file:
         builder = DATA_SUFFIXES.get(path.suffix)
-        if builder is None or not path.is_file():
+        if builder is None or not os.path.isfile(path):
             what = "is not a data file"
             remedy = f"use a file that ends in one of {', '.join(DATA_SUFFIXES)}"
             raise SnrfError(source.dataset, what, remedy, field="dataset")
+        with open_regular(path) as file:
+            # A text without line breaks, such as a sparse file, would be read into memory as a whole.
+            if path.suffix != ".parquet" and b"\0" in file.read(2**16):
+                raise SnrfError(source.dataset, "is not text", "get the file again", field="dataset")
         for key in ("config", "revision"):
             if getattr(source, key) is not None:
                 raise SnrfError(source.dataset, "is only for data sets on the hub", "remove it", field=key)
