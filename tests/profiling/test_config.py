@@ -177,7 +177,7 @@ source: {model: source, probes: {dataset: texts.csv, question: q}}
         with pytest.raises(SnrfError, match=r"profile.yml: key .* does not exist, looked for .*working.* and .*beside"):
             load(beside, text.replace(line, f"{line[:-1]}x.csv"))
     for model in ("a/" * 2000, "~nobody/model"):
-        with pytest.raises(SnrfError, match="key .target.model.: .*; correct the path"):
+        with pytest.raises(SnrfError, match=r"key .target.model.: .*; correct the path"):
             load(beside, text.replace("model: target", f"model: {model}"))
 
 
