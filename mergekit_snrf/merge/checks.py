@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.merge.cards import pipeline_tag
-from mergekit_snrf.merge.folders import in_place_problem, path_problem
+from mergekit_snrf.merge.folders import in_place_problem, left_by_killed_run, path_problem
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
 from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
@@ -43,12 +43,13 @@ def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOpt
             raise problem
         # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
         unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
-        if unsharded in os.listdir(out_path) and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
+        held = set(os.listdir(out_path)).difference(left_by_killed_run(Path(out_path)))
+        if unsharded in held and not os.path.exists(os.path.join(out_path, "mergekit_config.yml")):
             what = "would be replaced, but the folder has no mergekit_config.yml of an earlier merge"
             raise SnrfError(os.path.join(out_path, unsharded), what, f"remove the file or {_ANOTHER}")
         target = draft.checkpoints.get("target")
         fits = target is None or output_bytes(target, config) <= options.out_shard_size
-        others = [file for file in weight_files(os.listdir(out_path)) if not (fits and file == unsharded)]
+        others = [file for file in weight_files(sorted(held)) if not (fits and file == unsharded)]
         if others:
             count = f"{len(others)} {'file' if len(others) == 1 else 'files'}"
             what = f"the output folder holds other weights ({count}), which would be mixed up with the new shards"

@@ -2,7 +2,8 @@
 
 While ``snrf patch`` or ``snrf lora`` is at work, the folder ``.out.partial`` lies beside ``out``: ``new`` is what it
 builds, ``old`` the earlier output for the moment between two renames. A merge of mergekit, which may go into a folder
-with other files, is built in ``out/.snrf-unfinished``. The next run removes what a killed one left.
+with other files, is built in ``out/.snrf-unfinished``; ``moved.txt`` there names the files that are about to move up.
+The next run removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ except ImportError:  # On Windows nothing keeps two runs into one folder apart.
 
 LOG = logging.getLogger(__name__)
 Kind = Literal["merge", "adapter"]
-PARTIAL, UNFINISHED = ".partial", ".snrf-unfinished"
+PARTIAL, UNFINISHED, MOVED = ".partial", ".snrf-unfinished", "moved.txt"
 LAST = {"merge": "config.json", "adapter": "adapter_config.json"}
 """The file that is written last: without it, nothing loads the folder."""
 
@@ -227,6 +228,17 @@ def in_place_problem(plan: MergePlan | PlanDraft, out_path: str) -> SnrfError | 
     return None
 
 
+def left_by_killed_run(folder: Path) -> list[str]:
+    """Return the weight files that a run of mergekit was moving into a folder when it was killed."""
+    if (folder / LAST["merge"]).exists():
+        return []
+    try:
+        moved = read_text(folder / UNFINISHED / MOVED).splitlines()
+    except SnrfError:
+        return []
+    return [name for name in moved if _MERGED_WEIGHTS.fullmatch(name) and (folder / name).is_file()]
+
+
 @contextmanager
 def built_inside(out_path: str) -> Iterator[Path]:
     """Give a folder inside ``out_path`` whose files move up, over those of the same names, when the block is done.
@@ -241,13 +253,17 @@ def built_inside(out_path: str) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         try:
+            for name in left_by_killed_run(out):
+                (out / name).unlink()
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             yield work
-            # In between nothing loads the folder.
-            for name in (LAST["merge"], "README.md", "mergekit_config.yml"):
-                (out / name).unlink(missing_ok=True)
             built = [file.relative_to(work) for file in work.rglob("*") if file.is_file()]
+            # In between nothing loads the folder.
+            (out / LAST["merge"]).unlink(missing_ok=True)
+            (work / MOVED).write_text("\n".join(map(str, built)), encoding="utf-8")
+            for name in ("README.md", "mergekit_config.yml"):
+                (out / name).unlink(missing_ok=True)
             for file in sorted(built, key=lambda file: (file.name == LAST["merge"], file.suffix != ".yml")):
                 (out / file).parent.mkdir(parents=True, exist_ok=True)
                 (work / file).replace(out / file)

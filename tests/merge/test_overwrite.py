@@ -315,6 +315,34 @@ def test_kill_of_a_merge_into_an_earlier_one(moment: str, pair: Pair, tmp_path: 
     assert hashes(out) == hashes(tmp_path / "fresh" / "out")
 
 
+KILLED_WHILE_MOVING = """
+import os, pathlib, signal, sys
+from mergekit_snrf.cli.merge import main
+left, move = int(sys.argv.pop(1)), pathlib.Path.replace
+def replace(path, to):
+    global left
+    left -= ".snrf-unfinished" in str(path)
+    os.kill(os.getpid(), signal.SIGKILL) if left < 0 else None
+    return move(path, to)
+pathlib.Path.replace = replace
+main()
+"""
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_kill_while_the_shards_move_up(moved: int, pair: Pair, tmp_path: Path) -> None:
+    """Nothing loads what is left, and the rerun works, even with other shards."""
+    out, recipe = tmp_path / "out", write_recipe(tmp_path / "recipe.yml", pair.recipe())
+    shards = ["--out-shard-size", "20000", "--quiet"]
+    words = [sys.executable, "-c", KILLED_WHILE_MOVING, str(moved), str(recipe), str(out), *shards]
+    assert subprocess.run(words, check=False, capture_output=True).returncode == -signal.SIGKILL
+    assert len(list(out.glob("*.safetensors"))) == max(moved - 1, 0)
+    assert not (out / "config.json").exists()
+    merge(recipe, out, "--out-shard-size", "30000")
+    merge(recipe, tmp_path / "fresh" / "out", "--out-shard-size", "30000")
+    assert hashes(out) == hashes(tmp_path / "fresh" / "out")
+
+
 def test_a_merge_that_is_terminated_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
     words = [sys.executable, "-c", KILLED, "SIGTERM", "merged", str(recipe), str(tmp_path / "out"), "--quiet"]
