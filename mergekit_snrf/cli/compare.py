@@ -67,6 +67,14 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
 @click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    metavar="RECIPE.yml",
+    help="Another recipe of the same target, as one more row; repeat for several.",
+)
+@click.option(
     "--linear-betas",
     default="0.1,0.25,0.5,0.75,1.0",
     show_default=True,
@@ -178,6 +186,7 @@ def _from_recipe(
     strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
+    from mergekit_snrf.evidence.recipes import open_rivals
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
@@ -188,11 +197,13 @@ def _from_recipe(
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
     least, common, notes = _of_options(keys, opened, given["profiles"], given["base"], options, settings)
     found = _moments(keys, opened, given["moments"], settings, notes)
+    with naming(option):
+        rivals = open_rivals(given["rivals"], opened, options)
     silence_progress()
     evaluation = load_evaluation(reference)
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
     controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
-    controls = replace(controls, moments=found, keeps=strengths)
+    controls = replace(controls, moments=found, keeps=strengths, rivals=rivals)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)

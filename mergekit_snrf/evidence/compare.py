@@ -8,7 +8,7 @@ strength, which is swept.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.evidence.controls import Merge, dare, is_regmean, linear, regmean, rescaled
@@ -41,6 +41,7 @@ class Controls:
         linear_betas: strengths of the linear merge, rising.
         moments: of the target, for RegMean; None: those of the recipe, or none.
         keeps: strengths of RegMean.
+        rivals: merges of other recipes of the same target, by name.
         drop_rate: of DARE.
     """
 
@@ -53,6 +54,7 @@ class Controls:
     drop_rate: float = 0.5
     moments: Moments | None = None
     keeps: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
+    rivals: Mapping[str, Merge] = field(default_factory=dict)
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
@@ -84,6 +86,8 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
     if "base" in controls.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
         words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
         rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
+    for name, rival in controls.rivals.items():
+        rows.append(_row(name, [rival], Words(f"the {name}"), _span(rival)))
     return rows
 
 

@@ -13,13 +13,14 @@ from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import Amplification, Overlap, OverlapPairs, Result, Study, Tuning
 from mergekit_snrf.evidence.sections import (
     amplification_section,
     mask_section,
     overlap_section,
     provenance_section,
     study_section,
+    tuning_section,
 )
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
@@ -68,6 +69,8 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
             sections.append(study_section(result, digest))
         elif isinstance(result, Amplification):
             sections.append(amplification_section(result))
+        elif isinstance(result, Tuning):
+            sections.append(tuning_section(result))
     environment = Environment(
         loader=PackageLoader("mergekit_snrf.evidence", "."),
         autoescape=True,

@@ -234,7 +234,63 @@ class Amplification(_Part):
     settings: dict[str, Any] = {}
 
 
-Result = Study | Overlap | OverlapPairs | Amplification
+class TunedPoint(_Part):
+    """A strength of RegMean that was tried.
+
+    Attributes:
+        kl: mean KL(target || merge) over the kinds of probes to keep, in nats a token.
+        changed: share of changed answers, mean over the kinds.
+        kinds: KL and share of changed answers by kind.
+        scores: means of the evaluation's metrics, where one was given.
+    """
+
+    keep: float = Field(gt=0)
+    kl: float
+    changed: float
+    kinds: dict[str, tuple[float, float]] = Field(min_length=1)
+    scores: dict[str, float] = {}
+
+    @property
+    def worst(self) -> str:
+        """The kind that moved most."""
+        return max(self.kinds, key=lambda name: self.kinds[name][0])
+
+
+class Tuning(_Part):
+    """How the ``keep`` of RegMean was chosen: the smallest tried one with a KL of at most ``max_kl``.
+
+    Attributes:
+        points: what was tried, by rising keep.
+        probes: held-out probes by kind.
+        target: means of the evaluation's metrics on the target.
+        settings: whatever else is needed to repeat it.
+    """
+
+    format: Literal["snrf-tuning"] = "snrf-tuning"
+    version: Literal[1] = 1
+    keep: float
+    max_kl: float
+    points: tuple[TunedPoint, ...]
+    probes: dict[str, int]
+    target: dict[str, float] = {}
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> Tuning:
+        if self.keep not in (point.keep for point in self.points):
+            raise ValueError(f"keep {self.keep:g} is none of the points")
+        for point in self.points:
+            if (point.kinds.keys(), point.scores.keys()) != (self.probes.keys(), self.target.keys()):
+                raise ValueError(f"the point keep {point.keep:g} has other kinds or metrics than the probes and target")
+        return self
+
+    @property
+    def chosen(self) -> TunedPoint:
+        """The point of the choice."""
+        return next(point for point in self.points if point.keep == self.keep)
+
+
+Result = Study | Overlap | OverlapPairs | Amplification | Tuning
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
@@ -264,7 +320,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 
 def _unreadable(path: object, entries: Sequence[Mapping[str, Any]]) -> SnrfError:
     kind, found = entries[0]["type"], entries[0].get("ctx") or {}
-    remedy = "give a file that 'snrf ablate', 'snrf compare', 'snrf overlap' or 'snrf amplify' wrote with --json"
+    remedy = "give a file that a command of snrf, such as 'snrf compare', wrote with --json"
     if kind == "union_tag_invalid":
         what = f"must be one of {found['expected_tags']}, got {found['tag']!r}"
         return SnrfError(path, what, remedy, field="key 'format'")

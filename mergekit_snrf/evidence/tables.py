@@ -10,7 +10,7 @@ from typing import Any
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.overlap import by_projection, site_order
-from mergekit_snrf.evidence.results import Counts, Overlap, Study
+from mergekit_snrf.evidence.results import Counts, Overlap, Study, Tuning
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,24 @@ def study_table(study: Study, metric: str) -> Table:
     items = f", {study.items[metric]} items" if metric in study.items else ""
     header = ("condition", "neurons", "mean", "change", f"{claim} minus it", "malformed")
     return Table(f"{metric}{unit}{items}", header, rows)
+
+
+def tuning_table(tuning: Tuning) -> Table:
+    """Return the strengths of RegMean that were tried, by rising keep; the choice has a star."""
+    metrics = sorted(tuning.target)
+    header = ("keep", "KL", "worst kind", "its KL", "answers changed", *metrics)
+    rows = [
+        (
+            f"{point.keep:g}{' *' if point.keep == tuning.keep else ''}",
+            f"{point.kl:.4f}",
+            point.worst,
+            f"{point.kinds[point.worst][0]:.4f}",
+            wording.percent(point.changed),
+            *(f"{point.scores[metric]:.3f}" for metric in metrics),
+        )
+        for point in tuning.points
+    ]
+    return Table("Tried strengths; * is the choice", header, rows)
 
 
 def counts_table(caption: str, label: str, rows: Iterable[tuple[str, Counts]], *, folded: bool = False) -> Table:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from mergekit_snrf.merge.plan import MergePlan
 
+AGAIN = "## To make it again"
+"""The heading behind what a card says of the model; an evaluation goes before it."""
+
 _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
 
 
@@ -130,7 +133,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
     ]
     shared = portable(recipe, inputs(plan))
     cut = "" if shared == recipe else ", its local paths cut to their last part"
-    yield "## To make it again"
+    yield AGAIN
     yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"
     yield f"with this as `snrf.yml`{cut}, and the files of the sha256 above where it says:"
     yield _fenced("yaml", shared.rstrip())
