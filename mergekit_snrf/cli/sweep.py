@@ -115,11 +115,9 @@ def _swept(
     reference: str,
     json_file: str | None,
     *,
-    linear_betas: str,
-    keep_drop: float,
-    seed: int,
     loading: dict[str, Any],
     caches: dict[str, Any],
+    **given: Any,
 ) -> tuple[Sweep, bool]:
     """Return the complete sweep, and whether its best row keeps enough."""
     from mergekit_snrf.evidence import grid
@@ -127,7 +125,7 @@ def _swept(
     from mergekit_snrf.evidence.study import Setup
     from mergekit_snrf.models.reference import ModelRef
 
-    betas = numbers(linear_betas, "--linear-betas", 1)
+    betas = numbers(given["linear_betas"], "--linear-betas", 1)
     opened = _opened(recipe, found, loading, caches)
     evaluation = load_evaluation(reference)
     like = {"recipe": content, "evaluation": evaluation.name, "dtype": loading["dtype"], **opened[0].settings}
@@ -150,8 +148,9 @@ def _swept(
     with naming({"dtype": "--dtype"}):
         scores = grid.run_sweep(rows, model, processor, evaluation, started, visit)
     roles = {metric: evaluation.role(metric) for metric in scores[rows[0].name][0]}
-    best, enough = grid.best_row([one.name for one in found], scores, roles, rows[0].name, keep_drop)
-    setup = Setup("comparison", opened[0].target.name, evaluation.name, opened[0].mask, seed=seed, settings=made)
+    best, enough = grid.best_row([one.name for one in found], scores, roles, rows[0].name, given["keep_drop"])
+    target, mask = opened[0].target.name, opened[0].mask
+    setup = Setup("comparison", target, evaluation.name, mask, seed=given["seed"], settings=made)
     study = grid.swept_study(setup, rows, scores, roles, best, len(found))
     scored = tuple(
         grid.ScoredRow(name=row.name, settings=dict(row.settings), scores=dict(scores[row.name][0])) for row in rows
