@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.overlap import overlaps
@@ -25,6 +25,7 @@ RESULTS: dict[str, Result] = {
     "overlap": made_overlap(),
     "pairs": OverlapPairs(pairs=[made_overlap()]),
     "amplification": amplification(),
+    "lens": lens(),
 }
 
 
