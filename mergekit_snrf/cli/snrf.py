@@ -9,6 +9,7 @@ from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.frank import frank
+from mergekit_snrf.cli.init import init
 from mergekit_snrf.cli.lens import lens
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
@@ -25,5 +26,5 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-for command in (plan, patch, lora, mask, moments, overlap, report, ablate, compare, amplify, lens, frank):
+for command in (init, plan, patch, lora, mask, moments, overlap, report, ablate, compare, amplify, lens, frank):
     main.add_command(command)
