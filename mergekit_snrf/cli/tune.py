@@ -28,7 +28,7 @@ from mergekit_snrf.cli.options import (
 from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.results import TunedPoint, Tuning
+    from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
 
 
 @click.command()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
@@ -234,63 +235,66 @@ class Amplification(_Part):
     settings: dict[str, Any] = {}
 
 
-class TunedPoint(_Part):
-    """A strength of RegMean that was tried.
+Kind = Literal["image", "prompt", "answer"]
+KINDS: tuple[Kind, ...] = ("image", "prompt", "answer")
+Curve = list[float]
+"""A number before the first layer and after each."""
+
+
+class LensKind(_Part):
+    """What the logit lens shows of one kind of positions, means over ``tokens`` of them; entropy and KL in nats.
 
     Attributes:
-        kl: mean KL(target || merge) over the kinds of probes to keep, in nats a token.
-        changed: share of changed answers, mean over the kinds.
-        kinds: KL and share of changed answers by kind.
-        scores: means of the evaluation's metrics, where one was given.
+        kl: KL(last layer || this layer).
+        agrees: share whose most probable token is that of the last layer.
+        top: the most frequent of the most probable tokens by layer, with their counts.
     """
 
-    keep: float = Field(gt=0)
-    kl: float
-    changed: float
-    kinds: dict[str, tuple[float, float]] = Field(min_length=1)
-    scores: dict[str, float] = {}
-
-    @property
-    def worst(self) -> str:
-        """The kind that moved most."""
-        return max(self.kinds, key=lambda name: self.kinds[name][0])
+    kind: Kind
+    tokens: Count
+    entropy: Curve
+    kl: Curve
+    agrees: Curve
+    top: list[list[tuple[str, Count]]]
 
 
-class Tuning(_Part):
-    """How the ``keep`` of RegMean was chosen: the smallest tried one with a KL of at most ``max_kl``.
+class LensAnswer(_Part):
+    """Mean rank and probability of the answer's tokens by layer, and the share that are the most probable one."""
+
+    rank: Curve
+    probability: Curve
+    hits: Curve
+
+
+class Lens(_Part):
+    """What a model would predict after each layer; ``count`` probes, answered by itself.
 
     Attributes:
-        points: what was tried, by rising keep.
-        probes: held-out probes by kind.
-        target: means of the evaluation's metrics on the target.
-        settings: whatever else is needed to repeat it.
+        layers: of the decoder; curves have one number more.
+        image_attention: share of text tokens' attention that goes to images, a number a layer.
     """
 
-    format: Literal["snrf-tuning"] = "snrf-tuning"
+    format: Literal["snrf-lens"] = "snrf-lens"
     version: Literal[1] = 1
-    keep: float
-    max_kl: float
-    points: tuple[TunedPoint, ...]
-    probes: dict[str, int]
-    target: dict[str, float] = {}
+    model: str
+    probes: str
+    count: int
+    layers: int = Field(ge=1, lt=MAX_LAYERS)
+    kinds: list[LensKind]
+    answer: LensAnswer | None = None
+    image_attention: list[float] | None = None
     settings: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _complete(self) -> Tuning:
-        if self.keep not in (point.keep for point in self.points):
-            raise ValueError(f"keep {self.keep:g} is none of the points")
-        for point in self.points:
-            if (point.kinds.keys(), point.scores.keys()) != (self.probes.keys(), self.target.keys()):
-                raise ValueError(f"the point keep {point.keep:g} has other kinds or metrics than the probes and target")
+    def _of_its_layers(self) -> Lens:
+        curves = [curve for kind in self.kinds for curve in (kind.entropy, kind.kl, kind.agrees, kind.top)]
+        curves += [] if self.answer is None else [self.answer.rank, self.answer.probability, self.answer.hits]
+        if {*map(len, curves)} - {self.layers + 1} or len(self.image_attention or [0.0] * self.layers) != self.layers:
+            raise ValueError(f"the curves are not of {self.layers} layers")
         return self
 
-    @property
-    def chosen(self) -> TunedPoint:
-        """The point of the choice."""
-        return next(point for point in self.points if point.keep == self.keep)
 
-
-Result = Study | Overlap | OverlapPairs | Amplification | Tuning
+Result = Study | Overlap | OverlapPairs | Amplification | Lens | Tuning
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
@@ -320,7 +324,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 
 def _unreadable(path: object, entries: Sequence[Mapping[str, Any]]) -> SnrfError:
     kind, found = entries[0]["type"], entries[0].get("ctx") or {}
-    remedy = "give a file that a command of snrf, such as 'snrf compare', wrote with --json"
+    remedy = "give a file that 'snrf lens', or another command with --json, wrote"
     if kind == "union_tag_invalid":
         what = f"must be one of {found['expected_tags']}, got {found['tag']!r}"
         return SnrfError(path, what, remedy, field="key 'format'")

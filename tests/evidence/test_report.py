@@ -15,7 +15,7 @@ import pytest
 import torch
 from chromium import PROGRAM, browser
 from click.testing import CliRunner, Result
-from made_results import ablation, amplification, comparison, measured_ranks, profile_of, tuning
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of, tuning
 
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.evidence.overlap import overlaps, total
@@ -97,7 +97,7 @@ def mask(tmp_path: Path) -> Mask:
 @pytest.fixture
 def full(mask: Mask) -> str:
     digest = references.sha256(mask.path)
-    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification(), tuning(True)])
+    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification(), lens(), tuning(True)])
 
 
 def assert_loads_nothing(page: Page, text: str) -> None:
@@ -134,6 +134,7 @@ def test_full_report(full: str, mask: Mask) -> None:
         "Do these neurons matter? (target)",
         "Does the merge beat simpler baselines? (target)",
         "What single neurons promote",
+        "What target would predict after each layer",
         "How strongly does RegMean keep?",
         "Where the mask comes from",
     ]
@@ -162,8 +163,8 @@ def cells_of(text: str, first: str) -> list[str]:
 def test_every_figure_has_an_alternative_text(full: str) -> None:
     page = Page(full)
     drawings = page.all("svg")
-    # A map, three of the overlap, two metrics and one, two neurons with tokens to show, and keep.
-    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2 + 1
+    # A map, three of the overlap, two metrics and one, two neurons with tokens to show, three of the lens, and keep.
+    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2 + 3 + 1
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert re.search(r"\d", drawing["aria-label"])
