@@ -148,8 +148,8 @@ def test_full_report(full: str, mask: Mask) -> None:
     assert cells_of(full, "2.9") == ["2.9", "0.0103", "color", "0.0172", "10.0 %", "0.900", "0.871"]
     assert "therefore" not in full
     assert any("2 of 3 (66.7 %) are math neurons" in sentence for sentence in page.said("p"))
-    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 8)]
-    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 8)]
+    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 9)]
+    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 9)]
     assert "Not in this report" not in full
     assert str(Path(mask.path).parent) not in full
 
