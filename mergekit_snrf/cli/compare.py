@@ -12,8 +12,10 @@ import click
 from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
+    draw_study,
     is_quiet,
     loaded,
+    numbers,
     opened_recipe,
     silence_progress,
     study_text,
@@ -25,6 +27,7 @@ from mergekit_snrf.cli.options import (
     eval_help,
     figures_option,
     json_option,
+    linear_betas_option,
     loading_options,
     seed_option,
 )
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
+_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 _MOST_KEEP = 1e6
 _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
@@ -54,7 +57,8 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     metavar="ROWS",
     default=",".join(_ROWS),
     show_default=True,
-    help="The controls, separated by commas. least needs --profile, base needs --base, regmean needs --moments.",
+    help="The controls, separated by commas. least needs --profile, frank and base need --base, "
+    "regmean needs --moments.",
 )
 @draws_option
 @seed_option
@@ -66,13 +70,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
-@click.option(
-    "--linear-betas",
-    default="0.1,0.25,0.5,0.75,1.0",
-    show_default=True,
-    metavar="BETAS",
-    help="Strengths of the linear merge of all neurons.",
-)
+@linear_betas_option
 @click.option(
     "--moments",
     metavar="MOMENTS",
@@ -123,16 +121,7 @@ def compare(
     if json_file is not None:
         write_result(json_file, study)
     if figures is not None:
-        _draw(study, figures)
-
-
-def _draw(study: Study, folder: str) -> None:
-    from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.drawing import save
-    from mergekit_snrf.evidence.sections import metric_drawings
-
-    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
-        save(drawing.figure, folder, name, drawing.caption, drawing.text)
+        draw_study(study, figures)
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -174,8 +163,8 @@ def _from_recipe(
         raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys, betas = _keys(given["rows"]), _numbers(given["linear_betas"], "--linear-betas", 1)
-    strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup, run_study
@@ -186,13 +175,15 @@ def _from_recipe(
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    least, common, notes = _of_options(keys, opened, given["profiles"], given["base"], options, settings)
+    notes: list[str] = []
+    least = _least(keys, opened, given["profiles"], settings, notes)
+    common, franks = _of_base(keys, opened, given["base"], options, settings, notes)
     found = _moments(keys, opened, given["moments"], settings, notes)
     silence_progress()
     evaluation = load_evaluation(reference)
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
     controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
-    controls = replace(controls, moments=found, keeps=strengths)
+    controls = replace(controls, moments=found, keeps=strengths, frank=franks)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)
@@ -203,37 +194,59 @@ def _from_recipe(
     return study, notes
 
 
-def _of_options(
-    keys: Collection[str],
-    opened: OpenedRecipe,
-    profiles: Sequence[str],
-    base: str | None,
-    options: MergeOptions,
-    settings: dict[str, Any],
-) -> tuple[NeuronSet | None, Weights | None, list[str]]:
-    """Return the least important neurons, the common base, and notes on rows left out; add to the settings."""
+def _least(
+    keys: Collection[str], opened: OpenedRecipe, profiles: Sequence[str], settings: dict[str, Any], notes: list[str]
+) -> NeuronSet | None:
+    """Return the least important neurons; add to the settings, and to the notes on rows left out."""
     from mergekit_snrf.evidence.least import least_important, read_profile_of
-    from mergekit_snrf.evidence.recipes import open_base
     from mergekit_snrf.files.references import sha256
 
-    least, common, notes = None, None, []
     if opened.mask is None:
         notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
-        least = least_important(read, opened.merge.neurons)
         settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
-    elif "least" in keys:
+        return least_important(read, opened.merge.neurons)
+    if "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
-    if "base" in keys and base is not None:
-        with naming(option):
-            common = open_base(base, opened, options)
-        settings["base"] = base
-    elif "base" in keys:
-        _check_chosen("base", "--base, the model that both were trained from")
-        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
-    return least, common, notes
+    return None
+
+
+def _of_base(
+    keys: Collection[str],
+    opened: OpenedRecipe,
+    name: str | None,
+    options: MergeOptions,
+    settings: dict[str, Any],
+    notes: list[str],
+) -> tuple[Weights | None, list[float] | None]:
+    """Return the common base and FRANK's strengths; add to the settings, and to the notes on rows left out."""
+    from mergekit_snrf.evidence.recipes import open_base
+    from mergekit_snrf.fusion.frank import source_strengths
+    from mergekit_snrf.models.changes import squared_changes
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+
+    rows = {"base": "the common base as source", "frank": "FRANK"}
+    wanted = [key for key in rows if key in keys]
+    if name is None:
+        for key in wanted:
+            _check_chosen(key, "--base, the model that both were trained from")
+        if wanted:
+            named, needs = " and ".join(rows[key] for key in wanted), "need" if len(wanted) > 1 else "needs"
+            notes.append(f"Left out: {named}, which {needs} --base, the model that both were trained from.")
+        return None, None
+    if not wanted:
+        return None, None
+    settings["base"] = name
+    with naming(option):
+        common = open_base(name, opened, options)
+        if "frank" not in wanted:
+            return common, None
+        cache = options.transformers_cache
+        base = open_checkpoint(name, cache_dir=cache, trust_remote_code=options.trust_remote_code)
+        norms = [(v, r) for v, r in squared_changes(base, (opened.target, opened.source), cache)]
+        return common, source_strengths(norms)
 
 
 def _moments(
@@ -265,15 +278,3 @@ def _keys(rows: str) -> list[str]:
         what = f"{unknown[0]!r} is not a row"
         raise SnrfError(None, what, did_you_mean(unknown[0], _ROWS, "rows are"), field="--rows")
     return keys
-
-
-def _numbers(text: str, name: str, most: float) -> list[float]:
-    """Return rising numbers above 0 and up to ``most``."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
-    if not all(0 < number <= most for number in numbers):
-        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
-    return numbers
