@@ -13,7 +13,7 @@ JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# STORYTIME
+# Pairs of three base seeds with all controls, two of which are trained first; an interrupted run continues.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
