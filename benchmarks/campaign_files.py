@@ -184,7 +184,8 @@ def _of_models(folder: Path) -> Iterator[Reader]:
 
     def of_output(place: Path, file: Path) -> None:
         for kind in ("merge", "adapter"):
-            if (problem := output_problem(draft, str(place / kind), kind, overwrite=True)) is not None:  # type: ignore[arg-type]
+            known: Any = {"inputs": draft.inputs, "target": draft.checkpoints.get("target")}
+            if (problem := output_problem(str(place / kind), kind, overwrite=True, **known)) is not None:  # type: ignore[arg-type]
                 raise problem
 
     yield Reader("earlier output", place, ("merge/mergekit_config.yml", "adapter/README.md"), of_output, 0.5)

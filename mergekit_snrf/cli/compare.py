@@ -240,13 +240,13 @@ def _moments(
     keys: Collection[str], opened: OpenedRecipe, reference: str | None, settings: dict[str, Any], notes: list[str]
 ) -> Moments | None:
     """Return the moments of ``--moments`` or else of the recipe; add to the settings and notes."""
-    from mergekit_snrf.files.references import sha256
-    from mergekit_snrf.merge.moments import compare_moments, open_moments
-    from mergekit_snrf.models.filters import check_moments
+    from mergekit_snrf.files.references import local_path, sha256
+    from mergekit_snrf.models.filters import check_moments, compare_moments
+    from mergekit_snrf.models.moments import read_moments
 
     found = opened.merge.moments
     if reference is not None:
-        found = open_moments(reference, None)
+        found = read_moments(local_path(reference))
         check_moments(found, opened.merge.shape, opened.target.name)
         for warning in compare_moments(found, opened.target):
             logger.warning(warning)

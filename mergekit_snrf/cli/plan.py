@@ -17,8 +17,7 @@ from mergekit_snrf.cli.options import merge_options, recipe_options
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Fused
     from mergekit_snrf.fusion.lowrank import Certificate
-    from mergekit_snrf.merge.draft import PlanDraft
-    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+    from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
     from mergekit_snrf.merge.tally import Tally
 
     _Certified = Sequence[tuple[PlannedEdit, Fused]]

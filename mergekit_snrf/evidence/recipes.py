@@ -11,7 +11,7 @@ import torch
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
@@ -40,7 +40,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     Raises:
         SnrfError: the merge cannot run, or a model cannot be downloaded or is not stored as safetensors.
     """
-    plan = plan_merge(config, options, recipe_folder=recipe_folder)
+    plan = draft_merge(config, options, recipe_folder=recipe_folder).finish()
     target, source = plan.target.checkpoint, plan.source.checkpoint
     name = plan.recipe.working_dtype(plan.edits[0].dtype if plan.edits else "F32")
     dtype: torch.dtype | None = dtype_from_name(name)

@@ -35,7 +35,7 @@ from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
-from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.parameters import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession, find_session

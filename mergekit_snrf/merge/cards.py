@@ -7,21 +7,17 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mergekit.common import ModelReference
 
 from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown, references
-from mergekit_snrf.merge.folders import inputs
+from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, without_folders
 from mergekit_snrf.neurons.sets import count_rows
-
-if TYPE_CHECKING:
-    from mergekit.common import ModelReference
-
-    from mergekit_snrf.merge.plan import MergePlan
 
 _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
 
@@ -128,7 +124,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
         (_name(one.reference), one.reference.model.revision or "as of the merge", f"`{one.checkpoint.config_sha256}`")
         for one in plan.models
     ]
-    shared = portable(recipe, inputs(plan))
+    shared = portable(recipe, plan.inputs)
     cut = "" if shared == recipe else ", its local paths cut to their last part"
     yield "## To make it again"
     yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"

@@ -27,10 +27,9 @@ from mergekit_snrf.fusion.fuse import masked_update
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
-from mergekit_snrf.merge.draft import PlanDraft
+from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import built_aside
-from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
 from mergekit_snrf.merge.tensors import Tensors, cast, kernel_options, threads
 from mergekit_snrf.models.checkpoint import Checkpoint

@@ -28,10 +28,9 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.draft import PlanDraft
+from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
-from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, fuse_edit, threads
 from mergekit_snrf.models.headers import ITEM_BYTES

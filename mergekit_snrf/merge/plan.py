@@ -1,9 +1,11 @@
-"""What a merge will do, from configurations and headers alone: the edits, their cost, and every problem at once."""
+"""What a merge will do, from configurations and headers alone: the edits, their cost, and, of a draft, its problems."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from jaxtyping import Bool
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.inputs import OpenedModel
 from mergekit_snrf.merge.recipe import Recipe
@@ -96,6 +99,11 @@ class MergePlan:
         return [model.reference for model in self.models]
 
     @property
+    def inputs(self) -> list[str]:
+        """The local folders and files that the merge reads."""
+        return _inputs(self)
+
+    @property
     def checkpoints(self) -> dict[str, Checkpoint]:
         """The checkpoints by ``target``, ``source`` and ``source_base``."""
         roles = ("target", "source", "source_base")
@@ -155,6 +163,74 @@ class MergePlan:
                 tensors[edit.site.projection] += 1
                 changed[edit.site.projection] += edit.neurons
         return {name: (tensors[name], changed[name], shape.layers * shape.neurons(name)) for name in PROJECTIONS}
+
+
+@dataclass(repr=False)
+class PlanDraft:
+    """What was found of a merge so far, and every problem; the merge can run only if there is none.
+
+    Attributes:
+        warnings: one sentence each.
+        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
+        models: those of them that have a text decoder.
+        references: all models as the recipe names them, with absolute folders.
+        edits: none where there was a problem before.
+    """
+
+    problems: list[SnrfError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, OpenedModel] = field(default_factory=dict)
+    references: list[ModelReference] = field(default_factory=list)
+    mask: Mask | None = None
+    mask_path: Path | None = None
+    moments: Moments | None = None
+    edits: list[PlannedEdit] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        """Return how far the plan is."""
+        return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
+
+    @property
+    def inputs(self) -> list[str]:
+        """The local folders and files that the merge reads."""
+        return _inputs(self)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take what the block raises as a problem."""
+        try:
+            yield
+        except SnrfError as error:
+            self.problems.append(error)
+
+    def finish(self) -> MergePlan:
+        """Return the plan, or raise ``SnrfError`` with every problem."""
+        if self.problems:
+            raise SnrfError.several("the merge cannot run", self.problems)
+        assert self.recipe is not None and self.mask is not None  # noqa: PT018
+        edited = {edit.target_name for edit in self.edits}
+        return MergePlan(
+            recipe=self.recipe,
+            target=self.models["target"],
+            source=self.models["source"],
+            source_base=self.models.get("source_base"),
+            mask=self.mask,
+            mask_path=self.mask_path,
+            moments=self.moments,
+            edits=tuple(self.edits),
+            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
+            warnings=tuple(self.warnings),
+        )
+
+
+def _inputs(plan: MergePlan | PlanDraft) -> list[str]:
+    parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
+    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
+    files = [str(plan.mask_path)] if plan.mask_path else []
+    files += [plan.moments.path] if plan.moments is not None else []
+    return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *files]
 
 
 def _span(values: Sequence[float]) -> str:

@@ -9,6 +9,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.fusion.regmean import Filter, regmean_filter
 from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.moments import READERS, InputSite, Moments
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import Site
@@ -64,6 +65,15 @@ def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
             raise SnrfError(moments.path, what, "use moments of this model")
     if moments.provenance.keep == []:
         raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")
+
+
+def compare_moments(moments: Moments, target: Checkpoint) -> list[str]:
+    """Return a warning where moments say that they were taken on another model."""
+    found = moments.provenance.model
+    if found is None or found.config_sha256 in (None, target.config_sha256):
+        return []
+    taken = found.path or "another model"
+    return [f"{moments.path}: taken on {taken}, whose config.json differs from that of {target.name}"]
 
 
 def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:

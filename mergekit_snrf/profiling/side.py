@@ -60,11 +60,7 @@ class Side:
     moments: MomentsRun | None
 
     def profile(self) -> Profile | None:
-        """Measure the side and write its profile; return it on rank 0, and None on other ranks.
-
-        Raises:
-            SnrfError: the model cannot be loaded or measured, or the memory is too small.
-        """
+        """Measure the side and write its profile; return it on rank 0, and None on other ranks."""
         profile = self.finished
         if self.groups is not None or self.moments is not None:
             with naming(self.kind.model_keys):
@@ -153,8 +149,7 @@ class Side:
 def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options: RunOptions) -> Side:
     """Return one side with its rows, images and prompts checked; no weights are loaded.
 
-    Raises:
-        SnrfError: the rows cannot be read or rendered, or an earlier run has finished with other settings.
+    ``SnrfError``: they cannot be read or rendered, or an earlier run has finished with other settings.
     """
     kind = config.kind(name)
     rows = rows_of(kind, options.folder)

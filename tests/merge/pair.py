@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install
-from mergekit_snrf.merge.draft import PlanDraft, draft_merge
+from mergekit_snrf.merge.draft import draft_merge
+from mergekit_snrf.merge.plan import PlanDraft
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import Site

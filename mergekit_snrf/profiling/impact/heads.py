@@ -113,9 +113,7 @@ class HeadGroup:
 
     Attributes:
         index: the key head.
-        rows: positions of the counted query rows.
-        weights: w_i of the counted rows.
-        blocks: the counted rows in blocks.
+        rows: positions of the counted query rows, with ``weights`` w_i, in ``blocks``.
         query: n query heads at the counted rows.
         key: the key head at all tokens.
         values: the value head less its mean, transposed. A' and A both sum to 1, so the mean drops out of

@@ -35,8 +35,6 @@ class CapturedLayer:
     """What one decoder layer saw.
 
     Attributes:
-        index: the number of the layer.
-        module: the layer.
         attention: inputs of the attention, before norm and RoPE.
         attended: input of o_proj.
         up: output of up_proj, where it was asked for.
@@ -63,15 +61,13 @@ def run_layers(
 ) -> None:
     """Run one forward pass without gradients and visit every layer right after it has run.
 
-    What ``visit`` does not keep is freed before the next layer runs. Hooks are removed however the pass ends.
+    What ``visit`` does not keep is freed before the next layer runs. ``SnrfError``: a layer did not run, ran twice, or
+    is called in an unknown way.
 
     Args:
         forward: runs the model once on a batch, without a cache.
         attention_mask: nonzero where a token of the batch is real.
         up: capture the output of up_proj as well.
-
-    Raises:
-        SnrfError: a layer did not run, ran twice, or is called in an unknown way.
     """
     visited: list[int] = []
 

@@ -45,13 +45,9 @@ _EVEN = 0.85
 
 @dataclass(frozen=True)
 class Probe:
-    """One rendered row.
+    """One rendered row: its prompt, with one placeholder an image, and its tokens, with the images expanded.
 
-    Attributes:
-        row: where it comes from.
-        prompt: up to where the answer begins; every image is one placeholder.
-        tokens: of the prompt, images expanded.
-        answer: of the dataset, or None where the model generates it.
+    ``answer`` is that of the dataset, None where the model generates it.
     """
 
     row: Row
@@ -67,12 +63,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probes:
-    """All probes of one side, by row number, and how they share batches.
+    """All probes of one side, by row number, and every row that cannot be used.
 
-    Attributes:
-        bad: every row that cannot be used, those of ``rows`` included.
-        groups: positions in ``probes``, batch_size at most in a group, of similar length, the longest group first.
-            A group is the unit of work to share, to skip and to resume.
+    ``groups`` are the units of work to share, to skip and to resume: positions in ``probes``, batch_size at most, of
+    similar length, the longest group first.
     """
 
     rows: Rows
@@ -158,11 +152,7 @@ def probe_batches(
     device: str | torch.device,
     groups: Collection[int] | None = None,
 ) -> Iterator[ProbeBatch]:
-    """Iterate over the batches of some groups (None: all), with the model's own greedy answers or the data set's.
-
-    Raises:
-        SnrfError: the model cannot generate.
-    """
+    """Iterate over the batches of some groups (None: all), with the model's own greedy answers or the data set's."""
     tokenizer = tokenizer_of(processor)
     for group, positions in enumerate(probes.groups):
         if groups is not None and group not in groups:

@@ -43,9 +43,6 @@ def read_image(entry: Any, folders: Sequence[Path]) -> bytes:
     """Return the bytes of an image file from what a data set holds: bytes, a path, or both in a mapping.
 
     Image files must lie in one of the folders; relative paths begin in the first one.
-
-    Raises:
-        BadImage: there is no image, or its file is missing, lies elsewhere, is not a regular file or is too large.
     """
     if isinstance(entry, Mapping):
         entry = entry.get("bytes") if entry.get("bytes") is not None else entry.get("path")
@@ -64,11 +61,7 @@ def read_image(entry: Any, folders: Sequence[Path]) -> bytes:
 
 
 def decode(content: bytes) -> Image:
-    """Return the pixels of an image file: upright by its EXIF orientation, RGB.
-
-    Raises:
-        BadImage: it is damaged, of an unknown format, or has too many pixels.
-    """
+    """Return the pixels of an image file: upright by its EXIF orientation, RGB."""
     try:
         from PIL import Image, ImageOps
     except ImportError:

@@ -31,7 +31,6 @@ class Renderer:
 
     Attributes:
         processor: the model's processor, or its tokenizer.
-        model: name of the model, for messages.
         marker: the text that marks one image in a prompt, before the processor expands it; None without images.
         adds_special_tokens: whether the tokenizer adds its own to a prompt, such as the begin of the text. As in
             transformers: a tokenizer's chat template has written them all, a processor's may leave the begin of
@@ -39,12 +38,7 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, source: ProbeSource, *, model: str | None = None) -> None:
-        """Find the chat template and what marks an image, and render a sample.
-
-        Raises:
-            SnrfError: there is neither a chat template nor a template, the chat template fails, or nothing marks an
-                image.
-        """
+        """Find the chat template and what marks an image, and render a sample; ``SnrfError``: one of them fails."""
         self.processor, self.source = processor, source
         self.model = model or str(getattr(tokenizer_of(processor), "name_or_path", "") or "the model")
         self._chat_template = _chat_template(processor)
@@ -61,12 +55,7 @@ class Renderer:
         self.adds_special_tokens = self._leaves_special_tokens(sample)
 
     def render(self, row: Row) -> str:
-        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``.
-
-        Raises:
-            RowError: placeholders and images differ in number, or the chat template drops the question.
-            SnrfError: the chat template takes too much time or memory.
-        """
+        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``."""
         prompt = self._fill(row) if self.source.template is not None else self._chat(row)
         token = self._image_token() or self.marker
         if self.marker is not None and token and prompt.count(token) != len(row.images):

@@ -79,12 +79,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that were drawn from a data set, by number.
-
-    Attributes:
-        source: where they come from.
-        bad: rows that were drawn but cannot be used.
-    """
+    """The rows that were drawn from a data set, by number, and those of them that cannot be used."""
 
     source: ProbeSource
     rows: tuple[Row, ...] = field(repr=False)
@@ -119,7 +114,6 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None,
     the rows of a larger one. Bad rows are not replaced by others.
 
     Args:
-        source: data set, columns, limit and seed.
         answers: read the column of the answers.
         folder: where a relative data file is looked for after the working folder.
         behind: as many rows of the permutation are skipped, those that a draw of this limit took.
@@ -151,9 +145,7 @@ def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
 def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence[BadRow] = ()) -> None:
     """Log the rows of a data set that were found bad now; those ``before`` were logged.
 
-    Raises:
-        SnrfError: more than 5 % of the ``total`` rows that were drawn are bad; the message shows the first few, or the
-            one reason that all rows share.
+    ``SnrfError``: more than 5 % of the ``total`` are bad; it shows the first few, or the one reason that all share.
     """
     if total == 0:
         raise SnrfError(name, "has no rows", "use a data set with at least one row", field="dataset")

@@ -14,9 +14,7 @@ IMAGE = "<image>"
 def template_fields(template: str) -> tuple[str, ...]:
     """Return the columns that a template names, in order of appearance.
 
-    Raises:
-        SnrfError: a brace is not closed, or a field is not the plain name of a column: attributes, indices,
-            conversions and format specifications are not allowed, so a template cannot run code.
+    Attributes, indices, conversions and format specifications are errors, so that a template cannot run code.
     """
     return tuple(dict.fromkeys(name for _, name in _parse(template) if name is not None))
 

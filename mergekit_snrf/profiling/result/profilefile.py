@@ -9,12 +9,9 @@ Format ``snrf-profile``, version 1: safetensors with four tensors for every laye
 - ``.mean_impact`` float32 [neurons];
 - ``.hits`` int32 [neurons, bins]: number of probes whose rank share lies in each bin.
 
-Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]; the edges are stored in the file as
-decimal strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient
-statistic for Eq. 5 with any threshold or top ratio, and for Eq. 6.
-
-Where ``measure`` has a ``screen``, an earlier version made the profile, and most of its impacts of attn.q and attn.k
-are estimates; ``select`` refuses to choose these neurons from it.
+Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]; the edges are stored as decimal
+strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient statistic
+for Eq. 5 with any threshold or top ratio, and for Eq. 6.
 """
 
 from __future__ import annotations

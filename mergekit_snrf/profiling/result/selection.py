@@ -111,11 +111,7 @@ class Selection(Settings):
 
     @classmethod
     def of(cls, **rule: Any) -> Selection:
-        """Return the selection with these fields; those that are None are left out.
-
-        Raises:
-            SnrfError: a value is not allowed, with its field.
-        """
+        """Return the selection with these fields, without those that are None; ``SnrfError`` names a field at fault."""
         try:
             return cls(**{name: value for name, value in rule.items() if value is not None})
         except ValidationError as error:
@@ -140,8 +136,7 @@ class Selection(Settings):
 def top_rank(ratio: float | str, neurons: int) -> int:
     """Return how many of ``neurons`` a top ratio keeps on one probe: ``floor(ratio * neurons)``.
 
-    The ratio counts as the decimal number that prints it, so 0.29 of 100 neurons are 29, although the
-    float 0.29 * 100 lies below 29.
+    The ratio counts as the decimal number that prints it: 0.29 of 100 are 29, although the float 0.29 * 100 is below.
     """
     return math.floor(Fraction(str(ratio)) * neurons)
 

@@ -55,11 +55,7 @@ class Sums:
         return {key: tensor for key, (tensor, _) in self.parts().items()}
 
     def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
-        """Take over a state of sums of the same model.
-
-        Raises:
-            SnrfError: a tensor is missing, unknown, of the wrong dtype or shape, or of other settings.
-        """
+        """Take over a state of sums of the same model and settings; ``SnrfError`` names a tensor that does not fit."""
         parts = self.parts()
         if tensors.keys() != parts.keys():
             raise SnrfError(None, f"tensor {sorted(tensors.keys() ^ parts.keys())[0]!r} is missing or unknown")
