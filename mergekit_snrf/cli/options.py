@@ -89,11 +89,6 @@ def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_
     """Give a command the options of a type's fields, and pass what was typed as one argument ``name``.
 
     With all fields the argument is an instance, with some of them the dictionary to construct one.
-
-    Args:
-        name: of the command's argument.
-        of: the type.
-        fields: of it; none: all.
     """
     chosen = fields or tuple(of.model_fields)
 
@@ -128,11 +123,7 @@ def run_options(function: _F) -> _F:
 
 
 def construct(of: type[Settings], given: dict[str, Any]) -> Any:
-    """Return an instance of a type.
-
-    Raises:
-        SnrfError: a value is not allowed, with its option.
-    """
+    """Return an instance of a type; ``SnrfError`` names the option of a value that is not allowed."""
     with naming(option):
         try:
             return of(**given)

@@ -55,10 +55,6 @@ def load_evaluation(reference: str) -> Evaluation:
 
     Values of arguments are written as in YAML. A callable's attribute ``roles`` (metric -> ``gain`` or ``keep``) says
     what a merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
-
-    Raises:
-        SnrfError: there is no such file, module, attribute or entry point, it cannot be imported or called, or an
-            argument is not one that it takes.
     """
     if not reference:
         raise SnrfError(None, "is empty", "name an evaluation", field="eval")
@@ -87,11 +83,7 @@ def load_evaluation(reference: str) -> Evaluation:
 def evaluate(
     evaluation: Evaluation, model: PreTrainedModel, processor: Any, *, like: Scores | None = None
 ) -> dict[str, Items]:
-    """Evaluate a model, which is put in eval mode; its metrics and items must be those of the scores ``like``.
-
-    Raises:
-        SnrfError: the evaluation fails, or returns anything but finite scores for named metrics.
-    """
+    """Evaluate a model, which is put in eval mode; its metrics and items must be those of the scores ``like``."""
     model.eval()
     try:
         returned = evaluation.function(model, processor)

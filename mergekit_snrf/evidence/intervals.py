@@ -45,11 +45,7 @@ class Bootstrap:
         resamples: int = RESAMPLES,
         level: float = LEVEL,
     ) -> None:
-        """Resample the draws of every condition; metrics of as many items are resampled alike.
-
-        Raises:
-            SnrfError: a condition has no draws, or not the items of the others.
-        """
+        """Resample the draws of every condition; metrics of as many items are resampled alike."""
         self.level = level
         draws = [items for several in conditions.values() for items in several]
         for name, several in conditions.items():
@@ -104,11 +100,7 @@ def measure(
 
 
 def resample(scores: Mapping[str, Sequence[Scores]], *, seed: int = 0, level: float = LEVEL) -> dict[str, Bootstrap]:
-    """Return a bootstrap by metric, over the draws of all conditions.
-
-    Raises:
-        SnrfError: a condition has no draws, or other items than the others.
-    """
+    """Return a bootstrap by metric, over the draws of all conditions."""
     found = {}
     for metric in next(iter(scores.values()))[0]:
         conditions = {name: [draw[metric] for draw in draws] for name, draws in scores.items()}

@@ -14,11 +14,7 @@ from mergekit_snrf.errors import SnrfError, first_line
 
 
 def find_attribute(reference: str) -> Any:
-    """Return what ``package.module:name`` or ``path/file.py:name`` means. It is imported, with the user's rights.
-
-    Raises:
-        SnrfError: there is no such file, module or attribute, or it cannot be imported.
-    """
+    """Return what ``package.module:name`` or ``path/file.py:name`` means. It is imported, with the user's rights."""
     where, _, attribute = reference.rpartition(":")
     if where.endswith(".py"):
         module = _module_at(reference, Path(where).expanduser())
@@ -35,11 +31,7 @@ def find_attribute(reference: str) -> Any:
 
 
 def imported(reference: str, load: Callable[[], Any]) -> Any:
-    """Return what ``load`` imports.
-
-    Raises:
-        SnrfError: importing it fails, in whatever way.
-    """
+    """Return what ``load`` imports; ``SnrfError``: it fails, in whatever way."""
     try:
         return load()
     except (Exception, SystemExit) as error:

@@ -17,9 +17,7 @@ from mergekit_snrf.evidence.results import Counts, Overlap, Study
 class Table:
     """Rows under a header; the first column names the row.
 
-    Attributes:
-        words: the columns that hold words, which are flush left.
-        folded: shown only when the reader unfolds it.
+    The columns ``words`` are flush left; a ``folded`` table is shown only when the reader unfolds it.
     """
 
     caption: str

@@ -47,12 +47,7 @@ _DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.v
 
 
 class LiteralModule(ModuleArchitecture):
-    """A module that consists of tensors named one by one.
-
-    Attributes:
-        pre: tensors outside the layers.
-        layers: tensors of each layer, in the order of the stack.
-    """
+    """A module of tensors named one by one: those outside the layers (``pre``), and those of each layer in order."""
 
     def __init__(self, pre: Sequence[WeightInfo] = (), layers: Sequence[Sequence[WeightInfo]] = ()) -> None:
         self.pre = tuple(pre)
@@ -89,16 +84,10 @@ def run_session(
     options: MergeOptions,
     config_source: str | None = None,
 ) -> None:
-    """Plan an snrf merge and let mergekit's ``run_merge`` execute it.
+    """Plan an snrf merge and let mergekit's ``run_merge`` execute it; ``config_source`` is the recipe's text.
 
     ``config`` stays as it is: mergekit gets one of its own, with modules of literal names. Under a click command every
-    problem becomes the command's error message; a caller of the Python API gets the ``SnrfError``.
-
-    Args:
-        config_source: the recipe's text; None: it is made from ``config``.
-
-    Raises:
-        SnrfError: the merge cannot run, or fails; no shard of it stays.
+    problem becomes the command's error message; a caller of the Python API gets the ``SnrfError``. No shard stays.
     """
     import mergekit.merge
 
@@ -171,11 +160,7 @@ def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfigu
 
 
 def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``.
-
-    Args:
-        config: of ``rewritten``.
-    """
+    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``."""
     plan = session_of(config).plan
     target = plan.target.checkpoint
     target.register_type()
@@ -202,11 +187,7 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
 
 
 def session_of(config: MergeConfiguration) -> MergeSession:
-    """Return the running session of a configuration of ``rewritten``.
-
-    Raises:
-        SnrfError: there is none.
-    """
+    """Return the running session of a configuration of ``rewritten``."""
     return find_session(str((config.parameters or {}).get("masks")))
 
 

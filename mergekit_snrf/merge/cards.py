@@ -23,12 +23,10 @@ _VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index
 
 
 def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
-    """Return the README of a merged folder.
+    """Return the README of a merged folder; ``recipe`` is its text.
 
-    Args:
-        recipe: its text.
-        cast: the dtype that every tensor was cast to, if the recipe sets one.
-        changed: how many of the covered weights differ from the target's, where that is known.
+    ``cast`` is the dtype that every tensor was cast to, if the recipe sets one; ``changed`` how many of the covered
+    weights differ from the target's, where that is known.
     """
     differ = "" if changed is None else f", {changed} of which differ from the target's after rounding"
     intro = (
@@ -45,13 +43,7 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
 def adapter_card(
     plan: MergePlan, name: str, recipe: str, modules: int, rank: int, base_model: str | None = None
 ) -> str:
-    """Return the README of an adapter's folder.
-
-    Args:
-        recipe: its text.
-        modules: how many it adapts.
-        base_model: the target's hub id, where it is not that of the plan.
-    """
+    """Return the README of an adapter; ``base_model`` is the target's hub id, if not that of the plan."""
     intro = (
         f"A LoRA adapter for {_model(plan.target.reference)}: the update beta * M_S(Delta_r) that [Shared Neuron "
         f"Low-Rank Fusion]({PAPER}) adds to it from {_model(plan.source.reference)}, in {modules} modules of the text "

@@ -50,11 +50,7 @@ _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors
 
 
 def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
-    """Return why nothing can be written to a path, whatever it holds, or None.
-
-    Args:
-        aside: the folder is built beside the path, in its parent.
-    """
+    """Return why nothing can be written to a path, whatever it holds, or None; ``aside``: it is built in the parent."""
     if not out_path:
         return SnrfError(None, "the output path is empty", "give a folder")
     # What does not exist yet may lead to a folder that does: ``new/..``.
@@ -80,10 +76,8 @@ def output_problem(
 ) -> SnrfError | None:
     """Return why ``built_aside`` cannot put a folder at ``out_path``, or None.
 
-    Args:
-        overwrite: the folder may hold an earlier output of this kind.
-        inputs: what the merge reads.
-        target: whose side files an earlier merge has.
+    With ``overwrite`` it may hold an earlier output of this kind, whose side files are the target's, but none of the
+    ``inputs``, which the merge reads.
     """
     if problem := path_problem(out_path, aside=True):
         return problem
@@ -165,16 +159,10 @@ def copy_files(names: Iterable[str], folder: Path, into: Path) -> None:
 
 @contextmanager
 def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``out_path`` when the block is done.
+    """Give an empty folder that takes the place of ``out_path``, replaced with ``overwrite``, when the block is done.
 
-    If the block fails, the new folder is removed and ``out_path`` stays as it was.
-
-    Args:
-        kind: of what is written, for messages.
-        overwrite: what ``out_path`` holds is replaced; without it, it must stay empty.
-
-    Raises:
-        SnrfError: a file cannot be written, files came into ``out_path``, or another run builds the same folder.
+    If the block fails, the new folder is removed and ``out_path`` stays as it was. ``SnrfError``: a file cannot be
+    written, files came into ``out_path``, or another run builds the same folder.
     """
     # A link to a folder stays a link.
     out = Path(os.path.realpath(out_path))
@@ -228,9 +216,6 @@ def built_inside(out_path: str) -> Iterator[Path]:
     """Give a folder inside ``out_path`` whose files move up, over those of the same names, when the block is done.
 
     Recipe and card of an earlier merge do not stay beside new weights. If the block fails, ``out_path`` is as before.
-
-    Raises:
-        SnrfError: another run writes into the folder.
     """
     out = Path(out_path)
     existed, work = out.exists(), out / UNFINISHED

@@ -48,11 +48,7 @@ def opened(reference: ModelReference, options: MergeOptions) -> Checkpoint:
 
 
 def with_adapter(reference: ModelReference, options: MergeOptions) -> Checkpoint:
-    """Let mergekit merge an adapter into its cache folder, which reads weights, and open the result.
-
-    Raises:
-        SnrfError: mergekit cannot merge it.
-    """
+    """Let mergekit merge an adapter into its cache folder, which reads weights, and open the result."""
     try:
         merged = reference.merged(
             cache_dir=options.lora_merge_cache,

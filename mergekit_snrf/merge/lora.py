@@ -193,9 +193,6 @@ def live_prefix(checkpoint: Checkpoint) -> str:
 
     transformers renames tensors while it loads; an adapter is attached to the modules of the live model. The model is
     built without weights.
-
-    Raises:
-        SnrfError: transformers cannot build it, or its decoder is not found.
     """
     from mergekit.common import get_auto_cls
     from transformers import AutoConfig

@@ -28,14 +28,8 @@ from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 class PlannedEdit:
     """One tensor that a merge changes: a weight, or the bias beside it, and all that a kernel needs for it.
 
-    Attributes:
-        target_name: its name in the target and in the output.
-        source_name: its name in the source.
-        source_base_name: its name in the source's base, where the recipe has one.
-        dtype: that the target stores it in, such as ``BF16``.
-        member: which of its rows (or columns) change.
-        neurons: how many.
-        source_bytes: what is read of the source and of its base.
+    Names are those in each model, ``source_base_name`` None where the recipe has none. ``dtype`` is the target's, such
+    as ``BF16``; ``member`` says which of its ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
     """
 
     site: Site
@@ -66,8 +60,7 @@ class MergePlan:
 
     Attributes:
         edits: in the order of the decoder's layers.
-        mask: the recipe's, or all neurons of the decoder.
-        mask_path: None: the recipe names no mask.
+        mask: the recipe's, or all neurons of the decoder, where ``mask_path`` is None.
         moments: None: the update needs none.
         copied: names of the target's tensors that stay as they are.
         warnings: one sentence each.
@@ -85,7 +78,6 @@ class MergePlan:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """Return the models and the number of edits."""
         return f"<MergePlan of {' and '.join(model.checkpoint.name for model in self.models)}: {len(self.edits)} edits>"
 
     @property
@@ -189,7 +181,6 @@ class PlanDraft:
     edits: list[PlannedEdit] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Return how far the plan is."""
         return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
 
     @property

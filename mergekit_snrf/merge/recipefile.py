@@ -30,11 +30,7 @@ _EXPECTED = {
 
 
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
-    """Return the content of a recipe file.
-
-    Raises:
-        SnrfError: the file is missing, not YAML, or not a merge configuration.
-    """
+    """Return the content of a recipe file; ``SnrfError``: it is missing, not YAML, or not a merge configuration."""
     parsed = load_yaml(path)
     if not isinstance(parsed, dict):
         raise SnrfError(path, "is not a recipe", "begin it with merge_method: snrf")
@@ -51,10 +47,7 @@ def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
 def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
     """Return a recipe's text with another number for ``keep``; everything else stays as it is.
 
-    Where the recipe has no ``keep``, it is written behind ``update: regmean``.
-
-    Raises:
-        SnrfError: ``keep`` is a list or has filters, or is written several times.
+    Where the recipe has no ``keep``, it is written behind ``update: regmean``. ``SnrfError``: it is not one number.
     """
     scalars = [
         (key, value)

@@ -26,14 +26,7 @@ from mergekit_snrf.models.weights import stored_ranges
 def fuse_edit(
     edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None, filters: Filters | None = None
 ) -> Fused:
-    """Fuse the tensor of a planned edit.
-
-    Args:
-        filters: of the plan's moments, for ``update: regmean``.
-
-    Raises:
-        SnrfError: a weight is not finite, or the result overflows the target's dtype.
-    """
+    """Fuse the tensor of a planned edit; ``filters`` are of the plan's moments, for ``update: regmean``."""
     return fuse_and_report(target, source, **kernel_options(edit, source_base, filters))
 
 
@@ -62,11 +55,7 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 
 
 def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
-    """Check that a tensor can be written in another dtype.
-
-    Raises:
-        SnrfError: a finite weight would become infinite.
-    """
+    """Raise ``SnrfError`` where a finite weight would become infinite in another dtype."""
     if dtype is None or not tensor.is_floating_point() or not tensor.numel():
         return
     if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
@@ -82,14 +71,7 @@ def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
 
 
 class Tensors:
-    """What the edits of a plan read: of the source, and of its base, nothing else.
-
-    Attributes:
-        filters: of the plan's moments; None: it has none.
-
-    Raises:
-        SnrfError: a model cannot be downloaded, or the header of a shard is damaged.
-    """
+    """What the edits of a plan read of source and source_base, nothing else; and the ``filters`` of its moments."""
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
         self.filters = filters_of(plan)
@@ -107,11 +89,7 @@ class Tensors:
         return self._ranges["target"][edit.target_name]
 
     def read(self, edit: PlannedEdit) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the tensor of target and source, and that of the source's base where the recipe has one.
-
-        Raises:
-            SnrfError: a shard ends early.
-        """
+        """Read the tensor of target and source, and that of the source's base where the recipe has one."""
         base = edit.source_base_name
         return (
             read_tensor(self._ranges["target"][edit.target_name]),
@@ -134,11 +112,7 @@ def threads(count: int, stop: Event | None = None) -> Iterator[ThreadPoolExecuto
 
 
 def certify(plan: MergePlan, options: MergeOptions) -> Iterator[tuple[PlannedEdit, Fused]]:
-    """Fuse every edited tensor as the merge would, write nothing, and yield the result of each.
-
-    Raises:
-        SnrfError: a weight is not finite, or a dtype of the recipe cannot hold it.
-    """
+    """Fuse every edited tensor as the merge would, write nothing, and yield the result of each."""
     tensors = Tensors(plan, options)
     out = dtype_from_name(plan.recipe.out_dtype)
     for edit in tqdm.tqdm(plan.edits, desc="Certifying", unit="tensor", disable=options.quiet):

@@ -73,7 +73,6 @@ class Edit:
             self._saved.pop()
 
     def __repr__(self) -> str:
-        """Return the size of the edit."""
         rows = sum(len(selected) for _, _, selected, _ in self._saved)
         return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns>"
 
@@ -89,11 +88,9 @@ class Edit:
             raise
 
     def __enter__(self) -> Edit:
-        """Return the edit; it is undone at the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Undo the edit."""
         self.undo()
 
 

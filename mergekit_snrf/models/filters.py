@@ -27,11 +27,7 @@ class Filters:
         self._held: OrderedDict[tuple[InputSite, float], Filter] = OrderedDict()
 
     def of(self, site: Site, keep: float) -> Filter:
-        """Return the filter of the input that a projection reads.
-
-        Raises:
-            SnrfError: the moments file changed or holds impossible values.
-        """
+        """Return the filter of the input that a projection reads; ``SnrfError``: the moments file changed."""
         key = InputSite(site.layer, READERS[site.projection]), keep
         with self._lock:
             if key in self._held:
@@ -47,14 +43,7 @@ class Filters:
 
 
 def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
-    """Check that moments are of a decoder of a shape, and have probes to keep.
-
-    Args:
-        model: its name, for messages.
-
-    Raises:
-        SnrfError: a layer is missing, or an input has another size.
-    """
+    """Raise ``SnrfError`` unless moments are of a decoder of this shape, that of ``model``, and have probes to keep."""
     if moments.layers != shape.layers:
         what = f"has moments of {moments.layers} layers, but {model} has {shape.layers}"
         raise SnrfError(moments.path, what, "use moments of this model")
@@ -77,11 +66,7 @@ def compare_moments(moments: Moments, target: Checkpoint) -> list[str]:
 
 
 def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
-    """Return the filter of a site; None where its update needs none.
-
-    Raises:
-        SnrfError: the update is regmean, and there are no moments.
-    """
+    """Return the filter of a site, None where its update needs none; ``SnrfError``: regmean without moments."""
     if fusion.update != "regmean":
         return None
     if filters is None:

@@ -22,11 +22,7 @@ _AGAIN = "get the file again"
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where a floating-point tensor lies in a shard.
-
-    Attributes:
-        offset: bytes from the start of the file.
-    """
+    """Where a floating-point tensor lies in a shard; ``offset`` is from the start of the file."""
 
     path: Path
     dtype: torch.dtype
@@ -45,11 +41,7 @@ def byte_ranges(path: Path) -> dict[str, ByteRange]:
 
 
 def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
-    """Read one tensor with plain reads; a memory map would fault in every page one by one.
-
-    Raises:
-        SnrfError: the file cannot be read, or ends early.
-    """
+    """Read one tensor with plain reads; a memory map would fault in every page one by one."""
     if where.bytes == 0:
         return torch.empty(where.shape, dtype=where.dtype)
     buffer = bytearray(where.bytes)
@@ -71,13 +63,9 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
 def overwrite_neurons(
     where: ByteRange, path: Path, weight: Float[Tensor, "rows columns"], neurons: Bool[Tensor, " neurons"], axis: int
 ) -> int:
-    """Write the changed neurons of a weight into a copy of its shard; return the number of bytes written.
+    """Write the changed neurons of a weight into ``path``, a copy of its shard; return the number of bytes written.
 
     Rows are written run by run. Columns touch every page of the tensor, so it is written whole.
-
-    Args:
-        where: the tensor's place in the original shard.
-        path: the copy.
     """
     if weight.dtype != where.dtype or tuple(weight.shape) != where.shape or len(neurons) != where.shape[axis]:
         raise ValueError(

@@ -6,11 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.profiling.probes.template import template_fields
 
 DATA_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Local data files and the ``datasets`` builder that reads them."""
+
+
+class RowError(SnrfError):
+    """Why a row cannot be used; place, remedy and field count where all rows have the same fault."""
 
 
 def _valid_template(template: str) -> str:
