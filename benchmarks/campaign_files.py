@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from mergekit_snrf.errors import naming
 from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 
 HOSTILE_TEMPLATES = (

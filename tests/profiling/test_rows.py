@@ -18,6 +18,7 @@ from profiling.probing import SIZES, lines, options, private_cache, write_data
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.profiling.probes.images import MAX_BYTES, decode, image_folders, read_image
+from mergekit_snrf.profiling.probes.source import RowError
 
 datasets = pytest.importorskip("datasets")
 
