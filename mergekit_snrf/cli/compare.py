@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import (
-    check_outputs,
-    command_options,
-    is_quiet,
-    loaded,
-    opened_recipe,
-    silence_progress,
-    study_text,
-)
-from mergekit_snrf.cli.options import (
-    cache_options,
-    construct,
-    draws_option,
-    eval_help,
-    figures_option,
-    json_option,
-    loading_options,
-    seed_option,
-)
+from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.merge.recipefile import MergeOptions
@@ -48,7 +31,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
 
 @click.command()
 @click.argument("places", metavar="RECIPE.yml | DIR...", nargs=-1, required=True, type=click.Path())
-@click.option("--eval", "reference", metavar="EVAL", help=eval_help)
+@click.option("--eval", "reference", metavar="EVAL", help=options.eval_help)
 @click.option(
     "--rows",
     metavar="ROWS",
@@ -56,8 +39,8 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     show_default=True,
     help="The controls, separated by commas. least needs --profile, base needs --base, regmean needs --moments.",
 )
-@draws_option
-@seed_option
+@options.draws_option
+@options.seed_option
 @click.option(
     "--profile",
     "profiles",
@@ -92,19 +75,19 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     show_default=True,
     help="Share of the elements that DARE drops.",
 )
-@loading_options
-@cache_options
+@options.loading_options
+@options.cache_options
 @click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
 @click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
 @click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")
 @click.option(
     "--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric, or task, to keep, not to gain."
 )
-@json_option
-@figures_option
-@command_options
+@options.json_option
+@options.figures_option
+@common.command_options
 def compare(
-    places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, figures: str | None, **options: Any
+    places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, figures: str | None, **given: Any
 ) -> None:
     """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
 
@@ -114,25 +97,18 @@ def compare(
     With --from-lmms-eval, compare the samples in two or more DIRs: the first is the reference (the target), the second
     the claim (its merge), any others are controls.
     """
-    from mergekit_snrf.evidence.results import write_result
-
     _check_options(from_lmms_eval)
-    check_outputs(json_file, figures)
-    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **options)
-    click.echo("\n".join([study_text(study), *notes]))
-    if json_file is not None:
-        write_result(json_file, study)
-    if figures is not None:
-        _draw(study, figures)
+    common.check_outputs(json_file, figures)
+    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **given)
+    click.echo("\n".join([common.study_text(study), *notes]))
+    common.write_outputs(study, json_file, figures, _drawings(study))
 
 
-def _draw(study: Study, folder: str) -> None:
+def _drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
     from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.drawing import save
     from mergekit_snrf.evidence.sections import metric_drawings
 
-    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
-        save(drawing.figure, folder, name, drawing.caption, drawing.text)
+    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -182,22 +158,23 @@ def _from_recipe(
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
 
-    opened, options = opened_recipe(places[0], loading, caches)
+    opened, merging = common.opened_recipe(places[0], loading, caches)
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    least, common, notes = _of_options(keys, opened, given["profiles"], given["base"], options, settings)
+    least, base, notes = _of_options(keys, opened, given["profiles"], given["base"], merging, settings)
     found = _moments(keys, opened, given["moments"], settings, notes)
-    silence_progress()
+    common.silence_progress()
     evaluation = load_evaluation(reference)
-    model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
-    controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
+    ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
+    model, processor = common.loaded(ref, settings)
+    controls = Controls(keys, given["draws"], given["seed"], least, base, betas, given["drop_rate"])
     controls = replace(controls, moments=found, keeps=strengths)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
-        study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
+        study = run_study(setup, chosen, model, processor, evaluation, progress=not common.is_quiet())
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes
@@ -208,7 +185,7 @@ def _of_options(
     opened: OpenedRecipe,
     profiles: Sequence[str],
     base: str | None,
-    options: MergeOptions,
+    merging: MergeOptions,
     settings: dict[str, Any],
 ) -> tuple[NeuronSet | None, Weights | None, list[str]]:
     """Return the least important neurons, the common base, and notes on rows left out; add to the settings."""
@@ -216,7 +193,7 @@ def _of_options(
     from mergekit_snrf.evidence.recipes import open_base
     from mergekit_snrf.files.references import sha256
 
-    least, common, notes = None, None, []
+    least, weights, notes = None, None, []
     if opened.mask is None:
         notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
@@ -228,12 +205,12 @@ def _of_options(
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
     if "base" in keys and base is not None:
         with naming(option):
-            common = open_base(base, opened, options)
+            weights = open_base(base, opened, merging)
         settings["base"] = base
     elif "base" in keys:
         _check_chosen("base", "--base, the model that both were trained from")
         notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
-    return least, common, notes
+    return least, weights, notes
 
 
 def _moments(
