@@ -115,6 +115,11 @@ def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
     return len(_open(source, folder)[0])
 
 
+def column_names(dataset: str) -> list[str]:
+    """Return the columns of a data set."""
+    return list(_open(ProbeSource(dataset=dataset, template="{column}"), None)[0].column_names)
+
+
 def report_bad(
     name: str, bad: Mapping[int, RowError], total: int, *, before: Mapping[int, RowError] | None = None
 ) -> None:
