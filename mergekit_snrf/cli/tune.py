@@ -145,7 +145,8 @@ def _said(tuning: Tuning) -> str:
     chosen = tuning.chosen
     probes = ", ".join(f"{count} {name}" for name, count in tuning.probes.items())
     return (
-        f"{common.table(header, rows)}\n\nkeep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
+        f"{common.table(header, rows)}\n\n"
+        f"keep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
         f"token on held-out probes ({probes}).\n{100 * chosen.changed:.1f} % of the answers change, so accuracy on "
         f"these probes cannot change by more; the worst kind is {chosen.worst} "
         f"({100 * chosen.kinds[chosen.worst][1]:.1f} %)."
