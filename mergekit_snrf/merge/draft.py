@@ -7,19 +7,19 @@ import os
 from collections.abc import Callable, Iterable
 
 from jaxtyping import Bool
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.folders import Kind, output_problem
-from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
-from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
+from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.filters import check_moments, compare_moments
 from mergekit_snrf.models.headers import FLOAT_DTYPES
@@ -55,7 +55,7 @@ def draft_merge(
     for role in ("target", "source", "source_base"):
         reference: ModelReference | None = getattr(recipe, role)
         if reference is not None:
-            draft.references.append(absolute(reference, recipe_folder))
+            draft.references.append(_absolute(reference, recipe_folder))
             with draft.collect():
                 _open(draft, role, draft.references[-1], options, merge_adapter)
     _read_mask(draft, recipe, recipe_folder)
@@ -106,11 +106,45 @@ def plan_output(
     return plan
 
 
+def _absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
+    """Return the same model and adapter with absolute folders, found from the working folder or beside the recipe."""
+
+    def located(part: ModelPath) -> ModelPath:
+        places = (os.path.join(folder, part.path) for folder in ("", recipe_folder or ""))
+        found = next((os.path.abspath(place) for place in places if os.path.isdir(place)), part.path)
+        return ModelPath(path=found, revision=part.revision)
+
+    return ModelReference(
+        model=located(reference.model),
+        lora=None if reference.lora is None else located(reference.lora),
+        override_architecture=reference.override_architecture,
+    )
+
+
+def _with_adapter(reference: ModelReference, options: MergeOptions) -> Checkpoint:
+    """Let mergekit merge an adapter into its cache folder, which reads weights, and open the result."""
+    try:
+        merged = reference.merged(
+            cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+    except Exception as error:
+        what = f"mergekit cannot merge the adapter into the source ({first_line(error)})"
+        remedy = f"check the adapter, and empty {options.lora_merge_cache} before the next run"
+        raise SnrfError(reference, what, remedy) from error
+    return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)
+
+
 def _open(draft: PlanDraft, role: str, reference: ModelReference, options: MergeOptions, merge_adapter: bool) -> None:
     if reference.lora is not None and not os.path.isdir(reference.model.path) and os.path.isdir(str(reference)):
         what = "has a '+' in its name, which in a recipe stands between a model and its adapter"
         raise SnrfError(reference, what, "rename the folder, or name a link to it")
-    checkpoint = draft.checkpoints[role] = opened(reference, options)
+    place, trust = reference.model, options.trust_remote_code
+    checkpoint = open_checkpoint(
+        place.path, place.revision, cache_dir=options.transformers_cache, trust_remote_code=trust
+    )
+    draft.checkpoints[role] = checkpoint
     if reference.lora is not None and role == "target":
         what = "a base_model with a LoRA adapter would lose the processor's files"
         remedy = "merge the adapter into a folder of its own first and name that folder"
@@ -122,7 +156,7 @@ def _open(draft: PlanDraft, role: str, reference: ModelReference, options: Merge
         what = "planned from the model below the adapter, which is applied when the merge runs"
         draft.warnings.append(f"{reference}: {what}")
     elif reference.lora is not None:
-        checkpoint = draft.checkpoints[role] = with_adapter(reference, options)
+        checkpoint = draft.checkpoints[role] = _with_adapter(reference, options)
     draft.models[role] = OpenedModel(reference, checkpoint, find_decoder(checkpoint))
 
 

@@ -15,13 +15,22 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge.inputs import OpenedModel
 from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.decoder import Decoder
 from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model of a merge, as the recipe names it with absolute folders, and its headers with an adapter applied."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    decoder: Decoder
 
 
 @dataclass(frozen=True)

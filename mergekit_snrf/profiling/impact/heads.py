@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, block_size, row_blocks
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, block_size, product, row_blocks
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, working_dtype
-from mergekit_snrf.profiling.impact.products import product
 
 
 class Rotary(NamedTuple):

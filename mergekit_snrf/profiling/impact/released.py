@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mergekit_snrf.profiling.impact.blocks import product
 from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, energy
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, working_dtype
 from mergekit_snrf.profiling.impact.layer import AttentionScores, GroupSums, sum_over_positions, sums_of
-from mergekit_snrf.profiling.impact.products import product
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ from typing import Any
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.profiling.probes.rows import Row
-from mergekit_snrf.profiling.probes.source import ProbeSource, RowError
-from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
+from mergekit_snrf.profiling.probes.source import IMAGE, ProbeSource, RowError, fill_template
 
 MAX_SECONDS = 2.0
 """CPU time that a chat template may take for one prompt."""

@@ -17,8 +17,7 @@ import numpy as np
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
 from mergekit_snrf.files.reading import open_regular
 from mergekit_snrf.profiling.probes.images import decode, image_folders, read_image
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource, RowError
-from mergekit_snrf.profiling.probes.template import template_fields
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource, RowError, template_fields
 
 if TYPE_CHECKING:
     import datasets
