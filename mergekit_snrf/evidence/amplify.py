@@ -201,23 +201,21 @@ def amplify(
     without = tallies.pop(None)
     constants = {"top": TOP, "min_count": MIN_COUNT, "keep": KEEP, "classifier_sha256": words_sha256()}
     known = {"max_new_tokens": asked.rule.max_new_tokens, "generations": len(probes), **constants, **(settings or {})}
-    result = Amplification(
+    measured = [_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()]
+    mathematical, plain = sum((neuron.math_share or 0) > 0.5 for neuron in measured), without.tokens
+    math_count = sum(count for token, count in plain.items() if is_math(token))
+    return Amplification(
         model=asked.model.model,
         factor=factor,
         probes=asked.source.dataset,
         count=len(probes),
         seed=asked.source.seed,
-        neurons=[_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()],
+        classifier=WORDS,
+        neurons=measured,
+        math_neuron_ratio=mathematical / len(measured),
+        plain_math_share=math_count / plain.total() if plain else None,
         settings={"probes_sha256": probes_sha256(probes), **known},
     )
-    return result.model_copy(update=_classified(result.neurons, without.tokens))
-
-
-def _classified(neurons: Sequence[AmplifiedNeuron], plain: Counter[str]) -> dict[str, Any]:
-    """Return how many neurons are math neurons, and the share of math tokens among those of the plain answers."""
-    mathematical = sum(neuron.math_share is not None and neuron.math_share > 0.5 for neuron in neurons)
-    share = sum(count for token, count in plain.items() if is_math(token)) / plain.total() if plain else None
-    return {"classifier": WORDS, "math_neuron_ratio": mathematical / len(neurons), "plain_math_share": share}
 
 
 def _tallies(

@@ -175,7 +175,7 @@ def normalised(answer: str) -> str | Decimal:
 
 def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
     probes = prepare(metric.rows, processor, rule=metric.rule, batch_size=metric.batch_size, config=model.config)
-    _check_usable(probes.bad, metric.rows.name)
+    _check_usable(probes.bad, metric.rows.source.dataset)
     answers: dict[int, str] = {}
     for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
@@ -195,7 +195,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
     columns = metric.model_dump(include={"question", "images", "answer", "template"})
     rows = load_rows(ProbeSource(dataset=str(data), limit=config.limit, seed=config.seed, **columns), answers=True)
-    _check_usable(rows.bad, rows.name)
+    _check_usable(rows.bad, rows.source.dataset)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None
     expected = {}
     for row in rows.rows:

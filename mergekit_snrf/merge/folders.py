@@ -98,7 +98,7 @@ def output_problem(
         if not overwrite:
             remedy = "choose a new folder, or --overwrite an earlier output"
             return SnrfError(out_path, "the output folder is not empty", remedy)
-        needed = next((path for path in inputs if _holds(out, path)), None)
+        needed = next((path for path in inputs if Path(path).resolve().is_relative_to(out)), None)
         if needed is not None:
             what = f"the output folder holds {needed}, which the recipe reads"
             return SnrfError(out_path, what, "choose another folder")
@@ -109,11 +109,6 @@ def output_problem(
         what = "a mount point or the working folder cannot be replaced, and the output is moved into place as a whole"
         return SnrfError(out_path, what, "choose a new folder below it")
     return None
-
-
-def _holds(folder: str, path: str) -> bool:
-    inside = Path(path).resolve()
-    return Path(folder).resolve() in (inside, *inside.parents)
 
 
 def _not_of_a_merge(target: Checkpoint | None, folder: str) -> str | None:

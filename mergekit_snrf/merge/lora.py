@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tqdm
 from jaxtyping import Float
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.fusion.fuse import masked_update
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
@@ -39,18 +38,17 @@ from mergekit_snrf.models.headers import TensorHeader
 LOG = logging.getLogger(__name__)
 
 
-class AdapterSettings(Settings):
-    """How an adapter is written."""
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How an adapter is written: its dtype (float32 is exact), rank and the hub id of its base_model.
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of its matrices; float32 is exact."
-    )
-    rank: int | None = Field(
-        None, ge=1, description="Rank of all modules, padded with zeros; default: the largest that the update has."
-    )
-    base_model: str | None = Field(
-        None, description="Hub id of the base_model, for adapter_config.json; default: as in the recipe."
-    )
+    By default the rank of all modules, padded with zeros, is the largest that the update has, and the base_model is
+    that of the recipe.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    rank: int | None = None
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def export_adapter(
     plan = plan_output(
         config, options, out_path, "adapter", recipe_folder=recipe_folder, overwrite=overwrite, problems=_problems
     )
-    settings = settings or AdapterSettings.model_validate({})
+    settings = settings or AdapterSettings()
     plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
     rank = _rank(plan.edits, settings.rank)
     prefix = live_prefix(plan.target.checkpoint)
@@ -167,7 +165,8 @@ def _matrices(
         update = masked_update(target, source, **kernel_options(edit, base, read.filters))
         a, b = factors(update, len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
-        return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
+        # Padded with zeros: runtimes size their buffers by one rank for all modules.
+        return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1]))
 
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
     with one_thread(), progress, threads(workers) as pool:
@@ -179,13 +178,6 @@ def _matrices(
         raise no_update(unmoved)
     if unmoved:
         LOG.warning(some_without_update(unmoved, len(plan.edits)))
-
-
-def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "more_rows more_columns"]:
-    """Return the matrix with zero rows or columns added: runtimes size their buffers by one rank for all modules."""
-    padded = matrix.new_zeros(shape)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return padded
 
 
 def live_prefix(checkpoint: Checkpoint) -> str:

@@ -48,7 +48,8 @@ def load_processor(ref: ModelRef, *, images: bool | None) -> Any:
     from transformers import AutoProcessor, AutoTokenizer
 
     if images is None:
-        images = _has_image_processor(ref)
+        files = () if ref.gguf_file is not None else open_checkpoint(ref.model, ref.revision).files
+        images = any(name in files for name in ("processor_config.json", "preprocessor_config.json"))
     if images:
         with _explained(ref, "processor"):
             processor = AutoProcessor.from_pretrained(ref.model, **ref.origin)
@@ -88,13 +89,6 @@ def find_device(device: str | None) -> torch.device:
         what = f"{device!r} is not available in torch {torch.__version__}"
         raise SnrfError(None, what, "use cpu or cuda", field="device")
     return found
-
-
-def _has_image_processor(ref: ModelRef) -> bool:
-    if ref.gguf_file is not None:
-        return False
-    files = open_checkpoint(ref.model, ref.revision).files
-    return any(name in files for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def load_config(ref: ModelRef) -> PretrainedConfig:

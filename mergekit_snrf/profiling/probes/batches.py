@@ -138,7 +138,7 @@ def prepare(
             probes.append(probe)
         except RowError as error:
             bad[row.number] = error
-    report_bad(rows.name, bad, len(rows) + len(rows.bad), before=rows.bad)
+    report_bad(rows.source.dataset, bad, len(rows) + len(rows.bad), before=rows.bad)
     order = sorted(range(len(probes)), key=lambda index: (-probes[index].length, index))
     groups = [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     return Probes(rows, tuple(probes), dict(sorted({**rows.bad, **bad}.items())), tuple(groups), renderer)

@@ -63,11 +63,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def name(self) -> str:
-        """Name of the data set, for messages."""
-        return self.source.dataset
-
     def images(self, row: Row) -> list[Image]:
         """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size."""
         if not row.images or self._dataset is None or self.source.images is None:
@@ -76,7 +71,7 @@ class Rows:
         try:
             return [decode(read_image(entry, image_folders(self._folder))) for entry in _entries(value)]
         except RowError as error:
-            raise SnrfError(self.name, f"row {row.number}: {error.what}", field="images") from None
+            raise SnrfError(self.source.dataset, f"row {row.number}: {error.what}", field="images") from None
 
 
 def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None, behind: int = 0) -> Rows:

@@ -75,7 +75,6 @@ class SiteProfile:
     hits: Int32[Tensor, "neurons bins"]
 
     def __repr__(self) -> str:
-        """Return the number of neurons."""
         return f"<SiteProfile of {self.neurons} neurons>"
 
     def __post_init__(self) -> None:
@@ -122,7 +121,6 @@ class Profile:
     path: str = "profile"
 
     def __repr__(self) -> str:
-        """Return the path and the sizes."""
         return f"<Profile {self.path}: {self.count} probes, {len(self.sites)} layers and projections>"
 
     def __post_init__(self) -> None:

@@ -176,7 +176,11 @@ def check_same_sites(profiles: Sequence[Profile]) -> None:
 
 
 def _of_profile(profile: Profile, selection: Selection) -> NeuronSet:
-    _check_screen(profile, selection)
+    if (screen := (profile.provenance.measure or {}).get("screen")) is not None:
+        what = (
+            f"was made by an earlier version with screen: {screen}, which estimated impacts"
+        )
+        raise SnrfError(profile.path, what, "make the profile again")
     needed = _needed(profile, selection.at_least)
     members = {}
     cut: dict[float, str] = {}
@@ -217,17 +221,3 @@ def _needed(profile: Profile, at_least: float | None) -> int:
         what = f"has {profile.count} probes, fewer than {at_least}"
         raise SnrfError(profile.path, what, "lower it", field="at_least")
     return at_least
-
-
-def _check_screen(profile: Profile, selection: Selection) -> None:
-    """Refuse a selection that would rest on the estimates of a profile of an earlier version."""
-    screen = (profile.provenance.measure or {}).get("screen")
-    present = {site.projection for site in profile.sites}
-    estimated = [
-        name
-        for name in ("attn.q", "attn.k")
-        if name in present and (selection.sigma is not None or selection.value(name) > 0)
-    ]
-    if screen is not None and estimated:
-        what = f"was made with screen: {screen}, so most impacts of {' and '.join(estimated)} are estimates"
-        raise SnrfError(profile.path, what, "make the profile again")
