@@ -25,10 +25,10 @@ _RECORD, _KERNEL = (
     "matrices and where they are from; a record would be made for each call",
 )
 MANY_ARGUMENTS = {
-    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse", "fuse_and_report")},
+    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse")},
     "mergekit_snrf/evidence/controls.py::masked_update": _KERNEL,
     "mergekit_snrf/merge/lora.py::masked_update": _KERNEL,
-    "mergekit_snrf/merge/tensors.py::fuse_and_report": _KERNEL,
+    "mergekit_snrf/merge/tensors.py::fuse": _KERNEL,
     "mergekit_snrf/models/edits.py::fuse": _KERNEL,
     "mergekit_snrf/merge/lora.py::LoraConfig": "peft's own record",
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
+from mergekit_snrf.fusion.fuse import Fusion, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.models.edits import Edit, fuse_model
+from mergekit_snrf.models.edits import Edit, fuse_model, fused_biases
 from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import Moments
@@ -110,23 +110,9 @@ class Merge:
 
     def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
         weights = find_live_decoder(model)
-        for site, fusion in self.bias_fusions.items():
-            module, name = weights.module(site), bias_name(weights.name(site))
-            ours, theirs = weights.bias(site), self.source.bias(site)
-            base = None if self.source_base is None else self.source_base.bias(site)
-            if ours is None or theirs is None or (self.source_base is not None and base is None):
-                raise SnrfError(name, "is missing in one of the models", "remove biases from the recipe")
-            fused = fuse(
-                ours,
-                theirs.to(ours.device),
-                self.neurons[site],
-                0,
-                fusion,
-                name=name,
-                source_base=None if base is None else base.to(ours.device),
-            )
-            selected = self.neurons[site].nonzero().flatten().to(ours.device)
-            edit.write(module.bias, 0, selected, fused[selected])
+        for site, fused in fused_biases(weights, self.source, self.neurons, self.bias_fusions, self.source_base):
+            selected = self.neurons[site].nonzero().flatten()
+            edit.write(weights.module(site).bias, 0, selected, fused[selected])
 
 
 def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:

@@ -230,9 +230,12 @@ def fuse(
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
+    *,
+    name: str = "weight",
+    source_base: Float[Tensor, "rows ..."] | None = None,
     **options: Any,
-) -> Float[Tensor, "rows ..."]:
-    """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype.
+) -> Fused:
+    """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype, and how good it is.
 
     Arguments, options and errors as ``masked_update``; it is also an error if the result overflows the dtype. A bias,
     whose axis is 0, is a matrix of one column and is fused as ``Fusion.of_bias`` says. Neurons outside the mask are
@@ -240,30 +243,15 @@ def fuse(
 
     >>> import torch
     >>> target, source = torch.zeros(3, 2), torch.ones(3, 2)
-    >>> fuse(target, source, torch.tensor([True, False, False]), 0, Fusion(beta=0.5, rank=1))
+    >>> fuse(target, source, torch.tensor([True, False, False]), 0, Fusion(beta=0.5, rank=1)).tensor
     tensor([[0.5000, 0.5000],
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    return fuse_and_report(target, source, neurons, axis, fusion, **options).tensor
-
-
-def fuse_and_report(
-    target: Float[Tensor, "rows ..."],
-    source: Float[Tensor, "rows ..."],
-    neurons: Bool[Tensor, " neurons"],
-    axis: int,
-    fusion: Fusion,
-    *,
-    name: str = "weight",
-    source_base: Float[Tensor, "rows ..."] | None = None,
-    **options: Any,
-) -> Fused:
-    """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update."""
     if target.ndim == 1:
         base = None if source_base is None else source_base.unsqueeze(-1)
         columns = target.unsqueeze(1), source.unsqueeze(-1)
-        fused = fuse_and_report(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
+        fused = fuse(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
         return fused._replace(tensor=fused.tensor.squeeze(1))
     update = masked_update(target, source, neurons, axis, fusion, name=name, source_base=source_base, **options)
     result = target.clone()

@@ -194,8 +194,7 @@ def session_of(config: MergeConfiguration) -> MergeSession:
 def _hook(names: dict[str, Any]) -> None:
     """Let ``mergekit.merge`` ask us for the architecture, the card and the tokenizer of a running session."""
     copier = functools.partial(_copy_tokenizer, names["_copy_tokenizer"])
-    card = lambda config, *_: session_of(config).card()  # noqa: E731
-    hooks = (("get_architecture_info", architecture_of), ("generate_card", card), ("_copy_tokenizer", copier))
+    hooks = (("get_architecture_info", architecture_of), ("generate_card", _card), ("_copy_tokenizer", copier))
     for name, ours in hooks:
         if not getattr(names[name], "__snrf__", False):
             names[name] = _instead(names[name], ours)
@@ -208,6 +207,10 @@ def _instead(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable
 
     function.__snrf__ = True  # type: ignore[attr-defined]
     return function
+
+
+def _card(config: MergeConfiguration, config_yaml: str, name: str | None = None) -> str:
+    return session_of(config).card()
 
 
 def _copy_tokenizer(original: Callable[..., Any], config: MergeConfiguration, *args: Any, **kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
+from mergekit_snrf.fusion.fuse import Fused, fuse
 from mergekit_snrf.fusion.threads import one_thread
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.models.filters import Filters, filter_at
@@ -27,7 +27,7 @@ def fuse_edit(
     edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None, filters: Filters | None = None
 ) -> Fused:
     """Fuse the tensor of a planned edit; ``filters`` are of the plan's moments, for ``update: regmean``."""
-    return fuse_and_report(target, source, **kernel_options(edit, source_base, filters))
+    return fuse(target, source, **kernel_options(edit, source_base, filters))
 
 
 def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filters | None) -> dict[str, Any]:

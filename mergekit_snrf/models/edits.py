@@ -6,7 +6,7 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -144,11 +144,14 @@ def fuse_model(
         check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
     with Edit.whole() as edit:
-        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases, filters):
-            module, selected = decoder.module(site), chosen[site].nonzero().flatten()
-            edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
-            if fused_bias is not None:
-                edit.write(module.bias, 0, selected, fused_bias[selected])
+        for site, fused in _fused_weights(decoder, source, chosen, fusion, source_base, filters):
+            selected = chosen[site].nonzero().flatten()
+            by_neuron = fused if site.axis == 0 else fused.mT
+            edit.write(decoder.module(site).weight, site.axis, selected, by_neuron[selected])
+        of_biases = _of_biases(decoder, chosen, fusion, biases)
+        for site, fused in fused_biases(decoder, source, chosen, of_biases, source_base):
+            selected = chosen[site].nonzero().flatten()
+            edit.write(decoder.module(site).bias, 0, selected, fused[selected])
     return edit
 
 
@@ -168,52 +171,67 @@ def fuse_state_dict(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite.
     """
-    weights = state_weights(target)
-    result = dict(target)
-    for site, fused, fused_bias in _fused(weights, source, _of(neurons), fusion, source_base, biases):
-        name = weights.name(site)
-        result[name] = fused
-        if fused_bias is not None:
-            result[bias_name(name)] = fused_bias
+    weights, chosen, result = state_weights(target), _of(neurons), dict(target)
+    for site, fused in _fused_weights(weights, source, chosen, fusion, source_base):
+        result[weights.name(site)] = fused
+    of_biases = _of_biases(weights, chosen, fusion, biases)
+    for site, fused in fused_biases(weights, source, chosen, of_biases, source_base):
+        result[bias_name(weights.name(site))] = fused
     return result
 
 
-def _fused(
+def _fusion_at(fusion: Fusion | Callable[[Site], Fusion] | None, site: Site) -> Fusion:
+    return Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
+
+
+def _of_biases(
+    target: Weights, chosen: Iterable[Site], fusion: Fusion | Callable[[Site], Fusion] | None, move: bool
+) -> dict[Site, Fusion]:
+    sites = [site for site in chosen if site.axis == 0 and target.bias(site) is not None] if move else []
+    return {site: _fusion_at(fusion, site) for site in sites}
+
+
+def _fused_weights(
     target: Weights,
     source: Source,
     chosen: Mapping[Site, Tensor],
     fusion: Fusion | Callable[[Site], Fusion] | None,
     source_base: Source | None,
-    biases: bool,
     filters: Filters | None = None,
-) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
-    """Fuse tensor by tensor; a bias is None where it stays."""
-    donors = {"source": weights_of(source)}
-    if source_base is not None:
-        donors["source_base"] = weights_of(source_base)
+) -> Iterator[tuple[Site, Tensor]]:
+    donor, base = weights_of(source), None if source_base is None else weights_of(source_base)
     for site, member in chosen.items():
-        how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
-        weight, name = target.weight(site), target.name(site)
-        theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
-        old, new = theirs.get("source_base"), theirs["source"]
+        how, weight = _fusion_at(fusion, site), target.weight(site)
+        old = None if base is None else base.weight(site).to(weight.device)
         options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
+        new = donor.weight(site).to(weight.device)
         with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=name, **options)
-        bias = target.bias(site) if biases and site.axis == 0 else None
-        if bias is None:
-            yield site, fused, None
-            continue
-        name = bias_name(name)
-        theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
-        old, new = theirs.get("source_base"), theirs["source"]
-        yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
+            fused = fuse(weight, new, member, site.axis, how, name=target.name(site), **options)
+        yield site, fused.tensor
 
 
-def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:
-    bias = weights.bias(site)
-    if bias is None:
-        raise SnrfError(name, f"the {role} has no such bias to move it by", "leave out the biases", field="biases")
-    return bias.to(like.device)
+def fused_biases(
+    target: Weights,
+    source: Source,
+    chosen: Mapping[Site, Tensor],
+    fusions: Mapping[Site, Fusion],
+    source_base: Source | None = None,
+) -> Iterator[tuple[Site, Tensor]]:
+    """Fuse the biases of some sites one by one; ``SnrfError``: a model has none there."""
+    models = {"target": target, "source": weights_of(source)}
+    if source_base is not None:
+        models["source_base"] = weights_of(source_base)
+    for site, how in fusions.items():
+        name = bias_name(target.name(site))
+        found: list[Tensor] = []
+        for role, model in models.items():
+            bias = model.bias(site)
+            if bias is None:
+                what = f"the {role} has no such bias to move it by"
+                raise SnrfError(name, what, "leave out the biases", field="biases")
+            found.append(bias.to(found[0].device) if found else bias)
+        ours, theirs, *base = found
+        yield site, fuse(ours, theirs, chosen[site], 0, how, name=name, source_base=base[0] if base else None).tensor
 
 
 def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:

@@ -19,7 +19,7 @@ import mergekit.card
 import mergekit.multigpu_executor as multi_gpu
 import pytest
 import torch
-from checkpoints import load, make_source, read, write
+from checkpoints import fused_tensor, load, make_source, read, write
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
@@ -44,7 +44,7 @@ from pair import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
+from mergekit_snrf.fusion.fuse import ORDERS, Fusion
 from mergekit_snrf.merge import method
 from mergekit_snrf.merge.adapter import architecture_of, rewritten
 from mergekit_snrf.merge.draft import draft_merge
@@ -70,7 +70,7 @@ def fused(pair: Pair, fusions: dict[Site, Fusion] | Fusion, base: Tensors, sourc
         fusion = fusions if isinstance(fusions, Fusion) else fusions[site]
         name, axis = target_name(site), MODULES[site.projection][1]
         if fusion.beta:
-            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion)
+            expected[name] = fused_tensor(base[name], source[source_name(site)], member, axis, fusion)
     return expected
 
 
@@ -526,7 +526,7 @@ def test_number_of_threads(pair: Pair, tmp_path: Path) -> None:
     for number in (1, 2):
         torch.set_num_threads(number)
         output = merge(pair.recipe(), tmp_path / str(number))
-        outputs.append({**output, "large": fuse(*matrices, 1, Fusion(0.5, 4))})
+        outputs.append({**output, "large": fused_tensor(*matrices, 1, Fusion(0.5, 4))})
     edited = {*(target_name(site) for site in pair.neurons), "large"}
     for name in edited:
         one, two = (output.pop(name).float() for output in outputs)

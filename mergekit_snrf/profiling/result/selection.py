@@ -177,9 +177,7 @@ def check_same_sites(profiles: Sequence[Profile]) -> None:
 
 def _of_profile(profile: Profile, selection: Selection) -> NeuronSet:
     if (screen := (profile.provenance.measure or {}).get("screen")) is not None:
-        what = (
-            f"was made by an earlier version with screen: {screen}, which estimated impacts"
-        )
+        what = f"was made by an earlier version with screen: {screen}, which estimated impacts"
         raise SnrfError(profile.path, what, "make the profile again")
     needed = _needed(profile, selection.at_least)
     members = {}
