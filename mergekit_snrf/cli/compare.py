@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.merge.recipefile import MergeOptions
@@ -49,13 +48,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
-@click.option(
-    "--linear-betas",
-    default="0.1,0.25,0.5,0.75,1.0",
-    show_default=True,
-    metavar="BETAS",
-    help="Strengths of the linear merge of all neurons.",
-)
+@options.linear_betas_option
 @click.option(
     "--moments",
     metavar="MOMENTS",
@@ -101,14 +94,7 @@ def compare(
     common.check_outputs(json_file, figures)
     study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **given)
     click.echo("\n".join([common.study_text(study), *notes]))
-    common.write_outputs(study, json_file, figures, _drawings(study))
-
-
-def _drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
-    from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.sections import metric_drawings
-
-    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()
+    common.write_outputs(study, json_file, figures, common.study_drawings(study))
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -150,8 +136,8 @@ def _from_recipe(
         raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys, betas = _keys(given["rows"]), _numbers(given["linear_betas"], "--linear-betas", 1)
-    strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), common.numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = common.numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup, run_study
@@ -242,15 +228,3 @@ def _keys(rows: str) -> list[str]:
         what = f"{unknown[0]!r} is not a row"
         raise SnrfError(None, what, did_you_mean(unknown[0], _ROWS, "rows are"), field="--rows")
     return keys
-
-
-def _numbers(text: str, name: str, most: float) -> list[float]:
-    """Return rising numbers above 0 and up to ``most``."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
-    if not all(0 < number <= most for number in numbers):
-        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
-    return numbers
