@@ -63,7 +63,8 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
         name = f"DARE, drop rate {controls.drop_rate:g}"
         dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
         words = Words(
-            f"DARE with drop rate {controls.drop_rate:g} on the {_neurons(merge)}",
+            f"DARE with drop rate {controls.drop_rate:g} on the "
+            f"{'neurons of the recipe' if is_regmean(merge) else 'masked neurons'}",
             # DARE at RegMean's strength is at another point of the trade-off.
             "" if is_regmean(merge) else "the recipe's update in place of DARE's",
         )
@@ -131,10 +132,6 @@ def _point(curve: Curve, strength: float, merge: Merge, settings: Mapping[str, A
 
 def _named(curve: Curve, strength: float) -> str:
     return f"{curve.name}, {curve.key} {strength:g}"
-
-
-def _neurons(merge: Merge) -> str:
-    return "neurons of the recipe" if is_regmean(merge) else "masked neurons"
 
 
 def _row(name: str, merges: Sequence[Merge], words: Words = _NONE, settings: Mapping[str, Any] | None = None) -> Row:
