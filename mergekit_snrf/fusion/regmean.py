@@ -95,7 +95,7 @@ class SketchMoment:
 
     @classmethod
     def of(cls, vectors: Float64[Tensor, "d k"], values: Float64[Tensor, " k"], trace: float) -> SketchMoment:
-        """Return eigenvectors and eigenvalues of a moment in this form, scaled to trace d; one of trace 0 stays zero."""
+        """Return eigenvectors and eigenvalues of a moment in this form, scaled to trace d; trace 0 stays zero."""
         d = len(vectors)
         scale = d / trace if trace > 0 else 0.0
         factor = (vectors * (values.clamp_min(0) * scale).sqrt()).to(torch.float16)

@@ -50,7 +50,7 @@ class InputSum:
     size: int
     clip: float
     directions: Float[Tensor, "d width"] | None
-    total: Float[Tensor, "..."] = field(init=False)
+    total: Float[Tensor, ...] = field(init=False)
     counts: Float64[Tensor, " 3"] = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     largest: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
