@@ -215,7 +215,7 @@ def _of_results(folder: Path) -> Iterator[Reader]:
     from made_results import ablation, comparison
     from test_lmms_eval import sample, write
 
-    from mergekit_snrf.evidence.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.compare_samples import compare_runs
     from mergekit_snrf.evidence.results import Study, read_result, write_result
     from mergekit_snrf.evidence.tables import settings_table, study_table
 

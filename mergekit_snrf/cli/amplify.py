@@ -100,8 +100,8 @@ def amplify(
     tokens are numbers, signs, LaTeX commands and words of a list that comes with this package.
     """
     neurons = _Named(named["names"], named["names_file"], named["mask"], named["pick"])
-    if figures is not None and (find_spec("matplotlib") is None or find_spec("wordcloud") is None):
-        raise SnrfError(None, "word clouds need matplotlib and wordcloud", "pip install 'mergekit-snrf[analysis]'")
+    if figures is not None and find_spec("matplotlib") is None:
+        raise SnrfError(None, "figures need matplotlib", "pip install 'mergekit-snrf[analysis]'")
     check_outputs(json_file, figures)
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
         result = _measured(probes, construct(ModelRef, {"model": model, **loading}), neurons, factor, asked)
@@ -191,5 +191,5 @@ def _draw(result: Amplification, folder: Path) -> list[Path]:
     paths = []
     for neuron in result.neurons:
         title = f"{neuron.neuron} of {wording.without_folders(result.model)} amplified by {result.factor:g}"
-        paths += drawing.save(figures.word_cloud(neuron), folder, neuron.neuron, title, wording.word_cloud_text(neuron))
+        paths += drawing.save(figures.token_bars(neuron), folder, neuron.neuron, title, wording.token_bars_text(neuron))
     return paths

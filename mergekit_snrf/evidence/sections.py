@@ -14,7 +14,7 @@ from mergekit_snrf.evidence.tables import Table, layers_table, projections_table
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
-_CLOUDS = 12
+_DRAWN = 12
 _TOKENS = 10
 _TITLES = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat simpler baselines?"}
 _LEADING = "leading tokens: log-odds (amplified:plain)"
@@ -127,8 +127,8 @@ def study_section(study: Study, digest: str) -> Section:
 
 
 def amplification_section(amplification: Amplification) -> Section:
-    """Show amplified neurons: word clouds and leading tokens."""
-    from mergekit_snrf.evidence.figures import word_cloud
+    """Show amplified neurons: bars and leading tokens."""
+    from mergekit_snrf.evidence.figures import token_bars
 
     section = Section("amplification", "What single neurons promote")
     count, ratio = len(amplification.neurons), amplification.math_neuron_ratio
@@ -144,9 +144,9 @@ def amplification_section(amplification: Amplification) -> Section:
             f"the leading tokens math tokens ({classifier})"
             + ("." if plain is None else f"; of the tokens of the plain answers, {wording.percent(plain)} are.")
         )
-    clouds = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
+    leading = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
     section.drawings += [
-        Drawing(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)) for neuron in clouds[:_CLOUDS]
+        Drawing(token_bars(neuron), neuron.neuron, wording.token_bars_text(neuron)) for neuron in leading[:_DRAWN]
     ]
     header = ("neuron", _LEADING, "tokens amplified", "tokens plain", "answers changed", "math tokens")
     rows = [_amplified_row(neuron) for neuron in amplification.neurons]

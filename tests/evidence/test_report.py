@@ -430,6 +430,15 @@ def test_template_is_in_the_wheel() -> None:
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
 
+# The pairs of texts of one figure whose boxes overlap by more than a pixel.
+OVERLAPPING = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+  const width = (p, q) => Math.min(p.right, q.right) - Math.max(p.left, q.left);
+  const height = (p, q) => Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+  const meets = p => ([_, q]) => width(p, q) > 1 && height(p, q) > 1;
+  return boxes.flatMap(([a, p], place) => boxes.slice(0, place).filter(meets(p)).map(([b]) => [a, b]));
+})"""
+
 
 @needs_chromium
 def test_in_a_browser(full: str, tmp_path: Path) -> None:
@@ -437,13 +446,14 @@ def test_in_a_browser(full: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(full)
     with browser() as page:
-        for width in (1280, 375):
+        for width in (1280, 390):
             backgrounds = []
             for dark in (False, True):
                 page.open(path.as_uri(), width, dark)
                 assert page.value("document.documentElement.scrollWidth") <= width
                 assert page.value("document.querySelectorAll('svg text').length") > 50
                 backgrounds.append(page.value("getComputedStyle(document.body).backgroundColor"))
+                assert page.value(OVERLAPPING) == []
                 ink = "getComputedStyle(document.querySelector('figure svg [id*=\"text_\"] text')).fill"
                 assert page.value(ink) == page.value("getComputedStyle(document.body).color")
             assert backgrounds == ["rgb(255, 255, 255)", "rgb(21, 24, 28)"]
