@@ -79,7 +79,8 @@ def ablate(
     silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = loaded(ref, settings)
-    setup = Setup("ablation", model, evaluation.name, chosen.path, sha256(chosen.path), seed, settings)
+    digests = sha256(chosen.path), chosen.neurons.sha256()
+    setup = Setup("ablation", model, evaluation.name, chosen.path, *digests, seed, settings)
     study = run_study(setup, rows, subject, processor, evaluation, progress=not is_quiet())
     click.echo(study_text(study))
     if least is None:

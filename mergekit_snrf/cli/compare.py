@@ -170,6 +170,7 @@ def _from_recipe(
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     opened, options = opened_recipe(places[0], loading, caches)
     for warning in opened.warnings:
@@ -182,8 +183,10 @@ def _from_recipe(
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
     controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
     controls = replace(controls, moments=found, keeps=strengths)
-    digest = None if opened.mask is None else sha256(opened.mask)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, seed=given["seed"], settings=settings)
+    if opened.mask is not None:
+        neurons = read_mask(opened.mask).neurons.sha256()
+        setup = replace(setup, mask_sha256=sha256(opened.mask), neurons_sha256=neurons)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
         study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())

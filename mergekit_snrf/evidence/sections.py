@@ -12,6 +12,7 @@ from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, Overlap, Study
 from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
 from mergekit_snrf.neurons.maskfile import Mask
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 _DRAWN = 12
@@ -99,15 +100,21 @@ def _metrics(study: Study) -> list[str]:
     return list(dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics))
 
 
-def study_section(study: Study, digest: str) -> Section:
+def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
     """Show a study: its verdict, its trade-offs, a figure and a table per metric, and how to repeat it."""
     from mergekit_snrf.evidence.curves import tradeoff_drawings
 
     title = f"{_TITLES[study.kind]} ({wording.without_folders(study.model)})"
     section = Section(study.kind, title, list(study.verdict))
-    if study.mask_sha256 not in (None, digest):
+    if study.neurons_sha256 not in (None, neurons.sha256()):
+        file = f" (sha256 {study.mask_sha256})" if study.mask_sha256 else ""
         section.warnings.append(
-            f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
+            f"Measured with the neurons of another mask{file}: this says nothing about the mask of this report."
+        )
+    elif study.neurons_sha256 is None and study.mask_sha256 not in (None, digest):
+        section.warnings.append(
+            f"Measured with another mask file (sha256 {study.mask_sha256}), without a digest of its neurons: "
+            f"they may not be those of this report."
         )
     section.drawings += [*tradeoff_drawings(study).values(), *metric_drawings(study).values()]
     for metric in _metrics(study):

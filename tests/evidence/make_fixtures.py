@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -178,9 +179,11 @@ def store(source: Path, target: Path, folder: Path) -> None:
     """Copy what a tool wrote, without what is of this machine."""
     shutil.rmtree(target, ignore_errors=True)
     for path in sorted(source.rglob("*.json*")):
-        place = target / Path(str(path.relative_to(source)).replace(str(folder).replace("/", "__").strip("_"), "tiny"))
+        # A model's folder is called after its path.
+        named = re.compile(rf"\w*{re.escape(folder.name)}__")
+        place = target / named.sub("", str(path.relative_to(source)))
         place.parent.mkdir(parents=True, exist_ok=True)
-        text = path.read_text().replace(f"{folder}/", "")
+        text = named.sub("", path.read_text().replace(f"{folder}/", ""))
         if path.suffix == ".json":
             content = {key: value for key, value in json.loads(text).items() if key not in DROPPED}
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

@@ -296,10 +296,21 @@ def test_paths_without_folders(given: str, shown: str) -> None:
     assert without_folders(given) == shown
 
 
-def test_study_of_another_mask_is_marked(mask: Mask) -> None:
+def test_study_of_other_neurons_is_marked(mask: Mask, tmp_path: Path) -> None:
+    """Neurons are compared, not files: the same neurons in another file, with another list of sites, are the same."""
+    own = mask.neurons.sha256()
+    empty = NeuronSet({**mask.neurons, Site(9, "attn.q"): torch.zeros(4, dtype=torch.bool)})
+    write_mask(tmp_path / "again.safetensors", empty)
+    again = read_mask(tmp_path / "again.safetensors")
+    assert references.sha256(again.path) != references.sha256(mask.path)
+    study = ablation(references.sha256(mask.path)).model_copy(update={"neurons_sha256": own})
+    assert 'class="warning"' not in report(again, [], [study])
+    fewer = Mask(NeuronSet({Site(0, "attn.q"): mask.neurons[Site(0, "attn.q")]}), path=again.path)
+    warned = Page(report(fewer, [], [study])).said("p")
+    assert any("neurons of another mask" in text and str(study.mask_sha256) in text for text in warned)
+    assert study.verdict[0] in warned
     page = Page(report(mask, [], [ablation("cd" * 32)]))
-    assert any("another mask" in text and "cd" * 32 in text for text in page.said("p"))
-    assert ablation().verdict[0] in page.said("p")
+    assert any("another mask file" in text and "may not be" in text and "cd" * 32 in text for text in page.said("p"))
 
 
 @pytest.mark.parametrize(

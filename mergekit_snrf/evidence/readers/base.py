@@ -63,7 +63,7 @@ class Reader(Protocol):
         """
 
     def wrote(self, file: Path) -> bool:
-        """Return whether the tool may have written a file, with or without samples."""
+        """Return whether the tool writes such a file also without samples."""
 
     def read(self, task: str, paths: Sequence[Path]) -> Task:
         """Return the items of a task.

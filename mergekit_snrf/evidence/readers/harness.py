@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ class Harness:
         return {task: _newest(task, [path for *_, path in sorted(runs)]) for task, runs in of_task.items()}
 
     def wrote(self, file: Path) -> bool:
-        """Return whether a file is one of samples or results."""
-        return self.samples.fullmatch(file.name) is not None or file.name.endswith("results.json")
+        """Return whether a file is a run's results."""
+        return fnmatch(file.name, self.summary("*"))
 
     def read(self, task: str, paths: Sequence[Path]) -> Task:
         """Return the items of every metric and filter; one that is not understood is left out."""

@@ -21,7 +21,7 @@ _DAMAGED = "the file is damaged, get it again"
 
 
 def columns_of(path: Path) -> list[str]:
-    """Return the names of a table's columns; none, if it is no table.
+    """Return the names of a table's columns; of anything else none.
 
     Raises:
         SnrfError: the file cannot be read, is too large, or damaged.

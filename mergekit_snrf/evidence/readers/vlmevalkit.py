@@ -77,7 +77,7 @@ class VLMEvalKit:
         return file.name == _STATUS or _model_of(file) is not None
 
     def read(self, task: str, paths: Sequence[Path]) -> Task:
-        """Return the items of every scored table; those of several judges are told apart by the ends of their names."""
+        """Return the items of every scored table; those of several judges have the ends of their names in theirs."""
         items: dict[str, Items] = {}
         left_out: dict[str, str] = {}
         evidence: dict[str, tuple[str | None, ...]] = {}
@@ -166,7 +166,7 @@ def _number(value: Any) -> Any:
 
 
 def _mme(values: Sequence[Value], rows: Sequence[_Row]) -> dict[str, Callable[[], Items]]:
-    """Return MME's scores, perception and reasoning; a picture is told by its path."""
+    """Return MME's scores, perception and reasoning; a picture is known by its path."""
     halves: dict[str, list[tuple[str, str, Value]]] = defaultdict(list)
     for value, row in zip(values, rows, strict=True):
         half = "reasoning" if row["category"] in _REASONING else "perception"
