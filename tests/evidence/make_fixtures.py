@@ -291,6 +291,21 @@ def tables(folder: Path) -> None:
         (place / "status.json").write_text(json.dumps(status, indent=2))
 
 
+def versions(python: str, *packages: str) -> dict[str, str]:
+    code = "import sys, json\nfrom importlib.metadata import version as of\n"
+    code += "print(json.dumps({name: of(name) for name in sys.argv[1:]}))"
+    return json.loads(subprocess.run([python, "-c", code, *packages], check=True, capture_output=True).stdout)
+
+
+def write_versions(lmms: str, lm: str) -> None:
+    known = {
+        "lmms_eval": versions(lmms, "lmms_eval", "torch", "transformers"),
+        "lm_eval": versions(lm, "lm_eval", "torch", "transformers"),
+        "vlmevalkit (not run)": versions(lm, "pandas", "xlsxwriter"),
+    }
+    (FIXTURES / "versions.json").write_text(json.dumps(known, indent=1) + "\n")
+
+
 def main(lmms: str, lm: str) -> None:
     sys.path.insert(0, str(HERE.parent))
     from checkpoints import make_source, make_target
@@ -320,6 +335,7 @@ def main(lmms: str, lm: str) -> None:
             evaluate([*lm_eval, *arguments], folder, folder / "lm_eval" / model)
             store(folder / "lm_eval" / model, FIXTURES / "lm_eval" / model, folder)
     subprocess.run([lm, __file__, "--tables", str(FIXTURES)], check=True)
+    write_versions(lmms, lm)
 
 
 if __name__ == "__main__":
