@@ -240,9 +240,16 @@ def test_the_newest_run_of_vlmevalkit_counts(tmp_path: Path) -> None:
     assert "vl has 2 runs of POPE; the newest by its name counts, T20260303-000000." in notes
     study, _ = compare_runs([older, newer], metrics=["accuracy"])
     assert means(study, "POPE/accuracy")[0] < means(study, "POPE/accuracy")[1]
+    # A folder may have another name where its status says the model's.
+    renamed = older.rename(tmp_path / "copy")
+    (renamed / "status.json").write_text(json.dumps({"model_name": "vl"}))
+    assert compare_runs([renamed, newer])[0].items == {"POPE/accuracy": 8}
+    (renamed / "status.json").write_text("[")
+    with pytest.raises(SnrfError, match="has results of VLMEvalKit and no samples"):
+        compare_runs([renamed, newer])
     # Before runs had folders, tables were in the model's.
     of_kit(tmp_path / "old", run=".")
-    assert compare_runs([tmp_path / "old" / "vl", older])[0].items == {"POPE/accuracy": 8}
+    assert compare_runs([tmp_path / "old" / "vl", newer])[0].items == {"POPE/accuracy": 8}
 
 
 def test_several_models_or_judges_of_vlmevalkit(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """VLMEvalKit: tables ``{model}_{dataset}[_{judge}][_{kind}]`` (xlsx, tsv or json) in a folder of the model's name.
 
-Newer versions write every run in a folder ``T{date}...`` in it, with a ``status.json``. A table of predictions has no
-scores; what the evaluation of the data set wrote beside it has one of these columns, by sample:
+Newer versions write every run in a folder ``T{date}...`` in it, with a ``status.json`` that names the model. A table of
+predictions has no scores; what the evaluation of the data set wrote beside it has one of these columns, by sample:
 
 - ``hit``: multiple choice (``*_result``);
 - ``score``: yes or no (``*_auxmatch``) and judges; MME's pairs of questions are summed up as MME does, and a question
@@ -29,6 +29,7 @@ from mergekit_snrf.evidence.readers.base import MAX_NAME, Found, Task, UnknownMe
 from mergekit_snrf.evidence.readers.mathvista import is_right
 from mergekit_snrf.evidence.readers.scores import Value, items_of, mme_items, score
 from mergekit_snrf.evidence.readers.sheets import SUFFIXES, columns_of, read_rows
+from mergekit_snrf.files.reading import load_json
 
 _RUN = re.compile(r"T\d{8}([-_].*)?")
 _STATUS = "status.json"
@@ -53,7 +54,8 @@ class VLMEvalKit:
         """
         # A model's folder has links to the tables of its newest run.
         files = sorted(files, key=lambda file: not file.is_symlink())
-        models = {file: _model_of(file) for file in files if file.suffix in SUFFIXES}
+        named = {file.parent: _named(file) for file in files if file.name == _STATUS}
+        models = {file: _model_of(file, named.get(file.parent)) for file in files if file.suffix in SUFFIXES}
         tables = {file.resolve(): (file, model) for file, model in models.items() if model is not None}
         of_folder: dict[Path, dict[Path, str]] = defaultdict(dict)
         for file, model in tables.values():
@@ -99,10 +101,19 @@ class VLMEvalKit:
         return Task(items, left_out, evidence)
 
 
-def _model_of(file: Path) -> str | None:
-    """Return the model in whose folder, or run, a file is that begins with its name."""
+def _model_of(file: Path, named: str | None = None) -> str | None:
+    """Return the model that a file's name begins with: as the run's status names it, or as its folder is called."""
     folder = file.parent.parent if _RUN.fullmatch(file.parent.name) else file.parent
-    return folder.name if folder.name and file.name.startswith(f"{folder.name}_") else None
+    return next((name for name in (named, folder.name) if name and file.name.startswith(f"{name}_")), None)
+
+
+def _named(status: Path) -> str | None:
+    try:
+        content = load_json(status)
+    except SnrfError:
+        return None
+    name = content.get("model_name") if isinstance(content, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _sets(stems: Mapping[Path, str]) -> dict[Path, str]:
