@@ -92,9 +92,9 @@ class Oracle:
             float(one[0][:, ~self.image][:, :, self.image].sum(-1).mean()) for one in out.attentions if one is not None
         ]
 
-    def means(self, kind: str, limit: int | None) -> dict[str, list[float]]:
+    def means(self, kind: str, limit: int) -> dict[str, list[float]]:
         places = self.places[kind]
-        if limit is not None and len(places) > limit:
+        if limit and len(places) > limit:
             places = places[[int((i + 0.5) * len(places) / limit) for i in range(limit)]]
         last = self.logs[-1][places]
         found: dict[str, list[Any]] = {name: [] for name in ("entropy", "kl", "agrees", "rank", "probability", "hits")}
@@ -120,7 +120,7 @@ def test_the_lens_shows_the_hidden_states_of_every_family(kind: str, family: str
             module.config._attn_implementation = "eager"
     batch = answered(model, folder)
     oracle = Oracle(model, folder, batch)
-    for limit in (None, 3):
+    for limit in (0, 3):
         lensed = Lensed.of(model, limit, family)
         sums = LensSums(3, lensed.head.vocabulary)
         add_batch(sums, lensed, batch)
@@ -182,7 +182,7 @@ def test_a_head_that_is_not_understood_is_refused(llava: Any) -> None:
     with pytest.raises(SnrfError, match="do not follow from its final norm and head"):
         lens(llava.rows(), model, processor, asked)
     model, processor = llava.load("float32")
-    lensed = replace(Lensed.of(model, None, "x"), images=(399,))
+    lensed = replace(Lensed.of(model, 0, "x"), images=(399,))
     with pytest.raises(SnrfError, match="no token of an image that its configuration names"):
         add_batch(LensSums(3, lensed.head.vocabulary), lensed, llava.batches(*llava.load("float32"))[0])
     with pytest.raises(SnrfError, match="no final norm and linear head"):
@@ -195,7 +195,7 @@ def test_positions_are_evenly_spaced_and_independent_of_the_batch() -> None:
     answer = torch.zeros_like(ids, dtype=torch.bool)
     answer[0, 8:], answer[1, 4:6] = True, True
     batch = ProbeBatch((0, 1), {"input_ids": ids}, mask, answer)
-    found = Positions.of(batch, (9,), 2)
+    found = Positions.of(batch, (9,), lambda tokens: 2)
     triples = list(zip(*(one.tolist() for one in (found.probe, found.place, found.kind, found.next)), strict=True))
     assert triples == [
         (0, 2, 0, 9), (0, 4, 0, 9), (0, 0, 1, 9), (0, 6, 1, 3), (0, 7, 2, 4), (0, 9, 2, 6),
