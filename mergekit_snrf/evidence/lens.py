@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.asked import Asked
+from mergekit_snrf.evidence.lens_positions import ANSWER, Positions
 from mergekit_snrf.evidence.results import KINDS, Lens, LensAnswer, LensKind
 from mergekit_snrf.evidence.tokens import token_text
 from mergekit_snrf.models.head import LiveHead, find_live_head
@@ -43,53 +44,6 @@ TOP = 10
 """Most frequent tokens in a result."""
 # Logits that are computed at a time.
 _BLOCK = 2**23
-
-IMAGE, PROMPT, ANSWER = range(len(KINDS))
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions of a batch that are read.
-
-    Attributes:
-        probe: index in the batch.
-        place: of the token in its probe.
-        kind: index in ``KINDS``.
-        next: the token that follows, 0 behind the last one.
-        image: all tokens of images in the batch.
-        text: all other tokens in it, without padding.
-    """
-
-    probe: Int[Tensor, " positions"]
-    place: Int[Tensor, " positions"]
-    kind: Int[Tensor, " positions"]
-    next: Int[Tensor, " positions"]
-    image: Bool[Tensor, "batch tokens"]
-    text: Bool[Tensor, "batch tokens"]
-
-    @staticmethod
-    def of(batch: ProbeBatch, images: tuple[int, ...], limit: Callable[[int], int]) -> Positions:
-        """Return evenly spaced positions of each kind, at most ``limit`` of the number of tokens in every probe."""
-        ids, real, answer = (
-            one.cpu() for one in (batch.inputs["input_ids"], batch.attention_mask != 0, batch.answer_mask)
-        )
-        image = real & torch.isin(ids, torch.tensor(images, dtype=ids.dtype))
-        predicts = torch.zeros_like(answer)
-        predicts[:, :-1] = answer[:, 1:]
-        kinds = torch.where(image, IMAGE, torch.where(predicts, ANSWER, PROMPT)).where(real, -1)
-        # The answer's own last token predicts nothing that is known.
-        kinds[answer & ~predicts] = -1
-        found = []
-        for number, row in enumerate(kinds):
-            most = limit(int(real[number].sum()))
-            for index in range(len(KINDS)):
-                places = (row == index).nonzero().flatten()
-                if len(places) > most:
-                    places = places[(torch.arange(most) * 2 + 1) * len(places) // (2 * most)]
-                found += [(number, at, index) for at in places.tolist()]
-        probe, place, kind = torch.tensor(found, dtype=torch.long).view(-1, 3).unbind(1)
-        following = torch.nn.functional.pad(ids, (0, 1))[probe, place + 1]
-        return Positions(probe, place, kind, following, image, real & ~image)
 
 
 @dataclass(frozen=True)
