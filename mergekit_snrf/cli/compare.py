@@ -100,7 +100,7 @@ def compare(
     _check_options(from_lmms_eval)
     common.check_outputs(json_file, figures)
     study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **given)
-    click.echo("\n".join([common.study_text(study), *notes]))
+    common.say("\n".join([common.study_text(study), *notes]))
     common.write_outputs(study, json_file, figures, _drawings(study))
 
 
