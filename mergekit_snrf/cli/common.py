@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -176,3 +176,23 @@ def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) ->
     if loading.get("dtype", "auto") == "auto":
         loading["dtype"] = opened.dtype
     return opened, options
+
+
+def numbers(text: str, name: str, most: float) -> list[float]:
+    """Return the rising numbers above 0 and up to ``most`` of an option ``name``."""
+    try:
+        numbers = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
+    if not all(0 < number <= most for number in numbers):
+        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
+        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
+    return numbers
+
+
+def study_drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
+    """Yield the figures of a study by the names of their files."""
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
+    from mergekit_snrf.evidence.sections import metric_drawings
+
+    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.merge.recipefile import MergeOptions
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
+_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 _MOST_KEEP = 1e6
 _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
@@ -37,7 +36,8 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     metavar="ROWS",
     default=",".join(_ROWS),
     show_default=True,
-    help="The controls, separated by commas. least needs --profile, base needs --base, regmean needs --moments.",
+    help="The controls, separated by commas. least needs --profile, frank and base need --base, "
+    "regmean needs --moments.",
 )
 @options.draws_option
 @options.seed_option
@@ -49,13 +49,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
-@click.option(
-    "--linear-betas",
-    default="0.1,0.25,0.5,0.75,1.0",
-    show_default=True,
-    metavar="BETAS",
-    help="Strengths of the linear merge of all neurons.",
-)
+@options.linear_betas_option
 @click.option(
     "--moments",
     metavar="MOMENTS",
@@ -101,14 +95,7 @@ def compare(
     common.check_outputs(json_file, figures)
     study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **given)
     common.say("\n".join([common.study_text(study), *notes]))
-    common.write_outputs(study, json_file, figures, _drawings(study))
-
-
-def _drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
-    from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.sections import metric_drawings
-
-    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()
+    common.write_outputs(study, json_file, figures, common.study_drawings(study))
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -150,8 +137,8 @@ def _from_recipe(
         raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys, betas = _keys(given["rows"]), _numbers(given["linear_betas"], "--linear-betas", 1)
-    strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), common.numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = common.numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup, run_study
@@ -162,14 +149,16 @@ def _from_recipe(
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    least, base, notes = _of_options(keys, opened, given["profiles"], given["base"], merging, settings)
+    notes: list[str] = []
+    least = _least(keys, opened, given["profiles"], settings, notes)
+    shared, franks = _of_base(keys, opened, given["base"], merging, settings, notes)
     found = _moments(keys, opened, given["moments"], settings, notes)
     common.silence_progress()
     evaluation = load_evaluation(reference)
     ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
     model, processor = common.loaded(ref, settings)
-    controls = Controls(keys, given["draws"], given["seed"], least, base, betas, given["drop_rate"])
-    controls = replace(controls, moments=found, keeps=strengths)
+    controls = Controls(keys, given["draws"], given["seed"], least, shared, betas, given["drop_rate"])
+    controls = replace(controls, moments=found, keeps=strengths, frank=franks)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)
@@ -180,37 +169,59 @@ def _from_recipe(
     return study, notes
 
 
-def _of_options(
-    keys: Collection[str],
-    opened: OpenedRecipe,
-    profiles: Sequence[str],
-    base: str | None,
-    merging: MergeOptions,
-    settings: dict[str, Any],
-) -> tuple[NeuronSet | None, Weights | None, list[str]]:
-    """Return the least important neurons, the common base, and notes on rows left out; add to the settings."""
+def _least(
+    keys: Collection[str], opened: OpenedRecipe, profiles: Sequence[str], settings: dict[str, Any], notes: list[str]
+) -> NeuronSet | None:
+    """Return the least important neurons; add to the settings, and to the notes on rows left out."""
     from mergekit_snrf.evidence.least import least_important, read_profile_of
-    from mergekit_snrf.evidence.recipes import open_base
     from mergekit_snrf.files.references import sha256
 
-    least, weights, notes = None, None, []
     if opened.mask is None:
         notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
-        least = least_important(read, opened.merge.neurons)
         settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
-    elif "least" in keys:
+        return least_important(read, opened.merge.neurons)
+    if "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
-    if "base" in keys and base is not None:
-        with naming(option):
-            weights = open_base(base, opened, merging)
-        settings["base"] = base
-    elif "base" in keys:
-        _check_chosen("base", "--base, the model that both were trained from")
-        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
-    return least, weights, notes
+    return None
+
+
+def _of_base(
+    keys: Collection[str],
+    opened: OpenedRecipe,
+    name: str | None,
+    merging: MergeOptions,
+    settings: dict[str, Any],
+    notes: list[str],
+) -> tuple[Weights | None, list[float] | None]:
+    """Return the common base and FRANK's strengths; add to the settings, and to the notes on rows left out."""
+    from mergekit_snrf.evidence.recipes import open_base
+    from mergekit_snrf.fusion.frank import source_strengths
+    from mergekit_snrf.models.changes import squared_changes
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+
+    rows = {"base": "the common base as source", "frank": "FRANK"}
+    wanted = [key for key in rows if key in keys]
+    if name is None:
+        for key in wanted:
+            _check_chosen(key, "--base, the model that both were trained from")
+        if wanted:
+            named, needs = " and ".join(rows[key] for key in wanted), "need" if len(wanted) > 1 else "needs"
+            notes.append(f"Left out: {named}, which {needs} --base, the model that both were trained from.")
+        return None, None
+    if not wanted:
+        return None, None
+    settings["base"] = name
+    with naming(option):
+        shared = open_base(name, opened, merging)
+        if "frank" not in wanted:
+            return shared, None
+        cache = merging.transformers_cache
+        base = open_checkpoint(name, cache_dir=cache, trust_remote_code=merging.trust_remote_code)
+        norms = [(v, r) for v, r in squared_changes(base, (opened.target, opened.source), cache)]
+        return shared, source_strengths(norms)
 
 
 def _moments(
@@ -242,15 +253,3 @@ def _keys(rows: str) -> list[str]:
         what = f"{unknown[0]!r} is not a row"
         raise SnrfError(None, what, did_you_mean(unknown[0], _ROWS, "rows are"), field="--rows")
     return keys
-
-
-def _numbers(text: str, name: str, most: float) -> list[float]:
-    """Return rising numbers above 0 and up to ``most``."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
-    if not all(0 < number <= most for number in numbers):
-        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
-    return numbers

@@ -17,9 +17,17 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "snrf compare snrf.yml --eval evaluation.yml --draws 10 --json comparison.json",
         "snrf compare regmean.yml --eval evaluation.yml --base BASE --figures figures/",
     ),
+    "frank": (
+        "snrf frank BASE TARGET SOURCE -o frank.yml",
+        "snrf frank BASE TARGET SOURCE --lens lens.json --mask mask.safetensors -o frank.yml",
+    ),
     "init": (
         "snrf init Qwen/Qwen2.5-VL-7B-Instruct Qwen/Qwen2.5-Math-7B merge/",
         "snrf init my-vlm my-llm merge/ --probes source=problems.jsonl --probes keep=ocr",
+    ),
+    "lens": (
+        "snrf lens MODEL --probes profile.yml -o lens.json --figures figures/",
+        "snrf lens MODEL --probes probes.jsonl --images image --tokens 0 -o tokens.html",
     ),
     "lora": ("snrf lora snrf.yml adapter/", "snrf lora regmean.yml adapter/ --rank 64 --dtype bfloat16"),
     "mask card": ("snrf mask card mask.safetensors", "snrf mask card mask.safetensors > README.md"),

@@ -9,7 +9,9 @@ from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.examples import add_examples
+from mergekit_snrf.cli.frank import frank
 from mergekit_snrf.cli.init import init
+from mergekit_snrf.cli.lens import lens
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.merge import merge
@@ -19,13 +21,14 @@ from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
 from mergekit_snrf.cli.profile import main as profile
 from mergekit_snrf.cli.report import report
+from mergekit_snrf.cli.sweep import sweep
 from mergekit_snrf.errors import did_you_mean
 
 _SECTIONS = {
     "Make a merge, in this order": (init, profile, moments, plan, merge),
-    "Other outputs": (patch, lora),
-    "See whether it helps": (compare, report),
-    "Look at neurons": (mask, overlap, ablate, amplify),
+    "Other outputs": (patch, lora, frank),
+    "See whether it helps": (compare, sweep, report),
+    "Look at neurons": (mask, overlap, ablate, amplify, lens),
 }
 
 

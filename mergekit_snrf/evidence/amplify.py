@@ -204,17 +204,20 @@ def amplify(
     measured = [_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()]
     mathematical, plain = sum((neuron.math_share or 0) > 0.5 for neuron in measured), without.tokens
     math_count = sum(count for token, count in plain.items() if is_math(token))
+    classified: dict[str, Any] = {
+        "classifier": WORDS,
+        "math_neuron_ratio": mathematical / len(measured),
+        "plain_math_share": math_count / plain.total() if plain else None,
+    }
     return Amplification(
         model=asked.model.model,
         factor=factor,
         probes=asked.source.dataset,
         count=len(probes),
         seed=asked.source.seed,
-        classifier=WORDS,
         neurons=measured,
-        math_neuron_ratio=mathematical / len(measured),
-        plain_math_share=math_count / plain.total() if plain else None,
         settings={"probes_sha256": probes_sha256(probes), **known},
+        **classified,
     )
 
 

@@ -1,8 +1,8 @@
-"""A planned merge applied to its loaded target in memory, and its variants: linear, rescaled, DARE."""
+"""A planned merge applied to its loaded target in memory, and its variants: linear, rescaled, DARE, FRANK."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +120,12 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
-    movable = [site for site in shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    movable = [
+        site
+        for site in shape.sites()
+        if site.axis == 0
+        and all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models)
+    ]
     return Merge(
         shape=shape,
         neurons=NeuronSet({edit.site: edit.member for edit in plan.edits}),
@@ -131,10 +136,6 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         source_base=source_base,
         moments=plan.moments,
     )
-
-
-def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models)
 
 
 def linear(merge: Merge, beta: float) -> Merge:
@@ -161,6 +162,15 @@ def _of_all(merge: Merge, fusion: Fusion) -> Merge:
     return replace(
         merge, neurons=everything, fusions=dict.fromkeys(everything, fusion), bias_fusions=of_biases, betas=None
     )
+
+
+def frank(merge: Merge, strengths: Sequence[float], *, everywhere: bool) -> Merge:
+    """Return FRANK's merge, Delta at ``strengths`` by layer, on the merge's own neurons or on all."""
+    of = _of_all(merge, Fusion(rank=0)) if everywhere else merge
+    fusions, biases = (
+        {site: Fusion(beta=strengths[site.layer], rank=0) for site in sites} for sites in (of.fusions, of.bias_fusions)
+    )
+    return replace(of, fusions=fusions, bias_fusions=biases, source_base=None, betas=None, moments=None)
 
 
 def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:

@@ -91,7 +91,8 @@ def measure(
     def measured(condition: str, metric: str, draws: Sequence[Scores]) -> Measured:
         mean = bootstraps[metric].mean(condition)
         change = None if condition == reference else bootstraps[metric].difference(condition, reference)
-        return Measured(mean=mean, change=change, malformed=_malformed([draw[metric] for draw in draws]))
+        rates = [rate for draw in draws if (rate := draw[metric].malformed_rate) is not None]
+        return Measured(mean=mean, change=change, malformed=float(np.mean(rates)) if rates else None)
 
     return {
         condition: {metric: measured(condition, metric, draws) for metric in bootstraps}
@@ -123,12 +124,6 @@ def scale_of(metric: str, measured: Mapping[str, Mapping[str, Measured]]) -> tup
     means = [metrics[metric].mean for metrics in measured.values()]
     shares = all(mean.low >= 0 and mean.high <= 1 for mean in means)
     return (100.0, " points") if shares else (1.0, "")
-
-
-def _malformed(draws: Sequence[Items]) -> float | None:
-    rates = [items.malformed_rate for items in draws]
-    known = [rate for rate in rates if rate is not None]
-    return float(np.mean(known)) if known else None
 
 
 def resampled_means(

@@ -46,7 +46,7 @@ LOG = logging.getLogger(__name__)
 _DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.values())})(?=")')
 
 
-class LiteralModule(ModuleArchitecture):
+class _LiteralModule(ModuleArchitecture):
     """A module of tensors named one by one: those outside the layers (``pre``), and those of each layer in order."""
 
     def __init__(self, pre: Sequence[WeightInfo] = (), layers: Sequence[Sequence[WeightInfo]] = ()) -> None:
@@ -54,23 +54,19 @@ class LiteralModule(ModuleArchitecture):
         self.layers = tuple(tuple(layer) for layer in layers)
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return the tensors outside the layers."""
         return list(self.pre)
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return no tensors; all are in ``pre`` or in the layers."""
         return []
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return the tensors of one layer."""
         return list(self.layers[index])
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        """Return the number of layers, whatever the configuration of a model says."""
         return len(self.layers)
 
     def num_layers_config_key(self) -> str:
-        """Return no key: the output's configuration is the base's."""
+        # The output's configuration is the base's.
         return ""
 
 
@@ -175,9 +171,9 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
         WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
         for name in plan.copied
     ]
-    modules = {"copied": ModuleDefinition(architecture=LiteralModule(pre=copied))}
+    modules = {"copied": ModuleDefinition(architecture=_LiteralModule(pre=copied))}
     if plan.edits:
-        modules["edited"] = ModuleDefinition(architecture=LiteralModule(layers=layers))
+        modules["edited"] = ModuleDefinition(architecture=_LiteralModule(layers=layers))
     return ModelArchitecture(
         modules=modules,
         architectures=list(target.config.get("architectures") or []),

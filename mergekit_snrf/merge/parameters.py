@@ -13,6 +13,9 @@ from pydantic import BeforeValidator
 
 from mergekit_snrf.fusion.fuse import Fusion, Setting, settings
 
+ALL_NEURONS = "all"
+"""In place of a mask file."""
+
 OF_FUSION = tuple(entry.name for entry in fields(Fusion))
 
 # Gradients interpolate between whole numbers; a number in between is rounded to the nearest.
@@ -37,7 +40,12 @@ SPEC = MergeMethodSpec(
     contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=1, max_non_base=2),
     parameters=(
         # Required in most recipes; the recipe's own checks know in which.
-        _shared("masks", str, "", "mask file: a path, or hf://owner/repo@revision/path; optional with regmean"),
+        _shared(
+            "masks",
+            str,
+            "",
+            "mask file: a path, or hf://owner/repo@revision/path; all: every neuron, the default of regmean",
+        ),
         _shared("masks_sha256", str, "", "the mask file must have this sha256"),
         _shared("moments", str, "", "moments file of the target for regmean: a path, or hf://owner/repo@revision/path"),
         _shared("source_base", str, "", "the model that the source was trained from: Delta = W_source - W_source_base"),

@@ -46,7 +46,11 @@ def _all_of(stream: TextIO) -> str:
 
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
     """Return the content of a recipe file; ``SnrfError``: it is missing, not YAML, or not a merge configuration."""
-    parsed = parse_yaml(recipe_text(path), path)
+    return checked_recipe(parse_yaml(recipe_text(path), path), path)
+
+
+def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfiguration:
+    """Return the parsed content of a recipe file ``path`` as mergekit's type; errors are as of ``load_recipe``."""
     if not isinstance(parsed, dict):
         raise SnrfError(path, "is not a recipe", "begin it with merge_method: snrf")
     if strays := stray_keys(parsed):
