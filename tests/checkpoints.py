@@ -53,8 +53,6 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mergekit_snrf.fusion.fuse import fuse
-
 LAYERS, HEADS, KV_HEADS, WIDTH, INTERMEDIATE = 3, 4, 2, 64, 96
 TARGET_VOCAB, SOURCE_VOCAB = 400, 336
 
@@ -532,8 +530,3 @@ def probe_inputs(folder: Path, text: str, image: Image.Image | None = None) -> d
     if image is None:
         return text_inputs(folder, text)
     return image_inputs(folder, _config(folder)["model_type"], text, image)
-
-
-def fused_tensor(*arguments: Any, **options: Any) -> Tensor:
-    """The fused tensor alone."""
-    return fuse(*arguments, **options).tensor

@@ -22,15 +22,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.fusion.fuse import masked_update
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
 from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
-from mergekit_snrf.merge.tensors import Tensors, cast, kernel_options, threads
+from mergekit_snrf.merge.tensors import Tensors, cast
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import TensorHeader
@@ -84,7 +83,7 @@ def export_adapter(
     *,
     settings: AdapterSettings | None = None,
     recipe_folder: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> Adapter:
     """Write the update of a merge as an adapter; the folder appears at once or not at all.
@@ -154,23 +153,24 @@ def _rank(edits: Sequence[PlannedEdit], wanted: int | None) -> int:
 
 
 def _matrices(
-    plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int
+    plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield A and B of every edit, in their order."""
-    read, dtype = Tensors(plan, options), getattr(torch, settings.dtype)
+    tensors, dtype = Tensors(plan, options), getattr(torch, settings.dtype)
     unmoved = 0
 
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        target, source, base = read.read(edit)
-        update = masked_update(target, source, **kernel_options(edit, base, read.filters))
-        a, b = factors(update, len(edit.member), edit.site.axis, edit.fusion.beta)
+        a, b = factors(tensors.update(edit), len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
         # Padded with zeros: runtimes size their buffers by one rank for all modules.
         return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1]))
 
+    def memory(edit: PlannedEdit) -> Memory:
+        return Memory(tensors.memory(edit).working, rank * sum(edit.shape) * dtype.itemsize)
+
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
-    with one_thread(), progress, threads(workers) as pool:
-        for pair in pool.map(matrices, plan.edits):
+    with progress, look_ahead(plan.edits, matrices, memory, workers=workers) as ahead:
+        for _, pair in ahead:
             unmoved += not all(bool(matrix.any()) for matrix in pair)
             yield pair
             progress.update()

@@ -6,16 +6,16 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
+from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
@@ -73,6 +73,7 @@ class Edit:
             self._saved.pop()
 
     def __repr__(self) -> str:
+        """Return the size of the edit."""
         rows = sum(len(selected) for _, _, selected, _ in self._saved)
         return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns>"
 
@@ -88,9 +89,11 @@ class Edit:
             raise
 
     def __enter__(self) -> Edit:
+        """Return the edit; it is undone at the end of the block."""
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Undo the edit."""
         self.undo()
 
 
@@ -143,15 +146,13 @@ def fuse_model(
         found = moments if isinstance(moments, Moments) else read_moments(moments)
         check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
-    with Edit.whole() as edit:
-        for site, fused in _fused_weights(decoder, source, chosen, fusion, source_base, filters):
-            selected = chosen[site].nonzero().flatten()
-            by_neuron = fused if site.axis == 0 else fused.mT
-            edit.write(decoder.module(site).weight, site.axis, selected, by_neuron[selected])
-        of_biases = _of_biases(decoder, chosen, fusion, biases)
-        for site, fused in fused_biases(decoder, source, chosen, of_biases, source_base):
-            selected = chosen[site].nonzero().flatten()
-            edit.write(decoder.module(site).bias, 0, selected, fused[selected])
+    changes = _fused(decoder, source, chosen, fusion, source_base, biases, filters)
+    with Edit.whole() as edit, closing(changes):
+        for site, fused, fused_bias in changes:
+            module, selected = decoder.module(site), chosen[site].nonzero().flatten()
+            edit.write(module.weight, site.axis, selected, fused)
+            if fused_bias is not None:
+                edit.write(module.bias, 0, selected, fused_bias)
     return edit
 
 
@@ -171,67 +172,63 @@ def fuse_state_dict(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite.
     """
-    weights, chosen, result = state_weights(target), _of(neurons), dict(target)
-    for site, fused in _fused_weights(weights, source, chosen, fusion, source_base):
-        result[weights.name(site)] = fused
-    of_biases = _of_biases(weights, chosen, fusion, biases)
-    for site, fused in fused_biases(weights, source, chosen, of_biases, source_base):
-        result[bias_name(weights.name(site))] = fused
+    weights = state_weights(target)
+    result = dict(target)
+    chosen = _of(neurons)
+    with closing(_fused(weights, source, chosen, fusion, source_base, biases)) as changes:
+        for site, fused, fused_bias in changes:
+            name = weights.name(site)
+            result[name] = put_neurons(result[name].clone(), fused, chosen[site], site.axis)
+            if fused_bias is not None:
+                bias = result[bias_name(name)].clone()
+                result[bias_name(name)] = put_neurons(bias, fused_bias, chosen[site], 0)
     return result
 
 
-def _fusion_at(fusion: Fusion | Callable[[Site], Fusion] | None, site: Site) -> Fusion:
-    return Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
-
-
-def _of_biases(
-    target: Weights, chosen: Iterable[Site], fusion: Fusion | Callable[[Site], Fusion] | None, move: bool
-) -> dict[Site, Fusion]:
-    sites = [site for site in chosen if site.axis == 0 and target.bias(site) is not None] if move else []
-    return {site: _fusion_at(fusion, site) for site in sites}
-
-
-def _fused_weights(
+def _fused(
     target: Weights,
     source: Source,
     chosen: Mapping[Site, Tensor],
     fusion: Fusion | Callable[[Site], Fusion] | None,
     source_base: Source | None,
+    biases: bool,
     filters: Filters | None = None,
-) -> Iterator[tuple[Site, Tensor]]:
-    donor, base = weights_of(source), None if source_base is None else weights_of(source_base)
-    for site, member in chosen.items():
-        how, weight = _fusion_at(fusion, site), target.weight(site)
-        old = None if base is None else base.weight(site).to(weight.device)
-        options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
-        new = donor.weight(site).to(weight.device)
-        with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=target.name(site), **options)
-        yield site, fused.tensor
-
-
-def fused_biases(
-    target: Weights,
-    source: Source,
-    chosen: Mapping[Site, Tensor],
-    fusions: Mapping[Site, Fusion],
-    source_base: Source | None = None,
-) -> Iterator[tuple[Site, Tensor]]:
-    """Fuse the biases of some sites one by one; ``SnrfError``: a model has none there."""
-    models = {"target": target, "source": weights_of(source)}
+) -> Generator[tuple[Site, Tensor, Tensor | None]]:
+    """Yield the fused neurons of each site, and of its bias; None where that stays. Fused ahead on the CPU."""
+    donors = {"source": weights_of(source)}
     if source_base is not None:
-        models["source_base"] = weights_of(source_base)
-    for site, how in fusions.items():
-        name = bias_name(target.name(site))
-        found: list[Tensor] = []
-        for role, model in models.items():
-            bias = model.bias(site)
-            if bias is None:
-                what = f"the {role} has no such bias to move it by"
-                raise SnrfError(name, what, "leave out the biases", field="biases")
-            found.append(bias.to(found[0].device) if found else bias)
-        ours, theirs, *base = found
-        yield site, fuse(ours, theirs, chosen[site], 0, how, name=name, source_base=base[0] if base else None).tensor
+        donors["source_base"] = weights_of(source_base)
+
+    def fuse(site: Site) -> tuple[Tensor, Tensor | None]:
+        how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
+        weight, name, member = target.weight(site), target.name(site), chosen[site]
+        theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
+        old, new = theirs.get("source_base"), theirs["source"]
+        options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
+        fused = fuse_neurons(weight, new, member, site.axis, how, name=name, **options).tensor
+        bias = target.bias(site) if biases and site.axis == 0 else None
+        if bias is None:
+            return fused, None
+        name = bias_name(name)
+        theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
+        old, new = theirs.get("source_base"), theirs["source"]
+        return fused, fuse_neurons(bias, new, member, 0, how, name=name, source_base=old).tensor
+
+    def memory(site: Site) -> Memory:
+        size = target.weight(site).nbytes
+        return Memory((len(donors) + 4) * size + (0 if filters is None else filters.bytes(site)), size)
+
+    workers = None if all(target.weight(site).device.type == "cpu" for site in chosen) else 0
+    with look_ahead(chosen, fuse, memory, workers=workers) as ahead:
+        for site, (fused, fused_bias) in ahead:
+            yield site, fused, fused_bias
+
+
+def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:
+    bias = weights.bias(site)
+    if bias is None:
+        raise SnrfError(name, f"the {role} has no such bias to move it by", "leave out the biases", field="biases")
+    return bias.to(like.device)
 
 
 def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:

@@ -5,7 +5,6 @@ import doctest
 import numpy as np
 import pytest
 import torch
-from checkpoints import fused_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import fuse as fusion
-from mergekit_snrf.fusion.fuse import ORDERS, Fusion, masked_update
-from mergekit_snrf.fusion.updates import working_dtype
+from mergekit_snrf.fusion.delta import working_dtype
+from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
 
 examples = settings(max_examples=60)
 
@@ -97,7 +96,7 @@ def test_fusion_equals_numpy_in_every_dtype(target_dtype: str, source_dtype: str
             for rank in (0, 1, 3, min(shape) - 1, min(shape)):
                 for beta in (0.5, 1.0):
                     how = Fusion(beta, rank, order)
-                    result = fused_tensor(target, source, neurons, axis, how)
+                    result = fuse(target, source, neurons, axis, how)
                     assert_fused(result, target, source, neurons, axis, how)
                     assert not torch.equal(result, target)
         assert torch.equal(bits(target), bits(before[0]))
@@ -160,7 +159,7 @@ def test_small_fusions(data: st.DataObject) -> None:
     length = target.shape[axis]
     neurons = torch.tensor(data.draw(st.lists(st.booleans(), min_size=length, max_size=length)))
     how = Fusion(data.draw(st.sampled_from([0.0, 0.25, 0.5, 1.0])), 0)
-    assert_fused(fused_tensor(target, source, neurons, axis, how), target, source, neurons, axis, how)
+    assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
     rank = data.draw(st.integers(1, min(rows, columns)))
     for order in ORDERS:
         # Whole numbers have ties, where only the energy of what is kept of all neurons is defined.
@@ -168,7 +167,7 @@ def test_small_fusions(data: st.DataObject) -> None:
         update = float64(rows_of(target, source, everything, axis, rank, order))
         kept = np.linalg.svd(float64(source) - float64(target), compute_uv=False)[:rank]
         assert np.linalg.norm(update) ** 2 == pytest.approx((kept**2).sum(), rel=1e-5, abs=1e-5)
-        result = fused_tensor(target, source, neurons, axis, Fusion(0.5, rank, order))
+        result = fuse(target, source, neurons, axis, Fusion(0.5, rank, order))
         unmasked = (result, target) if axis == 0 else (result.mT, target.mT)
         assert torch.equal(bits(unmasked[0][~neurons]), bits(unmasked[1][~neurons]))
 
@@ -208,7 +207,7 @@ def test_one_line_that_dominates(axis: int, order: str, case: str) -> None:
     assert neurons[7]
     for rank in (1, 4):
         how = Fusion(0.5, rank, order)
-        assert_fused(fused_tensor(target, source, neurons, axis, how), target, source, neurons, axis, how)
+        assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -216,14 +215,14 @@ def test_one_line_that_dominates(axis: int, order: str, case: str) -> None:
 def test_nothing_selected_or_nothing_different(rank: int, order: str) -> None:
     target, source = pair((24, 20), torch.bfloat16, torch.float16)
     nothing, everything = torch.zeros(24, dtype=torch.bool), torch.ones(24, dtype=torch.bool)
-    assert torch.equal(bits(fused_tensor(target, source, nothing, 0, Fusion(1.0, rank, order))), bits(target))
-    assert torch.equal(fused_tensor(target, target.clone(), everything, 0, Fusion(1.0, rank, order)), target)
-    assert torch.equal(fused_tensor(target, source, everything, 0, Fusion(0.0, rank, order)), target)
+    assert torch.equal(bits(fuse(target, source, nothing, 0, Fusion(1.0, rank, order))), bits(target))
+    assert torch.equal(fuse(target, target.clone(), everything, 0, Fusion(1.0, rank, order)), target)
+    assert torch.equal(fuse(target, source, everything, 0, Fusion(0.0, rank, order)), target)
 
 
 def test_the_result_is_a_tensor_of_its_own() -> None:
     target, source = pair((24, 40), torch.float32, torch.float32)
-    result = fused_tensor(target, source, torch.zeros(24, dtype=torch.bool), 0, Fusion())
+    result = fuse(target, source, torch.zeros(24, dtype=torch.bool), 0, Fusion())
     assert result.data_ptr() != target.data_ptr()
     result.zero_()
     assert target.abs().sum() > 0
@@ -234,12 +233,12 @@ def test_the_result_is_a_tensor_of_its_own() -> None:
 def test_views_fuse_as_copies_do(axis: int, order: str) -> None:
     target, source = pair((24, 40), torch.float32, torch.float32)
     neurons, how = every_third(target.shape[axis]), Fusion(0.5, 3, order)
-    expected = fused_tensor(target, source, neurons, axis, how)
-    view = fused_tensor(target.mT.contiguous().mT, source.mT.contiguous().mT, neurons, axis, how)
+    expected = fuse(target, source, neurons, axis, how)
+    view = fuse(target.mT.contiguous().mT, source.mT.contiguous().mT, neurons, axis, how)
     torch.testing.assert_close(view, expected, rtol=0, atol=1e-7)
     strided = torch.zeros(48, 80)[::2, ::2]
     strided.copy_(target)
-    torch.testing.assert_close(fused_tensor(strided, source, neurons, axis, how), expected, rtol=0, atol=1e-7)
+    torch.testing.assert_close(fuse(strided, source, neurons, axis, how), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -261,18 +260,18 @@ def test_maths_is_in_float32_or_float64(dtypes: tuple[str, str], expected: torch
 def test_overflow_is_named() -> None:
     big, neurons = torch.full((2, 3), 3e38), torch.tensor([True, False])
     with pytest.raises(SnrfError, match=r"^w: the difference of source and target overflows torch\.float32; check"):
-        fused_tensor(big, -big, neurons, 0, Fusion(rank=0), name="w")
+        fuse(big, -big, neurons, 0, Fusion(rank=0), name="w")
     half, wide = torch.full((2, 3), 6e4, dtype=torch.float16), torch.full((2, 3), 1e6)
     for rank in (0, 1):
         with pytest.raises(SnrfError, match=r"^w: the fused weights overflow torch\.float16; merge in a wider dtype"):
-            fused_tensor(half, wide, neurons, 0, Fusion(rank=rank), name="w")
-    assert torch.isfinite(fused_tensor(half.float(), wide, neurons, 0, Fusion(rank=1))).all()
+            fuse(half, wide, neurons, 0, Fusion(rank=rank), name="w")
+    assert torch.isfinite(fuse(half.float(), wide, neurons, 0, Fusion(rank=1))).all()
 
 
 def test_rank_out_of_range() -> None:
     weight = torch.zeros(4, 3)
     with pytest.raises(SnrfError, match=r"^w: rank: 4 exceeds the smaller side of shape \[4, 3\]; use at most 3"):
-        fused_tensor(weight, weight, torch.ones(4, dtype=torch.bool), 0, Fusion(rank=4), name="w")
+        fuse(weight, weight, torch.ones(4, dtype=torch.bool), 0, Fusion(rank=4), name="w")
 
 
 def test_examples_in_the_docstrings() -> None:

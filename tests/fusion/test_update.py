@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import fused_tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion import updates as update
-from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
+from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, fuse_and_report, masked_update
 from mergekit_snrf.fusion.fuse import settings as settings_of_fusion
 from mergekit_snrf.neurons.sets import Site
 
@@ -90,7 +89,7 @@ def test_dare_equals_numpy(projection: str, dtype: torch.dtype, rescale: bool) -
     delta = rows_of(float64(source) - float64(target), neurons, site.axis)
     step = delta * drawn(how, site, delta.shape)
     assert 0.6 < (step == 0).mean() < 0.8
-    result, certificate, rounding = fuse(target, source, neurons, site.axis, how, site=site)
+    result, certificate, rounding = fuse_and_report(target, source, neurons, site.axis, how, site=site)
     assert_added(result, target, neurons, site.axis, 0.5 * step)
     assert certificate is None
     assert rounding.update == pytest.approx(0.5 * np.linalg.norm(step), rel=1e-5)
@@ -137,14 +136,14 @@ def test_dare_is_right_on_average() -> None:
 def test_dare_that_drops_nothing_is_the_linear_update() -> None:
     target, source = pair((9, 8), (torch.bfloat16, torch.bfloat16))
     how = Fusion(0.5, update="dare", drop_rate=0.0)
-    linear = fused_tensor(target, source, some(9), 0, Fusion(0.5, 0))
-    assert torch.equal(fused_tensor(target, source, some(9), 0, how, site=Site(0, "attn.q")), linear)
+    linear = fuse(target, source, some(9), 0, Fusion(0.5, 0))
+    assert torch.equal(fuse(target, source, some(9), 0, how, site=Site(0, "attn.q")), linear)
 
 
 def test_dare_without_site() -> None:
     weight = torch.zeros(4, 3)
     with pytest.raises(ValueError, match=r"^w: update 'dare' draws by layer and projection; pass site$"):
-        fused_tensor(weight, weight, some(4), 0, Fusion(update="dare"), name="w")
+        fuse(weight, weight, some(4), 0, Fusion(update="dare"), name="w")
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 3, (torch.float32, torch.float16, torch.bfloat16)], ids=str)
@@ -158,11 +157,11 @@ def test_base_of_the_source_equals_numpy(axis: int, order: str, dtypes: tuple[to
         step = rows_of(delta, neurons, axis)
         if rank:
             step = truncated(step, rank) if order == "mask-then-svd" else rows_of(truncated(delta, rank), neurons, axis)
-        result = fused_tensor(target, source, neurons, axis, Fusion(0.5, rank, order), source_base=base)
+        result = fuse(target, source, neurons, axis, Fusion(0.5, rank, order), source_base=base)
         assert_added(result, target, neurons, axis, 0.5 * step)
     assert torch.equal(
-        fused_tensor(target, source, neurons, axis, Fusion(0.5, 3, order), source_base=target),
-        fused_tensor(target, source, neurons, axis, Fusion(0.5, 3, order)),
+        fuse(target, source, neurons, axis, Fusion(0.5, 3, order), source_base=target),
+        fuse(target, source, neurons, axis, Fusion(0.5, 3, order)),
     )
 
 
@@ -176,10 +175,10 @@ def test_weights_that_are_not_finite_are_named(which: str, bad: float, dtype: to
         target, source, base = tensors.values()
         for other in (None, base) if which != "source_base" else (base,):
             with pytest.raises(SnrfError, match=rf"^w: the {which}'s tensor of shape \[4.*\] holds NaN or infinite"):
-                fused_tensor(target, source, some(4), 0, Fusion(rank=1), name="w", source_base=other)
+                fuse(target, source, some(4), 0, Fusion(rank=1), name="w", source_base=other)
     big = torch.full((2, 3), 3e38)
     with pytest.raises(SnrfError, match=r"^w: the difference of source and source_base overflows torch\.float32"):
-        fused_tensor(torch.ones(2, 3), big, some(2), 0, Fusion(rank=1), name="w", source_base=-big)
+        fuse(torch.ones(2, 3), big, some(2), 0, Fusion(rank=1), name="w", source_base=-big)
 
 
 @pytest.mark.parametrize("variant", [Fusion(0.5), Fusion(0.5, update="dare"), Fusion(0.5, 0)])
@@ -190,10 +189,10 @@ def test_bias_equals_numpy(dtype: torch.dtype, variant: Fusion) -> None:
     before = target.clone()
     for other in (None, base):
         step = 0.5 * (float64(source) - float64(target if other is None else other))[neurons.numpy()]
-        result, certificate, rounding = fuse(target, source, neurons, 0, variant, source_base=other)
+        result, certificate, rounding = fuse_and_report(target, source, neurons, 0, variant, source_base=other)
         assert_added(result, target, neurons, 0, step)
         assert certificate is None
-        assert torch.equal(result, fused_tensor(target, source, neurons, 0, variant, source_base=other))
+        assert torch.equal(result, fuse(target, source, neurons, 0, variant, source_base=other))
         assert rounding.update == pytest.approx(np.linalg.norm(step), rel=1e-5)
         assert (rounding.weights, rounding.changed) == (10, int((result != target).sum()))
         lost = float64(result)[neurons.numpy()] - (float64(target)[neurons.numpy()] + step)
@@ -218,7 +217,7 @@ def test_tensors_that_do_not_fit(shape: tuple[int, ...], rank: int) -> None:
     ]
     for arguments, named, message in cases:
         with pytest.raises(SnrfError, match=f"^w: {re.escape(message)}"):
-            fused_tensor(*arguments, Fusion(rank=rank), name="w", **named)
+            fuse(*arguments, Fusion(rank=rank), name="w", **named)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ import mergekit.card
 import mergekit.multigpu_executor as multi_gpu
 import pytest
 import torch
-from checkpoints import fused_tensor, load, make_source, read, write
+from checkpoints import load, make_source, read, write
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -35,6 +34,7 @@ from pair import (
     make_pair,
     merge,
     plan,
+    recorded_reads,
     run,
     same_bits,
     source_name,
@@ -44,7 +44,7 @@ from pair import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from mergekit_snrf.fusion.fuse import ORDERS, Fusion
+from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
 from mergekit_snrf.merge.adapter import architecture_of, rewritten
 from mergekit_snrf.merge.draft import draft_merge
@@ -70,7 +70,7 @@ def fused(pair: Pair, fusions: dict[Site, Fusion] | Fusion, base: Tensors, sourc
         fusion = fusions if isinstance(fusions, Fusion) else fusions[site]
         name, axis = target_name(site), MODULES[site.projection][1]
         if fusion.beta:
-            expected[name] = fused_tensor(base[name], source[source_name(site)], member, axis, fusion)
+            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion)
     return expected
 
 
@@ -374,25 +374,12 @@ def test_filters_and_gradients_in_them(pair: Pair, tmp_path: Path) -> None:
         b = {"attn.k": (0.0, 0.5, 0.125)[site.layer], "fwd.up": 1.0, "fwd.down": 1.0}.get(site.projection, 0.25)
         r = 0 if site.layer == 1 else 7 if site.projection == "fwd.down" else 4
         fusions[site] = Fusion(b, r)
-    out, reads = merge_and_record(recipe, tmp_path / "out", pair.source)
+    with recorded_reads() as recorded:
+        out = merge(recipe, tmp_path / "out")
+    reads = recorded[pair.source]
     assert_same(out, fused(pair, fusions, read(pair.target), read(pair.source)))
     assert source_name(Site(0, "attn.k")) not in reads
     assert len(reads) == len(pair.neurons) - 1
-
-
-def merge_and_record(recipe: dict[str, Any], out: Path, source: Path) -> tuple[Tensors, list[str]]:
-    """Merge, and list the tensors of the source that mergekit loaded."""
-    reads: list[str] = []
-    inner = LazyTensorLoader.get_tensor
-
-    def recorded(self: LazyTensorLoader, key: str, *args: Any, **options: Any) -> Tensor | None:
-        if Path(self.index.base_path) == source:
-            reads.append(key)
-        return inner(self, key, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LazyTensorLoader, "get_tensor", recorded)
-        return merge(recipe, out), reads
 
 
 def test_source_without_masked_neurons_is_never_read(pair: Pair, plain: Tensors, tmp_path: Path) -> None:
@@ -407,9 +394,11 @@ def test_source_without_masked_neurons_is_never_read(pair: Pair, plain: Tensors,
             start = 8 + int.from_bytes(content[:8], "little")
             content[start:] = b"\xff" * (len(content) - start)
             (source / file).write_bytes(content)
-    out, reads = merge_and_record(pair.recipe(models=[{"model": str(source)}]), tmp_path / "out", source)
-    assert_same(out, plain)
-    assert sorted(reads) == sorted(needed)
+    with recorded_reads() as reads:
+        assert_same(merge(pair.recipe(models=[{"model": str(source)}]), tmp_path / "out"), plain)
+    assert sorted(reads[source]) == sorted(needed)
+    # Neither the loader nor a worker reads a tensor of the target again.
+    assert sorted(reads[pair.target]) == sorted(plain)
 
 
 def test_side_files_and_configuration(pair: Pair, tmp_path: Path) -> None:
@@ -526,7 +515,7 @@ def test_number_of_threads(pair: Pair, tmp_path: Path) -> None:
     for number in (1, 2):
         torch.set_num_threads(number)
         output = merge(pair.recipe(), tmp_path / str(number))
-        outputs.append({**output, "large": fused_tensor(*matrices, 1, Fusion(0.5, 4))})
+        outputs.append({**output, "large": fuse(*matrices, 1, Fusion(0.5, 4))})
     edited = {*(target_name(site) for site in pair.neurons), "large"}
     for name in edited:
         one, two = (output.pop(name).float() for output in outputs)
