@@ -28,7 +28,7 @@ from mergekit_snrf.errors import did_you_mean
 _SECTIONS = {
     "Make a merge, in this order": (init, profile, moments, plan, merge),
     "Other outputs": (patch, lora, frank),
-    "See whether it helps": (compare, sweep, report),
+    "See whether it helps": (compare, sweep, card, report),
     "Look at neurons": (mask, overlap, ablate, amplify, lens),
 }
 
@@ -63,14 +63,7 @@ def main() -> None:
     """Move what one model can do into another: profile neurons, merge with the method snrf, see whether it helps."""
 
 
-<<<<<<< HEAD
-_EVIDENCE = (overlap, report, ablate, compare, sweep, card, amplify, lens)
-
-for command in (init, plan, patch, lora, frank, mask, moments, *_EVIDENCE):
-    main.add_command(command)
-=======
 for section in _SECTIONS.values():
     for command in section:
         main.add_command(command, "profile" if command is profile else None)
 add_examples(main)
->>>>>>> main

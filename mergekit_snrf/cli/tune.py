@@ -67,12 +67,8 @@ def tune(
         with_keep(text, 1.0, recipe)
         writing.check_writable(recipe)
     tuning = _tuned(recipe, max_kl, profile, reference, **reading)
-<<<<<<< HEAD
     tried = tuning_table(tuning)
-    click.echo("\n".join([common.table(tried.header, tried.rows), "", *tuning_sentences(tuning)]))
-=======
-    common.say(_said(tuning))
->>>>>>> main
+    common.say("\n".join([common.table(tried.header, tried.rows), "", *tuning_sentences(tuning)]))
     common.write_outputs(tuning, json_file, figures, _drawings(tuning))
     if not dry_run:
         with writing.replacing(recipe) as file:
