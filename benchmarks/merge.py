@@ -5,8 +5,8 @@
 Two bf16 checkpoints of random weights are made with the shapes of Qwen2.5; their difference is a tenth as large as the
 weights, with singular values that fall off about as i^-0.5. The mask holds 10 % of the neurons of
 every layer and projection; ``one layer`` holds the same of layer 0 alone. ``regmean`` has no mask: it moves all neurons
-of the five projections, with moments of random inputs (dense up to 4096 inputs, or ``--sketch``). ``--workers`` adds the
-same merge with other numbers of tensors that are fused at once.
+of the five projections, with moments of random inputs (dense up to 4096 inputs, or ``--sketch``). ``--workers`` adds
+the same merge with other numbers of tensors that are fused at once.
 """
 
 from __future__ import annotations

@@ -22,11 +22,14 @@ for arguments in (["plan", recipe], ["patch", recipe, f"{folder}/patched", "--qu
 heavy = {"peft", "scipy", "networkx", "transformers.modeling_utils", "mergekit.architecture"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 
+from mergekit_snrf.merge import install
+
+install()
 from mergekit.common import ModelReference, get_auto_cls
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 result = CliRunner().invoke(mergekit_yaml, [recipe, f"{folder}/merged", "--quiet"])
-assert result.exit_code == 0, result.output
+assert result.exit_code == 0, (result.output, result.exception)
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 assert get_auto_cls("LlamaForCausalLM") is AutoModelForCausalLM
 assert get_auto_cls("LlavaForConditionalGeneration") is AutoModelForImageTextToText
