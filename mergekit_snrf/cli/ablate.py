@@ -65,7 +65,7 @@ def ablate(
     digests = sha256(chosen.path), chosen.neurons.sha256()
     setup = Setup("ablation", model, evaluation.name, chosen.path, *digests, seed, settings)
     study = run_study(setup, rows, subject, processor, evaluation, progress=not common.is_quiet())
-    click.echo(common.study_text(study))
+    common.say(common.study_text(study))
     if least is None:
-        click.echo("The least important neurons were left out: they need --profile, the profile of MODEL.")
+        common.say("The least important neurons were left out: they need --profile, the profile of MODEL.")
     common.write_outputs(study, json_file)

@@ -100,9 +100,9 @@ def amplify(
     common.check_outputs(json_file, figures)
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
         result = _measured(probes, options.construct(ModelRef, {"model": model, **loading}), named, factor, asked)
-    click.echo(_report(result))
+    common.say(_report(result))
     for path in common.write_outputs(result, json_file, figures, _drawings(result)):
-        click.echo(path)
+        common.say(path)
 
 
 def _measured(probes: str, ref: ModelRef, named: dict[str, Any], factor: float, how: AskedOptions) -> Amplification:

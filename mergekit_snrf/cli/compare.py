@@ -95,7 +95,7 @@ def compare(
     _check_options(from_samples)
     common.check_outputs(json_file, figures)
     study, notes = (_from_samples if from_samples else _from_recipe)(places, **given)
-    click.echo("\n".join([common.study_text(study), *notes]))
+    common.say("\n".join([common.study_text(study), *notes]))
     common.write_outputs(study, json_file, figures, common.study_drawings(study))
 
 
