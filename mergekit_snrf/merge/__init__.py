@@ -7,7 +7,6 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from mergekit_snrf.merge.imports import import_recipe_types
 from mergekit_snrf_autoload import when_imported
 
 
@@ -66,6 +65,3 @@ def _with_sessions(original: Any) -> Any:
 
     run_merge.__snrf__ = True  # type: ignore[attr-defined]
     return run_merge
-
-
-import_recipe_types()

@@ -190,7 +190,8 @@ def test_wheel_holds_the_package_and_the_autoload_module_beside_it(wheel: Path) 
         (entry_points,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         text = archive.read(entry_points).decode()
     sources = {p.relative_to(CHECKOUT).as_posix() for p in (CHECKOUT / "mergekit_snrf").rglob("*.py")}
-    data = {f"mergekit_snrf/{name}" for name in ("py.typed", "evidence/math_words.txt", "evidence/report.html.jinja")}
+    templates = ("evidence/report.html.jinja", "evidence/lens.html.jinja")
+    data = {f"mergekit_snrf/{name}" for name in ("py.typed", "evidence/math_words.txt", *templates)}
     assert names == sources | data | {"mergekit_snrf_autoload.py"}
     assert "[torch.backends]\nmergekit_snrf = mergekit_snrf_autoload:autoload\n" in text
 
