@@ -35,12 +35,12 @@ docs: $(VENV)/.installed $(DOCS)/.installed
 
 $(DOCS)/.installed: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ from family_table import BEGIN, END, markdown, passed
 # Nothing in the tests may reach a hub; a test that serves its own sets these for its subprocess.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny checkpoints are made once for all tests; the workers of xdist inherit the folder.
+if "SNRF_TEST_CHECKPOINTS" not in os.environ:
+    os.environ["SNRF_TEST_CHECKPOINTS"] = tempfile.mkdtemp(prefix="snrf-checkpoints-")
+    atexit.register(shutil.rmtree, os.environ["SNRF_TEST_CHECKPOINTS"], ignore_errors=True)
 # The same examples on every machine, however slow or busy it is.
 settings.register_profile("snrf", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("snrf")
