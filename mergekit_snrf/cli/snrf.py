@@ -8,6 +8,7 @@ from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
+from mergekit_snrf.cli.init import init
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.moments import moments
@@ -15,6 +16,7 @@ from mergekit_snrf.cli.overlap import overlap
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
 from mergekit_snrf.cli.report import report
+from mergekit_snrf.cli.sweep import sweep
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +25,5 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-for command in (plan, patch, lora, mask, moments, overlap, report, ablate, compare, amplify):
+for command in (init, plan, patch, lora, mask, moments, overlap, report, ablate, compare, sweep, amplify):
     main.add_command(command)
