@@ -315,9 +315,6 @@ def test_masks_of_the_released_detection_make_the_mask_of_minicpm(
     assert result.exit_code == 0, result.output
 
 
-PAGES = [EXAMPLES / "README.md", *(pair.path / "README.md" for pair in PAIRS)]
-
-
 @every_pair
 def test_page_has_every_command(pair: Pair) -> None:
     lines = code_lines(pair.page)
@@ -410,16 +407,3 @@ def test_index_is_the_papers_table() -> None:
     for (_, link, *_, weights), pair in zip(found, PAIRS, strict=True):
         assert link == f"{pair.folder}/README.md"
         assert f"| weights | {weights} GB |" in pair.page
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
-def test_links_resolve(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        if link.startswith("https://"):
-            continue
-        file, _, anchor = link.partition("#")
-        linked = (page.parent / file).resolve()
-        assert linked.exists(), link
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}

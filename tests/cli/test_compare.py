@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -35,22 +34,6 @@ BOARD = ROOT / "examples" / "board"
 EVAL = f"{BOARD / 'evaluation.py'}:board?n=6&batch_size=6"
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    program = Path(sys.executable).with_name("snrf")
-    return subprocess.run(
-        [program, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def profile_of(neurons: NeuronSet, path: Path, missing: int = 0) -> Path:
     """A profile in which a neuron's impact is its index."""
     impacts = {site: torch.arange(len(member) - missing) for site, member in neurons.items()}
@@ -62,10 +45,12 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     mask = read_mask(ROOT / "neuron_masks" / "board.safetensors")
     profile = profile_of(mask.neurons, tmp_path / "board.profile.safetensors")
     out = tmp_path / "study.json"
-    result = run(
+    words = (
         "compare", BOARD / "snrf.yml", "--eval", EVAL, "--base", BOARD / "base", "--profile", profile,
         "--draws", "2", "--seed", "4", "--linear-betas", "0.5,1.0", "--json", out,
     )  # fmt: skip
+    command = [Path(sys.executable).with_name("snrf"), *map(str, words)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     study = read_result(out)
     assert isinstance(study, Study)

@@ -20,11 +20,8 @@ import torch
 from checkpoints import load, make_source, read, write
 from mergekit.config import MergeConfiguration
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from pair import (
     MODULES,
     Pair,
@@ -44,7 +41,6 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
-from mergekit_snrf.merge.adapter import architecture_of, rewritten
 from mergekit_snrf.merge.draft import plan_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sites import Site
@@ -155,25 +151,6 @@ def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:
     assert MergeOptions(gpu_rich=True).device == "cuda"
     assert (here.problems, cuda.problems) == ([], [])
     assert here.edits == cuda.edits
-
-
-def test_multi_gpu_spreads_the_tensors(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_gpu, "get_torch_accelerator_type", lambda name=None: "cuda")
-    config, options = MergeConfiguration.model_validate(pair.recipe()), MergeOptions(multi_gpu=True, cuda=True)
-    session = MergeSession(plan_merge(config, options), "")
-    LoaderCache.loaders.clear()
-    LoaderCache().setup(options=options)
-    with session.running():
-        ours = rewritten(config, session)
-        planner = MergePlanner(ours, architecture_of(ours, options), options, ours.base_model.config())
-        executor = multi_gpu.MultiGPUExecutor(planner.plan_to_disk(str(tmp_path)), num_gpus=2, storage_device="cpu")
-    kernels = [
-        {h.task().output_weight.name for h in handles if isinstance(h.task(), ExecuteMergeMethodTask)}
-        for handles in executor.gpu_assignments.values()
-    ]
-    assert [str(device) for device in executor.gpu_assignments] == ["cuda:0", "cuda:1"]
-    assert sorted([*kernels[0], *kernels[1]]) == sorted(read(pair.target))
-    assert all(len(names) > 30 for names in kernels)
 
 
 @pytest.mark.usefixtures("two_accelerators")
@@ -467,24 +444,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_number_of_threads(pair: Pair, tmp_path: Path) -> None:
-    """Sums in another order may round the last bit of a bfloat16 otherwise, no more."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(768, 640, generator=generator)
-    left, right = (torch.linalg.qr(torch.randn(side, 8, generator=generator))[0] for side in base.shape)
-    delta = left * 2.0 ** torch.arange(8, 0, -1) @ right.mT + 0.01 * torch.randn(base.shape, generator=generator)
-    matrices = base.bfloat16(), (base + delta).bfloat16(), torch.rand(640, generator=generator) < 0.1
-    outputs = []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        output = merge(pair.recipe(), tmp_path / str(number))
-        outputs.append({**output, "large": fuse(*matrices, 1, Fusion(0.5, 4))})
-    edited = {*(target_name(site) for site in pair.neurons), "large"}
-    for name in edited:
-        one, two = (output.pop(name).float() for output in outputs)
-        ulp = 2.0 ** (torch.frexp(torch.maximum(one.abs(), two.abs())).exponent - 8)
-        assert ((one - two).abs() <= ulp).all(), name
-    assert_same(*outputs)

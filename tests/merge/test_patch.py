@@ -6,7 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import resource
 import shutil
 import signal
 import stat
@@ -334,18 +333,6 @@ def test_disk_full(
     assert tree(tmp_path) == []
     monkeypatch.undo()
     done("patch", recipe, tmp_path / "out")
-
-
-def test_file_size_limit_of_the_system(sharded: Pair, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    recipe = write_recipe(tmp_path / "recipes" / "recipe.yml", sharded.recipe())
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD // 2, hard))
-    try:
-        result = run("patch", recipe, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert_refused(result, "out: the merge could not be written (File too large", f"{tmp_path}/.out.partial/new/")
-    assert tree(tmp_path) == []
 
 
 def test_two_runs_do_not_mix(pair: Pair, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -198,9 +196,8 @@ def test_the_command_itself_and_its_log(models: Models, tmp_path: Path) -> None:
     content["base_model"], content["models"][0]["model"] = "./target", "./source"
     content["parameters"] |= {"masks": "mask.safetensors", "source_base": "./base"}
     recipe = write_recipe(models.folder / "all.yml", content)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [Path(sys.executable).with_name("mergekit-yaml"), recipe, tmp_path / "out", "-v"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(read(tmp_path / "out"), merge(models.recipe(**VARIANTS["all"]), tmp_path / "here"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -428,17 +425,3 @@ def test_a_plan_with_problems_is_not_certified(models: Models, tmp_path: Path) -
     assert result.exit_code == 1
     assert "This merge cannot run:" in result.stdout
     assert "captured" not in result.stdout
-
-
-def test_log_of_a_tensor_is_a_sentence(rounded: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        merge(rounded.recipe(source={"rank": 2}), tmp_path / "out")
-    content = json.loads(planned(rounded, tmp_path, {"source": {"rank": 2}}, "--certify", "--quiet", "--json").stdout)
-    for entry in content["tensors"]["edited"]:
-        (said,) = {r.message for r in caplog.records if r.message.startswith(f"{entry['target']}: ")}
-        certificate, rounding = entry["certificate"], entry["rounding"]
-        assert said == (
-            f"{entry['target']}: gram, rank 2, 1 pass, captures {100 * certificate['captured']:.1f} % of the energy, "
-            f"estimated error {certificate['est']:.0e}, rounding keeps "
-            f"{100 * (1 - rounding['lost'] / rounding['update']):.0f} %"
-        )

@@ -69,14 +69,6 @@ def assert_close(actual: AttentionScores, expected: AttentionScores, tolerance: 
         assert error(one, other.double()) <= tolerance
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_neuron_equals_zeroing_it_in_the_real_module(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from checkpoints import make_source, make_target
 from PIL import Image
 from processors import processor_missing
-from profiling.probing import QUESTIONS, Options, lines, options, private_cache, write_data
+from profiling.probing import QUESTIONS, Options, lines, options, write_data
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
@@ -23,14 +22,6 @@ from mergekit_snrf.profiling.probes import render
 from mergekit_snrf.profiling.probes.answers import Answer
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import RowError
-
-pytest.importorskip("datasets")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with private_cache(tmp_path_factory.mktemp("datasets")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,6 @@ from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName, loa
 FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products of other numbers of threads differ in rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
@@ -114,9 +105,6 @@ def contents(out: Path) -> dict[str, bytes]:
 
 def command(path: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "mergekit_snrf.cli.profile", str(path), str(out / "m.safetensors"), *options]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def invoke(path: Path, out: Path, *options: str) -> Result:
@@ -240,18 +228,18 @@ def written(journal: Path) -> int:
 def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     make_target(tmp_path / "target", "llama", "hub", dtype=torch.float32)
     make_source(tmp_path / "source", "llama", dtype=torch.float32)
-    write_probes(tmp_path, count=40)
-    path = write_config(tmp_path, batch_size=2, answer={"by": "model", "max_new_tokens": 12})
+    write_probes(tmp_path, count=16)
+    path = write_config(tmp_path, batch_size=2)
     whole = profiled(path, tmp_path / "whole")
     out = tmp_path / "out"
     out.mkdir()
     arguments = [str(path), str(out / "m.safetensors"), "--journal-every", "0"]
-    run_killed_in("m.target.journal-0.safetensors", 5, *arguments)
+    run_killed_in("m.target.journal-0.safetensors", 3, *arguments)
     assert not (out / FILES[1]).exists()
     measured = written(out / "m.target.journal-0.safetensors")
-    run_killed_in("m.source.journal-0.safetensors", 3, *arguments, "--resume")
+    run_killed_in("m.source.journal-0.safetensors", 2, *arguments, "--resume")
     assert (out / FILES[1]).read_bytes() == whole[FILES[1]]
-    assert 10 <= measured < 40
+    assert 6 <= measured < 16
     assert not (out / FILES[0]).exists()
     assert profiled(path, out, resume=True) == whole
 
@@ -265,7 +253,7 @@ def test_two_processes_write_the_bytes_of_one(pair, tmp_path):
 
     def run_two(*options: str) -> subprocess.CompletedProcess[str]:
         words = [*launcher, *command(path, out, *options)[1:]]
-        environment = {**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}
+        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
         return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
 
     done = run_two()
