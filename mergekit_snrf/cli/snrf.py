@@ -8,7 +8,9 @@ from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
+from mergekit_snrf.cli.frank import frank
 from mergekit_snrf.cli.init import init
+from mergekit_snrf.cli.lens import lens
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.moments import moments
@@ -25,5 +27,7 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-for command in (init, plan, patch, lora, mask, moments, overlap, report, ablate, compare, sweep, amplify):
+_EVIDENCE = (overlap, report, ablate, compare, sweep, amplify, lens)
+
+for command in (init, plan, patch, lora, frank, mask, moments, *_EVIDENCE):
     main.add_command(command)

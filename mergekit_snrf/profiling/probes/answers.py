@@ -22,6 +22,7 @@ _PLACEHOLDERS = (
     "image_token_id", "image_token_index", "video_token_id", "video_token_index",
     "audio_token_id", "audio_token_index", "vision_start_token_id",
 )  # fmt: skip
+_IMAGES = ("image_token_id", "image_token_index", "img_context_token_id", "img_token_id")
 _NOT_PER_TOKEN = ("image_", "pixel_", "video_", "second_per_")
 
 
@@ -36,6 +37,12 @@ class Answer:
 def placeholder_ids(config: PretrainedConfig) -> tuple[int, ...]:
     """Return the tokens that stand for images, videos or sounds, which no answer may contain."""
     found = (getattr(config, name, None) for name in _PLACEHOLDERS)
+    return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
+
+
+def image_ids(config: PretrainedConfig) -> tuple[int, ...]:
+    """Return the tokens in whose places the model puts what it sees."""
+    found = (getattr(config, name, None) for name in _IMAGES)
     return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
 
 
