@@ -278,8 +278,9 @@ def test_autoload_switched_off(installed: Environment, pair: Pair, tmp_path: Pat
     by_hand = "import mergekit_snrf_autoload as a; a.autoload(); a.autoload()\n"
     # Our own commands register the method themselves.
     patch = (
-        "import sys; from mergekit_snrf.cli.snrf import main\n"
-        f"main(['patch', {str(recipe)!r}, {str(tmp_path / 'patched')!r}, '--quiet'], standalone_mode=False)\n"
+        "import contextlib, io; from mergekit_snrf.cli.snrf import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    main(['patch', {str(recipe)!r}, {str(tmp_path / 'patched')!r}, '--quiet'], standalone_mode=False)\n"
         "result = 'patched'"
     )
     snippets = (command, STATE, STATE + by_hand + STATE, patch)

@@ -5,8 +5,7 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 import yaml
 from checkpoints import SOURCE_OF, VLMS, add_tensor, make_source, make_target, read
 from click.testing import CliRunner, Result
-from forked import forked
+from forked import forked, start_forked
 from processors import PROCESSORS, WITHOUT_TEMPLATE, example_image, processor_missing
 
 from mergekit_snrf.cli.profile import main
@@ -101,10 +100,6 @@ def profiled(path: Path, out: Path, **options: Any) -> dict[str, bytes]:
 
 def contents(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
-
-
-def command(path: Path, out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "mergekit_snrf.cli.profile", str(path), str(out / "m.safetensors"), *options]
 
 
 def invoke(path: Path, out: Path, *options: str) -> Result:
@@ -244,24 +239,25 @@ def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     assert profiled(path, out, resume=True) == whole
 
 
-def test_two_processes_write_the_bytes_of_one(pair, tmp_path):
+def test_two_processes_write_the_bytes_of_one(pair, tmp_path, capfd):
+    """As torchrun starts them."""
     path = write_config(pair("llava"), "llava", batch_size=2)
     whole = profiled(path, tmp_path / "one")
     out = tmp_path / "two"
     out.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
 
-    def run_two(*options: str) -> subprocess.CompletedProcess[str]:
-        words = [*launcher, *command(path, out, *options)[1:]]
-        environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    def process(rank: str) -> int:
+        def ranked() -> None:
+            os.environ |= {**place, "RANK": rank, "LOCAL_RANK": rank}
+            main([str(path), str(out / "m.safetensors")])
 
-    done = run_two()
-    if "(SIGABRT)" in done.stderr:
-        # On a busy machine torch has aborted a process, once in some forty runs. Whoever sees that goes on.
-        done = run_two("--resume")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shared neurons") == 1
+        return start_forked(ranked)
+
+    children = [process(rank) for rank in "01"]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert capfd.readouterr().out.count("shared neurons") == 1
     assert contents(out) == whole
 
 
