@@ -26,6 +26,7 @@ from pair import Pair, assert_same, make_pair, merge, source_name, target_name, 
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion import threads as threads_module
 from mergekit_snrf.merge import folders
 from mergekit_snrf.merge import patch as patch_module
 from mergekit_snrf.merge.patch import patch_merge
@@ -137,7 +138,7 @@ def test_workers_and_memory_do_not_change_the_bytes(
     one, two, five = (
         hashes(done("patch", sharded.recipe(), tmp_path / workers / "out", "--workers", workers)) for workers in "125"
     )
-    monkeypatch.setattr(patch_module, "_MAX_WAITING", 0)
+    monkeypatch.setattr(threads_module, "memory_limit", lambda: 0)
     bounded = hashes(done("patch", sharded.recipe(), tmp_path / "bounded" / "out"))
     assert one == two == five == bounded
     assert torch.get_num_threads() == threads
@@ -230,9 +231,9 @@ def test_a_target_that_shrinks_while_it_is_copied(
 ) -> None:
     shards, copy = sorted(sharded.target.glob("*.safetensors")), os.copy_file_range
 
-    def shrunk(source: int, target: int, count: int) -> int:
+    def shrunk(source: int, target: int, count: int, *offsets: int) -> int:
         last = os.path.samefile(f"/proc/self/fd/{source}", shards[-1])
-        return 0 if last and os.fstat(target).st_size else copy(source, target, 1000 if last else count)
+        return 0 if last and os.fstat(target).st_size else copy(source, target, 1000 if last else count, *offsets)
 
     monkeypatch.setattr(os, "copy_file_range", shrunk)
     assert_refused(run("patch", sharded.recipe(), tmp_path / "out"), f"{shards[-1]}: changed while it was copied")
@@ -295,11 +296,11 @@ def test_a_signal_does_not_wait_for_the_copy(pair: Pair, tmp_path: Path) -> None
     steps = (pair.target / "model.safetensors").stat().st_size / 1000
     copy = os.copy_file_range
 
-    def slow(source: int, target: int, count: int) -> int:
+    def slow(*arguments: int) -> int:
         with log.open("a") as file:
             file.write(".")
         time.sleep(0.02 if log.stat().st_size <= 20 else 0.5)
-        return copy(source, target, count)
+        return copy(*arguments)
 
     def run() -> None:
         patch_module._STEP, os.copy_file_range = 1000, slow
@@ -379,7 +380,7 @@ def watched(events: list[str], limit: int | None) -> None:
 
     for module, name in (
         (os, "copy_file_range"),
-        (patch_module, "_write"),
+        (patch_module, "overwrite_neurons"),
         (shutil, "copy"),
         (patch_module, "merge_card"),
         (Path, "write_text"),
@@ -410,7 +411,9 @@ def test_killed_run(sharded: Pair, tmp_path: Path) -> None:
     whole, events = hashes(tmp_path / "whole" / "out"), json.loads((tmp_path / "log.json").read_text())
     move = events.index("rename")
     assert events[move:] == ["rename", "rmdir"]
-    copies, writes = ([i for i, name in enumerate(events) if name == kind] for kind in ("copy_file_range", "_write"))
+    copies, writes = (
+        [i for i, name in enumerate(events) if name == kind] for kind in ("copy_file_range", "overwrite_neurons")
+    )
     points = {events.index(name) for name in ("merge_card", "write_text", "copy", "rename", "rmdir")}
     for point in sorted({*points, copies[0], copies[-1], move - 1, *writes[:: len(writes) // 4]}):
         folder = tmp_path / f"at-{point}"
