@@ -31,7 +31,7 @@ MANY_ARGUMENTS = {
     "mergekit_snrf/merge/lora.py::LoraConfig": "peft's own record",
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
-    "mergekit_snrf/merge/draft.py::MergePlan": _RECORD,
+    "mergekit_snrf/merge/plan.py::MergePlan": _RECORD,
     "mergekit_snrf/evidence/recipes.py::OpenedRecipe": _RECORD,
     "mergekit_snrf/profiling/impact/heads.py::HeadGroup": _RECORD,
     "mergekit_snrf/profiling/moments.py::MomentsProvenance": _RECORD,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,8 +17,10 @@ from mergekit_snrf.files.markdown import share as share
 from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from transformers import PreTrainedModel
 
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.merge.recipefile import MergeOptions
@@ -74,6 +76,23 @@ def check_outputs(json_file: str | None, figures: str | None = None) -> None:
             Path(figures).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SnrfError(figures, f"cannot be made ({os_reason(error)})", "choose another folder") from None
+
+
+def write_outputs(
+    result: BaseModel,
+    json_file: str | None,
+    figures: str | None = None,
+    drawings: Iterable[tuple[str, Drawing]] = (),
+) -> list[Path]:
+    """Write a result as JSON, and its drawings with the names of their files; return the paths of the figures."""
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.results import write_result
+
+    if json_file is not None:
+        write_result(json_file, result)
+    if figures is None:
+        return []
+    return [path for name, one in drawings for path in save(one.figure, figures, name, one.caption, one.text)]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -146,11 +165,9 @@ def numbers(text: str, name: str, most: float) -> list[float]:
     return numbers
 
 
-def draw_study(study: Study, folder: str) -> None:
-    """Draw the figures of a study into a folder."""
+def study_drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
+    """Yield the figures of a study by the names of their files."""
     from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.drawing import save
     from mergekit_snrf.evidence.sections import metric_drawings
 
-    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
-        save(drawing.figure, folder, name, drawing.caption, drawing.text)
+    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()

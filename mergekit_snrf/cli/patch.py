@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, size
-from mergekit_snrf.cli.options import merge_options, recipe_options, workers_option
+from mergekit_snrf.cli.options import recipe_options, workers_option
 from mergekit_snrf.files.reading import read_text
 
 
@@ -35,12 +35,11 @@ def patch(
     The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
     from mergekit_snrf.merge.patch import patch_merge
-    from mergekit_snrf.merge.recipefile import load_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
 
-    options = merge_options(reading, quiet=is_quiet(), write_model_card=write_model_card)
-    config = load_recipe(recipe)
+    options = MergeOptions(**reading, quiet=is_quiet(), write_model_card=write_model_card)
     done = patch_merge(
-        config,
+        load_recipe(recipe),
         read_text(recipe),
         options,
         out_path,

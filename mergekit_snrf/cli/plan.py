@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, share, size, table
-from mergekit_snrf.cli.options import merge_options, recipe_options
+from mergekit_snrf.cli.options import recipe_options
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Fused
     from mergekit_snrf.fusion.lowrank import Certificate
-    from mergekit_snrf.merge.draft import PlanDraft
-    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+    from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
     from mergekit_snrf.merge.tally import Tally
 
     _Certified = Sequence[tuple[PlannedEdit, Fused]]
@@ -46,10 +45,10 @@ def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, An
     run.
     """
     from mergekit_snrf.merge.draft import draft_merge
-    from mergekit_snrf.merge.recipefile import load_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
-    options, folder = merge_options(reading, quiet=is_quiet()), os.path.dirname(os.path.realpath(recipe))
+    options, folder = MergeOptions(**reading, quiet=is_quiet()), os.path.dirname(os.path.realpath(recipe))
     draft = draft_merge(load_recipe(recipe), options, out_path=out_path, recipe_folder=folder, merge_adapter=certify)
     plan = None if draft.problems else draft.finish()
     certified = list(certified_edits(plan, options)) if certify and plan is not None else []

@@ -13,12 +13,13 @@ import yaml
 from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
-    draw_study,
     is_quiet,
     loaded,
     numbers,
     silence_progress,
+    study_drawings,
     study_text,
+    write_outputs,
 )
 from mergekit_snrf.cli.options import (
     cache_options,
@@ -99,8 +100,7 @@ def sweep(
     click.echo(study_text(done.study))
     if json_file is not None:
         write_sweep(json_file, done)
-    if figures is not None:
-        draw_study(done.study, figures)
+    write_outputs(done.study, None, figures, study_drawings(done.study))
     chosen = next(one for one in found if one.name == done.best)
     write_text(best, yaml.safe_dump(chosen.recipe, sort_keys=False))
     if not enough:

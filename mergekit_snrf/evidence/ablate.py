@@ -20,9 +20,6 @@ def ablation_rows(neurons: NeuronSet, *, least: NeuronSet | None = None, draws: 
     """Return the model as it is, then with the neurons and with those of the controls deactivated.
 
     Random neurons are drawn with ``seed``, ``seed + 1``, ...; ``least`` are the least important ones, if any.
-
-    Raises:
-        SnrfError: there are no neurons, or no draws.
     """
     if draws < 1:
         raise SnrfError(None, f"must be at least 1, got {draws}", field="draws")

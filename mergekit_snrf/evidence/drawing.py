@@ -144,11 +144,7 @@ def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str 
 
 @styled
 def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, text: str) -> list[Path]:
-    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths.
-
-    Raises:
-        SnrfError: the folder cannot be written.
-    """
+    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths."""
     image = io.BytesIO()
     metadata = {"Software": None, "Title": printable(title), "Description": printable(text)}
     figure.savefig(image, format="png", dpi=200, metadata=metadata)

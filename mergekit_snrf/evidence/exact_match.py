@@ -36,7 +36,7 @@ from mergekit_snrf.evidence.items import Items, Role
 from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
-from mergekit_snrf.profiling.probes.rows import BadRow, Rows, load_rows
+from mergekit_snrf.profiling.probes.rows import Rows, load_rows
 from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
     AnswerRule,
@@ -129,12 +129,7 @@ class ExactMatch:
         return {name: metric.config.role for name, metric in self.metrics.items()}
 
     def __call__(self, model: PreTrainedModel, processor: Any) -> dict[str, Items]:
-        """Ask a model for its answers.
-
-        Raises:
-            SnrfError: a prompt cannot be rendered or is too long, the model cannot generate, or matching an answer
-                takes too long.
-        """
+        """Ask a model for its answers."""
         found = {}
         for name, metric in self.metrics.items():
             with _naming(name, self.path):
@@ -143,12 +138,7 @@ class ExactMatch:
 
 
 def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
-    """Read the YAML file of an exact-match evaluation and the data files that it names.
-
-    Raises:
-        SnrfError: a file cannot be read, a key is unknown, missing or of a value that is not allowed, a column does
-            not exist, or a row cannot be used.
-    """
+    """Read the YAML file of an exact-match evaluation and the data files that it names; all rows must be usable."""
     path = Path(path)
     config = _read_config(path)
     metrics = {}
@@ -161,10 +151,7 @@ def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
 def extract(pattern: regex.Pattern[str] | None, text: str) -> str | None:
     """Return the answer in the last 20 000 characters of a text: the last match's first group, or all of the match.
 
-    None without a match, or where that group took no part in it.
-
-    Raises:
-        SnrfError: the search takes more than two seconds.
+    None without a match, or where that group took no part in it. ``SnrfError``: it takes more than two seconds.
     """
     if pattern is None:
         return text
@@ -188,8 +175,7 @@ def normalised(answer: str) -> str | Decimal:
 
 def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
     probes = prepare(metric.rows, processor, rule=metric.rule, batch_size=metric.batch_size, config=model.config)
-    if probes.bad:
-        raise _bad_row(probes.bad[0], metric.rows.name)
+    _check_usable(probes.bad, metric.rows.source.dataset)
     answers: dict[int, str] = {}
     for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
@@ -209,8 +195,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
     columns = metric.model_dump(include={"question", "images", "answer", "template"})
     rows = load_rows(ProbeSource(dataset=str(data), limit=config.limit, seed=config.seed, **columns), answers=True)
-    if rows.bad:
-        raise _bad_row(rows.bad[0], rows.name)
+    _check_usable(rows.bad, rows.source.dataset)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None
     expected = {}
     for row in rows.rows:
@@ -234,9 +219,10 @@ def _read_config(path: Path) -> ExactMatchConfig:
         raise invalid(path, error.errors(), fields=fields) from None
 
 
-def _bad_row(bad: BadRow, name: str) -> SnrfError:
-    remedy = bad.error.remedy or "correct or remove the row; models are compared on all rows"
-    return SnrfError(bad.error.model or name, str(bad), remedy, field=bad.error.field)
+def _check_usable(bad: Mapping[int, SnrfError], name: str) -> None:
+    for number, error in bad.items():
+        remedy = error.remedy or "correct or remove the row; models are compared on all rows"
+        raise SnrfError(error.where or name, f"row {number}: {error.what}", remedy, field=error.field)
 
 
 def _naming(metric: str, path: Path) -> AbstractContextManager[None]:

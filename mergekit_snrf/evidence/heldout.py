@@ -31,12 +31,9 @@ _SOURCE = ("dataset", "config", "split", "revision", "question", "images", "temp
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of probes to keep.
+    """One kind of probes to keep, with the limit and seed of the moments; the target answers by itself.
 
-    Attributes:
-        source: with the limit and seed of the moments.
-        rule: the target answers by itself.
-        sha256: of the probes that the moments used, where they say so.
+    ``sha256`` is of the probes that the moments used, where they say so.
     """
 
     name: str
@@ -49,9 +46,8 @@ class Kind:
 class Distance:
     """How far a merge is from its target on one kind of probes.
 
-    Attributes:
-        kl: mean KL(target || merge) per token of the target's answers, in nats.
-        changed: share of the probes whose greedy answer is another one.
+    ``kl`` is the mean KL(target || merge) per token of the target's answers, in nats; ``changed`` the share of the
+    probes whose greedy answer is another one.
     """
 
     kl: float
@@ -59,13 +55,9 @@ class Distance:
 
 
 def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind]:
-    """Return the kinds of probes to keep that moments were taken on.
+    """Return the kinds of probes to keep that moments were taken on, by their profile.yml or else by the moments file.
 
-    Args:
-        config: the profile.yml of the moments; None: what the moments file says of its data sets.
-
-    Raises:
-        SnrfError: the moments do not say where their probes come from, or the profile draws other ones.
+    ``SnrfError``: the moments do not say where their probes come from, or the profile draws other ones.
     """
     known = moments.provenance.keep or []
     if not known:
@@ -94,11 +86,8 @@ def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind
 def held_out(kinds: Sequence[Kind], model: PreTrainedModel, processor: Any, folders: Sequence[Path]) -> list[HeldOut]:
     """Return the held-out probes of every kind: the rows of the same permutation behind those of the moments.
 
-    Args:
-        folders: where relative data files are looked for after the working folder.
-
-    Raises:
-        SnrfError: a data set cannot be read, is not that of the moments, or has too few rows.
+    Relative data files are looked for in the working folder, then in ``folders``. ``SnrfError``: a data set cannot be
+    read, is not that of the moments, or has too few rows.
     """
     found = []
     for index, kind in enumerate(kinds):

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, Lens, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, Lens, Overlap, Study
 from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
@@ -149,17 +149,15 @@ def amplification_section(amplification: Amplification) -> Section:
         Drawing(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)) for neuron in clouds[:_CLOUDS]
     ]
     header = ("neuron", _LEADING, "tokens amplified", "tokens plain", "answers changed", "math tokens")
-    rows = [_amplified_row(neuron) for neuron in amplification.neurons]
+    rows: list[tuple[object, ...]] = []
+    for neuron in amplification.neurons:
+        tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
+        changed = "-" if neuron.changed is None else neuron.changed
+        rows.append((neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share)))
     section.tables.append(Table("Leading tokens", header, rows, frozenset({1})))
     repeat = {name: getattr(amplification, name) for name in ("model", "factor", "probes", "seed")}
     section.tables.append(settings_table("To repeat it", {**repeat, **amplification.settings}))
     return section
-
-
-def _amplified_row(neuron: AmplifiedNeuron) -> tuple[object, ...]:
-    tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
-    changed = "-" if neuron.changed is None else neuron.changed
-    return (neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share))
 
 
 def lens_section(lens: Lens) -> Section:

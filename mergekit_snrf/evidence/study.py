@@ -69,9 +69,6 @@ def run_study(
     """Evaluate a loaded target under every row's edits and return the study.
 
     The weights are put back bit for bit after every evaluation, including one that fails.
-
-    Raises:
-        SnrfError: an edit does not fit the model, or the evaluation fails.
     """
     scores: dict[str, list[Scores]] = {row.name: [] for row in rows}
     like: Scores | None = None
@@ -107,10 +104,7 @@ def build_study(
     """Return means, changes to the reference, contrasts to the claim and a verdict.
 
     One row is the reference, one the claim. A sweep among the rows is followed by its points at the claim's level of
-    each metric to keep. ``scores`` are by name of the row, one per draw.
-
-    Raises:
-        SnrfError: the rows were not scored on the same items.
+    each metric to keep. ``scores`` are by name of the row, one per draw, all on the same items.
     """
     reference, claim = (next(row.name for row in rows if row.role == role) for role in ("reference", "claim"))
     bootstraps = resample(scores, seed=setup.seed)

@@ -20,10 +20,7 @@ _LOCAL = re.compile(
 
 
 def without_folders(text: str) -> str:
-    """Return a path, a model or an evaluation with absolute local paths cut to their last part.
-
-    Local folders do not belong on a page that is shared. Hub ids and relative paths stay as they are.
-    """
+    """Return a path, a model or an evaluation with absolute local paths cut to their last part, for a shared page."""
     return _LOCAL.sub(r"\1\2", text)
 
 

@@ -38,7 +38,6 @@ class GuardedYaml:
     """PyYAML with guarded ``safe_load`` and ``safe_load_all``."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return PyYAML's own function."""
         return getattr(yaml, name)
 
     def safe_load(self, text: str) -> Any:

@@ -30,11 +30,7 @@ _EXPECTED = {
 
 
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
-    """Return the content of a recipe file.
-
-    Raises:
-        SnrfError: the file is missing, not YAML, or not a merge configuration.
-    """
+    """Return the content of a recipe file; ``SnrfError``: it is missing, not YAML, or not a merge configuration."""
     return checked_recipe(load_yaml(path), path)
 
 
@@ -55,10 +51,7 @@ def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfigurat
 def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
     """Return a recipe's text with another number for ``keep``; everything else stays as it is.
 
-    Where the recipe has no ``keep``, it is written behind ``update: regmean``.
-
-    Raises:
-        SnrfError: ``keep`` is a list or has filters, or is written several times.
+    Where the recipe has no ``keep``, it is written behind ``update: regmean``. ``SnrfError``: it is not one number.
     """
     scalars = [
         (key, value)

@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 class ModelInfo:
     """A model's headers and small files, read before its weights.
 
-    Attributes:
-        shape: of its text decoder.
-        config_sha256: of its config.json, None for GGUF.
-        content_sha256: of the names and shapes of its tensors and of its small files, such as the tokenizer.
+    ``config_sha256`` is of its config.json, ``content_sha256`` of the names and shapes of its tensors and of its small
+    files, such as the tokenizer. Both are None for GGUF.
     """
 
     shape: DecoderShape
@@ -63,13 +61,9 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
 def check_output(
     mask: str | os.PathLike[str], *, resume: bool, replaceable: Callable[[Path], None] = check_replaceable
 ) -> None:
-    """Check that a file can be written and no unfinished run would be lost.
+    """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``.
 
-    Args:
-        replaceable: raises ``SnrfError`` where another kind of file lies.
-
-    Raises:
-        SnrfError: it cannot be written, or there are journals and ``resume`` is False.
+    ``replaceable`` raises it where another kind of file lies.
     """
     if not os.fspath(mask):
         raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")

@@ -64,12 +64,8 @@ class KeepConfig(PromptColumns):
 class Kind:
     """Probes of one kind, and the model that they go through.
 
-    Attributes:
-        name: ``target``, ``source``, or what the kind of probes to keep is called.
-        columns: as they are written.
-        source: with the column of the answers, template, limit and seed.
-        keys: of profile.yml, for the fields of the probes and answers (``errors.naming``).
-        model_keys: the same for the fields of the model.
+    ``columns`` are as written, ``source`` has the column of the answers, template, limit and seed. ``keys`` and
+    ``model_keys`` are those of profile.yml for the fields of probes and model (``errors.naming``).
     """
 
     name: str
@@ -225,12 +221,9 @@ def keep_keys(index: int) -> dict[str, str]:
 
 
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
-    """Return the checked content of a profile.yml.
+    """Return the checked content of a profile.yml; ``SnrfError`` names the key at fault.
 
     Relative paths of models and data files are looked for in the working folder, then beside the file.
-
-    Raises:
-        SnrfError: the file cannot be read, or a key is unknown, missing or has a value that is not allowed.
     """
     path = Path(path)
     raw = load_yaml(path, remedy="use the path of a profile.yml")

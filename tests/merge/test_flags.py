@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sites import Site
 
@@ -188,7 +188,7 @@ def test_two_merges_in_many_threads(pair: Pair, plain: Tensors, tmp_path: Path) 
     other = make_pair_of_masks(pair, tmp_path)
     recipes = {path: pair.recipe(parameters={"masks": str(path)}) for path in (pair.mask, other)}
     sessions = {
-        path: MergeSession(plan_merge(MergeConfiguration.model_validate(recipe), MergeOptions()), "")
+        path: MergeSession(draft_merge(MergeConfiguration.model_validate(recipe), MergeOptions()).finish(), "")
         for path, recipe in recipes.items()
     }
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.models.loading import tokenizer_of
-from mergekit_snrf.profiling.probes.rows import Row, RowError
-from mergekit_snrf.profiling.probes.source import ProbeSource
-from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
+from mergekit_snrf.profiling.probes.rows import Row
+from mergekit_snrf.profiling.probes.source import IMAGE, ProbeSource, RowError, fill_template
 
 MAX_SECONDS = 2.0
 """CPU time that a chat template may take for one prompt."""
@@ -31,7 +30,6 @@ class Renderer:
 
     Attributes:
         processor: the model's processor, or its tokenizer.
-        model: name of the model, for messages.
         marker: the text that marks one image in a prompt, before the processor expands it; None without images.
         adds_special_tokens: whether the tokenizer adds its own to a prompt, such as the begin of the text. As in
             transformers: a tokenizer's chat template has written them all, a processor's may leave the begin of
@@ -39,12 +37,7 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, source: ProbeSource, *, model: str | None = None) -> None:
-        """Find the chat template and what marks an image, and render a sample.
-
-        Raises:
-            SnrfError: there is neither a chat template nor a template, the chat template fails, or nothing marks an
-                image.
-        """
+        """Find the chat template and what marks an image, and render a sample; ``SnrfError``: one of them fails."""
         self.processor, self.source = processor, source
         self.model = model or str(getattr(tokenizer_of(processor), "name_or_path", "") or "the model")
         self._chat_template = _chat_template(processor)
@@ -54,37 +47,26 @@ class Renderer:
         if self.marker is None and source.images is not None:
             what = "neither its processor nor its chat template defines what marks an image"
             raise SnrfError(self.model, what, "use a vision-language model with its processor files", field="images")
-        try:
-            sample = source.template or self._chat(Row(0, {}, _SENTINEL))
-        except RowError as error:
-            raise SnrfError(error.model, str(error), error.remedy, field=error.field) from None
-        self.adds_special_tokens = self._leaves_special_tokens(sample)
+        sample = source.template or self._chat(Row(0, {}, _SENTINEL))
+        tokenizer = tokenizer_of(processor)
+        begin = getattr(tokenizer, "bos_token", None)
+        chat_of_tokenizer = source.template is None and tokenizer is processor
+        self.adds_special_tokens = not chat_of_tokenizer and not (begin and sample.startswith(begin))
 
     def render(self, row: Row) -> str:
-        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``.
-
-        Raises:
-            RowError: placeholders and images differ in number, or the chat template drops the question.
-            SnrfError: the chat template takes too much time or memory.
-        """
+        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``."""
         prompt = self._fill(row) if self.source.template is not None else self._chat(row)
         token = self._image_token() or self.marker
         if self.marker is not None and token and prompt.count(token) != len(row.images):
-            raise RowError(f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)")
+            what = f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)"
+            raise RowError(None, what)
         return prompt
-
-    def _leaves_special_tokens(self, sample: str) -> bool:
-        tokenizer = tokenizer_of(self.processor)
-        if self.source.template is None and tokenizer is self.processor:
-            return False
-        begin = getattr(tokenizer, "bos_token", None)
-        return not (begin and sample.startswith(begin))
 
     def _fill(self, row: Row) -> str:
         prompt = fill_template(self.source.template or "", row.fields)
         if prompt.count(IMAGE) != len(row.images):
             what = f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row"
-            raise RowError(what, "write one for each image", field="template")
+            raise RowError(None, what, "write one for each image", field="template")
         return prompt.replace(IMAGE, self.marker) if self.marker is not None else prompt
 
     def _chat(self, row: Row) -> str:
@@ -128,7 +110,7 @@ class Renderer:
         return prompt
 
     def _template_error(self, reason: str) -> RowError:
-        return RowError(reason, _OWN_TEMPLATE, field="template", model=self.model)
+        return RowError(self.model, reason, _OWN_TEMPLATE, field="template")
 
     def _image_marker(self) -> str | None:
         """Return what a chat template writes for an image, such as the token with the marks around it."""
@@ -158,7 +140,7 @@ def _segments(row: Row) -> list[str | None]:
     if len(texts) == 1:
         return [*[None] * len(row.images), row.question]
     if len(texts) - 1 != len(row.images):
-        raise RowError(f"the question has {len(texts) - 1} {IMAGE} for {len(row.images)} image(s) of the row")
+        raise RowError(None, f"the question has {len(texts) - 1} {IMAGE} for {len(row.images)} image(s) of the row")
     segments: list[str | None] = []
     for index, text in enumerate(texts):
         segments += [None] if index else []

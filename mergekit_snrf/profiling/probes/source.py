@@ -1,16 +1,26 @@
-"""Where probes come from, and where their answers come from."""
+"""Where probes come from: data sets and columns, templates (format strings that only name columns), and answers."""
 
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from mergekit_snrf.errors import SnrfError, did_you_mean
 from mergekit_snrf.files.settings import Settings
-from mergekit_snrf.profiling.probes.template import template_fields
 
 DATA_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 """Local data files and the ``datasets`` builder that reads them."""
+
+
+IMAGE = "<image>"
+"""Marks an image in a template and in a data set's questions, whatever the model's own token is."""
+
+
+class RowError(SnrfError):
+    """Why a row cannot be used; place, remedy and field count where all rows have the same fault."""
 
 
 def _valid_template(template: str) -> str:
@@ -89,3 +99,38 @@ class AnswerRule(Settings):
         if self.by == "column" and "max_new_tokens" in self.model_fields_set:
             raise ValueError("max_new_tokens goes with by: model, not with by: column; remove one of them")
         return self
+
+
+def template_fields(template: str) -> tuple[str, ...]:
+    """Return the columns that a template names, in order of appearance.
+
+    Attributes, indices, conversions and format specifications are errors, so that a template cannot run code.
+    """
+    return tuple(dict.fromkeys(name for _, name in _parse(template) if name is not None))
+
+
+def fill_template(template: str, fields: Mapping[str, str]) -> str:
+    """Replace every ``{column}`` by the row's text; ``{{`` and ``}}`` are braces."""
+    parts = []
+    for literal, name in _parse(template):
+        parts.append(literal)
+        if name is not None:
+            if name not in fields:
+                raise SnrfError(None, f"there is no column {name!r}", did_you_mean(name, fields), field="template")
+            parts.append(fields[name])
+    return "".join(parts)
+
+
+def _parse(template: str) -> list[tuple[str, str | None]]:
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        what = f"template {template!r} is not a format string ({error})"
+        raise SnrfError(None, what, "write a column as {question} and a brace as {{ or }}") from None
+    for _, name, specification, conversion in parsed:
+        if name is None:
+            continue
+        if specification or conversion or not name.strip() or any(sign in name for sign in ".[]{}"):
+            what = f"{{{name}}} in template {template!r} is not the plain name of a column"
+            raise SnrfError(None, what, "remove attributes, indices, conversions and format specifications")
+    return [(literal, name) for literal, name, _, _ in parsed]
