@@ -102,6 +102,9 @@ def contents(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
+ENVIRONMENT = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
+
+
 def invoke(path: Path, out: Path, *options: str) -> Result:
     return CliRunner().invoke(main, [str(path), str(out), *options])
 
