@@ -212,10 +212,10 @@ def _of_models(folder: Path) -> Iterator[Reader]:
 
 
 def _of_results(folder: Path) -> Iterator[Reader]:
+    import made_results as tests_of_evidence
     from made_results import ablation, comparison
-    from test_lmms_eval import sample, write
 
-    from mergekit_snrf.evidence.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.compare_samples import compare_runs
     from mergekit_snrf.evidence.results import Study, read_result, write_result
     from mergekit_snrf.evidence.tables import settings_table, study_table
 
@@ -232,20 +232,11 @@ def _of_results(folder: Path) -> Iterator[Reader]:
 
     yield Reader("result", place, ("a.json", "c.json"), of_results)
 
-    place = _place(folder, "lmms")
-    values: tuple[Any, ...] = (1.0, {"score": [0.5]}, {"true_false": True}, {"answer": "A", "parsed_pred": "A"})
-    files = []
-    for model in ("target", "merge"):
-        for task, value in zip(("one", "two", "three", "four"), values, strict=True):
-            path = write(place / model, task, [sample(number, metric=value) for number in range(3)])
-            files.append(path.relative_to(place).as_posix())
-    yield Reader(
-        "lmms-eval",
-        place,
-        tuple(files),
-        lambda place, _: compare_runs([place / "target", place / "merge"], seed=0),
-        0.7,
-    )
+    fixtures = Path(tests_of_evidence.__file__).parent / "fixtures"
+    for tool in ("lmms_eval", "lm_eval", "vlmevalkit"):
+        place = shutil.copytree(fixtures / tool, folder / tool)
+        files = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*.*")) if path.is_file()]
+        yield Reader(tool, place, tuple(files), lambda place, _: compare_runs(sorted(place.iterdir())[:2]), 0.25)
 
 
 def _of_data(folder: Path) -> Iterator[Reader]:

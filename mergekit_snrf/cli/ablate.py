@@ -62,9 +62,10 @@ def ablate(
     common.silence_progress()
     evaluation = load_evaluation(reference)
     subject, processor = common.loaded(ref, settings)
-    setup = Setup("ablation", model, evaluation.name, chosen.path, sha256(chosen.path), seed, settings)
+    digests = sha256(chosen.path), chosen.neurons.sha256()
+    setup = Setup("ablation", model, evaluation.name, chosen.path, *digests, seed, settings)
     study = run_study(setup, rows, subject, processor, evaluation, progress=not common.is_quiet())
-    click.echo(common.study_text(study))
+    common.say(common.study_text(study))
     if least is None:
-        click.echo("The least important neurons were left out: they need --profile, the profile of MODEL.")
+        common.say("The least important neurons were left out: they need --profile, the profile of MODEL.")
     common.write_outputs(study, json_file)

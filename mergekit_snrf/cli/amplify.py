@@ -95,14 +95,14 @@ def amplify(
         raise click.UsageError("name neurons with --neuron, --neurons or --mask")
     if named["pick"] is not None and named["mask"] is None:
         raise click.UsageError("--pick goes with --mask")
-    if figures is not None and (find_spec("matplotlib") is None or find_spec("wordcloud") is None):
-        raise SnrfError(None, "word clouds need matplotlib and wordcloud", "pip install 'mergekit-snrf[analysis]'")
+    if figures is not None and find_spec("matplotlib") is None:
+        raise SnrfError(None, "figures need matplotlib", "pip install 'mergekit-snrf[analysis]'")
     common.check_outputs(json_file, figures)
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
         result = _measured(probes, options.construct(ModelRef, {"model": model, **loading}), named, factor, asked)
-    click.echo(_report(result))
+    common.say(_report(result))
     for path in common.write_outputs(result, json_file, figures, _drawings(result)):
-        click.echo(path)
+        common.say(path)
 
 
 def _measured(probes: str, ref: ModelRef, named: dict[str, Any], factor: float, how: AskedOptions) -> Amplification:
@@ -173,5 +173,5 @@ def _drawings(result: Amplification) -> Iterator[tuple[str, Drawing]]:
 
     how = f"of {wording.without_folders(result.model)} amplified by {result.factor:g}"
     for neuron in result.neurons:
-        text = wording.word_cloud_text(neuron)
-        yield neuron.neuron, drawing.Drawing(figures.word_cloud(neuron), f"{neuron.neuron} {how}", text)
+        text = wording.token_bars_text(neuron)
+        yield neuron.neuron, drawing.Drawing(figures.token_bars(neuron), f"{neuron.neuron} {how}", text)

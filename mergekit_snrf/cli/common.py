@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +15,7 @@ import click
 
 from mergekit_snrf.errors import SnrfError, naming, option, os_reason
 from mergekit_snrf.files.markdown import share as share
-from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
+from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated, write_text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -30,7 +31,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def command_options(function: _F) -> _F:
-    """Give a command ``-v`` and ``--quiet``, and turn ``SnrfError`` into one line and exit code 1 (traceback: -vv)."""
+    """Give a command ``-v`` and ``--quiet``.
+
+    ``SnrfError`` becomes one line and exit code 1 (with -vv a traceback), Ctrl-C exit code 130.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, verbosity: int, quiet: bool, **kwargs: Any) -> Any:
@@ -43,8 +47,13 @@ def command_options(function: _F) -> _F:
             if verbosity > 1:
                 raise
             raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            command = click.get_current_context().command
+            resumes = any(parameter.name == "resume" for parameter in command.params)
+            click.echo(f"\nInterrupted{'; continue with --resume' if resumes else ''}.", err=True)
+            raise click.exceptions.Exit(130) from None
 
-    quiet_option = click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings.")
+    quiet_option = click.option("-q", "--quiet", is_flag=True, help="Suppress progress bars and warnings.")
     verbose = click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity).")
     return verbose(quiet_option(wrapper))  # type: ignore[return-value]
 
@@ -52,6 +61,11 @@ def command_options(function: _F) -> _F:
 def is_quiet() -> bool:
     """Tell whether the running command was given ``--quiet``."""
     return bool(click.get_current_context().params.get("quiet"))
+
+
+def say(text: object) -> None:
+    """Print text; to standard error where JSON goes to standard output."""
+    click.echo(text, err=click.get_current_context().params.get("json_file") == "-")
 
 
 def silence_progress(*, quiet: bool | None = None) -> None:
@@ -69,7 +83,7 @@ def silence_progress(*, quiet: bool | None = None) -> None:
 
 def check_outputs(json_file: str | None, figures: str | None = None) -> None:
     """Raise ``SnrfError`` before a model runs where its results could not be written; make the folder of figures."""
-    if json_file is not None:
+    if json_file not in (None, "-"):
         check_writable(json_file)
     if figures is not None:
         try:
@@ -86,13 +100,24 @@ def write_outputs(
 ) -> list[Path]:
     """Write a result as JSON, and its drawings with the names of their files; return the paths of the figures."""
     from mergekit_snrf.evidence.drawing import save
-    from mergekit_snrf.evidence.results import write_result
+    from mergekit_snrf.evidence.results import result_text, write_result
 
-    if json_file is not None:
+    if json_file == "-":
+        click.echo(result_text(result))
+    elif json_file is not None:
         write_result(json_file, result)
     if figures is None:
         return []
     return [path for name, one in drawings for path in save(one.figure, figures, name, one.caption, one.text)]
+
+
+def write_json(json_file: str | None, content: object) -> None:
+    """Write JSON to a file, or print it."""
+    text = json.dumps(content, indent=2)
+    if json_file == "-":
+        click.echo(text)
+    elif json_file is not None:
+        write_text(json_file, text + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

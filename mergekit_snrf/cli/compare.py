@@ -1,4 +1,4 @@
-"""``snrf compare``: a merge against its controls, or several models' results of lmms-eval."""
+"""``snrf compare``: a merge against its controls, or what an evaluation tool measured of several models."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 _MOST_KEEP = 1e6
-_OF_LMMS_EVAL = ("tasks", "metrics", "keep")
-_OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
+_OF_SAMPLES = ("tasks", "metrics", "keep")
+_OF_BOTH = ("places", "from_samples", "seed", "json_file", "figures", "verbosity", "quiet")
 
 
 @click.command()
@@ -71,30 +71,31 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
 )
 @options.loading_options
 @options.cache_options
-@click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
-@click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
-@click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")
 @click.option(
-    "--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric, or task, to keep, not to gain."
+    "--from", "from_samples", is_flag=True, help="Compare DIRs of lmms-eval, lm-evaluation-harness or VLMEvalKit."
 )
+@click.option("--task", "tasks", multiple=True, help="With --from: only this task; repeat for several.")
+@click.option("--metric", "metrics", multiple=True, help="With --from: only this metric, or task/metric.")
+@click.option("--keep", multiple=True, metavar="METRIC", help="With --from: a metric, or task, to keep, not to gain.")
 @options.json_option
 @options.figures_option
 @common.command_options
 def compare(
-    places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, figures: str | None, **given: Any
+    places: tuple[str, ...], from_samples: bool, json_file: str | None, figures: str | None, **given: Any
 ) -> None:
     """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
 
     The target is edited in memory and put back for every row; no model is written. An evaluation named in Python runs
     with your rights; read it first.
 
-    With --from-lmms-eval, compare the samples in two or more DIRs: the first is the reference (the target), the second
-    the claim (its merge), any others are controls.
+    With --from, compare the samples that an evaluation tool wrote of several models to two or more DIRs: the first is
+    the reference (the target), the second the claim (its merge), any others are controls. lmms-eval and
+    lm-evaluation-harness write samples with --log_samples.
     """
-    _check_options(from_lmms_eval)
+    _check_options(from_samples)
     common.check_outputs(json_file, figures)
-    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **given)
-    click.echo("\n".join([common.study_text(study), *notes]))
+    study, notes = (_from_samples if from_samples else _from_recipe)(places, **given)
+    common.say("\n".join([common.study_text(study), *notes]))
     common.write_outputs(study, json_file, figures, common.study_drawings(study))
 
 
@@ -105,17 +106,17 @@ def _check_chosen(row: str, needed: str) -> None:
         raise SnrfError(None, f"the row {row} needs {needed}", "give it, or leave out the row", field="--rows")
 
 
-def _check_options(from_lmms_eval: bool) -> None:
+def _check_options(from_samples: bool) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in _OF_BOTH and (name in _OF_LMMS_EVAL) != from_lmms_eval:
-            where = "with a recipe only" if from_lmms_eval else "with --from-lmms-eval only"
+        if given and name not in _OF_BOTH and (name in _OF_SAMPLES) != from_samples:
+            where = "with a recipe only" if from_samples else "with --from only"
             raise SnrfError(None, f"has an effect {where}", "leave it out", field=parameter.opts[0])
 
 
-def _from_lmms_eval(
+def _from_samples(
     places: tuple[str, ...],
     *,
     seed: int,
@@ -124,7 +125,7 @@ def _from_lmms_eval(
     keep: tuple[str, ...],
     **_: Any,
 ) -> tuple[Study, list[str]]:
-    from mergekit_snrf.evidence.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.compare_samples import compare_runs
 
     with naming(option):
         return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
@@ -134,7 +135,7 @@ def _from_recipe(
     places: tuple[str, ...], *, reference: str | None, loading: dict[str, Any], caches: dict[str, Any], **given: Any
 ) -> tuple[Study, list[str]]:
     if len(places) != 1:
-        raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
+        raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
     keys, betas = _keys(given["rows"]), common.numbers(given["linear_betas"], "--linear-betas", 1)
@@ -144,6 +145,7 @@ def _from_recipe(
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.neurons.maskfile import read_mask
 
     opened, merging = common.opened_recipe(places[0], loading, caches)
     for warning in opened.warnings:
@@ -159,8 +161,10 @@ def _from_recipe(
     model, processor = common.loaded(ref, settings)
     controls = Controls(keys, given["draws"], given["seed"], least, shared, betas, given["drop_rate"])
     controls = replace(controls, moments=found, keeps=strengths, frank=franks)
-    digest = None if opened.mask is None else sha256(opened.mask)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, seed=given["seed"], settings=settings)
+    if opened.mask is not None:
+        neurons = read_mask(opened.mask).neurons.sha256()
+        setup = replace(setup, mask_sha256=sha256(opened.mask), neurons_sha256=neurons)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
         study = run_study(setup, chosen, model, processor, evaluation, progress=not common.is_quiet())

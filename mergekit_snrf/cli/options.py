@@ -31,8 +31,15 @@ workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Tensors computed at once, a thread each; default: the cores."
 )
 json_option = click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON."
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write everything as JSON, to FILE or in place of the text.",
 )
+recipe_argument = click.argument("recipe", metavar="RECIPE.yml", type=click.Path(dir_okay=False, allow_dash=True))
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
 )

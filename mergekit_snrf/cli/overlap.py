@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, table, write_outputs
+from mergekit_snrf.cli.common import check_outputs, command_options, say, table, write_outputs
 from mergekit_snrf.cli.options import figures_option, json_option, selection_options
 from mergekit_snrf.errors import naming, option, printable
 
@@ -61,16 +61,16 @@ def overlap(
         selection = Selection.of(**rule)
         pairs = overlaps(contents, selection, curve=curve)
     if len(pairs) == 1:
-        click.echo(_pair_text(pairs[0]))
+        say(_pair_text(pairs[0]))
     else:
-        click.echo(_pairs_text(pairs))
+        say(_pairs_text(pairs))
     if layers or curve:
         for pair in pairs:
-            click.echo(_details(pair, layers, named=len(pairs) > 1))
-    click.echo(f"\n{_NOTE}")
+            say(_details(pair, layers, named=len(pairs) > 1))
+    say(f"\n{_NOTE}")
     result = pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs)
     for path in write_outputs(result, json_file, figures, _drawings(pairs)):
-        click.echo(path)
+        say(path)
 
 
 def _counts(label: str, rows: Iterable[tuple[str, Counts]]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE.yml", type=click.Path())
+@options.recipe_argument
 @click.option(
     "--max-kl",
     type=click.FloatRange(0, min_open=True),
@@ -54,22 +54,23 @@ def tune(
     the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
     """
     from mergekit_snrf.files import writing
-    from mergekit_snrf.files.reading import read_text
-    from mergekit_snrf.merge.recipefile import with_keep
+    from mergekit_snrf.merge.recipefile import recipe_text, with_keep
 
     common.check_outputs(json_file, figures)
-    text = read_text(recipe)
+    text = recipe_text(recipe)
     if not dry_run:
+        if recipe == "-":
+            raise SnrfError("-", "is standard input, where no number can be written", "give --dry-run")
         # A recipe that has no place for the number is found before hours of work.
         with_keep(text, 1.0, recipe)
         writing.check_writable(recipe)
     tuning = _tuned(recipe, max_kl, profile, reference, **reading)
-    click.echo(_said(tuning))
+    common.say(_said(tuning))
     common.write_outputs(tuning, json_file, figures, _drawings(tuning))
     if not dry_run:
         with writing.replacing(recipe) as file:
             file.write(with_keep(text, tuning.keep, recipe).encode())
-        click.echo(f"{recipe}: keep: {tuning.keep:g}")
+        common.say(f"{recipe}: keep: {tuning.keep:g}")
 
 
 def _drawings(tuning: Tuning) -> Iterator[tuple[str, Drawing]]:

@@ -33,6 +33,9 @@ INK = "#767676"
 COLORS = ("#2f7fd6", "#d0701a", "#1a9a6c", "#a566c9", "#c44e6c")
 """At least 3:1 on white and on near-black."""
 
+CHANCE = "#9a7b00"
+"""What chance would give; as readable as the others."""
+
 WIDTH = 4.6
 """Inches. Narrow enough to be read on a phone."""
 

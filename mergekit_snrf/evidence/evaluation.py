@@ -1,5 +1,6 @@
 """Evaluations: any callable that asks a loaded model the same items as another, and returns a score for each.
 
+    @mergekit_snrf.evaluation(roles={"perception": "keep"})
     def evaluate(model, processor):
         return {"reasoning": [1.0, 0.0, ...], "perception": Items(scores=(...), malformed=(...))}
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import torch
@@ -53,11 +54,33 @@ class Evaluation:
         return self.roles.get(metric, "gain")
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def evaluation(*, roles: Mapping[str, Role]) -> Callable[[_F], _F]:
+    """Return a decorator that says what a merge should do to each metric of an evaluation.
+
+    Args:
+        roles: by metric, ``gain`` if the merge should improve it (as where none is given), or ``keep`` if it should
+            not lower it.
+
+    Raises:
+        SnrfError: a role is neither.
+    """
+    checked = _roles("evaluation", roles)
+
+    def mark(function: _F) -> _F:
+        function.roles = checked  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def load_evaluation(reference: str) -> Evaluation:
     """Find an evaluation, and check what can be checked without a model.
 
-    Values of arguments are written as in YAML. A callable's attribute ``roles`` (metric -> ``gain`` or ``keep``) says
-    what a merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
+    Values of arguments are written as in YAML. A callable's attribute ``roles``, which ``evaluation`` sets, says what a
+    merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
     """
     if not reference:
         raise SnrfError(None, "is empty", "name an evaluation", field="eval")
@@ -134,9 +157,9 @@ def _arguments(reference: str, query: str) -> dict[str, Any]:
 def _roles(reference: str, roles: Any) -> Mapping[str, Role]:
     if roles is None:
         return {}
-    if not isinstance(roles, Mapping) or not set(roles.values()) <= {"gain", "keep"}:
-        what = f"its attribute roles must map metrics to 'gain' or 'keep', got {roles!r}"
-        raise SnrfError(reference, what, "correct the attribute")
+    if not isinstance(roles, Mapping) or not all(role in ("gain", "keep") for role in roles.values()):
+        what = f"its roles must map metrics to 'gain' or 'keep', got {roles!r:.100}"
+        raise SnrfError(reference, what, "correct the roles")
     return cast("Mapping[str, Role]", dict(roles))
 
 

@@ -41,10 +41,11 @@ from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
     AnswerRule,
     Count,
+    Images,
     Name,
     ProbeSource,
+    Prompting,
     Seed,
-    Template,
     check_prompt,
 )
 
@@ -63,19 +64,17 @@ _NUMBER = regex.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", regex
 _THOUSANDS = regex.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", regex.ASCII)
 
 
-class MetricConfig(Settings):
+class MetricConfig(Prompting):
     """One metric of an exact-match evaluation."""
 
     data: Name = Field(description="A .jsonl, .json, .parquet or .csv file.")
     question: Name | None = Field(default=None, description="Column of the question; optional with a template.")
-    images: Name | None = Field(default=None, description="Column of the images, one or several in a row.")
+    images: Images | None = Field(
+        default=None, description="Column of the images, one or several in a row; or a list of columns."
+    )
     answer: Name = Field(description="Column of the right answer.")
     answer_regex: Annotated[str, Field(min_length=1, max_length=_MAX_PATTERN)] | None = Field(
         default=None, description="Expression that finds the answer in what the model writes; default: all of it."
-    )
-    template: Template | None = Field(
-        default=None,
-        description="Format string over the columns that replaces the model's chat template; <image> marks an image.",
     )
     role: Role = Field(default="gain", description="Whether a merge should improve the metric (gain) or preserve it.")
 
@@ -193,7 +192,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
     if not os.path.isfile(data):
         remedy = "correct the path, which is relative to the evaluation's file"
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
-    columns = metric.model_dump(include={"question", "images", "answer", "template"})
+    columns = metric.model_dump(include={"question", "images", "answer", *Prompting.model_fields})
     rows = load_rows(ProbeSource(dataset=str(data), limit=config.limit, seed=config.seed, **columns), answers=True)
     _check_usable(rows.bad, rows.source.dataset)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None

@@ -17,7 +17,7 @@ from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.profiling.probes.answers import placeholder_ids
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import count_rows, load_rows
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource, Prompting
 from mergekit_snrf.profiling.settings import ProfileConfig, keep_keys
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LEAST, MOST = 96, 128
 """Held-out probes of a kind: at least, and at most."""
 
-_SOURCE = ("dataset", "config", "split", "revision", "question", "images", "template", "limit", "seed")
+_SOURCE = ("dataset", "config", "split", "revision", "question", "images", *Prompting.model_fields, "limit", "seed")
 
 
 @dataclass(frozen=True)

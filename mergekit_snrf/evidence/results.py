@@ -71,6 +71,7 @@ class Study(_Part):
     """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
 
     Attributes:
+        neurons_sha256: ``NeuronSet.sha256`` of the mask.
         items: number of items of each metric.
         roles: of the metrics: what a merge should improve, and what it should preserve.
         level: of all intervals.
@@ -84,6 +85,7 @@ class Study(_Part):
     model: str
     mask: str | None = None
     mask_sha256: str | None = None
+    neurons_sha256: str | None = None
     evaluation: str
     items: dict[str, int]
     roles: dict[str, Literal["gain", "keep"]] = {}
@@ -303,9 +305,12 @@ def write_result(path: str | os.PathLike[str], result: BaseModel) -> None:
     Raises:
         SnrfError: the file cannot be written.
     """
-    text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    with writing.replacing(path) as file:
-        file.write(text.encode())
+    writing.write_text(path, result_text(result) + "\n")
+
+
+def result_text(result: BaseModel) -> str:
+    """Return a result as JSON."""
+    return json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False)
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:

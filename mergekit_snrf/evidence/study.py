@@ -53,6 +53,7 @@ class Setup:
     evaluation: str
     mask: str | None = None
     mask_sha256: str | None = None
+    neurons_sha256: str | None = None
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 

@@ -28,7 +28,7 @@ class Table:
 
 
 def study_table(study: Study, metric: str) -> Table:
-    """Return what a study measured of one metric: a row per condition."""
+    """Return what a study measured of one metric: a row per condition, without empty columns."""
     factor, unit = wording.scale(study, metric)
     claim = next((condition.name for condition in study.conditions if condition.role == "claim"), "claim")
     against = {one.right: one.difference for one in study.contrasts if (one.left, one.metric) == (claim, metric)}
@@ -46,7 +46,10 @@ def study_table(study: Study, metric: str) -> Table:
         rows.append((name, condition.neurons or "-", mean, change, difference, malformed))
     items = f", {study.items[metric]} items" if metric in study.items else ""
     header = ("condition", "neurons", "mean", "change", f"{claim} minus it", "malformed")
-    return Table(f"{metric}{unit}{items}", header, rows)
+    # Columns without any entry are left out.
+    shown = [place for place, _ in enumerate(header) if any(row[place] != "-" for row in rows)]
+    cells = [[row[place] for place in shown] for row in rows]
+    return Table(f"{metric}{unit}{items}", [header[place] for place in shown], cells)
 
 
 def counts_table(caption: str, label: str, rows: Iterable[tuple[str, Counts]], *, folded: bool = False) -> Table:

@@ -131,11 +131,11 @@ def study_text(study: Study, metric: str) -> str:
     return printable(f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}.")
 
 
-def word_cloud_text(neuron: AmplifiedNeuron, words: int = 10) -> str:
-    """Describe the word cloud of one neuron by its leading tokens."""
-    tokens = [token_text(token) for token in leading(neuron, words)]
+def token_bars_text(neuron: AmplifiedNeuron, count: int = 12) -> str:
+    """Describe the bars of one neuron by its leading tokens."""
+    tokens = [token_text(token) for token in leading(neuron, count)]
     return printable(
-        f"Word cloud of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
+        f"Bars of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
         f"(amplified count:plain count): {', '.join(tokens) or 'none'}."
     )
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, TextIO
 
 import yaml
 from mergekit.common import dtype_from_name as dtype_from_name
@@ -17,7 +19,7 @@ from mergekit.options import MergeOptions as MergeOptions
 from pydantic import ValidationError
 
 from mergekit_snrf.errors import SnrfError, first_line, invalid
-from mergekit_snrf.files.reading import load_yaml
+from mergekit_snrf.files.reading import CONFIG_BYTES, parse_yaml, read_text
 from mergekit_snrf.merge.recipe import stray_keys
 
 # What pydantic adds to the place of an error where a value may be of several types.
@@ -29,9 +31,22 @@ _EXPECTED = {
 }
 
 
+def recipe_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a recipe file; ``-`` is standard input, which is read once."""
+    return _all_of(sys.stdin) if os.fspath(path) == "-" else read_text(path)
+
+
+@lru_cache(maxsize=1)
+def _all_of(stream: TextIO) -> str:
+    try:
+        return stream.read(CONFIG_BYTES)
+    except UnicodeDecodeError as error:
+        raise SnrfError("-", f"is not UTF-8 text (byte {error.start})", "pass a recipe as UTF-8") from None
+
+
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
     """Return the content of a recipe file; ``SnrfError``: it is missing, not YAML, or not a merge configuration."""
-    return checked_recipe(load_yaml(path), path)
+    return checked_recipe(parse_yaml(recipe_text(path), path), path)
 
 
 def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfiguration:

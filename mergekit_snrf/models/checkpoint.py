@@ -192,7 +192,7 @@ def open_checkpoint(
     """
     if os.path.isdir(name):
         return _from_folder(name, Path(name), trust_remote_code=trust_remote_code)
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(os.path.dirname(name)):
         remedy = "give the folder of a checkpoint, or a hub id such as owner/model"
         if "+" in name:
             remedy = "only a recipe takes base+adapter; merge the adapter into its base first"

@@ -23,6 +23,7 @@ from mergekit_snrf.profiling.probes.source import (
     ProbeColumns,
     ProbeSource,
     PromptColumns,
+    Prompting,
     Seed,
     Template,
     check_prompt,
@@ -37,14 +38,13 @@ _MODEL_FIELDS = ("model", "revision", "gguf_file")
 _ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
-class SideConfig(Settings):
+class SideConfig(Prompting):
     """One of the two models, the target or the source, with its probes."""
 
     model: Name = Field(description="A folder or a hub id.")
     revision: Name | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     gguf_file: Name | None = Field(default=None, description="The file in the model to load if it is GGUF.")
     probes: ProbeColumns = Field(description="The data set and its columns.")
-    template: Template | None = Field(default=None, description="Replaces the model's chat template.")
 
     @model_validator(mode="after")
     def _prompts_differ(self) -> SideConfig:
@@ -165,12 +165,12 @@ class ProfileConfig(Settings):
         """Return the probes and the model of a side."""
         side = self.side(name)
         keys = {field: f"{name}.probes.{field}" for field in ProbeColumns.model_fields}
-        keys |= {"template": f"{name}.template", **_ANSWER_KEYS}
+        keys |= {**{field: f"{name}.{field}" for field in Prompting.model_fields}, **_ANSWER_KEYS}
         return Kind(
             name,
             self.model_of(name),
             side.probes,
-            self._source(side.probes, side.template, self.limit),
+            self._source(side.probes, side, self.limit),
             self.answer,
             keys,
             {**{field: f"{name}.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
@@ -187,16 +187,23 @@ class ProfileConfig(Settings):
             kind.name or Path(kind.dataset).stem,
             self.model_of("target"),
             ProbeColumns(**{field: getattr(kind, field) for field in ProbeColumns.model_fields}),
-            self._source(kind, kind.template, kind.limit or self.limit),
+            self._source(kind, self._prompting(kind), kind.limit or self.limit),
             rule if tokens is None or rule.by == "column" else AnswerRule(max_new_tokens=tokens),
             keys,
             {**{field: f"target.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
         )
 
-    def _source(self, columns: ProbeColumns, template: str | None, limit: int | None) -> ProbeSource:
+    def _prompting(self, kind: KeepConfig) -> Prompting:
+        """Return how probes to keep are rendered: chat templates get the variables that the target's side sets."""
+        if kind.template is not None or kind.chat_template_kwargs is not None:
+            return kind
+        return kind.model_copy(update={"chat_template_kwargs": self.target.chat_template_kwargs})
+
+    def _source(self, columns: ProbeColumns, prompting: Prompting, limit: int | None) -> ProbeSource:
         found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
         found["answer"] = columns.answer or self.answer.column
-        return ProbeSource(**found, template=template, limit=limit, seed=self.seed)
+        found |= {field: getattr(prompting, field) for field in Prompting.model_fields}
+        return ProbeSource(**found, limit=limit, seed=self.seed)
 
     def model_of(self, name: SideName) -> ModelRef:
         """Return the model of a side."""

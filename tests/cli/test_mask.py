@@ -111,7 +111,7 @@ def test_show_prints_counts_shares_and_provenance(folder: Path) -> None:
 
 
 def test_show_prints_json(folder: Path) -> None:
-    shown = json.loads(done("show", "--json", "a"))
+    shown = json.loads(done("show", "a", "--json"))
     assert shown["sha256"] == digest("a")
     none = {"tensors": 0, "neurons": 0, "of": 0}
     held = {"attn.k": {"tensors": 1, "neurons": 3, "of": 8}, "fwd.up": {"tensors": 1, "neurons": 2, "of": 12}}
@@ -311,7 +311,7 @@ def test_only_masks_are_replaced(folder: Path, model: str, command: list[str]) -
 @pytest.mark.parametrize(
     ("command", "mask", "message"),
     [
-        ("show --json M", "missing", "missing: no such file, looked for "),
+        ("show M --json", "missing", "missing: no such file, looked for "),
         ("intersect M out a", "damaged", "damaged: not a readable safetensors file"),
         ("random M out", "hf://owner/repo", "hf://owner/repo: not a hub reference; the form is hf://owner/repo@rev"),
         ("export M out --model model", "hf://owner/repo/m.safetensors", "m.safetensors: cannot be downloaded ("),
@@ -343,7 +343,7 @@ def test_outputs_that_cannot_be_written(folder: Path, model: str, out: str) -> N
 
 
 def test_the_command_as_a_user_runs_it(folder: Path) -> None:
-    command = [Path(sys.executable).with_name("snrf"), "mask", "show", "--json", "a"]
+    command = [Path(sys.executable).with_name("snrf"), "mask", "show", "a", "--json"]
     shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert json.loads(shown.stdout)["counts"]["attn.k"]["neurons"] == 3

@@ -16,6 +16,7 @@ import numpy as np
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
 from mergekit_snrf.files.reading import open_regular
+from mergekit_snrf.profiling.probes.conversation import Turn, is_conversation, read_conversation
 from mergekit_snrf.profiling.probes.images import decode, image_folders, read_image
 from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource, RowError, template_fields
 
@@ -39,6 +40,7 @@ class Row:
         number: of the row in its split, from 0.
         fields: the text of the question's column and of every column that the template names.
         question: empty if the template makes the whole prompt.
+        turns: role and text of every message before the answer, where the column holds a conversation.
         images: sha256 of each image, as encoded in the data set.
         answer: the text of the answer's column; None where the model generates it.
     """
@@ -48,6 +50,7 @@ class Row:
     question: str = ""
     images: tuple[str, ...] = ()
     answer: str | None = None
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,12 @@ class Rows:
 
     def images(self, row: Row) -> list[Image]:
         """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size."""
-        if not row.images or self._dataset is None or self.source.images is None:
+        if not row.images or self._dataset is None:
             return []
-        value = self._dataset[row.number][self.source.images]
+        values = self._dataset[row.number]
         try:
-            return [decode(read_image(entry, image_folders(self._folder))) for entry in _entries(value)]
+            entries = _image_entries(values, self.source)
+            return [decode(read_image(entry, image_folders(self._folder))) for entry in entries]
         except RowError as error:
             raise SnrfError(self.source.dataset, f"row {row.number}: {error.what}", field="images") from None
 
@@ -211,8 +215,9 @@ def _check_columns(source: ProbeSource, answers: bool, dataset: datasets.Dataset
     """Return the columns to read, by the field that names each."""
     if answers and source.answer is None:
         raise SnrfError(source.dataset, "names no column with the answers", "set it", field="answer")
-    wanted = {"question": source.question, "images": source.images, "answer": source.answer if answers else None}
+    wanted = {"question": source.question, "answer": source.answer if answers else None}
     columns = {key: column for key, column in wanted.items() if column is not None}
+    columns |= {f"images {name}": name for name in source.image_columns}
     columns |= {f"template {name}": name for name in template_fields(source.template or "")}
     for key, column in columns.items():
         if column not in dataset.column_names:
@@ -236,18 +241,28 @@ def _read_row(
         values = dataset[number]
     except UnicodeDecodeError as error:
         raise RowError(None, f"is not UTF-8 text ({first_line(error)})", "convert the file to UTF-8") from None
-    shown = [column for key, column in columns.items() if key not in ("images", "answer")]
+    images = _read_images(values, source, folder) if source.image_columns else ()
+    turns: tuple[Turn, ...] = ()
+    reply, answer = None, columns.get("answer")
+    if source.question is not None and is_conversation(values[source.question]):
+        turns, reply = read_conversation(values[source.question], source.question)
+        values = {**values, source.question: turns[-1][1]}
+    shown = [column for key, column in columns.items() if not key.startswith(("images", "answer"))]
     fields = {column: _text(values[column], column) for column in shown}
-    images = () if source.images is None else _read_images(values[source.images], source.images, folder)
-    answer = _text(values[columns["answer"]], columns["answer"]) if "answer" in columns else None
     question = fields[source.question] if source.question is not None else ""
-    return Row(number, fields, question, images, answer)
+    if answer is not None:
+        answer = _text(reply if turns and answer == source.question else values[answer], answer)
+    return Row(number, fields, question, images, answer, turns)
 
 
-def _read_images(value: Any, column: str, folder: Path | None) -> tuple[str, ...]:
-    entries = _entries(value)
+def _image_entries(values: Mapping[str, Any], source: ProbeSource) -> list[Any]:
+    return [entry for column in source.image_columns for entry in _entries(values[column])]
+
+
+def _read_images(values: Mapping[str, Any], source: ProbeSource, folder: Path | None) -> tuple[str, ...]:
+    entries = _image_entries(values, source)
     if not entries:
-        raise RowError(None, f"no image in column {column!r}")
+        raise RowError(None, f"no image in column {', '.join(map(repr, source.image_columns))}")
     digests = []
     for entry in entries:
         content = read_image(entry, image_folders(folder))
