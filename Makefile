@@ -12,7 +12,7 @@ JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# About six minutes on two cores: three pairs with all controls.
+# Pairs of three base seeds with all controls, two of which are trained first; an interrupted run continues.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
@@ -46,12 +46,12 @@ docs: $(VENV)/.installed $(DOCS)/.installed
 
 $(DOCS)/.installed: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:

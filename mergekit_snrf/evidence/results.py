@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
@@ -295,7 +296,7 @@ class Lens(_Part):
         return self
 
 
-Result = Study | Overlap | OverlapPairs | Amplification | Lens
+Result = Study | Overlap | OverlapPairs | Amplification | Lens | Tuning
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
