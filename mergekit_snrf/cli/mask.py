@@ -52,10 +52,10 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
     from mergekit_snrf.neurons.sets import count_rows
-    from mergekit_snrf.neurons.sites import PROJECTIONS, Site
+    from mergekit_snrf.neurons.sites import Site
 
     path = local_path(mask_file)
-    content, digest = read_mask(path), sha256(path)
+    content, digest = read_mask(path, towers=True), sha256(path)
     counts = content.neurons.by_projection()
     if as_json:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)
@@ -67,8 +67,8 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
     if layers:
         numbers = sorted({site.layer for site in content.neurons.nonempty()})
-        rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
-        click.echo("\n" + table(("layer", *PROJECTIONS), rows))
+        rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in counts)) for layer in numbers]
+        click.echo("\n" + table(("layer", *counts), rows))
     facts = [("sha256", digest), *provenance_rows(content)]
     click.echo("\n" + "\n".join(f"{name:<16}  {' '.join(text.split())}" for name, text in facts))
 

@@ -8,6 +8,7 @@ from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
+from mergekit_snrf.cli.domains import domains
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.moments import moments
@@ -23,5 +24,5 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-for command in (plan, patch, lora, mask, moments, overlap, report, ablate, compare, amplify):
+for command in (plan, patch, lora, mask, moments, overlap, report, ablate, domains, compare, amplify):
     main.add_command(command)

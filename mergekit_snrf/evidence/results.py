@@ -95,6 +95,28 @@ class Study(_Part):
     settings: dict[str, Any] = {}
 
 
+class DomainStudy(_Part):
+    """The ablation of one domain's neurons in one module: decoder, vision, projector, or all."""
+
+    domain: str
+    module: str
+    study: Study
+
+
+class DomainAblation(_Part):
+    """Each domain's neurons off on every metric, one ablation for each domain and module.
+
+    ``verdict`` says what happens on a domain's own items: the metric of its name.
+    """
+
+    format: Literal["snrf-domain-ablation"] = "snrf-domain-ablation"
+    version: Literal[1] = 1
+    domains: list[str]
+    studies: list[DomainStudy] = Field(min_length=1)
+    verdict: list[str] = []
+    settings: dict[str, Any] = {}
+
+
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
@@ -234,7 +256,7 @@ class Amplification(_Part):
     settings: dict[str, Any] = {}
 
 
-Result = Study | Overlap | OverlapPairs | Amplification
+Result = Study | DomainAblation | Overlap | OverlapPairs | Amplification
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
