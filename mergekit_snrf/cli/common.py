@@ -132,3 +132,25 @@ def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) ->
     if loading.get("dtype", "auto") == "auto":
         loading["dtype"] = opened.dtype
     return opened, options
+
+
+def numbers(text: str, name: str, most: float) -> list[float]:
+    """Return the rising numbers above 0 and up to ``most`` of an option ``name``."""
+    try:
+        numbers = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
+    if not all(0 < number <= most for number in numbers):
+        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
+        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
+    return numbers
+
+
+def draw_study(study: Study, folder: str) -> None:
+    """Draw the figures of a study into a folder."""
+    from mergekit_snrf.evidence.curves import tradeoff_drawings
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.sections import metric_drawings
+
+    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
+        save(drawing.figure, folder, name, drawing.caption, drawing.text)

@@ -12,8 +12,10 @@ import click
 from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
+    draw_study,
     is_quiet,
     loaded,
+    numbers,
     opened_recipe,
     silence_progress,
     study_text,
@@ -25,6 +27,7 @@ from mergekit_snrf.cli.options import (
     eval_help,
     figures_option,
     json_option,
+    linear_betas_option,
     loading_options,
     seed_option,
 )
@@ -66,13 +69,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
-@click.option(
-    "--linear-betas",
-    default="0.1,0.25,0.5,0.75,1.0",
-    show_default=True,
-    metavar="BETAS",
-    help="Strengths of the linear merge of all neurons.",
-)
+@linear_betas_option
 @click.option(
     "--moments",
     metavar="MOMENTS",
@@ -123,16 +120,7 @@ def compare(
     if json_file is not None:
         write_result(json_file, study)
     if figures is not None:
-        _draw(study, figures)
-
-
-def _draw(study: Study, folder: str) -> None:
-    from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.drawing import save
-    from mergekit_snrf.evidence.sections import metric_drawings
-
-    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
-        save(drawing.figure, folder, name, drawing.caption, drawing.text)
+        draw_study(study, figures)
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -174,8 +162,8 @@ def _from_recipe(
         raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys, betas = _keys(given["rows"]), _numbers(given["linear_betas"], "--linear-betas", 1)
-    strengths = _numbers(given["keeps"], "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup, run_study
@@ -265,15 +253,3 @@ def _keys(rows: str) -> list[str]:
         what = f"{unknown[0]!r} is not a row"
         raise SnrfError(None, what, did_you_mean(unknown[0], _ROWS, "rows are"), field="--rows")
     return keys
-
-
-def _numbers(text: str, name: str, most: float) -> list[float]:
-    """Return rising numbers above 0 and up to ``most``."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
-    if not all(0 < number <= most for number in numbers):
-        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
-    return numbers

@@ -39,6 +39,13 @@ json_option = click.option(
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
 )
+linear_betas_option = click.option(
+    "--linear-betas",
+    default="0.1,0.25,0.5,0.75,1.0",
+    show_default=True,
+    metavar="BETAS",
+    help="Strengths of the linear merge of all neurons.",
+)
 _caches = (
     click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
     click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),

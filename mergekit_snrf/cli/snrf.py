@@ -9,6 +9,7 @@ from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.domains import domains
+from mergekit_snrf.cli.init import init
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.moments import moments
@@ -16,6 +17,7 @@ from mergekit_snrf.cli.overlap import overlap
 from mergekit_snrf.cli.patch import patch
 from mergekit_snrf.cli.plan import plan
 from mergekit_snrf.cli.report import report
+from mergekit_snrf.cli.sweep import sweep
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,5 +26,6 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-for command in (plan, patch, lora, mask, moments, overlap, report, ablate, domains, compare, amplify):
+_COMMANDS = (init, plan, patch, lora, mask, moments, overlap, report, ablate, domains, compare, sweep, amplify)
+for command in _COMMANDS:
     main.add_command(command)

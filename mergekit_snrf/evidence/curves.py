@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,12 @@ def tradeoff(study: Study, gain: str, keep: str) -> Figure:
     """Draw gain against keep, a curve for every sweep from the target on, with intervals of the changes."""
     figure, (panel,) = new_figure(4.6)
     factors = scale(study, keep)[0], scale(study, gain)[0]
+    spare = itertools.cycle((*look, "-") for look in ((COLORS[4], "D"), (COLORS[3], "v"), (COLORS[2], "X"), (INK, "P")))
     reference, curves, points = _drawn(study, gain, keep)
     start = _place(reference, gain, keep, factors)
+    looks = {name: _LINES.get(name) or next(spare) for name in curves}
     for name, members in curves.items():
-        color, marker, dash = _LINES.get(name, (*_OTHER, "-"))
+        color, marker, dash = looks[name]
         places = [start, *(_place(one, gain, keep, factors) for one in members)]
         label = f"{name}: {_strengths(members)}"
         panel.plot(*zip(*places, strict=True), color=color, linestyle=dash, linewidth=1.3, label=label, zorder=2)
@@ -88,8 +91,8 @@ def _drawn(study: Study, gain: str, keep: str) -> tuple[Condition, dict[str, lis
     for one in rows:
         if one.curve is not None:
             curves.setdefault(one.curve, []).append(one)
-    for name, members in curves.items():
-        members.sort(key=lambda one: one.strength or 0.0, reverse=name != "linear")
+    for members in curves.values():
+        members.sort(key=lambda one: one.strength or 0.0, reverse=_key(members) == "keep")
     others = [one for one in rows if one.curve is None and one is not reference and " at equal " not in one.name]
     return reference, dict(sorted(curves.items(), key=lambda item: [*_LINES, item[0]].index(item[0]))), others
 
@@ -113,8 +116,12 @@ def _cross(
     panel.plot(x, y, color=look[0], marker=look[1], markersize=5, linestyle="none", zorder=3)
 
 
+def _key(members: Sequence[Condition]) -> str:
+    return "keep" if "keep" in members[0].settings else "beta"
+
+
 def _strengths(members: Sequence[Condition]) -> str:
-    key = "beta" if members[0].curve == "linear" else "keep"
+    key = _key(members)
     first, last = (members[place].strength or 0.0 for place in (0, -1))
     return f"{key} {first:g} to {last:g}"
 

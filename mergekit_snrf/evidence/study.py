@@ -5,7 +5,7 @@ A study is a list of rows: one reference, one claim, and controls. Ablations and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,14 +81,27 @@ def run_study(
     with tqdm(total=sum(max(1, len(row.draws)) for row in todo), unit="evaluation", disable=not progress) as bar:
         for row in todo:
             bar.set_description(row.name)
-            for draw in row.draws or (None,):
-                with nullcontext() if draw is None else draw(model):
-                    found = evaluate(evaluation, model, processor, like=like)
+            for found in score(row, model, processor, evaluation, like):
                 scores[row.name].append(found)
                 like = like or found
                 bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
                 bar.update()
     return build_study(setup, rows, scores, {metric: evaluation.role(metric) for metric in like or {}})
+
+
+def score(
+    row: Row, model: PreTrainedModel, processor: Any, evaluation: Evaluation, like: Scores | None = None
+) -> Iterator[Scores]:
+    """Yield the scores of a loaded target under each of a row's edits, on the metrics and items of ``like``.
+
+    Raises:
+        SnrfError: an edit does not fit the model, or the evaluation fails.
+    """
+    for draw in row.draws or (None,):
+        with nullcontext() if draw is None else draw(model):
+            found = evaluate(evaluation, model, processor, like=like)
+        like = like or found
+        yield found
 
 
 def build_study(

@@ -55,16 +55,18 @@ class DenseMoment:
         scale = moment.diagonal().clamp_min(0).sqrt()
         inverse = torch.where(scale > 0, 1 / scale, 0.0)
         correlation = (moment * inverse[:, None] * inverse).clamp_(-1, 1)
-        return cls(scale.to(torch.float32), correlation[_upper(len(scale), scale.device)].to(torch.float16))
+        correlation = correlation.to(torch.float16)
+        return cls(scale.to(torch.float32), torch.cat([values[row:] for row, values in enumerate(correlation)]))
 
     def matrix(self) -> Float64[Tensor, "d d"]:
         """Return C as a whole matrix."""
-        d = self.size
-        matrix = torch.zeros(d, d, dtype=torch.float64, device=self.scale.device)
-        matrix[_upper(d, self.scale.device)] = self.correlation.to(torch.float64)
+        matrix = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.scale.device)
+        # Row by row: indices of the triangle would take four times the memory of the matrix.
+        for row, values in enumerate(self.correlation.split([*range(self.size, 0, -1)])):
+            matrix[row, row:] = values
         scale = self.scale.to(torch.float64)
-        matrix = torch.triu(matrix, 1) + matrix.mT
-        return matrix.mul_(scale[:, None]).mul_(scale)
+        matrix.mul_(scale[:, None]).mul_(scale)
+        return matrix.triu(1).mT.add_(matrix)
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,12 @@ class SketchMoment:
     """A second moment as its leading eigenvectors and the mean of the rest, C ~ A A^T + rest * I.
 
     Attributes:
-        factor: A, the k leading eigenvectors times the square roots of their eigenvalues.
-        rest: (d - ||A||_F^2) / d.
+        factor: A, the k leading eigenvectors times the square roots of their eigenvalues. With trace d no entry
+            exceeds sqrt(d), so float16 cannot overflow.
+        rest: (d - ||A||_F^2) / d, of A as it is stored.
     """
 
-    factor: Float32[Tensor, "d k"]
+    factor: Float16[Tensor, "d k"]
     rest: float
 
     def __post_init__(self) -> None:
@@ -94,7 +97,7 @@ class SketchMoment:
     def of(cls, vectors: Float64[Tensor, "d k"], values: Float64[Tensor, " k"], trace: float) -> SketchMoment:
         """Return eigenvectors and eigenvalues of a moment of a given trace in this form, scaled to trace d."""
         d = len(vectors)
-        factor = (vectors * (values.clamp_min(0) * (d / trace)).sqrt()).to(torch.float32)
+        factor = (vectors * (values.clamp_min(0) * (d / trace)).sqrt()).to(torch.float16)
         rest = (d - float(factor.to(torch.float64).square().sum())) / d
         return cls(factor.contiguous(), max(rest, 0.0))
 
@@ -105,23 +108,23 @@ Moment = DenseMoment | SketchMoment
 class Filter:
     """F of one input of one layer, applied to differences of weights that read this input.
 
-    ``dense`` is F itself. Of sketches F is ``basis core basis^T + outside (I - basis basis^T)``: only thin products.
+    ``dense`` is F itself. Of sketches F is ``outside * I + left right^T``: only thin products.
     """
 
     def __init__(
         self,
         dense: Float32[Tensor, "d d"] | None = None,
         *,
-        basis: Float32[Tensor, "d k"] | None = None,
-        core: Float32[Tensor, "k k"] | None = None,
+        left: Float32[Tensor, "d k"] | None = None,
+        right: Float32[Tensor, "d k"] | None = None,
         outside: float = 0.0,
     ) -> None:
-        self._dense, self._basis, self._core, self._outside = dense, basis, core, outside
+        self._dense, self._left, self._right, self._outside = dense, left, right, outside
 
     @property
     def size(self) -> int:
         """Number of inputs, d."""
-        matrix = self._dense if self._dense is not None else self._basis
+        matrix = self._dense if self._dense is not None else self._left
         assert matrix is not None
         return len(matrix)
 
@@ -134,11 +137,10 @@ class Filter:
         chosen = slice(None) if columns is None else columns.to(delta.device)
         if self._dense is not None:
             return delta @ self._dense.to(delta)[:, chosen]
-        assert self._basis is not None
-        assert self._core is not None
-        basis = self._basis.to(delta)
-        inside = (delta @ basis) @ self._core.to(delta)
-        return torch.addmm(delta[:, chosen], inside, basis[chosen].mT, beta=self._outside)
+        assert self._left is not None
+        assert self._right is not None
+        inside = delta @ self._left.to(delta)
+        return torch.addmm(delta[:, chosen], inside, self._right.to(delta)[chosen].mT, beta=self._outside)
 
 
 def regmean_filter(gain: Moment, keep: Moment, strength: float, *, eps: float = EPS) -> Filter:
@@ -185,22 +187,43 @@ def _solved(gain: Tensor, kept: Tensor, ridge: float) -> Float64[Tensor, "d d"]:
 
 
 def _sketched(gain: SketchMoment, keep: SketchMoment, strength: float, ridge: float) -> Filter:
-    factors = [moment.factor.to(torch.float64) for moment in (gain, keep)]
-    basis = torch.linalg.qr(torch.cat(factors, dim=1)).Q
-    inner = [basis.mT @ factor for factor in factors]
-    mine, theirs = (part @ part.mT for part in inner)
-    outside = gain.rest / (gain.rest + strength * keep.rest + ridge)
-    identity = torch.eye(len(mine), dtype=torch.float64, device=mine.device)
-    mine = mine + gain.rest * identity
-    core = _solved(mine, (theirs + keep.rest * identity) * strength, ridge) - outside * identity
-    return Filter(basis=basis.to(torch.float32), core=core.to(torch.float32), outside=outside)
+    """Return F by block elimination in float64, the inputs to keep first.
+
+    With Z = [sqrt(strength) A_p, A_r], m the ridge and both rests, L L^T = m I + Z^T Z and B = [B_p, B_r] = Z L^-T:
+
+        F = c (I - B B^T) + (A_r L_rr^-T) B_r^T,    c = rest_r / m
+
+    by the Woodbury identity. B has norm below 1 and A_r L_rr^-T at most sqrt(||C_r|| / m), so that float32 is enough
+    to apply F; Z (m I + Z^T Z)^-1 Z^T itself would lose the square of that where both moments share a direction.
+    """
+    mine, theirs = (moment.factor.to(torch.float64) for moment in (gain, keep))
+    theirs *= strength**0.5
+    ridge += gain.rest + strength * keep.rest
+    outside = gain.rest / ridge
+    kept = _divided(theirs, _cholesky(theirs.mT @ theirs, ridge))
+    shared = mine.mT @ kept
+    lower = _cholesky(mine.mT @ mine - shared @ shared.mT, ridge)
+    reach = _divided(mine, lower)
+    passed = torch.addmm(reach, kept, _divided(shared.mT, lower), alpha=-1)
+    left = [reach.sub_(passed, alpha=outside), -outside * kept]
+    return Filter(left=_joined(left), right=_joined([passed, kept]), outside=outside)
+
+
+def _joined(parts: list[Float64[Tensor, "d _"]]) -> Float32[Tensor, "d k"]:
+    return torch.cat([part.to(torch.float32) for part in parts], dim=1)
+
+
+def _divided(matrix: Float64[Tensor, "d k"], lower: Float64[Tensor, "k k"]) -> Float64[Tensor, "d k"]:
+    """Return matrix L^-T; both are contiguous, as LAPACK reads and writes the transpose."""
+    return torch.linalg.solve_triangular(lower, matrix.mT, upper=False).mT
+
+
+def _cholesky(gram: Float64[Tensor, "k k"], ridge: float) -> Float64[Tensor, "k k"]:
+    gram.diagonal().add_(ridge)
+    return torch.linalg.cholesky(gram)
 
 
 def scaled(moment: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     """Return a moment scaled to trace d; one of trace 0 stays zero."""
     trace = float(moment.diagonal().sum())
     return moment * (len(moment) / trace) if trace > 0 else moment
-
-
-def _upper(d: int, device: torch.device) -> Bool[Tensor, "d d"]:
-    return torch.ones(d, d, dtype=torch.bool, device=device).triu_()

@@ -24,9 +24,9 @@ def install() -> None:
 
 
 def _guard(script: ModuleType) -> None:
-    from mergekit_snrf.merge.guard import GuardedYaml
+    from mergekit_snrf.merge.guard import GuardedYaml, open_recipe
 
-    script.yaml = GuardedYaml()  # type: ignore[attr-defined]
+    script.yaml, script.open = GuardedYaml(), open_recipe  # type: ignore[attr-defined]
 
 
 class _MergeModule(ModuleType):

@@ -13,7 +13,6 @@ from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown, references
 from mergekit_snrf.merge.folders import inputs
 from mergekit_snrf.merge.portable import portable
-from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, without_folders
 from mergekit_snrf.neurons.sets import count_rows
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from mergekit.common import ModelReference
 
     from mergekit_snrf.merge.plan import MergePlan
-
-_VISION = ("vision_config", "vision_model", "image_token_id", "image_token_index", "vision_tower")
 
 
 def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
@@ -68,11 +65,6 @@ def adapter_card(
     return markdown.document(markdown.cell(name), parts, front)
 
 
-def pipeline_tag(checkpoint: Checkpoint) -> str:
-    """Return the hub's name of what the model does: ``image-text-to-text``, or ``text-generation``."""
-    return "image-text-to-text" if any(key in checkpoint.config for key in _VISION) else "text-generation"
-
-
 def _front(
     plan: MergePlan, relation: str, library: str, tags: list[str], base_model: str | None = None
 ) -> dict[str, object]:
@@ -82,7 +74,7 @@ def _front(
         "base_model": list(dict.fromkeys(ids)),
         "base_model_relation": relation,
         "library_name": library,
-        "pipeline_tag": pipeline_tag(plan.target.checkpoint),
+        "pipeline_tag": plan.target.checkpoint.pipeline_tag,
         "tags": ["mergekit", *tags],
     }
 

@@ -13,7 +13,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.merge.cards import pipeline_tag
 from mergekit_snrf.merge.folders import in_place_problem, left_by_killed_run, path_problem
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
@@ -143,7 +142,7 @@ def _same(one: Checkpoint, other: Checkpoint) -> bool:
 def check_roles(draft: PlanDraft) -> None:
     """Warn where target and source look exchanged."""
     target, source = draft.checkpoints["target"], draft.checkpoints["source"]
-    if pipeline_tag(source) != pipeline_tag(target) == "text-generation":
+    if source.pipeline_tag != target.pipeline_tag == "text-generation":
         draft.warnings.append(
             f"{target.name}: the base_model, which the output is made from, is a text-only model, and the source "
             f"{source.name} reads images; exchange them unless this is intended"

@@ -1,21 +1,37 @@
-"""How mergekit's commands read YAML: recipes of snrf with limits, and what is not YAML as one sentence.
+"""How mergekit's commands read recipes: with limits, and what cannot be read as one sentence.
 
 Imports nothing of mergekit, whose own import may lead here.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 import click
 import yaml
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files.reading import parse_yaml
+from mergekit_snrf.files.reading import DATA_BYTES, parse_yaml, read_text
 
+_STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/")  # Where the shell's <(...) and pipes are found.
 _OURS = re.compile(r"merge_method['\"]?\s*:\s*['\"]?snrf\b")
+
+
+def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:
+    """Open a recipe as the built-in does.
+
+    Raises:
+        click.ClickException: it is missing, not UTF-8 text, or a device or FIFO that may never end.
+    """
+    if path.startswith(_STREAMS):
+        return open(path, *args, **options)
+    try:
+        return io.StringIO(read_text(path, DATA_BYTES))
+    except SnrfError as error:
+        raise click.ClickException(str(error)) from None
 
 
 class GuardedYaml:

@@ -35,7 +35,11 @@ def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
     Raises:
         SnrfError: the file is missing, not YAML, or not a merge configuration.
     """
-    parsed = load_yaml(path)
+    return checked_recipe(load_yaml(path), path)
+
+
+def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfiguration:
+    """Return the parsed content of a recipe file ``path`` as mergekit's type; errors are as of ``load_recipe``."""
     if not isinstance(parsed, dict):
         raise SnrfError(path, "is not a recipe", "begin it with merge_method: snrf")
     if strays := stray_keys(parsed):

@@ -29,6 +29,7 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|onnx|h5|msgpack)(\.inde
 _OWN_FILES = {"mergekit_config.yml", "README.md"}
 _NESTED_TEXT = ("text_config", "llm_config", "language_config")
 _IMAGES = ("vision_config", "vision_tower", "mm_vision_tower")
+_VISION = (*_IMAGES, "vision_model", "image_token_id", "image_token_index")
 _TOKENIZERS = re.compile(r"tokenizer\.(json|model)|vocab\.(json|txt)|spiece\.model|.*\.(tiktoken|bpe\.model)")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _DEEPEST = 3
@@ -73,6 +74,11 @@ class Checkpoint:
     def model_type(self) -> str:
         """The ``model_type`` of the configuration, or an empty string."""
         return str(self.config.get("model_type", ""))
+
+    @property
+    def pipeline_tag(self) -> str:
+        """The hub's name of what the model does: ``image-text-to-text``, or ``text-generation``."""
+        return "image-text-to-text" if any(key in self.config for key in _VISION) else "text-generation"
 
     @property
     def bytes(self) -> int:

@@ -4,7 +4,7 @@ Format ``snrf-moments``, version 1, safetensors. For every layer l, input ``attn
 ``down``, and set ``gain`` and ``keep``, with the moment C scaled to trace d:
 
 - dense: ``layers.{l}.{input}.{set}.scale`` float32 [d] and ``.correlation`` float16 [d (d + 1) / 2];
-- sketch: ``.factor`` float32 [d, k] and ``.rest`` float32 [1];
+- sketch: ``.factor`` float16 [d, k] and ``.rest`` float32 [1];
 - ``.clip`` float32 [1]: the norm at which inputs were clipped.
 
 ``fusion.regmean`` says what they mean. A file of a 7B model has gigabytes: only its header is read at once.
@@ -174,7 +174,7 @@ def _parts(site: InputSite, size: int, sketch: int | None) -> dict[str, tuple[st
     """Return dtype and shape of every tensor that a file holds of an input, by key."""
     parts: dict[str, tuple[str, tuple[int, ...]]] = {"clip": ("F32", (1,))}
     if sketch is not None:
-        parts |= {"factor": ("F32", (size, sketch)), "rest": ("F32", (1,))}
+        parts |= {"factor": ("F16", (size, sketch)), "rest": ("F32", (1,))}
     else:
         parts |= {"scale": ("F32", (size,)), "correlation": ("F16", (size * (size + 1) // 2,))}
     return {f"{site.key}.{which}.{name}": part for which in SETS for name, part in parts.items()}

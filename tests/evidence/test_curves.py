@@ -37,7 +37,9 @@ def study() -> Study:
     rows: list[Any] = []
     scores = {}
     for name, (curve, strength, *means) in POINTS.items():
-        rows.append(Row(name, roles.get(name, "control"), curve=curve, strength=strength))  # type: ignore[arg-type]
+        settings = {} if curve is None else {curve.key: strength}
+        role: Any = roles.get(name, "control")
+        rows.append(Row(name, role, curve=curve, strength=strength, settings=settings))
         scores[name] = [
             {m: Items(tuple(float(n < 100 * mean) for n in range(100))) for m, mean in zip("RP", means, strict=True)}
         ]

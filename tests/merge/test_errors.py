@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import mergekit.multigpu_executor as multi_gpu
 import pytest
 import torch
 from checkpoints import make_source, make_target, read, write
+from click.testing import CliRunner
 from pair import (
     Pair,
     assert_same,
@@ -445,6 +448,35 @@ def test_command_as_installed(pair: Pair, tmp_path: Path) -> None:
     assert [line[:5] for line in lines[1:]] == ["  1. ", "  2. ", "  3. "]
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["run_yaml", "multimerge"])
+def test_recipe_that_cannot_be_read(script: str, tmp_path: Path) -> None:
+    """mergekit's own commands; a FIFO without a writer would never end."""
+    main = importlib.import_module(f"mergekit.scripts.{script}").main
+    folders = ["--intermediate-dir", str(tmp_path / "stages")] if script == "multimerge" else [str(tmp_path / "out")]
+    fifo, text, missing = tmp_path / "fifo.yml", tmp_path / "text.yml", tmp_path / "missing.yml"
+    os.mkfifo(fifo)
+    text.write_bytes(b"merge_method: snrf # \xff")
+    reasons = {
+        fifo: "is not a regular file",
+        text: "is not UTF-8",
+        missing: "not exist|No such file",
+        tmp_path: "folder",
+    }
+    for path, reason in reasons.items():
+        result = CliRunner().invoke(main, [str(path), *folders])
+        assert result.exit_code in (1, 2)  # click's own answer is 2.
+        assert re.search(f"Error: .*{path}.*({reason})", result.output)
+
+
+def test_recipe_from_a_pipe(pair: Pair, tmp_path: Path) -> None:
+    """The shell's ``mergekit-yaml <(...) out``."""
+    recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe())
+    merge_command = Path(sys.executable).with_name("mergekit-yaml")
+    result = command("bash", "-c", f"'{merge_command}' <(cat '{recipe}') '{tmp_path / 'out'}' --quiet")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_shard_that_a_thread_is_writing_when_a_merge_fails(damaged: dict[str, Any], tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def put(key: str, value: Tensor) -> Change:
         (put(f"{DENSE}.correlation", torch.ones(28)), "F16"),
         (put(f"{DENSE}.scale", torch.ones(6)), "layers.0.up"),
         (put(f"{DENSE}.scale", torch.ones(7, 1)), f"{DENSE}.scale"),
-        (put(f"{SKETCH}.factor", torch.ones(11, 4, dtype=torch.float64)), "F32"),
+        (put(f"{SKETCH}.factor", torch.ones(11, 4)), "F16"),
         (put(f"{SKETCH}.rest", torch.ones(2)), f"{SKETCH}.rest"),
         (put(f"{SKETCH}.scale", torch.ones(11)), SKETCH),
         (put("layers.00.up.gain.scale", torch.ones(7)), "layers.00.up.gain.scale"),

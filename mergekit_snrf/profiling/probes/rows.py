@@ -148,6 +148,11 @@ def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
     return len(_open(source, folder)[0])
 
 
+def column_names(dataset: str) -> list[str]:
+    """Return the columns of a data set."""
+    return list(_open(ProbeSource(dataset=dataset, template="{column}"), None)[0].column_names)
+
+
 def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence[BadRow] = ()) -> None:
     """Log the rows of a data set that were found bad now; those ``before`` were logged.
 

@@ -1,0 +1,101 @@
+"""What profiling and merging a pair will cost, from shapes and sizes alone: estimates, not measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.decoder import Decoder, find_decoder
+from mergekit_snrf.models.moments import DENSE_LIMIT
+from mergekit_snrf.neurons.sites import PROJECTIONS
+
+SKETCH = 512
+"""Eigenvectors of an input that is too large for a dense moment."""
+STATISTICS_BYTES = 92
+"""Bytes of statistics for each neuron of attn and fwd.up while a model is profiled."""
+IMPACT_PASSES = 7
+"""Forward passes that the impacts of one probe take as much time as; docs/speed.md has the measurement."""
+PROBE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device sustains: FLOP/s in the dtype of the weights, and bytes/s of weights read."""
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+DEVICES = (Device("GPU", 1e14, 1e12), Device("CPU", 2e11, 3e10))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes, FLOP and seconds of one pair.
+
+    Attributes:
+        download: bytes of the models that are not local folders.
+        merged: bytes of the merged model.
+        adapter: bytes of the adapter at ``rank``, in float32.
+        read: bytes of the source that a merge reads at most: the five projections of every layer.
+        memory: bytes of the larger model, which is loaded alone, and of the statistics.
+        moments: bytes of the moments file.
+        flop: of all passes of profiling.
+        weights: bytes of weights read while answers are generated.
+    """
+
+    download: int
+    merged: int
+    adapter: int
+    read: int
+    memory: int
+    moments: int
+    flop: float
+    weights: float
+
+    @classmethod
+    def of(
+        cls, target: Checkpoint, source: Checkpoint, *, rank: int, limit: int, batch: int, answer: int, keep: list[int]
+    ) -> Costs:
+        """Estimate from headers.
+
+        Args:
+            limit: probes of each side, and of each kind to keep.
+            batch: probes in a batch.
+            answer: tokens generated for a probe.
+            keep: the same for each kind to keep.
+        """
+        decoder = find_decoder(target)
+        shape = decoder.shape
+        names = [decoder.weight_name(site) for site in shape.sites()]
+        edited = [target.tensors[name] for name in names]
+        neurons = shape.layers * sum(shape.neurons(name) for name in PROJECTIONS if name != "fwd.down")
+        models, batches = (target, source), ceil(limit / batch)
+        parameters = [sum(tensor.parameters for tensor in model.tensors.values()) for model in models]
+        passes = IMPACT_PASSES * sum(parameters) + len(keep) * parameters[0]
+        return cls(
+            download=sum(model.bytes for model in models if model.folder is None),
+            merged=target.bytes,
+            adapter=4 * rank * sum(sum(tensor.shape) for tensor in edited),
+            read=sum(tensor.bytes for tensor in edited),
+            memory=max(model.bytes for model in models) + STATISTICS_BYTES * neurons,
+            moments=_moments_bytes(decoder),
+            flop=2.0 * passes * limit * PROBE_TOKENS,
+            weights=batches * (answer * (target.bytes + source.bytes) + sum(keep) * target.bytes),
+        )
+
+    def seconds(self, device: Device) -> float:
+        """Return the time of profiling."""
+        return self.flop / device.flops + self.weights / device.bandwidth
+
+
+def _moments_bytes(decoder: Decoder) -> int:
+    """Return the size of a file with the sets to gain and to keep of the inputs of attn, up and down."""
+    shape = decoder.shape
+    per_layer = 0
+    for size in (shape.hidden_size, shape.hidden_size, shape.intermediate_size):
+        dense = size * (size + 1) + 4 * size
+        per_layer += 2 * (dense if size <= DENSE_LIMIT else 2 * size * min(SKETCH, size))
+    return shape.layers * per_layer
