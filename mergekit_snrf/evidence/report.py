@@ -13,9 +13,10 @@ from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Overlap, OverlapPairs, Result, Study
 from mergekit_snrf.evidence.sections import (
     amplification_section,
+    domains_section,
     mask_section,
     overlap_section,
     provenance_section,
@@ -66,6 +67,8 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     for result in results:
         if isinstance(result, Study):
             sections.append(study_section(result, digest))
+        elif isinstance(result, DomainAblation):
+            sections.append(domains_section(result))
         elif isinstance(result, Amplification):
             sections.append(amplification_section(result))
     environment = Environment(

@@ -84,7 +84,8 @@ def entropy(shares: Float64[Tensor, "domains neurons"]) -> Float64[Tensor, " neu
     """Return H of every neuron in nats, 0 where it is never active."""
     total = shares.sum(0)
     q = torch.where(total > 0, shares / total, 0.0)
-    return -torch.special.xlogy(q, q).sum(0)
+    # Adding zero turns -0.0 into 0.0.
+    return torch.special.entr(q).sum(0) + 0.0
 
 
 def choose(domains: Domains, module: str, choice: Choice | None = None) -> Chosen:
