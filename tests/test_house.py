@@ -34,6 +34,7 @@ MANY_ARGUMENTS = {
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
     "mergekit_snrf/merge/draft.py::MergePlan": _RECORD,
+    "mergekit_snrf/evidence/recipes.py::OpenedRecipe": _RECORD,
     "mergekit_snrf/profiling/impact/heads.py::HeadGroup": _RECORD,
     "mergekit_snrf/profiling/moments.py::MomentsProvenance": _RECORD,
     "mergekit_snrf/profiling/side.py::Side": _RECORD,

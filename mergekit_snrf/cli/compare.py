@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
+_ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 _MOST_KEEP = 1e6
 _OF_LMMS_EVAL = ("tasks", "metrics", "keep")
 _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
@@ -57,7 +57,8 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     metavar="ROWS",
     default=",".join(_ROWS),
     show_default=True,
-    help="The controls, separated by commas. least needs --profile, base needs --base, regmean needs --moments.",
+    help="The controls, separated by commas. least needs --profile, frank and base need --base, "
+    "regmean needs --moments.",
 )
 @draws_option
 @seed_option
@@ -174,13 +175,15 @@ def _from_recipe(
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
-    least, common, notes = _of_options(keys, opened, given["profiles"], given["base"], options, settings)
+    notes: list[str] = []
+    least = _least(keys, opened, given["profiles"], settings, notes)
+    common, franks = _of_base(keys, opened, given["base"], options, settings, notes)
     found = _moments(keys, opened, given["moments"], settings, notes)
     silence_progress()
     evaluation = load_evaluation(reference)
     model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
     controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
-    controls = replace(controls, moments=found, keeps=strengths)
+    controls = replace(controls, moments=found, keeps=strengths, frank=franks)
     digest = None if opened.mask is None else sha256(opened.mask)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
     chosen = comparison_rows(opened.merge, model, controls)
@@ -191,37 +194,59 @@ def _from_recipe(
     return study, notes
 
 
-def _of_options(
-    keys: Collection[str],
-    opened: OpenedRecipe,
-    profiles: Sequence[str],
-    base: str | None,
-    options: MergeOptions,
-    settings: dict[str, Any],
-) -> tuple[NeuronSet | None, Weights | None, list[str]]:
-    """Return the least important neurons, the common base, and notes on rows left out; add to the settings."""
+def _least(
+    keys: Collection[str], opened: OpenedRecipe, profiles: Sequence[str], settings: dict[str, Any], notes: list[str]
+) -> NeuronSet | None:
+    """Return the least important neurons; add to the settings, and to the notes on rows left out."""
     from mergekit_snrf.evidence.least import least_important, read_profile_of
-    from mergekit_snrf.evidence.recipes import open_base
     from mergekit_snrf.files.references import sha256
 
-    least, common, notes = None, None, []
     if opened.mask is None:
         notes.append("Left out: random and least important neurons, because the recipe moves all neurons.")
     if "least" in keys and profiles:
         read = [read_profile_of(opened.target, profile) for profile in profiles]
-        least = least_important(read, opened.merge.neurons)
         settings["profiles"] = {profile.path: sha256(profile.path) for profile in read}
-    elif "least" in keys:
+        return least_important(read, opened.merge.neurons)
+    if "least" in keys:
         _check_chosen("least", "--profile, a profile of the target")
         notes.append("Left out: the least important neurons, which need --profile, a profile of the target.")
-    if "base" in keys and base is not None:
-        with naming(option):
-            common = open_base(base, opened, options)
-        settings["base"] = base
-    elif "base" in keys:
-        _check_chosen("base", "--base, the model that both were trained from")
-        notes.append("Left out: the common base as source, which needs --base, the model that both were trained from.")
-    return least, common, notes
+    return None
+
+
+def _of_base(
+    keys: Collection[str],
+    opened: OpenedRecipe,
+    name: str | None,
+    options: MergeOptions,
+    settings: dict[str, Any],
+    notes: list[str],
+) -> tuple[Weights | None, list[float] | None]:
+    """Return the common base and FRANK's strengths; add to the settings, and to the notes on rows left out."""
+    from mergekit_snrf.evidence.recipes import open_base
+    from mergekit_snrf.fusion.frank import source_strengths
+    from mergekit_snrf.models.changes import squared_changes
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+
+    rows = {"base": "the common base as source", "frank": "FRANK"}
+    wanted = [key for key in rows if key in keys]
+    if name is None:
+        for key in wanted:
+            _check_chosen(key, "--base, the model that both were trained from")
+        if wanted:
+            named, needs = " and ".join(rows[key] for key in wanted), "need" if len(wanted) > 1 else "needs"
+            notes.append(f"Left out: {named}, which {needs} --base, the model that both were trained from.")
+        return None, None
+    if not wanted:
+        return None, None
+    settings["base"] = name
+    with naming(option):
+        common = open_base(name, opened, options)
+        if "frank" not in wanted:
+            return common, None
+        cache = options.transformers_cache
+        base = open_checkpoint(name, cache_dir=cache, trust_remote_code=options.trust_remote_code)
+        norms = [(v, r) for v, r in squared_changes(base, (opened.target, opened.source), cache)]
+        return common, source_strengths(norms)
 
 
 def _moments(

@@ -9,7 +9,9 @@ from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.domains import domains
+from mergekit_snrf.cli.frank import frank
 from mergekit_snrf.cli.init import init
+from mergekit_snrf.cli.lens import lens
 from mergekit_snrf.cli.lora import lora
 from mergekit_snrf.cli.mask import mask
 from mergekit_snrf.cli.moments import moments
@@ -26,6 +28,7 @@ def main() -> None:
     """Plan merges with the method snrf, work with neuron masks, and see whether a merge helps."""
 
 
-_COMMANDS = (init, plan, patch, lora, mask, moments, overlap, report, ablate, domains, compare, sweep, amplify)
-for command in _COMMANDS:
+_EVIDENCE = (overlap, report, ablate, domains, compare, sweep, amplify, lens)
+
+for command in (init, plan, patch, lora, frank, mask, moments, *_EVIDENCE):
     main.add_command(command)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.evidence.controls import Merge, dare, is_regmean, linear, regmean, rescaled
+from mergekit_snrf.evidence.controls import Merge, dare, frank, is_regmean, linear, regmean, rescaled
 from mergekit_snrf.evidence.study import Row
 from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN, Curve
 from mergekit_snrf.evidence.verdict import Words
@@ -23,7 +23,7 @@ from mergekit_snrf.neurons.shape import every_neuron
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "base")
+ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 TARGET, CLAIM = "target", "SNRF"
 _NONE = Words()
 
@@ -42,6 +42,7 @@ class Controls:
         moments: of the target, for RegMean; None: those of the recipe, or none.
         keeps: strengths of RegMean.
         drop_rate: of DARE.
+        frank: lambda_R of FRANK by layer; None leaves its rows out.
     """
 
     rows: Collection[str] = ROWS
@@ -53,6 +54,7 @@ class Controls:
     drop_rate: float = 0.5
     moments: Moments | None = None
     keeps: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
+    frank: Sequence[float] | None = None
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
@@ -81,6 +83,8 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
         )
         settings = {"seeds": seeds, "drop_rate": controls.drop_rate, "rescale": True}
         rows.append(_row(name, dropped, words, settings))
+    if "frank" in controls.rows and controls.frank is not None:
+        rows += _franks(merge, controls.frank)
     if "base" in controls.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
         words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
         rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
@@ -119,6 +123,17 @@ def _other_neurons(merge: Merge, model: PreTrainedModel, controls: Controls, see
         words = Words("the same update on as many of the least important neurons", "the choice of important neurons")
         rows.append(_row("least important neurons", [replace(merge, neurons=controls.least)], words))
     return rows
+
+
+def _franks(merge: Merge, strengths: Sequence[float]) -> list[Row]:
+    """Return FRANK on the recipe's neurons, and on all if those are not all."""
+    about = "" if is_regmean(merge) else "the recipe's update in place of FRANK's"
+    rows, settings = [], {"beta": list(strengths), "rank": 0}
+    if merge.neurons != every_neuron(merge.shape):
+        words = Words(f"FRANK on the {_neurons(merge)}", about)
+        rows.append(_row("FRANK", [frank(merge, strengths, everywhere=False)], words, settings))
+    words = Words("FRANK on all neurons", "" if rows else about)
+    return [*rows, _row("FRANK, all neurons", [frank(merge, strengths, everywhere=True)], words, settings)]
 
 
 def _regmean_sweeps(merge: Merge, controls: Controls) -> list[Row]:

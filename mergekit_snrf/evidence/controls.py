@@ -1,8 +1,8 @@
-"""A planned merge applied to its loaded target in memory, and its variants: linear, rescaled, DARE."""
+"""A planned merge applied to its loaded target in memory, and its variants: linear, rescaled, DARE, FRANK."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -187,6 +187,15 @@ def _of_all(merge: Merge, fusion: Fusion) -> Merge:
     return replace(
         merge, neurons=everything, fusions=dict.fromkeys(everything, fusion), bias_fusions=of_biases, betas=None
     )
+
+
+def frank(merge: Merge, strengths: Sequence[float], *, everywhere: bool) -> Merge:
+    """Return FRANK's merge, Delta at ``strengths`` by layer, on the merge's own neurons or on all."""
+    of = _of_all(merge, Fusion(rank=0)) if everywhere else merge
+    fusions, biases = (
+        {site: Fusion(beta=strengths[site.layer], rank=0) for site in sites} for sites in (of.fusions, of.bias_fusions)
+    )
+    return replace(of, fusions=fusions, bias_fusions=biases, source_base=None, betas=None, moments=None)
 
 
 def rescaled(merge: Merge, model: PreTrainedModel, norms: Mapping[Site, float]) -> Merge:

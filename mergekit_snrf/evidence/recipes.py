@@ -24,6 +24,7 @@ class OpenedRecipe:
 
     merge: Merge
     target: Checkpoint
+    source: Checkpoint
     target_folder: Path
     dtype: str
     mask: str | None
@@ -58,6 +59,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     return OpenedRecipe(
         merge=merge,
         target=target,
+        source=source,
         target_folder=target.local(options.transformers_cache),
         dtype=name or "auto",
         mask=None if plan.mask_path is None else str(plan.mask_path),

@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mergekit_snrf import __version__
 from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, DomainAblation, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, OverlapPairs, Result, Study
 from mergekit_snrf.evidence.sections import (
     amplification_section,
     domains_section,
+    lens_section,
     mask_section,
     overlap_section,
     provenance_section,
@@ -25,6 +27,9 @@ from mergekit_snrf.evidence.sections import (
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.profiling.result.profilefile import Profile
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _COMMANDS = {
     "overlap": ("The overlap of both models", "snrf overlap TARGET.profile SOURCE.profile --curve --json overlap.json"),
@@ -37,6 +42,7 @@ _COMMANDS = {
         "What single neurons promote",
         "snrf amplify MODEL --neuron NEURON --factor 10 --probes PROBES --json amplification.json",
     ),
+    "lens": ("What the model would predict after each layer", "snrf lens MODEL --probes PROBES -o lens.json"),
 }
 
 
@@ -51,7 +57,6 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     Raises:
         SnrfError: the mask's file cannot be read, or the profiles are of different shapes.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     numbers = count(1)
@@ -71,23 +76,35 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
             sections.append(domains_section(result))
         elif isinstance(result, Amplification):
             sections.append(amplification_section(result))
-    environment = Environment(
+        elif isinstance(result, Lens):
+            sections.append(lens_section(result))
+    shown = {section.name for section in sections}
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=_title(mask),
+            file=Path(mask.path).name,
+            digest=digest,
+            sections=[*sections, provenance_section(mask, digest)],
+            draw=draw,
+            missing=[words for name, words in _COMMANDS.items() if name not in shown],
+            version=__version__,
+        )
+    )
+
+
+def environment() -> Environment:
+    """Return what renders the package's pages: all text is escaped, and characters not for display are written out."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
         loader=PackageLoader("mergekit_snrf.evidence", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         finalize=_finalize,
-    )
-    shown = {section.name for section in sections}
-    return environment.get_template("report.html.jinja").render(
-        title=_title(mask),
-        file=Path(mask.path).name,
-        digest=digest,
-        sections=[*sections, provenance_section(mask, digest)],
-        draw=draw,
-        missing=[words for name, words in _COMMANDS.items() if name not in shown],
-        version=__version__,
     )
 
 

@@ -256,7 +256,66 @@ class Amplification(_Part):
     settings: dict[str, Any] = {}
 
 
-Result = Study | DomainAblation | Overlap | OverlapPairs | Amplification
+Kind = Literal["image", "prompt", "answer"]
+KINDS: tuple[Kind, ...] = ("image", "prompt", "answer")
+Curve = list[float]
+"""A number before the first layer and after each."""
+
+
+class LensKind(_Part):
+    """What the logit lens shows of one kind of positions, means over ``tokens`` of them; entropy and KL in nats.
+
+    Attributes:
+        kl: KL(last layer || this layer).
+        agrees: share whose most probable token is that of the last layer.
+        top: the most frequent of the most probable tokens by layer, with their counts.
+    """
+
+    kind: Kind
+    tokens: Count
+    entropy: Curve
+    kl: Curve
+    agrees: Curve
+    top: list[list[tuple[str, Count]]]
+
+
+class LensAnswer(_Part):
+    """Mean rank and probability of the answer's tokens by layer, and the share that are the most probable one."""
+
+    rank: Curve
+    probability: Curve
+    hits: Curve
+
+
+class Lens(_Part):
+    """What a model would predict after each layer; ``count`` probes, answered by itself.
+
+    Attributes:
+        layers: of the decoder; curves have one number more.
+        image_attention: share of text tokens' attention that goes to images, a number a layer.
+    """
+
+    format: Literal["snrf-lens"] = "snrf-lens"
+    version: Literal[1] = 1
+    model: str
+    probes: str
+    count: int
+    layers: int = Field(ge=1, lt=MAX_LAYERS)
+    kinds: list[LensKind]
+    answer: LensAnswer | None = None
+    image_attention: list[float] | None = None
+    settings: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _of_its_layers(self) -> Lens:
+        curves = [curve for kind in self.kinds for curve in (kind.entropy, kind.kl, kind.agrees, kind.top)]
+        curves += [] if self.answer is None else [self.answer.rank, self.answer.probability, self.answer.hits]
+        if {*map(len, curves)} - {self.layers + 1} or len(self.image_attention or [0.0] * self.layers) != self.layers:
+            raise ValueError(f"the curves are not of {self.layers} layers")
+        return self
+
+
+Result = Study | DomainAblation | Overlap | OverlapPairs | Amplification | Lens
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 
@@ -286,7 +345,7 @@ def read_result(path: str | os.PathLike[str]) -> Result:
 
 def _unreadable(path: object, entries: Sequence[Mapping[str, Any]]) -> SnrfError:
     kind, found = entries[0]["type"], entries[0].get("ctx") or {}
-    remedy = "give a file that 'snrf ablate', 'snrf compare', 'snrf overlap' or 'snrf amplify' wrote with --json"
+    remedy = "give a file that 'snrf lens', or another command with --json, wrote"
     if kind == "union_tag_invalid":
         what = f"must be one of {found['expected_tags']}, got {found['tag']!r}"
         return SnrfError(path, what, remedy, field="key 'format'")

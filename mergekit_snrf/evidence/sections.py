@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, DomainAblation, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, DomainAblation, Lens, Overlap, Study
 from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
@@ -175,6 +175,17 @@ def _amplified_row(neuron: AmplifiedNeuron) -> tuple[object, ...]:
     tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
     changed = "-" if neuron.changed is None else neuron.changed
     return (neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share))
+
+
+def lens_section(lens: Lens) -> Section:
+    """Show a logit lens: a line for each kind of position, the answer's tokens and the attention to images."""
+    from mergekit_snrf.evidence import lens_figures as view
+
+    title = f"What {wording.without_folders(lens.model)} would predict after each layer"
+    section = Section("lens", title, view.lens_sentences(lens), drawings=list(view.lens_drawings(lens).values()))
+    section.tables += [replace(view.lens_table(lens), folded=True), view.frequent_table(lens)]
+    section.tables.append(settings_table("To repeat it", {"model": lens.model, "probes": lens.probes, **lens.settings}))
+    return section
 
 
 def provenance_section(mask: Mask, digest: str) -> Section:

@@ -20,6 +20,7 @@ from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
 from mergekit_snrf.merge.moments import compare_moments, open_moments
+from mergekit_snrf.merge.parameters import ALL_NEURONS
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
@@ -166,7 +167,13 @@ def _open(draft: PlanDraft, role: str, reference: ModelReference, options: Merge
 
 
 def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
-    if not isinstance(recipe.parameters.get("masks"), str):
+    """Read the mask; ``masks: all``, and ``update: regmean`` without a mask, are about all neurons."""
+    written, target = recipe.parameters.get("masks"), draft.models.get("target")
+    if written == ALL_NEURONS or (written is None and recipe.value("update") == "regmean"):
+        if target is not None:
+            draft.mask = Mask(every_neuron(target.decoder.shape), path="all neurons")
+        return
+    if not isinstance(written, str):
         return
     with draft.collect(), naming({"sha256": "masks_sha256"}):
         draft.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
@@ -176,13 +183,8 @@ def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> N
 
 
 def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
-    """Read the moments of ``update: regmean``; a recipe without a mask then is about all neurons."""
     target = draft.models.get("target")
-    if recipe.value("update") != "regmean":
-        return
-    if target is not None and "masks" not in recipe.parameters:
-        draft.mask = Mask(every_neuron(target.decoder.shape), path="all neurons")
-    if not recipe.value("moments"):
+    if recipe.value("update") != "regmean" or not recipe.value("moments"):
         return
     with draft.collect():
         draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from mergekit_snrf.fusion.fuse import Fusion, settings
 
 REQUIRED = object()
+ALL_NEURONS = "all"
+"""In place of a mask file."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class Parameter:
 
 
 _OF_RECIPE = (
-    Parameter("masks", str, REQUIRED, "mask file: a path, or hf://owner/repo@revision/path; optional with regmean"),
+    Parameter(
+        "masks",
+        str,
+        REQUIRED,
+        "mask file: a path, or hf://owner/repo@revision/path; all: every neuron, the default of regmean",
+    ),
     Parameter("masks_sha256", str, "", "the mask file must have this sha256"),
     Parameter("moments", str, "", "moments file of the target for regmean: a path, or hf://owner/repo@revision/path"),
     Parameter("source_base", str, "", "the model that the source was trained from: Delta = W_source - W_source_base"),

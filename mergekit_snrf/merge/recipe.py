@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, invalid
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.method import SPEC
-from mergekit_snrf.merge.parameters import OF_FUSION
+from mergekit_snrf.merge.parameters import ALL_NEURONS, OF_FUSION
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 _SPECS = {parameter.name: parameter for parameter in SPEC.parameters}
@@ -221,6 +221,8 @@ def _check_combinations(places: list[Mapping[str, ParameterSetting]], problems: 
     def without_effect(name: str, why: str, remedy: str) -> None:
         problems.append(SnrfError(_TOP, f"has no effect {why}", remedy, field=name))
 
+    if written("masks_sha256") and value("masks") == ALL_NEURONS:
+        without_effect("masks_sha256", "with masks: all", "remove it, or write the path of a mask file")
     if value("update") == "regmean":
         for name in filter(written, (*_OF_DARE, "biases")):
             without_effect(name, "with update: regmean, which moves weights as their inputs say", "remove it")
@@ -245,7 +247,7 @@ def _check_parameters(
 ) -> None:
     needed = top_level.get("update") != "regmean"
     if needed and "masks" not in top_level and not any("masks" in (entry.parameters or {}) for entry in sources):
-        problems.append(SnrfError(_TOP, "is missing", "write the path of a mask file", field="masks"))
+        problems.append(SnrfError(_TOP, "is missing", "write the path of a mask file, or all", field="masks"))
     for name, setting in top_level.items():
         _check_parameter(name, setting, _TOP, problems)
     for entry in sources:

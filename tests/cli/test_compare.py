@@ -70,7 +70,8 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     rows = {condition.name: condition for condition in study.conditions}
     assert list(rows) == [
         "target", "SNRF", "random neurons", "random neurons, equal norm", "least important neurons",
-        "linear, beta 0.5", "linear, beta 1", "linear at equal P", "DARE, drop rate 0.5", "base as source",
+        "linear, beta 0.5", "linear, beta 1", "linear at equal P", "DARE, drop rate 0.5", "FRANK",
+        "FRANK, all neurons", "base as source",
     ]  # fmt: skip
     assert [
         (rows[name].role, rows[name].neurons, rows[name].draws) for name in ("target", "SNRF", "random neurons")
@@ -212,7 +213,7 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 0, result.output
     assert result.stdout.count("Left out: ") == 4
     assert "Left out: the least important neurons, which need --profile" in result.stdout
-    assert "Left out: the common base as source, which needs --base" in result.stdout
+    assert "Left out: the common base as source and FRANK, which need --base" in result.stdout
     assert "Left out: RegMean, which needs --moments" in result.stdout
     assert "Left out: linear at equal perception, which needs a metric of the role keep" in result.stdout
     assert "linear, beta 1" in result.stdout

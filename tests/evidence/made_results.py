@@ -13,6 +13,9 @@ from mergekit_snrf.evidence.results import (
     Condition,
     Contrast,
     Interval,
+    Lens,
+    LensAnswer,
+    LensKind,
     Measured,
     Study,
     TokenOdds,
@@ -120,6 +123,14 @@ def amplification() -> Amplification:
 
 
 SIZES = {"attn.q": 48, "attn.k": 16, "attn.v": 16, "fwd.up": 96}
+
+
+def lens() -> Lens:
+    kind: dict[str, Any] = {"entropy": [3.0, 2.5, 0.4], "kl": [2.0, 1.0, 0.0], "agrees": [0.1, 0.5, 1.0]}
+    kinds = [LensKind(kind=name, tokens=40, top=[[("<b>", 30), ("x", 10)]] * 3, **kind) for name in ("image", "answer")]
+    answer = LensAnswer(rank=[90.0, 4.0, 1.0], probability=[0.01, 0.4, 0.9], hits=[0.0, 0.5, 1.0])
+    shared: dict[str, Any] = {"model": "target", "probes": "probes.jsonl", "count": 8}
+    return Lens(layers=2, kinds=kinds, answer=answer, image_attention=[0.4, 0.2], **shared)
 
 
 def measured_ranks(seed: int, common: int = 7, layers: int = 3, probes: int = 6) -> dict[Site, np.ndarray]:

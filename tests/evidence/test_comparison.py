@@ -292,6 +292,26 @@ def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: 
         np.testing.assert_allclose(live(after, site), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["biases", "source_base"])
+def test_frank_rows_move_each_layer_by_its_strength(variant: str, folder: Path) -> None:
+    model = load(folder / "target", dtype=torch.float32)
+    strengths = [0.9, 0.2, 0.5]
+    rows = rows_of(folder, model, variant, rows=["frank"], frank=strengths)
+    assert list(rows) == [TARGET, CLAIM, "FRANK", "FRANK, all neurons"]
+    neurons = opened(folder, variant).merge.neurons
+    for name, masked in (("FRANK", True), ("FRANK, all neurons", False)):
+        after = changed_by(rows[name].draws[0], model)
+        for site, member in neurons.items():
+            target, source = arrays(folder / "target", site), arrays(folder / "source", site)
+            moved = member.numpy()[:, None] if masked else 1
+            expected = target + strengths[site.layer] * (source - target) * moved
+            np.testing.assert_allclose(live(after, site), expected, rtol=0, atol=1e-6)
+        moved_biases = [
+            n for n, one in after.items() if n.endswith("bias") and not torch.equal(one, model.state_dict()[n])
+        ]
+        assert bool(moved_biases) == (variant == "biases")
+
+
 def test_regmean_rows_are_numpys_at_every_keep(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     base = open_base(str(folder / "base"), opened(folder), MergeOptions())

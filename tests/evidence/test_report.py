@@ -15,7 +15,7 @@ import pytest
 import torch
 from chromium import PROGRAM, browser
 from click.testing import CliRunner, Result
-from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of
 
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.evidence.overlap import overlaps, total
@@ -97,7 +97,7 @@ def mask(tmp_path: Path) -> Mask:
 @pytest.fixture
 def full(mask: Mask) -> str:
     digest = references.sha256(mask.path)
-    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification()])
+    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification(), lens()])
 
 
 def assert_loads_nothing(page: Page, text: str) -> None:
@@ -134,6 +134,7 @@ def test_full_report(full: str, mask: Mask) -> None:
         "Do these neurons matter? (target)",
         "Does the merge beat simpler baselines? (target)",
         "What single neurons promote",
+        "What target would predict after each layer",
         "Where the mask comes from",
     ]
     assert references.sha256(mask.path) in page.said("code")
@@ -145,8 +146,8 @@ def test_full_report(full: str, mask: Mask) -> None:
     assert "' sum' 3.10 (41:2)" in " ".join(cells)
     assert "therefore" not in full
     assert any("2 of 3 (66.7 %) are math neurons" in sentence for sentence in page.said("p"))
-    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 7)]
-    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 7)]
+    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 8)]
+    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 8)]
     assert "Not in this report" not in full
     assert str(Path(mask.path).parent) not in full
 
@@ -154,8 +155,8 @@ def test_full_report(full: str, mask: Mask) -> None:
 def test_every_figure_has_an_alternative_text(full: str) -> None:
     page = Page(full)
     drawings = page.all("svg")
-    # A map, three of the overlap, two metrics and one, and two neurons with tokens to show.
-    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2
+    # A map, three of the overlap, two metrics and one, two neurons with tokens to show, and three of the lens.
+    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2 + 3
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert re.search(r"\d", drawing["aria-label"])

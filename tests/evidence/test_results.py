@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.overlap import overlaps
@@ -25,6 +25,7 @@ RESULTS: dict[str, Result] = {
     "overlap": made_overlap(),
     "pairs": OverlapPairs(pairs=[made_overlap()]),
     "amplification": amplification(),
+    "lens": lens(),
 }
 
 
@@ -62,7 +63,7 @@ OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
         (
             b'{"format": "snrf-mask"}',
             ": key 'format': must be one of 'snrf-study', 'snrf-overlap', 'snrf-overlap-pairs', 'snrf-amplification', "
-            "got 'snrf-mask'; ",
+            "'snrf-lens', got 'snrf-mask'; ",
         ),
         (b'{"format": "snrf-study"}', ": key 'kind' is missing; "),
         (changed(STUDY, "version", value=2), ": key 'version': must be 1, got 2; "),

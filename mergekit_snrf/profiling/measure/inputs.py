@@ -88,15 +88,15 @@ class NormMedians:
         return {site: float(torch.cat(norms).median()) for site, norms in self._norms.items()}
 
 
-def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Run a model on a batch in eval mode, without cache and logits; it is left as it was."""
+def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a model on a batch in eval mode, without cache and with the last logits only; return what it returns."""
     accepted = inspect.signature(type(model).forward).parameters
     # The logits of long probes over a large vocabulary would need more memory than all else.
     extra = {name: value for name, value in (("use_cache", False), ("logits_to_keep", 1)) if name in accepted}
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        model(**{**inputs, **extra})
+        return model(**{**inputs, **extra})
     finally:
         for module, training in modes.items():
             module.training = training

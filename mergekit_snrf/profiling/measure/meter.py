@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.decoder import DecoderShape
-from mergekit_snrf.models.live import find_live_decoder, weight_of
+from mergekit_snrf.models.live import LiveDecoder, find_live_decoder, weight_of
 from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.impact.inputs import Readout
 from mergekit_snrf.profiling.impact.layer import (
@@ -141,7 +141,7 @@ class Meter:
             gradient = gradients[layer.index] if gradients else None
             weights, ffn_weights = self._position_weights(layer, counted, gradient)
             if not self._checked:
-                self._check(layer, batch)
+                check_attention(self.decoder, layer, batch.attention_mask)
             attention = self._attention(layer, weights)
             values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
             values["fwd.up"] = self._ffn(layer, ffn_weights)
@@ -238,18 +238,19 @@ class Meter:
                 f"such as float32",
             )
 
-    def _check(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
-        """Compare the attention output that the captured tensors imply with the model's own."""
-        actual = layer.attended
-        real = (batch.attention_mask != 0).to(actual.device)
-        expected = attention_output(layer.attention, real.to(torch.float32))[real]
-        actual = actual[real].to(expected.dtype)
-        error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
-        tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
-        if not float(error.median()) <= tolerance:
-            what = (
-                f"the attention of {self.decoder.path}.{layer.index} does not follow from its projections (relative "
-                f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
-                f"unknown"
-            )
-            raise SnrfError(self.decoder.model, what, "the model is not supported")
+
+def check_attention(decoder: LiveDecoder, layer: CapturedLayer, attention_mask: Shaped[Tensor, "batch tokens"]) -> None:
+    """Raise ``SnrfError`` if the attention output that the captured tensors imply is not the model's own."""
+    actual = layer.attended
+    real = (attention_mask != 0).to(actual.device)
+    expected = attention_output(layer.attention, real.to(torch.float32))[real]
+    actual = actual[real].to(expected.dtype)
+    error = (expected - actual).norm(dim=-1) / actual.norm(dim=-1).clamp(min=torch.finfo(actual.dtype).tiny)
+    tolerance = CHECK_TOLERANCE.get(layer.attended.dtype, 0.3)
+    if not float(error.median()) <= tolerance:
+        what = (
+            f"the attention of {decoder.path}.{layer.index} does not follow from its projections (relative "
+            f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
+            f"unknown"
+        )
+        raise SnrfError(decoder.model, what, "the model is not supported")

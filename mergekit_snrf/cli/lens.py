@@ -1,0 +1,108 @@
+"""``snrf lens``: what a model would predict after each of its layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
+from mergekit_snrf.cli.options import construct, figures_option, loading_options, settings_options
+from mergekit_snrf.errors import SnrfError, naming, option
+from mergekit_snrf.evidence.asked import AskedOptions, load_asked
+from mergekit_snrf.models.reference import ModelRef
+
+if TYPE_CHECKING:
+    from mergekit_snrf.evidence.results import Lens
+    from mergekit_snrf.profiling.probes.rows import Rows
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option("--probes", required=True, type=click.Path(), help="A .jsonl, .parquet or .csv file, or profile.yml.")
+@click.option("-o", "--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write JSON; with --tokens, HTML.")
+@click.option(
+    "--positions",
+    type=click.IntRange(0),
+    default=32,
+    show_default=True,
+    help="Positions of each kind that are read in a probe, at most, evenly spaced; 0: all.",
+)
+@click.option("--tokens", "row", type=click.IntRange(0), metavar="ROW", help="Show the top tokens of this probe only.")
+@settings_options("asked", AskedOptions)
+@loading_options
+@figures_option
+@command_options
+def lens(
+    model: str,
+    probes: str,
+    out: str | None,
+    positions: int,
+    row: int | None,
+    asked: AskedOptions,
+    loading: dict[str, Any],
+    figures: str | None,
+) -> None:
+    """Read MODEL layer by layer on PROBES that it answers itself (the logit lens).
+
+    The stream after each layer goes through the model's final norm and head. Printed by layer and kind of position
+    (image, prompt, answer): entropy, KL to the last layer, agreement of the top token; rank and probability of the
+    answer's tokens; the share of the text's attention that goes to images.
+    """
+    from mergekit_snrf.evidence import lens as lenses
+    from mergekit_snrf.evidence import lens_tokens as grids
+    from mergekit_snrf.evidence.results import write_result
+    from mergekit_snrf.files.writing import write_text
+    from mergekit_snrf.profiling.probes.rows import load_rows
+
+    if row is not None and figures is not None:
+        raise click.UsageError("--figures does not go with --tokens")
+    check_outputs(out, figures)
+    settings: dict[str, Any] = {}
+    with naming(lambda field: "--probes" if field == "dataset" else option(field)):
+        how = load_asked(probes, construct(ModelRef, {"model": model, **loading}), asked)
+        silence_progress()
+        rows = load_rows(how.source, answers=False)
+        chosen = rows if row is None else _only(rows, row)
+        net, processor = loaded(how.model, settings, images=how.source.images is not None)
+        if row is not None:
+            grid = grids.lens_tokens(chosen, net, processor, how, positions=positions or None)
+            click.echo(table(*grids.grid_text(grid)))
+            if out is not None:
+                write_text(out, grids.grid_html(grid))
+            return
+        result = lenses.lens(
+            chosen, net, processor, how, positions=positions or None, settings=settings, progress=not is_quiet()
+        )
+    click.echo(_text(result))
+    if out is not None:
+        write_result(out, result)
+    if figures is not None:
+        _draw(result, Path(figures))
+
+
+def _only(rows: Rows, row: int) -> Rows:
+    found = tuple(one for one in rows.rows if one.number == row)
+    if not found:
+        what = f"row {row} is not among the {len(rows)} probes"
+        raise SnrfError(rows.name, what, "choose another, or leave out --limit", field="tokens")
+    return replace(rows, rows=found, bad=())
+
+
+def _text(result: Lens) -> str:
+    from mergekit_snrf.evidence.lens_figures import frequent_table, lens_sentences, lens_table
+
+    by_layer, frequent = lens_table(result), frequent_table(result)
+    parts = [table(by_layer.header, by_layer.rows), f"{frequent.caption}:", table(frequent.header, frequent.rows)]
+    return "\n\n".join([*parts, "\n".join(lens_sentences(result))])
+
+
+def _draw(result: Lens, folder: Path) -> None:
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.lens_figures import lens_drawings
+
+    for name, drawing in lens_drawings(result).items():
+        for path in save(drawing.figure, folder, name, drawing.caption, drawing.text):
+            click.echo(path)
