@@ -163,7 +163,7 @@ def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: str
     from mergekit_snrf.neurons.maskfile import Provenance, write_mask
 
     shape, target = _shape(model)
-    with naming(option):
+    with naming({"set": "--set"}):
         neurons = read_neurons(file, shape, chosen=chosen, kv_indices="rows" if kv_indices == "rows" else "repeated")
     source = {"file": Path(file).name, "sha256": sha256(file), **({} if chosen is None else {"set": chosen})}
     write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))

@@ -23,7 +23,7 @@ from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, re
 from mergekit_snrf.neurons.released import KvIndices, read_released
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
-from mergekit_snrf.neurons.sites import PROJECTIONS, Neuron, Site
+from mergekit_snrf.neurons.sites import Neuron, Site
 
 _TORCH = (".pth", ".pt", ".bin")
 _SPACES = re.compile(r"[\s,]+")
@@ -52,7 +52,7 @@ def read_neurons(
     if text.lstrip()[:1] not in ("[", "{"):
         return _of_names(where, [name for name in _SPACES.split(text) if name], shape)
     content = parse_json(text, where)
-    if isinstance(content, dict) and any(key.replace("_", ".") in PROJECTIONS for key in content):
+    if isinstance(content, dict) and not any(isinstance(one, list) for one in content.values()):
         return read_released(where, shape, kv_indices)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return _of_names(where, content, shape)

@@ -176,7 +176,8 @@ def test_neurons_outside_of_the_decoder_are_refused_by_name(folder: Path, tmp_pa
     make_source(tmp_path / "source", "llama")
     message = f"{tower}: has neurons outside of the text decoder (layers.1.vision.mlp); use them with 'snrf ablate'"
     (tmp_path / "r.yml").write_text(
-        f"merge_method: snrf\nbase_model: {folder}\nmodels: [{{model: {tmp_path}/source}}]\nparameters: {{masks: {tower}}}\n"
+        f"merge_method: snrf\nbase_model: {folder}\nmodels: [{{model: {tmp_path}/source}}]\n"
+        f"parameters: {{masks: {tower}}}\n"
     )
     for words in (
         ("plan", tmp_path / "r.yml"),

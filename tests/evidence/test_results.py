@@ -63,7 +63,7 @@ OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
         (
             b'{"format": "snrf-mask"}',
             ": key 'format': must be one of 'snrf-study', 'snrf-overlap', 'snrf-overlap-pairs', 'snrf-amplification', "
-            "'snrf-lens', got 'snrf-mask'; ",
+            "'snrf-lens', 'snrf-domain-ablation', got 'snrf-mask'; ",
         ),
         (b'{"format": "snrf-study"}', ": key 'kind' is missing; "),
         (changed(STUDY, "version", value=2), ": key 'version': must be 1, got 2; "),
