@@ -38,7 +38,7 @@ def lora(
     rank: int | None,
     base_model: str | None,
     overwrite: bool,
-    workers: int,
+    workers: int | None,
     reading: dict[str, Any],
 ) -> None:
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""

@@ -31,7 +31,7 @@ draws_option = click.option(
     "--draws", type=click.IntRange(1), default=3, show_default=True, help="Number of random draws of a control."
 )
 workers_option = click.option(
-    "--workers", type=click.IntRange(1), default=2, show_default=True, help="Tensors computed at once, a thread each."
+    "--workers", type=click.IntRange(1), help="Tensors computed at once, a thread each; default: the cores."
 )
 json_option = click.option(
     "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON."

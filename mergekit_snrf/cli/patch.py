@@ -26,7 +26,7 @@ def patch(
     out_path: str,
     hard_links: bool,
     overwrite: bool,
-    workers: int,
+    workers: int | None,
     reading: dict[str, Any],
     write_model_card: bool,
 ) -> None:

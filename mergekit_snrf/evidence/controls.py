@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ import torch
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
 from mergekit_snrf.models.filters import Filters, filter_at
-from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.models.weights import Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet
@@ -84,41 +85,49 @@ class Merge:
         Raises:
             SnrfError: as the call.
         """
-        weights = find_live_decoder(model)
-        norms, filters = {}, self._filters()
-        for site in self.fusions:
-            rows = self._update(weights, site, filters).rows()
-            norms[site] = frobenius_norm(rows) if rows.numel() else 0.0
+        norms = {}
+        with closing(self._updates(model)) as updates:
+            for site, update in updates:
+                rows = update.rows()
+                norms[site] = frobenius_norm(rows) if rows.numel() else 0.0
         return norms
 
-    def _filters(self) -> Filters | None:
-        return None if self.moments is None else Filters(self.moments)
+    def _updates(self, model: PreTrainedModel) -> Generator[tuple[Site, Update]]:
+        """Yield the update of every site; on the CPU they are computed ahead."""
+        weights, base = find_live_decoder(model), self.source_base
+        filters = None if self.moments is None else Filters(self.moments)
 
-    def _update(self, weights: LiveDecoder, site: Site, filters: Filters | None) -> Update:
-        target, base = weights.weight(site), self.source_base
-        fusion, source = self.fusions[site], self.source.weight(site).to(target.device)
-        options: Any = {
-            "source_base": None if base is None else base.weight(site).to(target.device),
-            "site": site,
-            "moments": filter_at(site, fusion, filters),
-        }
-        with one_thread():
-            return masked_update(
-                target, source, self.neurons[site], site.axis, fusion, name=weights.name(site), **options
-            )
+        def update(site: Site) -> Update:
+            target, fusion = weights.weight(site), self.fusions[site]
+            source = self.source.weight(site).to(target.device)
+            options: Any = {
+                "source_base": None if base is None else base.weight(site).to(target.device),
+                "site": site,
+                "moments": filter_at(site, fusion, filters),
+            }
+            name, neurons = weights.name(site), self.neurons[site]
+            return masked_update(target, source, neurons, site.axis, fusion, name=name, **options)
+
+        def memory(site: Site) -> Memory:
+            size = weights.module(site).weight.nbytes
+            return Memory(6 * size + (0 if filters is None else filters.bytes(site)), 2 * size)
+
+        workers = None if all(weights.module(site).weight.device.type == "cpu" for site in self.fusions) else 0
+        with look_ahead(self.fusions, update, memory, workers=workers) as ahead:
+            yield from ahead
 
     def _add(self, edit: Edit, model: PreTrainedModel, betas: Mapping[Site, float]) -> None:
-        weights, filters = find_live_decoder(model), self._filters()
-        for site in self.fusions:
-            update = self._update(weights, site, filters)
-            rows = update.rows()
-            parameter = weights.module(site).weight
-            before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
-            fused = (before.to(rows.dtype) + betas[site] * rows).to(parameter.dtype)
-            if not torch.isfinite(fused).all():
-                what = f"the fused weights overflow {fused.dtype}"
-                raise SnrfError(weights.name(site), what, "use float32", field="dtype")
-            edit.write(parameter, site.axis, update.selected, fused)
+        weights = find_live_decoder(model)
+        with closing(self._updates(model)) as updates:
+            for site, update in updates:
+                rows = update.rows()
+                parameter = weights.module(site).weight
+                before = (parameter.data if site.axis == 0 else parameter.data.mT)[update.selected]
+                fused = (before.to(rows.dtype) + betas[site] * rows).to(parameter.dtype)
+                if not torch.isfinite(fused).all():
+                    what = f"the fused weights overflow {fused.dtype}"
+                    raise SnrfError(weights.name(site), what, "use float32", field="dtype")
+                edit.write(parameter, site.axis, update.selected, fused)
 
     def _move_biases(self, edit: Edit, model: PreTrainedModel) -> None:
         weights = find_live_decoder(model)

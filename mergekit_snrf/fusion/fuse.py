@@ -10,15 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion.delta import Matrix, difference, is_finite
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
 from mergekit_snrf.fusion.regmean import Filter
-from mergekit_snrf.fusion.updates import Update, dropped, low_rank, working_dtype
+from mergekit_snrf.fusion.updates import Update, dropped, low_rank
 from mergekit_snrf.neurons.sites import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")
 UPDATES = ("low-rank", "dare", "regmean")
-# Elements that are converted at a time.
-_PANEL = 2**20
 
 
 @dataclass(frozen=True)
@@ -142,21 +141,22 @@ class Fused(NamedTuple):
 
 
 def masked_update(
-    target: Float[Tensor, "rows columns"],
-    source: Float[Tensor, "rows columns"],
+    target: Float[Matrix, "rows columns"],
+    source: Float[Matrix, "rows columns"],
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
     *,
     name: str = "weight",
-    source_base: Float[Tensor, "rows columns"] | None = None,
+    source_base: Float[Matrix, "rows columns"] | None = None,
     site: Site | None = None,
     moments: Filter | None = None,
 ) -> Update:
     """Return M_S(Delta_r) of Eq. 9-11, or the variant of it that ``fusion`` says, without the factor beta.
 
     Args:
-        target: W_tgt, any floating dtype; the maths is done in float32 (float64 where a tensor is float64).
+        target: W_tgt, any floating dtype; the maths is done in float32 (float64 where a tensor is float64). Of this
+            and the other weights each row is read once.
         source: W_src, same shape.
         neurons: S, one entry for every row (axis 0) or column (axis 1).
         axis: the axis of the weight that counts neurons.
@@ -170,12 +170,14 @@ def masked_update(
             is NaN or infinite.
         ValueError: DARE without ``site``, or regmean without ``moments`` of its size.
     """
-    _check_shapes(name, target, source, source_base)
-    if len(neurons) != target.shape[axis]:
-        of = f"axis {axis} of shape {list(target.shape)} has {target.shape[axis]}"
-        raise SnrfError(name, f"the mask has {len(neurons)} neurons, but {of}", "use a mask of this model")
-    fusion.check_rank(name, tuple(target.shape))
-    delta = _delta(name, target, source, source_base)
+    _check(name, (target, source, source_base), neurons, axis, fusion)
+    delta = difference(name, target, source, source_base)
+    return _update(delta, neurons, axis, fusion, name, site, moments)
+
+
+def _update(
+    delta: Tensor, neurons: Tensor, axis: int, fusion: Fusion, name: str, site: Site | None, moments: Filter | None
+) -> Update:
     by_neuron = delta if axis == 0 else delta.mT
     selected = neurons.to(delta.device).nonzero().flatten()
     if fusion.update == "regmean":
@@ -199,40 +201,20 @@ def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moment
     return Update(selected, None, moments.apply(delta if len(selected) == len(delta) else delta[selected]))
 
 
-def _check_shapes(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> None:
-    if target.shape != source.shape or target.ndim != 2:
+def _check(
+    name: str, weights: tuple[Matrix, Matrix, Matrix | None], neurons: Tensor, axis: int, fusion: Fusion
+) -> None:
+    target, source, source_base = weights
+    if target.shape != source.shape or len(target.shape) != 2:
         what = f"target has shape {list(target.shape)} and source {list(source.shape)}"
         raise SnrfError(name, what, "SNRF needs two tensors of one shape")
     if source_base is not None and source_base.shape != source.shape:
         what = f"source has shape {list(source.shape)} and source_base {list(source_base.shape)}"
         raise SnrfError(name, what, "use the model that the source was trained from")
-
-
-def _delta(name: str, target: Tensor, source: Tensor, source_base: Tensor | None) -> Tensor:
-    """Return W_src - W_tgt, or W_src - W_source_base, in the working dtype; the only whole copy that is made."""
-    base = target if source_base is None else source_base
-    dtype = working_dtype(target, source, base)
-    delta = torch.empty(target.shape, dtype=dtype, device=target.device)
-    finite = True
-    step = max(1, _PANEL // max(1, target[:1].numel()))
-    for start in range(0, len(target), step):
-        panel = slice(start, start + step)
-        torch.sub(source[panel].to(dtype), base[panel].to(dtype), out=delta[panel])
-        finite = finite and _is_finite(delta[panel]) and (source_base is None or _is_finite(target[panel]))
-    if finite:
-        return delta
-    for which, tensor in (("target", target), ("source", source), ("source_base", source_base)):
-        if tensor is not None and not _is_finite(tensor):
-            what = f"the {which}'s tensor of shape {list(target.shape)} holds NaN or infinite weights"
-            remedy = "the checkpoint is damaged; download it again, or remove these neurons from the mask"
-            raise SnrfError(name, what, remedy)
-    other = "target" if source_base is None else "source_base"
-    raise SnrfError(name, f"the difference of source and {other} overflows {dtype}", "check both checkpoints")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # Both ends are NaN where one element is.
-    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+    if len(neurons) != target.shape[axis]:
+        of = f"axis {axis} of shape {list(target.shape)} has {target.shape[axis]}"
+        raise SnrfError(name, f"the mask has {len(neurons)} neurons, but {of}", "use a mask of this model")
+    fusion.check_rank(name, tuple(target.shape))
 
 
 def fuse(
@@ -265,35 +247,70 @@ def fuse_and_report(
     neurons: Bool[Tensor, " neurons"],
     axis: int,
     fusion: Fusion,
-    *,
-    name: str = "weight",
-    source_base: Float[Tensor, "rows ..."] | None = None,
     **options: Any,
 ) -> Fused:
     """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update."""
-    if target.ndim == 1:
-        base = None if source_base is None else source_base.unsqueeze(-1)
-        columns = target.unsqueeze(1), source.unsqueeze(-1)
-        fused = fuse_and_report(*columns, neurons, 0, fusion.of_bias(), name=name, source_base=base)
+    fused = fuse_neurons(target, source, neurons, axis, fusion, **options)
+    return fused._replace(tensor=put_neurons(target.clone(), fused.tensor, neurons, axis))
+
+
+def put_neurons(
+    weight: Float[Tensor, "rows ..."],
+    values: Float[Tensor, "selected ..."],
+    neurons: Bool[Tensor, " neurons"],
+    axis: int,
+) -> Float[Tensor, "rows ..."]:
+    """Write the neurons of a set into a weight or bias, in place, and return it."""
+    (weight if axis == 0 else weight.mT)[neurons.to(weight.device)] = values
+    return weight
+
+
+def fuse_neurons(
+    target: Float[Matrix, "rows ..."],
+    source: Float[Matrix, "rows ..."],
+    neurons: Bool[Tensor, " neurons"],
+    axis: int,
+    fusion: Fusion,
+    *,
+    name: str = "weight",
+    source_base: Float[Matrix, "rows ..."] | None = None,
+    site: Site | None = None,
+    moments: Filter | None = None,
+) -> Fused:
+    """Return what ``fuse_and_report`` does, but of the tensor the selected neurons alone: [selected, ...].
+
+    No more than Delta and these neurons are in memory at once.
+    """
+    if len(target.shape) == 1:
+        own, other = target[:].unsqueeze(1), source[:].unsqueeze(1)
+        base = None if source_base is None else source_base[:].unsqueeze(1)
+        fused = fuse_neurons(own, other, neurons, 0, fusion.of_bias(), name=name, source_base=base)
         return fused._replace(tensor=fused.tensor.squeeze(1))
-    update = masked_update(target, source, neurons, axis, fusion, name=name, source_base=source_base, **options)
-    result = target.clone()
-    rounding = _add(result if axis == 0 else result.mT, update.selected, update.rows() * fusion.beta, name)
-    return Fused(result, update.certificate, rounding)
+    _check(name, (target, source, source_base), neurons, axis, fusion)
+    member = neurons.to(target.device)
+    before = torch.empty(int(member.sum()), target.shape[1 - axis], dtype=target.dtype, device=target.device)
+    places = member.cumsum(0)
+
+    def keep(panel: slice, rows: Tensor) -> None:
+        if axis == 1:
+            before[:, panel] = rows.mT[member]
+        elif len(chosen := rows[member[panel]]):
+            end = int(places[panel][-1])
+            before[end - len(chosen) : end] = chosen
+
+    update = _update(difference(name, target, source, source_base, keep), neurons, axis, fusion, name, site, moments)
+    return _added(before, update, fusion.beta, name)
 
 
-def _add(by_neuron: Tensor, selected: Tensor, step: Tensor, name: str) -> Rounding:
-    """Add ``step`` to the selected rows, in place, rounding once."""
-    before = by_neuron[selected]
+def _added(before: Tensor, update: Update, beta: float, name: str) -> Fused:
+    """Add beta times the update to the selected neurons, rounding once."""
+    step = update.rows() * beta
     exact = before.to(step.dtype) + step
-    fused = exact.to(by_neuron.dtype)
-    if not _is_finite(fused):
-        what = f"the fused weights overflow {by_neuron.dtype}"
+    fused = exact.to(before.dtype)
+    if not is_finite(fused):
+        what = f"the fused weights overflow {before.dtype}"
         raise SnrfError(name, what, "merge in a wider dtype or with a lower beta")
-    by_neuron[selected] = fused
-    return Rounding(
-        update=frobenius_norm(step) if step.numel() else 0.0,
-        lost=frobenius_norm(fused.to(step.dtype) - exact) if step.numel() else 0.0,
-        weights=step.numel(),
-        changed=int((fused != before).sum()),
-    )
+    norm = frobenius_norm(step) if step.numel() else 0.0
+    lost = frobenius_norm(fused.to(step.dtype) - exact) if step.numel() else 0.0
+    rounding = Rounding(update=norm, lost=lost, weights=step.numel(), changed=int((fused != before).sum()))
+    return Fused(fused, update.certificate, rounding)

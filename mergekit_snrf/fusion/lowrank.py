@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mergekit_snrf.fusion.threads import check_not_stopped
+
 logger = logging.getLogger(__name__)
 
 # Up to this side the Gram matrix is about as fast as Lanczos, and exact.
@@ -103,6 +105,7 @@ def gram(matrix: Float[Tensor, "rows columns"], *, scale: float = 1.0) -> Float[
     tall = _tall(matrix)
     total = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
     for part in tall.split(max(1, len(total) // 4, _PANEL // len(total))):
+        check_not_stopped()
         block = part.to(torch.float64) * scale
         total.addmm_(block.mT, block)
     return total
@@ -258,6 +261,7 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
     before: tuple[int, float] | None = None
     block, _ = _orthonormal(start, vectors[:0], 0.0, generator)
     for passes in range(1, most_passes + 1):
+        check_not_stopped()
         new = slice(count, count + width)
         count = new.stop
         vectors[new] = block

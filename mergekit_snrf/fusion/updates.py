@@ -16,11 +16,6 @@ from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 _PANEL = 2**20
 
 
-def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype of the maths: float32, or float64 where a tensor is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 @dataclass(frozen=True)
 class Update:
     """M_S(Delta_r) of one tensor: the selected neurons only, one a row, as ``left @ right``.

@@ -37,6 +37,7 @@ from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
 from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.plan import MergePlan
+from mergekit_snrf.merge.planner import SessionPlanner
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession, find_session
 from mergekit_snrf.models import hub
@@ -105,7 +106,7 @@ def run_session(
     context = click.get_current_context(silent=True)
     try:
         session = _open_session(config, str(out_path), options, config_source, context)
-        with session.running(), cleaning_up_when_terminated():
+        with cleaning_up_when_terminated(), session.running(options):
             for warning in session.plan.warnings:
                 LOG.warning(warning)
             if options.multi_gpu:
@@ -211,10 +212,15 @@ def session_of(config: MergeConfiguration) -> MergeSession:
 
 
 def _hook(names: dict[str, Any]) -> None:
-    """Let ``mergekit.merge`` ask us for the architecture, the card and the tokenizer of a running session."""
+    """Let ``mergekit.merge`` ask us for the architecture, planner, card and tokenizer of a running session."""
     copier = functools.partial(_copy_tokenizer, names["_copy_tokenizer"])
-    hooks = (("get_architecture_info", architecture_of), ("generate_card", _card), ("_copy_tokenizer", copier))
-    for name, ours in hooks:
+    hooks: dict[str, Callable[..., Any]] = {
+        "get_architecture_info": architecture_of,
+        "MergePlanner": SessionPlanner,
+        "generate_card": _card,
+        "_copy_tokenizer": copier,
+    }
+    for name, ours in hooks.items():
         if not getattr(names[name], "__snrf__", False):
             names[name] = _instead(names[name], ours)
 

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.settings import Settings
-from mergekit_snrf.fusion.fuse import masked_update
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
 from mergekit_snrf.merge.draft import PlanDraft
@@ -32,7 +31,7 @@ from mergekit_snrf.merge.folders import built_aside
 from mergekit_snrf.merge.output import plan_output
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
-from mergekit_snrf.merge.tensors import Tensors, cast, kernel_options, threads
+from mergekit_snrf.merge.tensors import Tensors, cast
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.headers import TensorHeader
@@ -87,7 +86,7 @@ def export_adapter(
     *,
     settings: AdapterSettings | None = None,
     recipe_folder: str | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> Adapter:
     """Write the update of a merge as an adapter; the folder appears at once or not at all.
@@ -96,7 +95,7 @@ def export_adapter(
         recipe: its text, kept in the model card.
         out_path: must not exist, or be empty.
         recipe_folder: where relative paths of the recipe are looked for after the working folder.
-        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
+        workers: tensors that are computed at once, each on one thread; None: as many as torch has threads.
         overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
 
     Raises:
@@ -157,22 +156,23 @@ def _rank(edits: Sequence[PlannedEdit], wanted: int | None) -> int:
 
 
 def _matrices(
-    plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int
+    plan: MergePlan, options: MergeOptions, settings: AdapterSettings, rank: int, workers: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield A and B of every edit, in their order."""
-    read, dtype = Tensors(plan, options), getattr(torch, settings.dtype)
+    tensors, dtype = Tensors(plan, options), getattr(torch, settings.dtype)
     unmoved = 0
 
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
-        target, source, base = read.read(edit)
-        update = masked_update(target, source, **kernel_options(edit, base, read.filters))
-        a, b = factors(update, len(edit.member), edit.site.axis, edit.fusion.beta)
+        a, b = factors(tensors.update(edit), len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
         return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
 
+    def memory(edit: PlannedEdit) -> Memory:
+        return Memory(tensors.memory(edit).working, rank * sum(edit.shape) * dtype.itemsize)
+
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
-    with one_thread(), progress, threads(workers) as pool:
-        for pair in pool.map(matrices, plan.edits):
+    with progress, look_ahead(plan.edits, matrices, memory, workers=workers) as ahead:
+        for _, pair in ahead:
             unmoved += not all(bool(matrix.any()) for matrix in pair)
             yield pair
             progress.update()

@@ -1,7 +1,8 @@
 """Patch mode: copy the target's shards and rewrite only the bytes of the masked neurons.
 
 The result holds the same tensors and side files as ``mergekit-yaml`` without ``dtype``, bit for bit, in the
-target's own shards (with ``--cuda``, mergekit's last digits can round otherwise).
+target's own shards (with ``--cuda``, mergekit's last digits can round otherwise). One thread copies shards in the
+kernel while others fuse the edits ahead (``fusion/threads.py``); of an edit they hold Delta and the changed neurons.
 """
 
 from __future__ import annotations
@@ -10,37 +11,40 @@ import functools
 import logging
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
+from typing import BinaryIO
 
-import torch
 import tqdm
-from jaxtyping import Bool
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.threads import look_ahead
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.draft import PlanDraft
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
 from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.tally import Tally
-from mergekit_snrf.merge.tensors import Tensors, fuse_edit, threads
-from mergekit_snrf.models.headers import ITEM_BYTES
-from mergekit_snrf.models.shards import ByteRange, overwrite_neurons, read_tensor
+from mergekit_snrf.merge.tensors import Tensors
+from mergekit_snrf.models.shards import ByteRange, overwrite_neurons
+
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None  # type: ignore[assignment]
 
 LOG = logging.getLogger(__name__)
 # Between two steps a copy can be cancelled.
 _STEP = 2**26
-_MAX_WAITING = 2**29
+# From linux/fs.h.
+_FICLONE = 0x40049409
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def patch_merge(
     *,
     recipe_folder: str | None = None,
     hard_links: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     overwrite: bool = False,
 ) -> Patched:
     """Merge by copying the target's shards and rewriting the masked neurons.
@@ -70,7 +74,7 @@ def patch_merge(
         out_path: must not exist, or be empty; missing parents are made.
         overwrite: it may also hold an earlier merge, which is replaced when the new one is complete.
         hard_links: link shards without edits instead of copying them; changing one later changes both.
-        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
+        workers: tensors that are computed at once, each on one thread; None: as many as torch has threads.
 
     Raises:
         SnrfError: the merge cannot run as a patch, or fails; nothing is left of it.
@@ -107,7 +111,13 @@ def _problems(config: MergeConfiguration, draft: PlanDraft) -> Iterator[SnrfErro
 
 
 def _write_shards(
-    plan: MergePlan, tensors: Tensors, building: Path, hard_links: bool, workers: int, quiet: bool, tally: Tally
+    plan: MergePlan,
+    tensors: Tensors,
+    building: Path,
+    hard_links: bool,
+    workers: int | None,
+    quiet: bool,
+    tally: Tally,
 ) -> Patched:
     """Copy the shards one by one and write the edits of each when its copy is complete; return what was done."""
     stored = plan.target.checkpoint.tensors
@@ -115,6 +125,8 @@ def _write_shards(
     shards = sorted({tensor.file for tensor in stored.values()})
     linked = set(shards) - set(files.values()) if hard_links else set()
     edits = sorted(plan.edits, key=lambda edit: (files[edit], tensors.place(edit).offset))
+    # Columns are written as whole tensors.
+    rewritten = {shard: [tensors.place(e) for e in edits if files[e] == shard and e.site.axis == 1] for shard in shards}
     stop, written = Event(), 0
 
     def take_over(shard: str) -> None:
@@ -122,61 +134,33 @@ def _write_shards(
         if shard in linked:
             _link(original, copy)
         else:
-            _copy(original, copy, stop)
-
-    def fuse(edit: PlannedEdit) -> Tensor:
-        fused = fuse_edit(edit, *tensors.read(edit), tensors.filters)
-        tally.add(edit.target_name, fused)
-        return fused.tensor[:, edit.member] if edit.site.axis else fused.tensor[edit.member]
+            _copy(original, copy, stop, rewritten[shard])
 
     progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
-    with one_thread(), progress, threads(1, stop) as copier, threads(workers, stop) as pool:
+    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=workers)
+    with progress, ThreadPoolExecutor(1) as copier, _set_after(stop), ahead as fused_edits:
         copies = {shard: copier.submit(take_over, shard) for shard in shards}
-        for edit, changed in _computed_ahead(pool, fuse, edits):
+        for edit, fused in fused_edits:
+            tally.add(edit.target_name, fused)
             for copy in copies.values():
                 # A copy that has failed need not wait for tensors of other shards.
                 if copy.done():
                     copy.result()
             copies[files[edit]].result()
-            written += _write(changed, tensors.place(edit), building / files[edit], edit.member, edit.site.axis)
+            copy_path, place = building / files[edit], tensors.place(edit)
+            written += overwrite_neurons(place, copy_path, fused.tensor, edit.member, edit.site.axis)
             progress.update()
         for copy in copies.values():
             copy.result()
     return Patched(written, len(shards) - len(linked), len(linked))
 
 
-def _computed_ahead(
-    pool: ThreadPoolExecutor, fuse: Callable[[PlannedEdit], Tensor], edits: Iterable[PlannedEdit]
-) -> Iterator[tuple[PlannedEdit, Tensor]]:
-    """Yield each edit with its changed neurons, in order; the pool computes the next ones in a bounded memory."""
-    waiting: deque[tuple[PlannedEdit, Future[Tensor]]] = deque()
-    held = 0
-    for edit in edits:
-        while waiting and held + _bytes(edit) > _MAX_WAITING:
-            held -= _bytes(waiting[0][0])
-            first, future = waiting.popleft()
-            yield first, future.result()
-        held += _bytes(edit)
-        waiting.append((edit, pool.submit(fuse, edit)))
-    while waiting:
-        first, future = waiting.popleft()
-        yield first, future.result()
-
-
-def _bytes(edit: PlannedEdit) -> int:
-    return edit.parameters * ITEM_BYTES[edit.dtype]
-
-
-def _write(changed: Tensor, place: ByteRange, copy: Path, member: Bool[Tensor, " neurons"], axis: int) -> int:
-    """Write the changed neurons of a weight into the copy of its shard; return the number of bytes written."""
-    if axis == 0:
-        # Only the rows of members are written, and so only they are filled.
-        weight = torch.empty(place.shape, dtype=place.dtype)
-        weight[member] = changed
-    else:
-        weight = read_tensor(place)
-        weight[:, member] = changed
-    return overwrite_neurons(place, copy, weight, member, axis)
+@contextmanager
+def _set_after(event: Event) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        event.set()
 
 
 def _link(original: Path, copy: Path) -> None:
@@ -188,14 +172,14 @@ def _link(original: Path, copy: Path) -> None:
         raise SnrfError(original, what, "leave out --hard-links") from None
 
 
-def _copy(original: Path, copy: Path, stop: Event) -> None:
-    """Copy a shard; file systems that can share its blocks do.
+def _copy(original: Path, copy: Path, stop: Event, rewritten: Sequence[ByteRange]) -> None:
+    """Copy a shard, but not what is written as a whole anyway; file systems that can share its blocks do.
 
     Raises:
         SnrfError: the copy is not as long as its header promises.
         CancelledError: ``stop`` was set meanwhile.
     """
-    if not _copied_by_kernel(original, copy, stop):
+    if not _copied_by_kernel(original, copy, stop, rewritten):
         shutil.copyfile(original, copy)
     try:
         with safe_open(copy, framework="pt"):
@@ -205,16 +189,39 @@ def _copy(original: Path, copy: Path, stop: Event) -> None:
         raise SnrfError(original, what, "let other programs finish with it, and start again") from None
 
 
-def _copied_by_kernel(original: Path, copy: Path, stop: Event) -> bool:
+def _copied_by_kernel(original: Path, copy: Path, stop: Event, rewritten: Sequence[ByteRange]) -> bool:
     if not hasattr(os, "copy_file_range"):
         return False
     with original.open("rb") as source, copy.open("wb") as target:
         try:
-            while os.copy_file_range(source.fileno(), target.fileno(), _STEP):
-                if stop.is_set():
-                    raise CancelledError
+            if _shares_blocks(source, target):
+                return True
+            begins = [0, *(place.offset + place.bytes for place in rewritten)]
+            for begin, end in zip(begins, [*(place.offset for place in rewritten), None], strict=True):
+                size = os.fstat(source.fileno()).st_size
+                end = size if end is None else end
+                while begin < end:
+                    if stop.is_set():
+                        raise CancelledError
+                    count = os.copy_file_range(source.fileno(), target.fileno(), min(_STEP, end - begin), begin, begin)
+                    if not count:
+                        break
+                    begin += count
+            if rewritten:
+                target.truncate(os.fstat(source.fileno()).st_size)
         except OSError as error:
             # File systems refuse in many ways; a real fault shows again when the file is copied otherwise.
             LOG.debug("%s: not copied by the kernel (%s)", original, error)
             return False
+    return True
+
+
+def _shares_blocks(source: BinaryIO, target: BinaryIO) -> bool:
+    """Let both files share their blocks until one of them is written; return whether the file system can."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+    except OSError:
+        return False
     return True

@@ -1,4 +1,20 @@
-"""A running merge: its plan, what was counted of it, and its card; mergekit finds it by a key in the configuration."""
+"""A running merge: its plan, its look-ahead, what was counted of it, and its card.
+
+mergekit finds it by a key in the configuration. mergekit's executor runs one task after another, in the order of the
+tensors' names: it loads a tensor, merges it, and keeps it until a shard is full. The session has the planned edits and
+the same order. So while the executor maps, copies and writes on the main thread, a pool of threads reads the tensors
+of the next edits from the shards, with plain reads and each byte once, and fuses them; where the executor wants an
+edited tensor, it takes it from the session, in most cases finished. mergekit's own loader opens these tensors' files,
+but never touches them (``merge/planner.py``).
+
+``fusion/threads.py`` bounds the memory: what the running workers hold, and what waits to be taken, is at most an eighth
+of the machine's memory (at least 2 GiB). In addition mergekit's writer holds its shard. Each result depends on its own
+tensor alone, on one thread, so that the number of workers (``--num-threads``, by default the cores) changes no byte. A
+failure in a worker is raised where the executor takes the tensor, as if it had fused it itself.
+
+On another device than the CPU, and for weights in .bin files, mergekit loads the tensors and the session fuses them on
+the executor's own stream.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +26,17 @@ import torch
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry
+from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
+from mergekit_snrf.fusion.threads import LookAhead, look_ahead, one_thread
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
-from mergekit_snrf.merge.tensors import check_cast, filters_of, fuse_edit
+from mergekit_snrf.merge.tensors import Tensors, check_cast, kernel_options
+from mergekit_snrf.models.filters import Filters
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 
@@ -38,17 +57,44 @@ class MergeSession:
         self.key = f"session {uuid.uuid4()}"
         self.tally = Tally(len(plan.edits), allow_noop=bool(plan.recipe.value("allow_noop")))
         self._recipe, self._name = recipe, name
-        self._filters = filters_of(plan)
+        self._filters = None if plan.moments is None else Filters(plan.moments)
         self._edits: dict[str, PlannedEdit] = {edit.target_name: edit for edit in plan.edits}
+        self._ahead: LookAhead[str, Fused] | None = None
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Let mergekit find the session in the block."""
+    def running(self, options: MergeOptions | None = None) -> Iterator[None]:
+        """Let mergekit find the session in the block, and fuse ahead of it; not without options."""
         _SESSIONS[self.key] = self
         try:
-            yield
+            if options is None or not self._can_look_ahead(options):
+                yield
+                return
+            tensors = Tensors(self.plan, options)
+            with look_ahead(
+                sorted(self._edits),
+                lambda name: tensors.whole(self._edits[name]),
+                lambda name: tensors.memory(self._edits[name], whole=True),
+                workers=options.num_threads,
+            ) as self._ahead:
+                yield
         finally:
+            self._ahead = None
             del _SESSIONS[self.key]
+
+    def _can_look_ahead(self, options: MergeOptions) -> bool:
+        files = (entry.file for model in self.plan.models for entry in model.checkpoint.tensors.values())
+        on_cpu = not options.multi_gpu and torch.device(options.device or "cpu").type == "cpu"
+        return on_cpu and all(file.endswith(".safetensors") for file in files)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether edited tensors come from ``fused``, and mergekit need not load them."""
+        return self._ahead is not None
+
+    def fused(self, name: str) -> Tensor:
+        """Return an edited tensor that was fused ahead; raises as ``merged``."""
+        assert self._ahead is not None
+        return self._finished(name, self._ahead.take(name))
 
     def merged(self, name: str, base: TensorEntry, donors: Sequence[TensorEntry]) -> Tensor:
         """Return the output's tensor: fused as planned, or the base's.
@@ -69,15 +115,21 @@ class MergeSession:
             names = {"target": name, "source": edit.source_name, "source_base": edit.source_base_name}
             for (role, own), entry in zip(names.items(), (base, *donors), strict=False):
                 self._check_read(role, str(own), entry)
-            tensors = [entry.tensor for entry in donors]
+            source, *rest = [entry.tensor for entry in donors]
+            options = kernel_options(edit, rest[0] if rest else None, self._filters)
             with one_thread():
-                second = tensors[1] if len(tensors) > 1 else None
-                fused = fuse_edit(edit, base.tensor, tensors[0], second, self._filters)
-            self.tally.add(name, fused)
-            result = fused.tensor
-        # mergekit casts when it saves; finite weights that are infinite then would go unnoticed.
-        check_cast(result, dtype_from_name(self.plan.recipe.out_dtype), name)
+                return self._finished(name, fuse_and_report(base.tensor, source, **options))
+        self._check_written(name, result)
         return result
+
+    def _finished(self, name: str, fused: Fused) -> Tensor:
+        self.tally.add(name, fused)
+        self._check_written(name, fused.tensor)
+        return fused.tensor
+
+    def _check_written(self, name: str, tensor: Tensor) -> None:
+        """mergekit casts when it saves; finite weights that are infinite then would go unnoticed."""
+        check_cast(tensor, dtype_from_name(self.plan.recipe.out_dtype), name)
 
     def _check_read(self, role: str, name: str, entry: TensorEntry) -> None:
         """Find weights that became infinite when mergekit read them in the recipe's dtype."""

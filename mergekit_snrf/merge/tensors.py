@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from threading import Event
 from typing import Any
 
 import torch
@@ -15,29 +13,18 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.delta import Matrix
+from mergekit_snrf.fusion.fuse import Fused, fuse_neurons, masked_update, put_neurons
+from mergekit_snrf.fusion.threads import Memory, look_ahead
+from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.models.filters import Filters, filter_at
-from mergekit_snrf.models.shards import ByteRange, read_tensor
+from mergekit_snrf.models.headers import ITEM_BYTES
+from mergekit_snrf.models.shards import ByteRange, StoredTensor, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
 
-def fuse_edit(
-    edit: PlannedEdit, target: Tensor, source: Tensor, source_base: Tensor | None, filters: Filters | None = None
-) -> Fused:
-    """Fuse the tensor of a planned edit.
-
-    Args:
-        filters: of the plan's moments, for ``update: regmean``.
-
-    Raises:
-        SnrfError: a weight is not finite, or the result overflows the target's dtype.
-    """
-    return fuse_and_report(target, source, **kernel_options(edit, source_base, filters))
-
-
-def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filters | None) -> dict[str, Any]:
+def kernel_options(edit: PlannedEdit, source_base: Matrix | None, filters: Filters | None) -> dict[str, Any]:
     """Return what a function of ``fusion.fuse`` takes for a planned edit besides target and source."""
     return {
         "neurons": edit.member,
@@ -48,11 +35,6 @@ def kernel_options(edit: PlannedEdit, source_base: Tensor | None, filters: Filte
         "site": edit.site,
         "moments": filter_at(edit.site, edit.fusion, filters),
     }
-
-
-def filters_of(plan: MergePlan) -> Filters | None:
-    """Return the filters of a plan's moments; None where it has none."""
-    return None if plan.moments is None else Filters(plan.moments)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
@@ -81,18 +63,42 @@ def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
         raise SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
+class _CastTensor(StoredTensor):
+    """A stored tensor that is read in the recipe's dtype; raises as ``check_cast``."""
+
+    def __init__(self, where: ByteRange, dtype: torch.dtype | None, name: str) -> None:
+        super().__init__(where)
+        self._dtype, self._name = dtype or where.dtype, name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        panel = super().__getitem__(rows)
+        try:
+            return cast(panel, self._dtype, self._name)
+        except SnrfError:
+            # The message names the largest weight of the whole tensor.
+            check_cast(read_tensor(self.where), self._dtype, self._name)
+            raise
+
+
 class Tensors:
-    """What the edits of a plan read: of the source, and of its base, nothing else.
+    """The tensors of a plan's edits, of target, source and the source's base, and their fusion.
+
+    Each byte is read once. At most the target's tensor and a difference in float32 (float64 where a tensor is) are in
+    memory for an edit.
 
     Attributes:
-        filters: of the plan's moments; None: it has none.
+        filters: of the plan's moments, for ``update: regmean``; None: it has none.
 
     Raises:
         SnrfError: a model cannot be downloaded, or the header of a shard is damaged.
     """
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
-        self.filters = filters_of(plan)
+        self.filters = None if plan.moments is None else Filters(plan.moments)
         names = {
             "target": [edit.target_name for edit in plan.edits],
             "source": [edit.source_name for edit in plan.edits],
@@ -100,57 +106,80 @@ class Tensors:
         }
         folders = {role: one.local(options.transformers_cache) for role, one in plan.checkpoints.items()}
         self.target_folder = folders["target"]
+        self._recipe = plan.recipe
         self._ranges = {role: stored_ranges(one, folders[role], names[role]) for role, one in plan.checkpoints.items()}
 
     def place(self, edit: PlannedEdit) -> ByteRange:
         """Return where the target's tensor lies."""
         return self._ranges["target"][edit.target_name]
 
-    def read(self, edit: PlannedEdit) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Read the tensor of target and source, and that of the source's base where the recipe has one.
+    def update(self, edit: PlannedEdit) -> Update:
+        """Return the update of an edit, without the factor beta.
 
         Raises:
-            SnrfError: a shard ends early.
+            SnrfError: a shard ends early, a weight is not finite, or a dtype of the recipe cannot hold it.
         """
-        base = edit.source_base_name
-        return (
-            read_tensor(self._ranges["target"][edit.target_name]),
-            read_tensor(self._ranges["source"][edit.source_name]),
-            None if base is None else read_tensor(self._ranges["source_base"][base]),
+        target, source, base = self._matrices(edit)
+        return masked_update(target, source, **kernel_options(edit, base, self.filters))
+
+    def neurons(self, edit: PlannedEdit) -> Fused:
+        """Return the fused neurons of an edit, [selected, ...]; raises as ``update``, or where they overflow."""
+        target, source, base = self._matrices(edit)
+        return fuse_neurons(target, source, **kernel_options(edit, base, self.filters))
+
+    def whole(self, edit: PlannedEdit) -> Fused:
+        """Return the whole fused tensor of an edit; raises as ``neurons``."""
+        target, source, base = self._matrices(edit)
+        weight = target[:]
+        fused = fuse_neurons(weight, source, **kernel_options(edit, base, self.filters))
+        return fused._replace(tensor=put_neurons(weight, fused.tensor, edit.member, edit.site.axis))
+
+    def _matrices(self, edit: PlannedEdit) -> tuple[Matrix, Matrix, Matrix | None]:
+        dtype = dtype_from_name(self._recipe.working_dtype(edit.dtype))
+        names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
+        target, source, base = (
+            None if name is None else _CastTensor(self._ranges[role][name], dtype, name) for role, name in names.items()
         )
+        assert target is not None and source is not None  # noqa: PT018
+        return target, source, base
 
+    def memory(self, edit: PlannedEdit, *, whole: bool = False) -> Memory:
+        """Return what ``whole``, or ``neurons``, of an edit takes.
 
-@contextmanager
-def threads(count: int, stop: Event | None = None) -> Iterator[ThreadPoolExecutor]:
-    """Give a pool of threads. When the block fails, what waits is cancelled, and ``stop`` is set."""
-    with ThreadPoolExecutor(max(1, count)) as pool:
-        try:
-            yield pool
-        except BaseException:
-            if stop is not None:
-                stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        That is Delta and a quarter of it for its factors, the neurons of the mask in the working dtype twice and in
+        the target's twice, for ``whole`` the target's tensor, and F.
+        """
+        size, item = math.prod(edit.shape), ITEM_BYTES[edit.dtype]
+        names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
+        stored = (self._ranges[role][name].dtype for role, name in names.items() if name is not None)
+        work = 8 if torch.float64 in stored else 4
+        neurons = edit.parameters * item
+        kept = size * item if whole else neurons
+        factors = 5 * size * work // 4 + 2 * edit.parameters * work + 2 * neurons
+        regmean = self.filters is not None and edit.fusion.update == "regmean"
+        filter_bytes = self.filters.bytes(edit.site) if self.filters is not None and regmean else 0
+        return Memory(factors + filter_bytes + (kept if whole else 0), kept)
 
 
 def certify(plan: MergePlan, options: MergeOptions) -> Iterator[tuple[PlannedEdit, Fused]]:
-    """Fuse every edited tensor as the merge would, write nothing, and yield the result of each.
+    """Fuse every edited tensor as the merge would, write nothing, and yield what is known of each, without tensors.
 
     Raises:
         SnrfError: a weight is not finite, or a dtype of the recipe cannot hold it.
     """
     tensors = Tensors(plan, options)
     out = dtype_from_name(plan.recipe.out_dtype)
-    for edit in tqdm.tqdm(plan.edits, desc="Certifying", unit="tensor", disable=options.quiet):
-        dtype = dtype_from_name(plan.recipe.working_dtype(edit.dtype))
-        target, source, base = tensors.read(edit)
-        with one_thread():
-            fused = fuse_edit(
-                edit,
-                cast(target, dtype, edit.target_name),
-                cast(source, dtype, edit.source_name),
-                None if base is None else cast(base, dtype, str(edit.source_base_name)),
-                tensors.filters,
-            )
-        cast(fused.tensor, out, edit.target_name)
-        yield edit, fused
+
+    def fuse(edit: PlannedEdit) -> Fused:
+        fused = tensors.whole(edit)
+        check_cast(fused.tensor, out, edit.target_name)
+        return fused._replace(tensor=torch.empty(0))
+
+    def memory(edit: PlannedEdit) -> Memory:
+        return Memory(tensors.memory(edit, whole=True).working, 0)
+
+    progress = tqdm.tqdm(total=len(plan.edits), desc="Certifying", unit="tensor", disable=options.quiet)
+    with progress, look_ahead(plan.edits, fuse, memory, workers=options.num_threads) as ahead:
+        for edit, fused in ahead:
+            yield edit, fused
+            progress.update()

@@ -6,8 +6,8 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse
-from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
+from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.models.activations import Activation, find_activations
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.filters import Filters, check_moments, filter_at
@@ -168,12 +168,13 @@ def fuse_model(
         found = moments if isinstance(moments, Moments) else read_moments(moments)
         check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
-    with Edit.whole() as edit:
-        for site, fused, fused_bias in _fused(decoder, source, chosen, fusion, source_base, biases, filters):
+    changes = _fused(decoder, source, chosen, fusion, source_base, biases, filters)
+    with Edit.whole() as edit, closing(changes):
+        for site, fused, fused_bias in changes:
             module, selected = decoder.module(site), chosen[site].nonzero().flatten()
-            edit.write(module.weight, site.axis, selected, (fused if site.axis == 0 else fused.mT)[selected])
+            edit.write(module.weight, site.axis, selected, fused)
             if fused_bias is not None:
-                edit.write(module.bias, 0, selected, fused_bias[selected])
+                edit.write(module.bias, 0, selected, fused_bias)
     return edit
 
 
@@ -195,11 +196,14 @@ def fuse_state_dict(
     """
     weights = state_weights(target)
     result = dict(target)
-    for site, fused, fused_bias in _fused(weights, source, _of(neurons), fusion, source_base, biases):
-        name = weights.name(site)
-        result[name] = fused
-        if fused_bias is not None:
-            result[bias_name(name)] = fused_bias
+    chosen = _of(neurons)
+    with closing(_fused(weights, source, chosen, fusion, source_base, biases)) as changes:
+        for site, fused, fused_bias in changes:
+            name = weights.name(site)
+            result[name] = put_neurons(result[name].clone(), fused, chosen[site], site.axis)
+            if fused_bias is not None:
+                bias = result[bias_name(name)].clone()
+                result[bias_name(name)] = put_neurons(bias, fused_bias, chosen[site], 0)
     return result
 
 
@@ -211,27 +215,35 @@ def _fused(
     source_base: Source | None,
     biases: bool,
     filters: Filters | None = None,
-) -> Iterator[tuple[Site, Tensor, Tensor | None]]:
-    """Fuse tensor by tensor; a bias is None where it stays."""
+) -> Generator[tuple[Site, Tensor, Tensor | None]]:
+    """Yield the fused neurons of each site, and of its bias; None where that stays. Fused ahead on the CPU."""
     donors = {"source": weights_of(source)}
     if source_base is not None:
         donors["source_base"] = weights_of(source_base)
-    for site, member in chosen.items():
+
+    def fuse(site: Site) -> tuple[Tensor, Tensor | None]:
         how = Fusion() if fusion is None else fusion if isinstance(fusion, Fusion) else fusion(site)
-        weight, name = target.weight(site), target.name(site)
+        weight, name, member = target.weight(site), target.name(site), chosen[site]
         theirs = {role: donor.weight(site).to(weight.device) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
         options: Any = {"source_base": old, "site": site, "moments": filter_at(site, how, filters)}
-        with one_thread():
-            fused = fuse(weight, new, member, site.axis, how, name=name, **options)
+        fused = fuse_neurons(weight, new, member, site.axis, how, name=name, **options).tensor
         bias = target.bias(site) if biases and site.axis == 0 else None
         if bias is None:
-            yield site, fused, None
-            continue
+            return fused, None
         name = bias_name(name)
         theirs = {role: _bias(donor, site, bias, name, role) for role, donor in donors.items()}
         old, new = theirs.get("source_base"), theirs["source"]
-        yield site, fused, fuse(bias, new, member, 0, how, name=name, source_base=old)
+        return fused, fuse_neurons(bias, new, member, 0, how, name=name, source_base=old).tensor
+
+    def memory(site: Site) -> Memory:
+        size = target.weight(site).nbytes
+        return Memory((len(donors) + 4) * size + (0 if filters is None else filters.bytes(site)), size)
+
+    workers = None if all(target.weight(site).device.type == "cpu" for site in chosen) else 0
+    with look_ahead(chosen, fuse, memory, workers=workers) as ahead:
+        for site, (fused, fused_bias) in ahead:
+            yield site, fused, fused_bias
 
 
 def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
@@ -23,26 +24,43 @@ class Filters:
     def __init__(self, moments: Moments) -> None:
         self._moments = moments
         self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[InputSite, float], Filter] = OrderedDict()
+        self._held: OrderedDict[tuple[InputSite, float], Future[Filter]] = OrderedDict()
 
     def of(self, site: Site, keep: float) -> Filter:
-        """Return the filter of the input that a projection reads.
+        """Return the filter of the input that a projection reads; a second thread that asks for it waits.
 
         Raises:
             SnrfError: the moments file changed or holds impossible values.
         """
-        key = InputSite(site.layer, READERS[site.projection]), keep
+        key = _input(site), keep
         with self._lock:
-            if key in self._held:
+            found = self._held.get(key)
+            if found is not None:
                 self._held.move_to_end(key)
-                return self._held[key]
+            else:
+                mine = self._held[key] = Future()
+                if len(self._held) > _HELD:
+                    self._held.popitem(last=False)
+        if found is not None:
+            return found.result()
+        try:
             gain, kept = (self._moments.moment(key[0], which) for which in ("gain", "keep"))
             with one_thread():
-                found = regmean_filter(gain, kept, keep)
-            self._held[key] = found
-            if len(self._held) > _HELD:
-                self._held.popitem(last=False)
-            return found
+                mine.set_result(regmean_filter(gain, kept, keep))
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        return mine.result()
+
+    def bytes(self, site: Site) -> int:
+        """Return about how many bytes it takes to compute the filter of a projection's input, in float64."""
+        source, size = _input(site), self._moments.sizes[_input(site)]
+        width = self._moments.sketches.get(source)
+        return 40 * size * (size if width is None else 2 * width)
+
+
+def _input(site: Site) -> InputSite:
+    return InputSite(site.layer, READERS[site.projection])
 
 
 def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:

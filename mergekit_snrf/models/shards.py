@@ -6,6 +6,7 @@ The safetensors library reads and writes whole files; a merge changes a few rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, os_reason
+from mergekit_snrf.fusion.delta import panels
 from mergekit_snrf.models.headers import FLOAT_DTYPES, read_header
 
 # Linux reads and writes at most 2 GiB at once; smaller pieces can be interrupted.
@@ -50,52 +52,103 @@ def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
     Raises:
         SnrfError: the file cannot be read, or ends early.
     """
-    if where.bytes == 0:
-        return torch.empty(where.shape, dtype=where.dtype)
-    buffer = bytearray(where.bytes)
+    return _read(where, 0, where.shape[0] if where.shape else 1, where.shape)
+
+
+def _read(where: ByteRange, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
+    """Read rows from ``start`` to ``end``."""
+    width = where.bytes // where.shape[0] if where.shape and where.shape[0] else where.bytes
+    size = (end - start) * width
+    if size == 0:
+        return torch.empty(shape, dtype=where.dtype)
+    buffer = bytearray(size)
     view = memoryview(buffer)
     try:
         with where.path.open("rb", buffering=0) as file:
-            file.seek(where.offset)
+            file.seek(where.offset + start * width)
             position = 0
-            while position < where.bytes:
+            while position < size:
                 count = file.readinto(view[position : position + _AT_ONCE])
                 if not count:
                     raise SnrfError(where.path, "ends in the middle of a tensor", _AGAIN)
                 position += count
     except OSError as error:
         raise SnrfError(where.path, f"cannot be read ({os_reason(error)})", _AGAIN) from None
-    return torch.frombuffer(buffer, dtype=where.dtype).view(where.shape)
+    return torch.frombuffer(buffer, dtype=where.dtype).view(shape)
+
+
+class StoredTensor:
+    """A tensor in a shard; ``stored[begin:end]`` reads these rows, and raises as ``read_tensor``."""
+
+    def __init__(self, where: ByteRange) -> None:
+        self.where = where
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As of a tensor."""
+        return self.where.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows that are read."""
+        return self.where.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, end, _ = rows.indices(self.shape[0])
+        return _read(self.where, start, end, (end - start, *self.shape[1:]))
 
 
 def overwrite_neurons(
-    where: ByteRange, path: Path, weight: Float[Tensor, "rows columns"], neurons: Bool[Tensor, " neurons"], axis: int
+    where: ByteRange,
+    path: Path,
+    values: Float[Tensor, "selected ..."],
+    neurons: Bool[Tensor, " neurons"],
+    axis: int,
 ) -> int:
-    """Write the changed neurons of a weight into a copy of its shard; return the number of bytes written.
+    """Write neurons of a weight into a copy of its shard; return the number of bytes written.
 
-    Rows are written run by run. Columns touch every page of the tensor, so it is written whole.
+    Rows are written run by run. Columns touch every page of the tensor, so it is written whole, a panel of rows at a
+    time, from the original: the copy need not hold it yet.
 
     Args:
         where: the tensor's place in the original shard.
         path: the copy.
+        values: of the chosen neurons, one a row.
     """
-    if weight.dtype != where.dtype or tuple(weight.shape) != where.shape or len(neurons) != where.shape[axis]:
+    shape = (int(neurons.sum()), *where.shape[:axis], *where.shape[axis + 1 :])
+    if values.dtype != where.dtype or values.shape != shape or len(neurons) != where.shape[axis]:
         raise ValueError(
             f"expected {where.dtype} of shape {list(where.shape)} and its neurons along axis {axis}, "
-            f"got {weight.dtype} {list(weight.shape)} and {len(neurons)} neurons"
+            f"got {values.dtype} {list(values.shape)} and {len(neurons)} neurons"
         )
-    if where.bytes == 0 or not bool(neurons.any()):
+    if where.bytes == 0 or not shape[0]:
         return 0
-    data = weight.contiguous().view(torch.uint8).numpy().reshape(-1).data
-    width = where.bytes // where.shape[0]
-    runs = [(0, where.shape[0])] if axis == 1 else _runs(neurons)
+    width, written = where.bytes // where.shape[0], 0
     with path.open("r+b", buffering=0) as file:
-        for start, end in runs:
-            file.seek(where.offset + start * width)
-            rest = data[start * width : end * width]
-            while rest:
-                rest = rest[file.write(rest[:_AT_ONCE]) :]
-    return sum(end - start for start, end in runs) * width
+        if axis == 0:
+            for start, end in _runs(neurons):
+                rows = values[written : written + end - start]
+                _write(file, where.offset + start * width, rows)
+                written += end - start
+            return written * width
+        stored = StoredTensor(where)
+        for panel in panels(where.shape):
+            rows = stored[panel]
+            rows[:, neurons] = values[:, panel].mT
+            _write(file, where.offset + panel.start * width, rows)
+    return where.bytes
+
+
+def _write(file: FileIO, offset: int, rows: Tensor) -> None:
+    data = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
+    file.seek(offset)
+    while data:
+        data = data[file.write(data[:_AT_ONCE]) :]
 
 
 def _runs(member: Bool[Tensor, " neurons"]) -> list[tuple[int, int]]:

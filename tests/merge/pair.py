@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from checkpoints import HEADS, INTERMEDIATE, KV_HEADS, LAYERS, TARGETS, make_source, make_target, read
 from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -22,6 +28,8 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.draft import PlanDraft, draft_merge
+from mergekit_snrf.models import shards
+from mergekit_snrf.models.shards import ByteRange
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import Site
@@ -164,6 +172,31 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def files(folder: Path) -> dict[str, int]:
     """Names and sizes of the files of a folder, empty if there is none."""
     return {name: os.path.getsize(folder / name) for name in os.listdir(folder)} if folder.exists() else {}
+
+
+@contextmanager
+def recorded_reads() -> Iterator[dict[Path, list[str]]]:
+    """The tensors that are read in the block, by folder, once for each time that all bytes of one are read."""
+    reads: dict[Path, list[str]] = defaultdict(list)
+    of_shards, of_mergekit, lock = shards._read, LazyTensorLoader.get_tensor, threading.Lock()
+    rows: Counter[tuple[Path, str]] = Counter()
+
+    def read_rows(where: ByteRange, start: int, end: int, shape: tuple[int, ...]) -> Tensor:
+        (name,) = (n for n, other in shards.byte_ranges(where.path).items() if other.offset == where.offset)
+        with lock:
+            rows[where.path.parent, name] += end - start
+            if rows[where.path.parent, name] % where.shape[0] == 0:
+                reads[where.path.parent].append(name)
+        return of_shards(where, start, end, shape)
+
+    def get_tensor(self: LazyTensorLoader, key: str, *args: Any, **options: Any) -> Tensor | None:
+        reads[Path(self.index.base_path)].append(key)
+        return of_mergekit(self, key, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_read", read_rows)
+        patch.setattr(LazyTensorLoader, "get_tensor", get_tensor)
+        yield reads
 
 
 def refused(recipe: dict[str, Any], out: Path, *flags: str) -> list[str]:

@@ -21,7 +21,6 @@ import pytest
 import torch
 from checkpoints import load, make_source, read, write
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
@@ -35,6 +34,7 @@ from pair import (
     make_pair,
     merge,
     plan,
+    recorded_reads,
     run,
     same_bits,
     source_name,
@@ -374,25 +374,12 @@ def test_filters_and_gradients_in_them(pair: Pair, tmp_path: Path) -> None:
         b = {"attn.k": (0.0, 0.5, 0.125)[site.layer], "fwd.up": 1.0, "fwd.down": 1.0}.get(site.projection, 0.25)
         r = 0 if site.layer == 1 else 7 if site.projection == "fwd.down" else 4
         fusions[site] = Fusion(b, r)
-    out, reads = merge_and_record(recipe, tmp_path / "out", pair.source)
+    with recorded_reads() as recorded:
+        out = merge(recipe, tmp_path / "out")
+    reads = recorded[pair.source]
     assert_same(out, fused(pair, fusions, read(pair.target), read(pair.source)))
     assert source_name(Site(0, "attn.k")) not in reads
     assert len(reads) == len(pair.neurons) - 1
-
-
-def merge_and_record(recipe: dict[str, Any], out: Path, source: Path) -> tuple[Tensors, list[str]]:
-    """Merge, and list the tensors of the source that mergekit loaded."""
-    reads: list[str] = []
-    inner = LazyTensorLoader.get_tensor
-
-    def recorded(self: LazyTensorLoader, key: str, *args: Any, **options: Any) -> Tensor | None:
-        if Path(self.index.base_path) == source:
-            reads.append(key)
-        return inner(self, key, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LazyTensorLoader, "get_tensor", recorded)
-        return merge(recipe, out), reads
 
 
 def test_source_without_masked_neurons_is_never_read(pair: Pair, plain: Tensors, tmp_path: Path) -> None:
@@ -407,9 +394,11 @@ def test_source_without_masked_neurons_is_never_read(pair: Pair, plain: Tensors,
             start = 8 + int.from_bytes(content[:8], "little")
             content[start:] = b"\xff" * (len(content) - start)
             (source / file).write_bytes(content)
-    out, reads = merge_and_record(pair.recipe(models=[{"model": str(source)}]), tmp_path / "out", source)
-    assert_same(out, plain)
-    assert sorted(reads) == sorted(needed)
+    with recorded_reads() as reads:
+        assert_same(merge(pair.recipe(models=[{"model": str(source)}]), tmp_path / "out"), plain)
+    assert sorted(reads[source]) == sorted(needed)
+    # Neither the loader nor a worker reads a tensor of the target again.
+    assert sorted(reads[pair.target]) == sorted(plain)
 
 
 def test_side_files_and_configuration(pair: Pair, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from outputs import assert_refused, done, hashes, run, tree
 from pair import Pair, assert_same, make_pair, merge, source_name, target_name, write_recipe
 
 from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.fusion import threads as threads_module
 from mergekit_snrf.merge import folders
 from mergekit_snrf.merge import patch as patch_module
 from mergekit_snrf.merge.patch import patch_merge
@@ -158,7 +159,7 @@ def test_workers_and_memory_do_not_change_the_bytes(
     one, two, five = (
         hashes(done("patch", sharded.recipe(), tmp_path / workers / "out", "--workers", workers)) for workers in "125"
     )
-    monkeypatch.setattr(patch_module, "_MAX_WAITING", 0)
+    monkeypatch.setattr(threads_module, "memory_limit", lambda: 0)
     bounded = hashes(done("patch", sharded.recipe(), tmp_path / "bounded" / "out"))
     assert one == two == five == bounded
     assert torch.get_num_threads() == threads
@@ -251,9 +252,9 @@ def test_a_target_that_shrinks_while_it_is_copied(
 ) -> None:
     shards, copy = sorted(sharded.target.glob("*.safetensors")), os.copy_file_range
 
-    def shrunk(source: int, target: int, count: int) -> int:
+    def shrunk(source: int, target: int, count: int, *offsets: int) -> int:
         last = os.path.samefile(f"/proc/self/fd/{source}", shards[-1])
-        return 0 if last and os.fstat(target).st_size else copy(source, target, 1000 if last else count)
+        return 0 if last and os.fstat(target).st_size else copy(source, target, 1000 if last else count, *offsets)
 
     monkeypatch.setattr(os, "copy_file_range", shrunk)
     assert_refused(run("patch", sharded.recipe(), tmp_path / "out"), f"{shards[-1]}: changed while it was copied")
@@ -323,12 +324,12 @@ torch.set_num_threads(1)
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.merge import patch
 
-def slow(source, target, count, copy=os.copy_file_range):
+def slow(*arguments, copy=os.copy_file_range):
     with open(sys.argv[3], "a") as log:
         log.write(".")
         steps = log.tell()
     time.sleep(0.02 if steps <= 20 else 0.5)
-    return copy(source, target, count)
+    return copy(*arguments)
 
 patch._STEP, os.copy_file_range = 1000, slow
 main(["patch", sys.argv[1], sys.argv[2], "--quiet"], prog_name="snrf")
@@ -432,7 +433,7 @@ def attempt(out, limit, report=None):
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1]
-    for module, name in ((os, "copy_file_range"), (patch, "_write"), (shutil, "copy"), (patch, "merge_card"),
+    for module, name in ((os, "copy_file_range"), (patch, "overwrite_neurons"), (shutil, "copy"), (patch, "merge_card"),
                          (Path, "write_text"), (Path, "rename"), (Path, "rmdir")):
         watch(module, name, limit)
     try:
@@ -445,7 +446,8 @@ def attempt(out, limit, report=None):
 
 assert attempt(runs / "whole" / "out", -1, runs / "log.json") == 0
 events = json.loads((runs / "log.json").read_text())
-copies, writes = ([i for i, name in enumerate(events) if name == kind] for kind in ("copy_file_range", "_write"))
+kinds = "copy_file_range", "overwrite_neurons"
+copies, writes = ([i for i, name in enumerate(events) if name == kind] for kind in kinds)
 points = [events.index(name) for name in ("merge_card", "write_text", "copy", "rename", "rmdir")]
 points += [copies[0], copies[-1], events.index("rename") - 1, *writes[:: len(writes) // 4]]
 statuses = {point: attempt(runs / f"at-{point}" / "out", point) for point in sorted(set(points))}

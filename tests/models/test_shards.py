@@ -77,7 +77,7 @@ def test_tensor_at_an_odd_offset(scratch: Path) -> None:
     path = write_raw(scratch / "odd", header, b"\1\2\3" + bits(values))
     (where,) = byte_ranges(path).values()
     assert torch.equal(read_tensor(where), values)
-    assert overwrite_neurons(where, path, values * 2, torch.tensor([False, True]), 0) == 8
+    assert overwrite_neurons(where, path, values[1:] * 2, torch.tensor([False, True]), 0) == 8
     assert path.read_bytes().endswith(b"\1\2\3" + bits(torch.tensor([[1.5, -2.0], [0.5, 6.0]])))
 
 
@@ -90,7 +90,7 @@ def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tens
     where = byte_ranges(scratch / "before.safetensors")["weight"]
     copy = scratch / "copy.safetensors"
     copy.write_bytes((scratch / "before.safetensors").read_bytes())
-    written = overwrite_neurons(where, copy, after, neurons, axis)
+    written = overwrite_neurons(where, copy, (after if axis == 0 else after.mT)[neurons], neurons, axis)
     assert copy.read_bytes() == (scratch / "after.safetensors").read_bytes()
     changed = int(neurons.sum()) if axis == 0 else before.shape[0] * bool(neurons.any())
     assert written == changed * before.shape[1] * before.element_size()
@@ -104,7 +104,8 @@ def test_reads_and_writes_in_pieces(scratch: Path, monkeypatch: pytest.MonkeyPat
     path = write_raw(scratch / "short", {"w": entry("F32", [4, 5], [0, 80])}, bytes(80))
     (where,) = byte_ranges(path).values()
     values = torch.arange(20.0).view(4, 5)
-    assert overwrite_neurons(where, path, values, torch.tensor([True, True, False, True]), 0) == 60
+    neurons = torch.tensor([True, True, False, True])
+    assert overwrite_neurons(where, path, values[neurons], neurons, 0) == 60
     values[2] = 0
     assert torch.equal(read_tensor(where), values)
 
@@ -117,7 +118,7 @@ def test_an_empty_weight_and_no_neurons_write_nothing(scratch: Path, shape: tupl
     (where,) = byte_ranges(path).values()
     assert read_tensor(where).shape == shape
     neurons = torch.full((shape[axis],), not data)
-    assert overwrite_neurons(where, path, torch.ones(shape), neurons, axis) == 0
+    assert overwrite_neurons(where, path, torch.ones(shape if axis == 0 else shape[::-1])[neurons], neurons, axis) == 0
     assert path.read_bytes().endswith(data)
 
 
