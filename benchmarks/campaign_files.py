@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import naming
 from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 
 HOSTILE_TEMPLATES = (
@@ -184,7 +183,8 @@ def _of_models(folder: Path) -> Iterator[Reader]:
 
     def of_output(place: Path, file: Path) -> None:
         for kind in ("merge", "adapter"):
-            if (problem := output_problem(draft, str(place / kind), kind, overwrite=True)) is not None:  # type: ignore[arg-type]
+            known: Any = {"inputs": draft.inputs, "target": draft.checkpoints.get("target")}
+            if (problem := output_problem(str(place / kind), kind, overwrite=True, **known)) is not None:  # type: ignore[arg-type]
                 raise problem
 
     yield Reader("earlier output", place, ("merge/mergekit_config.yml", "adapter/README.md"), of_output, 0.5)
@@ -212,10 +212,10 @@ def _of_models(folder: Path) -> Iterator[Reader]:
 
 
 def _of_results(folder: Path) -> Iterator[Reader]:
+    import made_results as tests_of_evidence
     from made_results import ablation, comparison
-    from test_lmms_eval import sample, write
 
-    from mergekit_snrf.evidence.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.compare_samples import compare_runs
     from mergekit_snrf.evidence.results import Study, read_result, write_result
     from mergekit_snrf.evidence.tables import settings_table, study_table
 
@@ -232,20 +232,11 @@ def _of_results(folder: Path) -> Iterator[Reader]:
 
     yield Reader("result", place, ("a.json", "c.json"), of_results)
 
-    place = _place(folder, "lmms")
-    values: tuple[Any, ...] = (1.0, {"score": [0.5]}, {"true_false": True}, {"answer": "A", "parsed_pred": "A"})
-    files = []
-    for model in ("target", "merge"):
-        for task, value in zip(("one", "two", "three", "four"), values, strict=True):
-            path = write(place / model, task, [sample(number, metric=value) for number in range(3)])
-            files.append(path.relative_to(place).as_posix())
-    yield Reader(
-        "lmms-eval",
-        place,
-        tuple(files),
-        lambda place, _: compare_runs([place / "target", place / "merge"], seed=0),
-        0.7,
-    )
+    fixtures = Path(tests_of_evidence.__file__).parent / "fixtures"
+    for tool in ("lmms_eval", "lm_eval", "vlmevalkit"):
+        place = shutil.copytree(fixtures / tool, folder / tool)
+        files = [path.relative_to(place).as_posix() for path in sorted(place.rglob("*.*")) if path.is_file()]
+        yield Reader(tool, place, tuple(files), lambda place, _: compare_runs(sorted(place.iterdir())[:2]), 0.25)
 
 
 def _of_data(folder: Path) -> Iterator[Reader]:
@@ -269,7 +260,7 @@ def _of_data(folder: Path) -> Iterator[Reader]:
         picture.save(place / f"i.{kind}")
 
     def of_images(place: Path, file: Path) -> None:
-        with naming_rows():
+        with naming({}, "rows"):
             decode(read_image(file.name, image_folders(place)))
 
     yield Reader("image", place, tuple(f"i.{kind}" for kind in kinds), of_images, 1.0)
@@ -332,21 +323,9 @@ def _of_data(folder: Path) -> Iterator[Reader]:
 
     def of_template(place: Path, file: Path) -> None:
         tokenizer.chat_template = read_bytes(file, DATA_BYTES).decode("utf-8", "replace")
-        with naming_rows():
+        with naming({}, "rows"):
             Renderer(tokenizer, ProbeSource(dataset="x", question="q")).render(
                 Row(0, {"q": "a question"}, "a question")
             )
 
     yield Reader("chat template", place, ("chat_template.jinja",), of_template, 0.5, HOSTILE_TEMPLATES)
-
-
-@contextmanager
-def naming_rows() -> Iterator[None]:
-    """Raise what is wrong with one row as the error that a user would see if it were all rows."""
-    from mergekit_snrf.profiling.probes.images import BadImage
-    from mergekit_snrf.profiling.probes.rows import RowError
-
-    try:
-        yield
-    except (BadImage, RowError) as error:
-        raise SnrfError("rows", str(error)) from None

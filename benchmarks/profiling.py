@@ -34,7 +34,7 @@ from machine import bar, bars_text, describe, write_json
 
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.notebook import profile_model
+from mergekit_snrf.profiling.notebook import profile
 
 
 def load_file(name: str, path: Path) -> ModuleType:
@@ -243,7 +243,7 @@ def extra_memory(model: nn.Module, tokens: int, probes: int) -> dict[str, float]
     vocabulary = model.config.vocab_size
     forward(model, probe(0, tokens, vocabulary))
     plain = peak_mb(lambda: forward(model, probe(0, tokens, vocabulary)))
-    profiled = peak_mb(lambda: profile_model(model, (probe(n, tokens, vocabulary) for n in range(probes))))
+    profiled = peak_mb(lambda: profile(model, (probe(n, tokens, vocabulary) for n in range(probes))))
     return {
         "tokens": tokens,
         "probes": probes,

@@ -61,12 +61,18 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def recipe_table() -> str:
     """Parameters of a recipe."""
-    from mergekit_snrf.merge.parameters import documentation
+    from mergekit_snrf.fusion.fuse import settings
+    from mergekit_snrf.merge.parameters import SPEC
 
     rows = ["| parameter | where | default | range | meaning |", "|---|---|---|---|---|"]
-    for row in documentation():
-        default = row.default if row.default in ("required", "none") else code(row.default)
-        rows.append(f"| `{row.name}` | {row.where} | {default} | {cell(row.range)} | {cell(row.meaning)} |")
+    for one in SPEC.parameters:
+        known = settings().get(one.name)
+        where = "source or top level" if known is not None and known.by_tensor else "top level"
+        default = "required" if one.name == "masks" else code(one.default)
+        if known is not None and known.of_regmean is not None:
+            default = code(f"{one.default} (regmean: {known.of_regmean:g})")
+        limits = "" if known is None else known.range
+        rows.append(f"| `{one.name}` | {where} | {default} | {cell(limits)} | {cell(one.description)} |")
     return "\n".join(rows)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_snrf.errors import SnrfError as SnrfError
+    from mergekit_snrf.evidence.evaluation import evaluation as evaluation
     from mergekit_snrf.fusion.fuse import Fusion as Fusion
     from mergekit_snrf.models.checkpoint import open_checkpoint as open_checkpoint
     from mergekit_snrf.models.edits import Edit as Edit
@@ -32,6 +33,7 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "errors": ("SnrfError",),
+    "evidence.evaluation": ("evaluation",),
     "fusion.fuse": ("Fusion",),
     "models.checkpoint": ("open_checkpoint",),
     "models.edits": ("Edit", "deactivate", "fuse_model", "fuse_state_dict"),

@@ -87,9 +87,7 @@ class SnrfError(ValueError):
 def naming(name: Mapping[str, str] | Callable[[str], str], where: object | None = None) -> Iterator[None]:
     """Name the field of errors in the block as the user types it: a key of a file, or an option.
 
-    Args:
-        name: from a field's name to what the user types; a mapping leaves other fields as they are.
-        where: the place of errors that name none, such as the path of the file that was read.
+    A mapping leaves other fields as they are. ``where`` is the place of errors that name none, such as the file read.
     """
     try:
         yield

@@ -197,7 +197,7 @@ def test_recipe_plans(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     mask = example / pair.mask
     made = invoke("mask", "random", "--model", str(tmp_path / "target"), "--ratio", str(pair.ratio), str(mask))
     assert made.exit_code == 0, made.output
-    result = invoke("plan", "--json", *pair.trust, str(example / "snrf.yml"))
+    result = invoke("plan", *pair.trust, str(example / "snrf.yml"), "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["problems"], plan["warnings"]) == ([], [])

@@ -6,37 +6,21 @@ from typing import Any
 
 import click
 
-from mergekit_snrf.cli.common import (
-    check_outputs,
-    command_options,
-    is_quiet,
-    loaded,
-    silence_progress,
-    study_text,
-)
-from mergekit_snrf.cli.options import (
-    construct,
-    draws_option,
-    eval_help,
-    json_option,
-    loading_options,
-    mask_option,
-    seed_option,
-)
+from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.reference import ModelRef
 
 
 @click.command()
 @click.argument("model", metavar="MODEL")
-@mask_option
-@click.option("--eval", "reference", required=True, metavar="EVAL", help=eval_help)
+@options.mask_option
+@click.option("--eval", "reference", required=True, metavar="EVAL", help=options.eval_help)
 @click.option("--profile", "profile_file", metavar="PROFILE", help="Of MODEL, to find its least important neurons.")
-@draws_option
-@seed_option
-@loading_options
-@json_option
-@command_options
+@options.draws_option
+@options.seed_option
+@options.loading_options
+@options.json_option
+@common.command_options
 def ablate(
     model: str,
     mask: str,
@@ -54,7 +38,6 @@ def ablate(
     from mergekit_snrf.evidence.ablate import ablation_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.least import least_important, read_profile_of
-    from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.checkpoint import open_checkpoint
@@ -63,8 +46,8 @@ def ablate(
     from mergekit_snrf.neurons.shape import check_fit
     from mergekit_snrf.neurons.sites import PROJECTIONS
 
-    check_outputs(json_file)
-    ref = construct(ModelRef, {"model": model, **loading})
+    common.check_outputs(json_file)
+    ref = options.construct(ModelRef, {"model": model, **loading})
     checkpoint = open_checkpoint(model, trust_remote_code=ref.trust_remote_code)
     chosen = load_mask(mask, towers=True)
     if not chosen.neurons.count():
@@ -77,13 +60,13 @@ def ablate(
         least = least_important([profile], chosen.neurons)
         settings |= {"profile": profile.path, "profile_sha256": sha256(profile.path)}
     rows = ablation_rows(chosen.neurons, least=least, draws=draws, seed=seed)
-    silence_progress()
+    common.silence_progress()
     evaluation = load_evaluation(reference)
-    subject, processor = loaded(ref, settings)
-    setup = Setup("ablation", model, evaluation.name, chosen.path, sha256(chosen.path), seed, settings)
-    study = run_study(setup, rows, subject, processor, evaluation, progress=not is_quiet())
-    click.echo(study_text(study))
+    subject, processor = common.loaded(ref, settings)
+    digests = sha256(chosen.path), chosen.neurons.sha256()
+    setup = Setup("ablation", model, evaluation.name, chosen.path, *digests, seed, settings)
+    study = run_study(setup, rows, subject, processor, evaluation, progress=not common.is_quiet())
+    common.say(common.study_text(study))
     if least is None:
-        click.echo("The least important neurons were left out: they need --profile, the profile of MODEL.")
-    if json_file is not None:
-        write_result(json_file, study)
+        common.say("The least important neurons were left out: they need --profile, the profile of MODEL.")
+    common.write_outputs(study, json_file)

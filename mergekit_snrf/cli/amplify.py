@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
-from mergekit_snrf.cli.options import construct, figures_option, json_option, loading_options, settings_options
-from mergekit_snrf.errors import SnrfError, naming, option
+from mergekit_snrf.cli import common, options
+from mergekit_snrf.cli.common import table
+from mergekit_snrf.errors import SnrfError, naming, option, printable
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
 from mergekit_snrf.models.reference import ModelRef
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.asked import Asked
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron
     from mergekit_snrf.neurons.sites import Neuron
 
@@ -23,39 +24,30 @@ _DETAILED = 4
 _SHOWN = 5
 
 
-class _Named:
-    """The neurons that the options name."""
+def _neurons(named: dict[str, Any], asked: Asked, settings: dict[str, Any]) -> list[Neuron]:
+    """Return the neurons that the options name, those of the model's checkpoint, and note where they are from."""
+    from mergekit_snrf.evidence.amplify import pick_neurons
+    from mergekit_snrf.models.checkpoint import open_checkpoint
+    from mergekit_snrf.models.decoder import find_decoder
+    from mergekit_snrf.neurons.maskfile import load_mask
+    from mergekit_snrf.neurons.shape import check_fit
+    from mergekit_snrf.neurons.sites import Neuron
 
-    def __init__(self, names: tuple[str, ...], file: str | None, mask: str | None, pick: int | None) -> None:
-        if not (names or file or mask):
-            raise click.UsageError("name neurons with --neuron, --neurons or --mask")
-        if pick is not None and mask is None:
-            raise click.UsageError("--pick goes with --mask")
-        self.names, self.file, self.mask, self.pick = names, file, mask, pick
-
-    def find(self, asked: Asked, settings: dict[str, Any]) -> list[Neuron]:
-        """Return the neurons, checked against the headers of the model's checkpoint, and note where they are from."""
-        from mergekit_snrf.evidence.amplify import pick_neurons
-        from mergekit_snrf.models.checkpoint import open_checkpoint
-        from mergekit_snrf.models.decoder import find_decoder
-        from mergekit_snrf.neurons.maskfile import load_mask
-        from mergekit_snrf.neurons.shape import check_fit
-        from mergekit_snrf.neurons.sites import Neuron
-
-        model, neurons = asked.model, [*map(Neuron.parse, self.names), *_listed(self.file)]
-        mask = None if self.mask is None else load_mask(self.mask)
+    model, file, pick = asked.model, named["names_file"], named["pick"]
+    neurons = [*map(Neuron.parse, named["names"]), *_listed(file)]
+    mask = None if named["mask"] is None else load_mask(named["mask"])
+    if mask is not None:
+        settings |= {"mask": named["mask"], "pick": pick}
+        with naming({}, where=mask.path):
+            neurons += pick_neurons(mask.neurons, pick, asked.source.seed)
+    if model.gguf_file is None:
+        checkpoint = open_checkpoint(model.model, model.revision, trust_remote_code=model.trust_remote_code)
+        settings["config_sha256"] = checkpoint.config_sha256
+        shape = find_decoder(checkpoint).shape
         if mask is not None:
-            settings |= {"mask": self.mask, "pick": self.pick}
-            with naming({}, where=mask.path):
-                neurons += pick_neurons(mask.neurons, self.pick, asked.source.seed)
-        if model.gguf_file is None:
-            checkpoint = open_checkpoint(model.model, model.revision, trust_remote_code=model.trust_remote_code)
-            settings["config_sha256"] = checkpoint.config_sha256
-            shape = find_decoder(checkpoint).shape
-            if mask is not None:
-                check_fit(mask.neurons, shape, where=mask.path, model=model.model)
-            check_fit(neurons, shape, where=self.file, model=model.model)
-        return neurons
+            check_fit(mask.neurons, shape, where=mask.path, model=model.model)
+        check_fit(neurons, shape, where=file, model=model.model)
+    return neurons
 
 
 def _listed(file: str | None) -> list[Neuron]:
@@ -79,11 +71,11 @@ def _listed(file: str | None) -> list[Neuron]:
 @click.option("--pick", type=click.IntRange(1), metavar="N", help="N random neurons of MASK instead of all.")
 @click.option("--factor", type=float, default=10.0, show_default=True, help="What activations are multiplied by.")
 @click.option("--probes", required=True, type=click.Path(), help="A .jsonl, .parquet or .csv file, or profile.yml.")
-@settings_options("asked", AskedOptions)
-@loading_options
-@json_option
-@figures_option
-@command_options
+@options.settings_options("asked", AskedOptions)
+@options.loading_options
+@options.json_option
+@options.figures_option
+@common.command_options
 def amplify(
     model: str,
     probes: str,
@@ -99,39 +91,32 @@ def amplify(
     Every neuron is amplified by itself (Eq. 7, 8). Tokens are ranked by their log-odds against the plain answers. Math
     tokens are numbers, signs, LaTeX commands and words of a list that comes with this package.
     """
-    neurons = _Named(named["names"], named["names_file"], named["mask"], named["pick"])
-    if figures is not None and (find_spec("matplotlib") is None or find_spec("wordcloud") is None):
-        raise SnrfError(None, "word clouds need matplotlib and wordcloud", "pip install 'mergekit-snrf[analysis]'")
-    check_outputs(json_file, figures)
+    if not (named["names"] or named["names_file"] or named["mask"]):
+        raise click.UsageError("name neurons with --neuron, --neurons or --mask")
+    if named["pick"] is not None and named["mask"] is None:
+        raise click.UsageError("--pick goes with --mask")
+    if figures is not None and find_spec("matplotlib") is None:
+        raise SnrfError(None, "figures need matplotlib", "pip install 'mergekit-snrf[analysis]'")
+    common.check_outputs(json_file, figures)
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
-        result = _measured(probes, construct(ModelRef, {"model": model, **loading}), neurons, factor, asked)
-    _write(result, json_file, figures)
+        result = _measured(probes, options.construct(ModelRef, {"model": model, **loading}), named, factor, asked)
+    common.say(_report(result))
+    for path in common.write_outputs(result, json_file, figures, _drawings(result)):
+        common.say(path)
 
 
-def _measured(probes: str, ref: ModelRef, named: _Named, factor: float, options: AskedOptions) -> Amplification:
+def _measured(probes: str, ref: ModelRef, named: dict[str, Any], factor: float, how: AskedOptions) -> Amplification:
     from mergekit_snrf.evidence import amplify as amplification
     from mergekit_snrf.profiling.probes.rows import load_rows
 
-    asked = load_asked(probes, ref, options)
+    asked = load_asked(probes, ref, how)
     settings: dict[str, Any] = {}
-    neurons = named.find(asked, settings)
-    silence_progress()
+    neurons = _neurons(named, asked, settings)
+    common.silence_progress()
     rows = load_rows(asked.source, answers=False)
-    model, processor = loaded(asked.model, settings, images=asked.source.images is not None)
-    return amplification.amplify(
-        rows, model, processor, asked, neurons, factor, settings=settings, progress=not is_quiet()
-    )
-
-
-def _write(result: Amplification, json_file: str | None, figures: str | None) -> None:
-    from mergekit_snrf.evidence.results import write_result
-
-    click.echo(_report(result))
-    if json_file is not None:
-        write_result(json_file, result)
-    if figures is not None:
-        for path in _draw(result, Path(figures)):
-            click.echo(path)
+    model, processor = common.loaded(asked.model, settings, images=asked.source.images is not None)
+    more: dict[str, Any] = {"settings": settings, "progress": not common.is_quiet()}
+    return amplification.amplify(rows, model, processor, asked, neurons, factor, **more)
 
 
 def _report(result: Amplification) -> str:
@@ -180,16 +165,13 @@ def _summary(result: Amplification) -> str:
 
 
 def _shown(token: str) -> str:
-    from mergekit_snrf.errors import printable
-
     return printable(repr(token))
 
 
-def _draw(result: Amplification, folder: Path) -> list[Path]:
+def _drawings(result: Amplification) -> Iterator[tuple[str, Drawing]]:
     from mergekit_snrf.evidence import drawing, figures, wording
 
-    paths = []
+    how = f"of {wording.without_folders(result.model)} amplified by {result.factor:g}"
     for neuron in result.neurons:
-        title = f"{neuron.neuron} of {wording.without_folders(result.model)} amplified by {result.factor:g}"
-        paths += drawing.save(figures.word_cloud(neuron), folder, neuron.neuron, title, wording.word_cloud_text(neuron))
-    return paths
+        text = wording.token_bars_text(neuron)
+        yield neuron.neuron, drawing.Drawing(figures.token_bars(neuron), f"{neuron.neuron} {how}", text)

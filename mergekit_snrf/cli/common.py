@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,11 +15,13 @@ import click
 
 from mergekit_snrf.errors import SnrfError, naming, option, os_reason
 from mergekit_snrf.files.markdown import share as share
-from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated
+from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated, write_text
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from transformers import PreTrainedModel
 
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.merge.recipefile import MergeOptions
@@ -28,7 +31,10 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def command_options(function: _F) -> _F:
-    """Give a command ``-v`` and ``--quiet``, and turn ``SnrfError`` into one line and exit code 1 (traceback: -vv)."""
+    """Give a command ``-v`` and ``--quiet``.
+
+    ``SnrfError`` becomes one line and exit code 1 (with -vv a traceback), Ctrl-C exit code 130.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: Any, verbosity: int, quiet: bool, **kwargs: Any) -> Any:
@@ -41,8 +47,13 @@ def command_options(function: _F) -> _F:
             if verbosity > 1:
                 raise
             raise click.ClickException(str(error)) from None
+        except KeyboardInterrupt:
+            command = click.get_current_context().command
+            resumes = any(parameter.name == "resume" for parameter in command.params)
+            click.echo(f"\nInterrupted{'; continue with --resume' if resumes else ''}.", err=True)
+            raise click.exceptions.Exit(130) from None
 
-    quiet_option = click.option("--quiet", is_flag=True, help="Suppress progress bars and warnings.")
+    quiet_option = click.option("-q", "--quiet", is_flag=True, help="Suppress progress bars and warnings.")
     verbose = click.option("-v", "verbosity", count=True, help="Verbose logging (repeat for more verbosity).")
     return verbose(quiet_option(wrapper))  # type: ignore[return-value]
 
@@ -50,6 +61,11 @@ def command_options(function: _F) -> _F:
 def is_quiet() -> bool:
     """Tell whether the running command was given ``--quiet``."""
     return bool(click.get_current_context().params.get("quiet"))
+
+
+def say(text: object) -> None:
+    """Print text; to standard error where JSON goes to standard output."""
+    click.echo(text, err=click.get_current_context().params.get("json_file") == "-")
 
 
 def silence_progress(*, quiet: bool | None = None) -> None:
@@ -67,13 +83,41 @@ def silence_progress(*, quiet: bool | None = None) -> None:
 
 def check_outputs(json_file: str | None, figures: str | None = None) -> None:
     """Raise ``SnrfError`` before a model runs where its results could not be written; make the folder of figures."""
-    if json_file is not None:
+    if json_file not in (None, "-"):
         check_writable(json_file)
     if figures is not None:
         try:
             Path(figures).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SnrfError(figures, f"cannot be made ({os_reason(error)})", "choose another folder") from None
+
+
+def write_outputs(
+    result: BaseModel,
+    json_file: str | None,
+    figures: str | None = None,
+    drawings: Iterable[tuple[str, Drawing]] = (),
+) -> list[Path]:
+    """Write a result as JSON, and its drawings with the names of their files; return the paths of the figures."""
+    from mergekit_snrf.evidence.drawing import save
+    from mergekit_snrf.evidence.results import result_text, write_result
+
+    if json_file == "-":
+        click.echo(result_text(result))
+    elif json_file is not None:
+        write_result(json_file, result)
+    if figures is None:
+        return []
+    return [path for name, one in drawings for path in save(one.figure, figures, name, one.caption, one.text)]
+
+
+def write_json(json_file: str | None, content: object) -> None:
+    """Write JSON to a file, or print it."""
+    text = json.dumps(content, indent=2)
+    if json_file == "-":
+        click.echo(text)
+    elif json_file is not None:
+        write_text(json_file, text + "\n")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -146,11 +190,9 @@ def numbers(text: str, name: str, most: float) -> list[float]:
     return numbers
 
 
-def draw_study(study: Study, folder: str) -> None:
-    """Draw the figures of a study into a folder."""
+def study_drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
+    """Yield the figures of a study by the names of their files."""
     from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.drawing import save
     from mergekit_snrf.evidence.sections import metric_drawings
 
-    for name, drawing in {**tradeoff_drawings(study), **metric_drawings(study)}.items():
-        save(drawing.figure, folder, name, drawing.caption, drawing.text)
+    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()

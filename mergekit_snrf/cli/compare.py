@@ -1,4 +1,4 @@
-"""``snrf compare``: a merge against its controls, or several models' results of lmms-eval."""
+"""``snrf compare``: a merge against its controls, or what an evaluation tool measured of several models."""
 
 from __future__ import annotations
 
@@ -9,28 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import (
-    check_outputs,
-    command_options,
-    draw_study,
-    is_quiet,
-    loaded,
-    numbers,
-    opened_recipe,
-    silence_progress,
-    study_text,
-)
-from mergekit_snrf.cli.options import (
-    cache_options,
-    construct,
-    draws_option,
-    eval_help,
-    figures_option,
-    json_option,
-    linear_betas_option,
-    loading_options,
-    seed_option,
-)
+from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, did_you_mean, naming, option
 
 if TYPE_CHECKING:
@@ -45,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 _ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 _MOST_KEEP = 1e6
-_OF_LMMS_EVAL = ("tasks", "metrics", "keep")
-_OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosity", "quiet")
+_OF_SAMPLES = ("tasks", "metrics", "keep")
+_OF_BOTH = ("places", "from_samples", "seed", "json_file", "figures", "verbosity", "quiet")
 
 
 @click.command()
 @click.argument("places", metavar="RECIPE.yml | DIR...", nargs=-1, required=True, type=click.Path())
-@click.option("--eval", "reference", metavar="EVAL", help=eval_help)
+@click.option("--eval", "reference", metavar="EVAL", help=options.eval_help)
 @click.option(
     "--rows",
     metavar="ROWS",
@@ -60,8 +39,8 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="The controls, separated by commas. least needs --profile, frank and base need --base, "
     "regmean needs --moments.",
 )
-@draws_option
-@seed_option
+@options.draws_option
+@options.seed_option
 @click.option(
     "--profile",
     "profiles",
@@ -70,7 +49,7 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
-@linear_betas_option
+@options.linear_betas_option
 @click.option(
     "--moments",
     metavar="MOMENTS",
@@ -90,38 +69,34 @@ _OF_BOTH = ("places", "from_lmms_eval", "seed", "json_file", "figures", "verbosi
     show_default=True,
     help="Share of the elements that DARE drops.",
 )
-@loading_options
-@cache_options
-@click.option("--from-lmms-eval", is_flag=True, help="Compare DIRs that lmms-eval wrote with --log_samples.")
-@click.option("--task", "tasks", multiple=True, help="With --from-lmms-eval: only this task; repeat for several.")
-@click.option("--metric", "metrics", multiple=True, help="With --from-lmms-eval: only this metric, or task/metric.")
+@options.loading_options
+@options.cache_options
 @click.option(
-    "--keep", multiple=True, metavar="METRIC", help="With --from-lmms-eval: a metric, or task, to keep, not to gain."
+    "--from", "from_samples", is_flag=True, help="Compare DIRs of lmms-eval, lm-evaluation-harness or VLMEvalKit."
 )
-@json_option
-@figures_option
-@command_options
+@click.option("--task", "tasks", multiple=True, help="With --from: only this task; repeat for several.")
+@click.option("--metric", "metrics", multiple=True, help="With --from: only this metric, or task/metric.")
+@click.option("--keep", multiple=True, metavar="METRIC", help="With --from: a metric, or task, to keep, not to gain.")
+@options.json_option
+@options.figures_option
+@common.command_options
 def compare(
-    places: tuple[str, ...], from_lmms_eval: bool, json_file: str | None, figures: str | None, **options: Any
+    places: tuple[str, ...], from_samples: bool, json_file: str | None, figures: str | None, **given: Any
 ) -> None:
     """Compare the merge of RECIPE with its controls on the items of EVAL, all in one table.
 
     The target is edited in memory and put back for every row; no model is written. An evaluation named in Python runs
     with your rights; read it first.
 
-    With --from-lmms-eval, compare the samples in two or more DIRs: the first is the reference (the target), the second
-    the claim (its merge), any others are controls.
+    With --from, compare the samples that an evaluation tool wrote of several models to two or more DIRs: the first is
+    the reference (the target), the second the claim (its merge), any others are controls. lmms-eval and
+    lm-evaluation-harness write samples with --log_samples.
     """
-    from mergekit_snrf.evidence.results import write_result
-
-    _check_options(from_lmms_eval)
-    check_outputs(json_file, figures)
-    study, notes = (_from_lmms_eval if from_lmms_eval else _from_recipe)(places, **options)
-    click.echo("\n".join([study_text(study), *notes]))
-    if json_file is not None:
-        write_result(json_file, study)
-    if figures is not None:
-        draw_study(study, figures)
+    _check_options(from_samples)
+    common.check_outputs(json_file, figures)
+    study, notes = (_from_samples if from_samples else _from_recipe)(places, **given)
+    common.say("\n".join([common.study_text(study), *notes]))
+    common.write_outputs(study, json_file, figures, common.study_drawings(study))
 
 
 def _check_chosen(row: str, needed: str) -> None:
@@ -131,17 +106,17 @@ def _check_chosen(row: str, needed: str) -> None:
         raise SnrfError(None, f"the row {row} needs {needed}", "give it, or leave out the row", field="--rows")
 
 
-def _check_options(from_lmms_eval: bool) -> None:
+def _check_options(from_samples: bool) -> None:
     context = click.get_current_context()
     for parameter in context.command.params:
         name = parameter.name or ""
         given = context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
-        if given and name not in _OF_BOTH and (name in _OF_LMMS_EVAL) != from_lmms_eval:
-            where = "with a recipe only" if from_lmms_eval else "with --from-lmms-eval only"
+        if given and name not in _OF_BOTH and (name in _OF_SAMPLES) != from_samples:
+            where = "with a recipe only" if from_samples else "with --from only"
             raise SnrfError(None, f"has an effect {where}", "leave it out", field=parameter.opts[0])
 
 
-def _from_lmms_eval(
+def _from_samples(
     places: tuple[str, ...],
     *,
     seed: int,
@@ -150,7 +125,7 @@ def _from_lmms_eval(
     keep: tuple[str, ...],
     **_: Any,
 ) -> tuple[Study, list[str]]:
-    from mergekit_snrf.evidence.lmms_eval import compare_runs
+    from mergekit_snrf.evidence.compare_samples import compare_runs
 
     with naming(option):
         return compare_runs(places, tasks=tasks, metrics=metrics, keep=keep, seed=seed)
@@ -160,35 +135,39 @@ def _from_recipe(
     places: tuple[str, ...], *, reference: str | None, loading: dict[str, Any], caches: dict[str, Any], **given: Any
 ) -> tuple[Study, list[str]]:
     if len(places) != 1:
-        raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from-lmms-eval")
+        raise SnrfError(None, f"expected one recipe, got {len(places)}", "compare folders with --from")
     if reference is None:
         raise SnrfError(None, "is missing", "name what the models are asked, see --help", field="--eval")
-    keys, betas = _keys(given["rows"]), numbers(given["linear_betas"], "--linear-betas", 1)
-    strengths = numbers(given["keeps"], "--keeps", _MOST_KEEP)
+    keys, betas = _keys(given["rows"]), common.numbers(given["linear_betas"], "--linear-betas", 1)
+    strengths = common.numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.neurons.maskfile import read_mask
 
-    opened, options = opened_recipe(places[0], loading, caches)
+    opened, merging = common.opened_recipe(places[0], loading, caches)
     for warning in opened.warnings:
         logger.warning(warning)
     settings: dict[str, Any] = {"recipe": places[0], **opened.settings}
     notes: list[str] = []
     least = _least(keys, opened, given["profiles"], settings, notes)
-    common, franks = _of_base(keys, opened, given["base"], options, settings, notes)
+    shared, franks = _of_base(keys, opened, given["base"], merging, settings, notes)
     found = _moments(keys, opened, given["moments"], settings, notes)
-    silence_progress()
+    common.silence_progress()
     evaluation = load_evaluation(reference)
-    model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
-    controls = Controls(keys, given["draws"], given["seed"], least, common, betas, given["drop_rate"])
+    ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
+    model, processor = common.loaded(ref, settings)
+    controls = Controls(keys, given["draws"], given["seed"], least, shared, betas, given["drop_rate"])
     controls = replace(controls, moments=found, keeps=strengths, frank=franks)
-    digest = None if opened.mask is None else sha256(opened.mask)
-    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, digest, given["seed"], settings)
+    setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, seed=given["seed"], settings=settings)
+    if opened.mask is not None:
+        neurons = read_mask(opened.mask).neurons.sha256()
+        setup = replace(setup, mask_sha256=sha256(opened.mask), neurons_sha256=neurons)
     chosen = comparison_rows(opened.merge, model, controls)
     with naming({"dtype": "--dtype"}):
-        study = run_study(setup, chosen, model, processor, evaluation, progress=not is_quiet())
+        study = run_study(setup, chosen, model, processor, evaluation, progress=not common.is_quiet())
     if "linear" in keys and "keep" not in study.roles.values():
         notes.append("Left out: linear at equal perception, which needs a metric of the role keep in the evaluation.")
     return study, notes
@@ -217,7 +196,7 @@ def _of_base(
     keys: Collection[str],
     opened: OpenedRecipe,
     name: str | None,
-    options: MergeOptions,
+    merging: MergeOptions,
     settings: dict[str, Any],
     notes: list[str],
 ) -> tuple[Weights | None, list[float] | None]:
@@ -240,26 +219,26 @@ def _of_base(
         return None, None
     settings["base"] = name
     with naming(option):
-        common = open_base(name, opened, options)
+        shared = open_base(name, opened, merging)
         if "frank" not in wanted:
-            return common, None
-        cache = options.transformers_cache
-        base = open_checkpoint(name, cache_dir=cache, trust_remote_code=options.trust_remote_code)
+            return shared, None
+        cache = merging.transformers_cache
+        base = open_checkpoint(name, cache_dir=cache, trust_remote_code=merging.trust_remote_code)
         norms = [(v, r) for v, r in squared_changes(base, (opened.target, opened.source), cache)]
-        return common, source_strengths(norms)
+        return shared, source_strengths(norms)
 
 
 def _moments(
     keys: Collection[str], opened: OpenedRecipe, reference: str | None, settings: dict[str, Any], notes: list[str]
 ) -> Moments | None:
     """Return the moments of ``--moments`` or else of the recipe; add to the settings and notes."""
-    from mergekit_snrf.files.references import sha256
-    from mergekit_snrf.merge.moments import compare_moments, open_moments
-    from mergekit_snrf.models.filters import check_moments
+    from mergekit_snrf.files.references import local_path, sha256
+    from mergekit_snrf.models.filters import check_moments, compare_moments
+    from mergekit_snrf.models.moments import read_moments
 
     found = opened.merge.moments
     if reference is not None:
-        found = open_moments(reference, None)
+        found = read_moments(local_path(reference))
         check_moments(found, opened.merge.shape, opened.target.name)
         for warning in compare_moments(found, opened.target):
             logger.warning(warning)

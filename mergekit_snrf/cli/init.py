@@ -44,11 +44,6 @@ def init(
 
     Both are folders or hub ids. Only their configurations and headers are read: whether they pair, and what
     profiling and merging will cost. Probes are by default those of the paper.
-
-    \b
-    Examples:
-      snrf init Qwen/Qwen2.5-VL-7B-Instruct Qwen/Qwen2.5-Math-7B merge/
-      snrf init my-vlm my-llm merge/ --probes source=problems.jsonl --probes keep=ocr --probes keep=mine.parquet
     """
     from mergekit_snrf.files.writing import write_text
     from mergekit_snrf.models.checkpoint import open_checkpoint

@@ -87,8 +87,8 @@ def _only(rows: Rows, row: int) -> Rows:
     found = tuple(one for one in rows.rows if one.number == row)
     if not found:
         what = f"row {row} is not among the {len(rows)} probes"
-        raise SnrfError(rows.name, what, "choose another, or leave out --limit", field="tokens")
-    return replace(rows, rows=found, bad=())
+        raise SnrfError(rows.source.dataset, what, "choose another, or leave out --limit", field="tokens")
+    return replace(rows, rows=found, bad={})
 
 
 def _text(result: Lens) -> str:

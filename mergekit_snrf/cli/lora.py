@@ -8,13 +8,12 @@ from typing import Any, Literal
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, size
-from mergekit_snrf.cli.options import merge_options, recipe_options, workers_option
+from mergekit_snrf.cli.options import recipe_argument, recipe_options, workers_option
 from mergekit_snrf.errors import naming
-from mergekit_snrf.files.reading import read_text
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@recipe_argument
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option(
     "--dtype",
@@ -43,13 +42,13 @@ def lora(
 ) -> None:
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
-    from mergekit_snrf.merge.recipefile import load_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 
-    options = merge_options(reading, quiet=is_quiet())
+    options = MergeOptions(**reading, quiet=is_quiet())
     with naming({"adapter rank": "--rank"}):
         done = export_adapter(
             load_recipe(recipe),
-            read_text(recipe),
+            recipe_text(recipe),
             options,
             out_path,
             settings=AdapterSettings(dtype=dtype, rank=rank, base_model=base_model),

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, table
-from mergekit_snrf.cli.options import SEEDS, selection_options
+from mergekit_snrf.cli.common import check_outputs, command_options, table, write_json
+from mergekit_snrf.cli.options import SEEDS, json_option, selection_options
 from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 @mask.command()
 @click.argument("mask_file", metavar="MASK")
 @click.option("--layers", is_flag=True, help="Also print the counts of every layer.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @command_options
-def show(mask_file: str, layers: bool, as_json: bool) -> None:
+def show(mask_file: str, layers: bool, json_file: str | None) -> None:
     """Print counts and shares per projection, and where MASK comes from."""
     from mergekit_snrf.files.references import local_path, sha256
     from mergekit_snrf.neurons.maskcard import provenance_rows
@@ -54,15 +54,17 @@ def show(mask_file: str, layers: bool, as_json: bool) -> None:
     from mergekit_snrf.neurons.sets import count_rows
     from mergekit_snrf.neurons.sites import Site
 
+    check_outputs(json_file)
     path = local_path(mask_file)
     content, digest = read_mask(path, towers=True), sha256(path)
     counts = content.neurons.by_projection()
-    if as_json:
+    if json_file is not None:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)
         by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
         summary = {name: dict(zip(("tensors", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
         shown = {"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}
-        click.echo(json.dumps(shown, indent=2))
+        write_json(json_file, shown)
+    if json_file == "-":
         return
     click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
     if layers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
 from pydantic import ValidationError
@@ -14,9 +14,6 @@ from pydantic.fields import FieldInfo
 from mergekit_snrf.errors import SnrfError, invalid, naming, option
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import ModelRef
-
-if TYPE_CHECKING:
-    from mergekit_snrf.merge.recipefile import MergeOptions
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -34,8 +31,15 @@ workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Tensors computed at once, a thread each; default: the cores."
 )
 json_option = click.option(
-    "--json", "json_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write everything as JSON."
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    is_flag=False,
+    flag_value="-",
+    metavar="[FILE]",
+    help="Write everything as JSON, to FILE or in place of the text.",
 )
+recipe_argument = click.argument("recipe", metavar="RECIPE.yml", type=click.Path(dir_okay=False, allow_dash=True))
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
 )
@@ -68,7 +72,7 @@ def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], 
 
 
 recipe_options = _bundle("reading", ("transformers_cache", "lora_merge_cache", "trust_remote_code"), (*_caches, _trust))
-"""How the models of a recipe are read: one argument ``reading``, for ``merge_options``."""
+"""How the models of a recipe are read: one argument ``reading``, for ``MergeOptions``."""
 
 cache_options = _bundle("caches", ("transformers_cache", "lora_merge_cache"), _caches)
 """One argument ``caches``, for a command that has ``--trust-remote-code`` already."""
@@ -85,22 +89,10 @@ selection_options = _bundle(
 """One argument ``rule``, for ``Selection.of``."""
 
 
-def merge_options(reading: dict[str, Any], **more: Any) -> MergeOptions:
-    """Return mergekit's options of a merge."""
-    from mergekit_snrf.merge.recipefile import MergeOptions
-
-    return MergeOptions(**reading, **more)
-
-
 def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_F], _F]:
     """Give a command the options of a type's fields, and pass what was typed as one argument ``name``.
 
     With all fields the argument is an instance, with some of them the dictionary to construct one.
-
-    Args:
-        name: of the command's argument.
-        of: the type.
-        fields: of it; none: all.
     """
     chosen = fields or tuple(of.model_fields)
 
@@ -135,11 +127,7 @@ def run_options(function: _F) -> _F:
 
 
 def construct(of: type[Settings], given: dict[str, Any]) -> Any:
-    """Return an instance of a type.
-
-    Raises:
-        SnrfError: a value is not allowed, with its option.
-    """
+    """Return an instance of a type; ``SnrfError`` names the option of a value that is not allowed."""
     with naming(option):
         try:
             return of(**given)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, table
+from mergekit_snrf.cli.common import check_outputs, command_options, say, table, write_outputs
 from mergekit_snrf.cli.options import figures_option, json_option, selection_options
-from mergekit_snrf.errors import naming, option
+from mergekit_snrf.errors import naming, option, printable
 
 if TYPE_CHECKING:
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Counts, Overlap
 
 _NOTE = (
@@ -43,7 +44,7 @@ def overlap(
     More than two profiles are compared two by two. No model is loaded.
     """
     from mergekit_snrf.evidence.overlap import overlaps
-    from mergekit_snrf.evidence.results import OverlapPairs, write_result
+    from mergekit_snrf.evidence.results import OverlapPairs
     from mergekit_snrf.files.references import local_path
     from mergekit_snrf.profiling.result.profilefile import read_profile
     from mergekit_snrf.profiling.result.selection import Selection
@@ -60,18 +61,16 @@ def overlap(
         selection = Selection.of(**rule)
         pairs = overlaps(contents, selection, curve=curve)
     if len(pairs) == 1:
-        click.echo(_pair_text(pairs[0]))
+        say(_pair_text(pairs[0]))
     else:
-        click.echo(_pairs_text(pairs))
+        say(_pairs_text(pairs))
     if layers or curve:
         for pair in pairs:
-            click.echo(_details(pair, layers, named=len(pairs) > 1))
-    click.echo(f"\n{_NOTE}")
-    if json_file is not None:
-        write_result(json_file, pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs))
-    if figures is not None:
-        for path in _draw(pairs, Path(figures)):
-            click.echo(path)
+            say(_details(pair, layers, named=len(pairs) > 1))
+    say(f"\n{_NOTE}")
+    result = pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs)
+    for path in write_outputs(result, json_file, figures, _drawings(pairs)):
+        say(path)
 
 
 def _counts(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
@@ -82,7 +81,6 @@ def _counts(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
 
 
 def _pair_text(pair: Overlap) -> str:
-    from mergekit_snrf.errors import printable
     from mergekit_snrf.evidence.overlap import by_projection
     from mergekit_snrf.evidence.wording import chance_sentence, rule
 
@@ -100,8 +98,6 @@ def _pairs_text(pairs: list[Overlap]) -> str:
 
 
 def _name(pair: Overlap) -> str:
-    from mergekit_snrf.errors import printable
-
     return printable(f"{pair.names[0]}, {pair.names[1]}")
 
 
@@ -120,13 +116,10 @@ def _details(pair: Overlap, layers: bool, named: bool) -> str:
     return "\n".join(parts)
 
 
-def _draw(pairs: list[Overlap], folder: Path) -> list[Path]:
-    from mergekit_snrf.evidence.drawing import save
+def _drawings(pairs: list[Overlap]) -> Iterator[tuple[str, Drawing]]:
     from mergekit_snrf.evidence.sections import overlap_drawings
 
-    paths = []
     for number, pair in enumerate(pairs, 1):
         for kind, drawing in overlap_drawings(pair).items():
             name = kind if len(pairs) == 1 else f"{kind}-{number}"
-            paths += save(drawing.figure, folder, name, f"Overlap of {_name(pair)}", drawing.text)
-    return paths
+            yield name, replace(drawing, caption=f"Overlap of {_name(pair)}")

@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, size
-from mergekit_snrf.cli.options import merge_options, recipe_options, workers_option
-from mergekit_snrf.files.reading import read_text
+from mergekit_snrf.cli.options import recipe_argument, recipe_options, workers_option
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@recipe_argument
 @click.argument("out_path", metavar="OUT", type=click.Path())
 @click.option("--hard-links", is_flag=True, help="Link shards without edits; changing one later changes both.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier merge in OUT when the new one is complete.")
@@ -35,13 +34,12 @@ def patch(
     The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
     from mergekit_snrf.merge.patch import patch_merge
-    from mergekit_snrf.merge.recipefile import load_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 
-    options = merge_options(reading, quiet=is_quiet(), write_model_card=write_model_card)
-    config = load_recipe(recipe)
+    options = MergeOptions(**reading, quiet=is_quiet(), write_model_card=write_model_card)
     done = patch_merge(
-        config,
-        read_text(recipe),
+        load_recipe(recipe),
+        recipe_text(recipe),
         options,
         out_path,
         recipe_folder=os.path.dirname(os.path.realpath(recipe)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import command_options, is_quiet, share, size, table
-from mergekit_snrf.cli.options import merge_options, recipe_options
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, share, size, table, write_json
+from mergekit_snrf.cli.options import json_option, recipe_argument, recipe_options
 
 if TYPE_CHECKING:
     from mergekit_snrf.fusion.fuse import Fused
     from mergekit_snrf.fusion.lowrank import Certificate
-    from mergekit_snrf.merge.draft import PlanDraft
-    from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+    from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
     from mergekit_snrf.merge.tally import Tally
 
     _Certified = Sequence[tuple[PlannedEdit, Fused]]
@@ -33,23 +31,24 @@ _CERTIFIED = ("tensor", "method", "rank", "passes", "captured", "error", "defici
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(dir_okay=False))
+@recipe_argument
 @click.option("--certify", is_flag=True, help="Read the edited tensors and say how well each is fused; write nothing.")
 @click.option("--out", "out_path", type=click.Path(), help="Also check this output folder.")
 @recipe_options
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @command_options
-def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, Any], as_json: bool) -> None:
+def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, Any], json_file: str | None) -> None:
     """Show what merging RECIPE will change and read, and every problem at once.
 
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
     run.
     """
     from mergekit_snrf.merge.draft import draft_merge
-    from mergekit_snrf.merge.recipefile import load_recipe
+    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits
 
-    options, folder = merge_options(reading, quiet=is_quiet()), os.path.dirname(os.path.realpath(recipe))
+    check_outputs(json_file)
+    options, folder = MergeOptions(**reading, quiet=is_quiet()), os.path.dirname(os.path.realpath(recipe))
     draft = draft_merge(load_recipe(recipe), options, out_path=out_path, recipe_folder=folder, merge_adapter=certify)
     plan = None if draft.problems else draft.finish()
     certified = list(certified_edits(plan, options)) if certify and plan is not None else []
@@ -59,7 +58,9 @@ def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, An
         if (problem := tally.problem()) is not None and not plan.recipe.value("allow_noop"):
             draft.problems.append(problem)
         draft.warnings += filter(None, [tally.zeros()])
-    click.echo(json.dumps(_as_json(draft, plan, certified), indent=2) if as_json else _as_text(draft, plan, certified))
+    if json_file != "-":
+        click.echo(_as_text(draft, plan, certified))
+    write_json(json_file, _as_json(draft, plan, certified))
     if draft.problems:
         raise click.exceptions.Exit(1)
 

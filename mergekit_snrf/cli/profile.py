@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from mergekit_snrf import __version__
 from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, size, table
 from mergekit_snrf.cli.options import run_options
-from mergekit_snrf.errors import naming, option
+from mergekit_snrf.errors import SnrfError, naming, option
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -30,6 +31,8 @@ from mergekit_snrf.errors import naming, option
     show_default=True,
     help="How much work a killed run may lose.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace a finished MASK.")
+@click.version_option(__version__, prog_name="mergekit-snrf")
 @command_options
 def main(
     profile: str,
@@ -39,6 +42,7 @@ def main(
     dry_run: bool,
     memory_budget: str | None,
     journal_every: float,
+    overwrite: bool,
 ) -> None:
     """Send the probes of PROFILE.yml through both models and write MASK.safetensors, their shared neurons.
 
@@ -54,6 +58,8 @@ def main(
 
     if mask is None and not dry_run:
         raise click.UsageError("Missing argument 'MASK.safetensors'.")
+    if mask is not None and os.path.isfile(mask) and not (dry_run or resume or overwrite):
+        raise SnrfError(mask, "is finished", "give --overwrite to measure again, or another name")
     # Only the first of several processes reports, unless something is wrong in another one.
     first = os.environ.get("RANK", "0") == "0"
     if not first:

@@ -13,12 +13,14 @@ import yaml
 from mergekit_snrf.cli.common import (
     check_outputs,
     command_options,
-    draw_study,
     is_quiet,
     loaded,
     numbers,
+    say,
     silence_progress,
+    study_drawings,
     study_text,
+    write_outputs,
 )
 from mergekit_snrf.cli.options import (
     cache_options,
@@ -71,11 +73,6 @@ def sweep(
 
     The target is loaded once, edited in memory and put back; no model is written. The linear merge is swept beside
     it. With --json, a sweep that was interrupted continues where it stopped.
-
-    \b
-    Examples:
-      snrf sweep snrf.yml --eval evaluation.yml --set beta=0.25,0.5,1 --set rank=4,16
-      snrf sweep regmean.yml --eval evaluation.yml --set keep=1,3,10 --json sweep.json --figures figures/
     """
     from mergekit_snrf.evidence.grid import combinations, write_sweep
     from mergekit_snrf.files.reading import load_yaml
@@ -96,16 +93,15 @@ def sweep(
         found = combinations(content, settings)
     done, enough = _swept(recipe, content, found, reference, json_file, **options)
     assert done.study is not None
-    click.echo(study_text(done.study))
-    if json_file is not None:
+    say(study_text(done.study))
+    if json_file not in (None, "-"):
         write_sweep(json_file, done)
-    if figures is not None:
-        draw_study(done.study, figures)
+    write_outputs(done, "-" if json_file == "-" else None, figures, study_drawings(done.study))
     chosen = next(one for one in found if one.name == done.best)
     write_text(best, yaml.safe_dump(chosen.recipe, sort_keys=False))
     if not enough:
-        click.echo(f"No combination keeps within {drop:g}: this one keeps most. Set values of a weaker merge.")
-    click.echo(f"{best}: {done.best}")
+        say(f"No combination keeps within {drop:g}: this one keeps most. Set values of a weaker merge.")
+    say(f"{best}: {done.best}")
 
 
 def _swept(
@@ -130,7 +126,7 @@ def _swept(
     evaluation = load_evaluation(reference)
     like = {"recipe": content, "evaluation": evaluation.name, "dtype": loading["dtype"], **opened[0].settings}
     started = grid.Sweep(key=grid.sweep_key(like))
-    if json_file is not None:
+    if json_file not in (None, "-"):
         started = grid.read_sweep(json_file, started.key)
     silence_progress()
     made: dict[str, Any] = {"recipe": recipe, **opened[0].settings}
@@ -138,7 +134,7 @@ def _swept(
     rows = _rows(found, opened, betas, model)
 
     def visit(so_far: Sweep) -> None:
-        if json_file is not None:
+        if json_file not in (None, "-"):
             grid.write_sweep(json_file, so_far)
         if not is_quiet():
             row = so_far.rows[-1]

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import (
-    check_outputs,
-    command_options,
-    is_quiet,
-    loaded,
-    opened_recipe,
-    silence_progress,
-    table,
-)
-from mergekit_snrf.cli.options import (
-    cache_options,
-    construct,
-    eval_help,
-    figures_option,
-    json_option,
-    loading_options,
-)
+from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.tune import TunedPoint, Tuning
 
 
 @click.command()
-@click.argument("recipe", metavar="RECIPE.yml", type=click.Path())
+@options.recipe_argument
 @click.option(
     "--max-kl",
     type=click.FloatRange(0, min_open=True),
@@ -45,13 +31,13 @@ if TYPE_CHECKING:
     metavar="PROFILE.yml",
     help="Of the moments, to find their data sets; default: what the moments file says of them.",
 )
-@click.option("--eval", "reference", metavar="EVAL", help=f"Scores every strength, too: {eval_help}")
+@click.option("--eval", "reference", metavar="EVAL", help=f"Scores every strength, too: {options.eval_help}")
 @click.option("--dry-run", is_flag=True, help="Do not write the number into RECIPE.")
-@loading_options
-@cache_options
-@json_option
-@figures_option
-@command_options
+@options.loading_options
+@options.cache_options
+@options.json_option
+@options.figures_option
+@common.command_options
 def tune(
     recipe: str,
     max_kl: float,
@@ -67,31 +53,30 @@ def tune(
     RECIPE has update: regmean. The merge is made in memory; how far it moves is measured on held-out probes to keep,
     the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
     """
-    from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.files import writing
-    from mergekit_snrf.files.reading import read_text
-    from mergekit_snrf.merge.recipefile import with_keep
+    from mergekit_snrf.merge.recipefile import recipe_text, with_keep
 
-    check_outputs(json_file, figures)
-    text = read_text(recipe)
+    common.check_outputs(json_file, figures)
+    text = recipe_text(recipe)
     if not dry_run:
+        if recipe == "-":
+            raise SnrfError("-", "is standard input, where no number can be written", "give --dry-run")
         # A recipe that has no place for the number is found before hours of work.
         with_keep(text, 1.0, recipe)
         writing.check_writable(recipe)
     tuning = _tuned(recipe, max_kl, profile, reference, **reading)
-    click.echo(_said(tuning))
-    if json_file is not None:
-        write_result(json_file, tuning)
-    if figures is not None:
-        from mergekit_snrf.evidence.curves import tuning_drawing
-        from mergekit_snrf.evidence.drawing import save
-
-        drawing = tuning_drawing(tuning)
-        save(drawing.figure, figures, "keep", drawing.caption, drawing.text)
+    common.say(_said(tuning))
+    common.write_outputs(tuning, json_file, figures, _drawings(tuning))
     if not dry_run:
         with writing.replacing(recipe) as file:
             file.write(with_keep(text, tuning.keep, recipe).encode())
-        click.echo(f"{recipe}: keep: {tuning.keep:g}")
+        common.say(f"{recipe}: keep: {tuning.keep:g}")
+
+
+def _drawings(tuning: Tuning) -> Iterator[tuple[str, Drawing]]:
+    from mergekit_snrf.evidence.curves import tuning_drawing
+
+    yield "keep", tuning_drawing(tuning)
 
 
 def _tuned(
@@ -109,7 +94,7 @@ def _tuned(
     from mergekit_snrf.models.reference import ModelRef
     from mergekit_snrf.profiling.settings import load_profile_config
 
-    opened, _ = opened_recipe(recipe, loading, caches)
+    opened, _ = common.opened_recipe(recipe, loading, caches)
     moments = opened.merge.moments
     if moments is None:
         raise SnrfError(recipe, "does not use moments", "tune a recipe with update: regmean", field="update")
@@ -117,9 +102,10 @@ def _tuned(
     with naming(option):
         kinds = kinds_of(moments, config)
     evaluation = None if reference is None else load_evaluation(reference)
-    silence_progress()
+    common.silence_progress()
     settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
-    model, processor = loaded(construct(ModelRef, {"model": str(opened.target_folder), **loading}), settings)
+    ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
+    model, processor = common.loaded(ref, settings)
     folders = [Path(os.path.realpath(place)).parent for place in (profile, moments.path, recipe) if place is not None]
     found = held_out(kinds, model, processor, folders)
 
@@ -137,7 +123,7 @@ def _tuned(
             found,
             max_kl,
             evaluate=None if evaluation is None else scores,
-            visit=None if is_quiet() else show,
+            visit=None if common.is_quiet() else show,
         )
     return tuning.model_copy(update={"settings": settings})
 
@@ -160,7 +146,8 @@ def _said(tuning: Tuning) -> str:
     chosen = tuning.chosen
     probes = ", ".join(f"{count} {name}" for name, count in tuning.probes.items())
     return (
-        f"{table(header, rows)}\n\nkeep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
+        f"{common.table(header, rows)}\n\n"
+        f"keep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
         f"token on held-out probes ({probes}).\n{100 * chosen.changed:.1f} % of the answers change, so accuracy on "
         f"these probes cannot change by more; the worst kind is {chosen.worst} "
         f"({100 * chosen.kinds[chosen.worst][1]:.1f} %)."

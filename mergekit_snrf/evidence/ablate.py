@@ -33,9 +33,6 @@ def ablation_rows(
     Args:
         called: what sentences call the neurons, after their number.
         paired: a row of fwd.up and the column of fwd.down with its index count and are drawn as one neuron.
-
-    Raises:
-        SnrfError: there are no neurons, or no draws.
     """
     if draws < 1:
         raise SnrfError(None, f"must be at least 1, got {draws}", field="draws")

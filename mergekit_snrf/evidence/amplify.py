@@ -61,9 +61,7 @@ class Generation:
 def amplified(model: nn.Module, rows: Sequence[Neuron | None], factor: float) -> Iterator[None]:
     """Multiply the activation of the neuron of each row of every batch that the model runs on (Eq. 7); None: no change.
 
-    Raises:
-        SnrfError: the model has no such neuron; later: a batch has another number of rows, or a neuron's projection
-            did not run.
+    ``SnrfError``: the model has no such neuron; later: a batch has another size, or a projection did not run.
     """
     decoder = find_live_decoder(model)
     named = [neuron for neuron in rows if neuron is not None]
@@ -109,9 +107,6 @@ def pick_neurons(neurons: NeuronSet, count: int | None, seed: int = 0) -> list[N
     """Draw ``count`` of a set's neurons at random, in the set's order; None: all.
 
     The draw depends on ``seed`` and the size of the set only; a smaller count takes a subset of a larger one's.
-
-    Raises:
-        SnrfError: the set has no neurons, or fewer than ``count``.
     """
     every = list(neurons.neurons())
     if not every or (count or 0) > len(every):
@@ -135,9 +130,6 @@ def generate_amplified(
 
     Rows of a batch do not see each other; an answer depends on its batch by the rounding of the model's own arithmetic
     only. ``neurons`` are all different, ``factor`` is lambda.
-
-    Raises:
-        SnrfError: the model cannot generate, has no such neuron, or its logits are NaN.
     """
     order = sorted(probes.probes, key=lambda probe: (-probe.tokens, probe.row.number))
     jobs = [(probe, neuron) for probe in order for neuron in (None, *neurons)]
@@ -194,20 +186,8 @@ def amplify(
     """Compare the tokens that a model generates with each neuron amplified with those of plain generations.
 
     Special tokens, the end of an answer among them, are not counted. The paper does not say how many of the classified
-    tokens of a neuron must be math tokens for it to count in Fig. 12; here it is more than half.
-
-    Args:
-        rows: of ``load_rows``.
-        model: in eval mode.
-        processor: of the model.
-        asked: of the rows.
-        neurons: at least one.
-        factor: lambda of Eq. 7.
-        settings: kept in the result.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        SnrfError: as ``prepare`` and ``generate_amplified``, or the factor is not finite.
+    tokens of a neuron must be math tokens for it to count in Fig. 12; here it is more than half. ``factor`` is lambda
+    of Eq. 7; ``settings`` are kept in the result.
     """
     neurons = list(dict.fromkeys(neurons))
     if not neurons:
@@ -221,23 +201,24 @@ def amplify(
     without = tallies.pop(None)
     constants = {"top": TOP, "min_count": MIN_COUNT, "keep": KEEP, "classifier_sha256": words_sha256()}
     known = {"max_new_tokens": asked.rule.max_new_tokens, "generations": len(probes), **constants, **(settings or {})}
-    result = Amplification(
+    measured = [_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()]
+    mathematical, plain = sum((neuron.math_share or 0) > 0.5 for neuron in measured), without.tokens
+    math_count = sum(count for token, count in plain.items() if is_math(token))
+    classified: dict[str, Any] = {
+        "classifier": WORDS,
+        "math_neuron_ratio": mathematical / len(measured),
+        "plain_math_share": math_count / plain.total() if plain else None,
+    }
+    return Amplification(
         model=asked.model.model,
         factor=factor,
         probes=asked.source.dataset,
         count=len(probes),
         seed=asked.source.seed,
-        neurons=[_of_neuron(neuron, tally, without) for neuron, tally in tallies.items()],
+        neurons=measured,
         settings={"probes_sha256": probes_sha256(probes), **known},
+        **classified,
     )
-    return result.model_copy(update=_classified(result.neurons, without.tokens))
-
-
-def _classified(neurons: Sequence[AmplifiedNeuron], plain: Counter[str]) -> dict[str, Any]:
-    """Return how many neurons are math neurons, and the share of math tokens among those of the plain answers."""
-    mathematical = sum(neuron.math_share is not None and neuron.math_share > 0.5 for neuron in neurons)
-    share = sum(count for token, count in plain.items() if is_math(token)) / plain.total() if plain else None
-    return {"classifier": WORDS, "math_neuron_ratio": mathematical / len(neurons), "plain_math_share": share}
 
 
 def _tallies(

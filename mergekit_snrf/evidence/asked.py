@@ -54,9 +54,6 @@ def load_asked(path: str | os.PathLike[str], model: ModelRef, options: AskedOpti
     """Return how a data file, or one side of a profile.yml, becomes probes of a model that answers by itself.
 
     Of a profile.yml the side with this model is taken, or else the target; ``options`` replace its settings.
-
-    Raises:
-        SnrfError: the file is missing or not valid, or an option does not go with it.
     """
     path, given = Path(path), (options or AskedOptions()).model_dump(exclude_none=True)
     tokens, size = given.pop("max_new_tokens", None), given.pop("batch_size", None)

@@ -30,19 +30,11 @@ _NONE = Words()
 
 @dataclass(frozen=True)
 class Controls:
-    """Which controls a comparison has.
+    """Which controls a comparison has; ``least`` and ``base`` of None, and no moments, leave their rows out.
 
-    Attributes:
-        rows: of ``ROWS``.
-        draws: sets of random neurons, or of DARE's masks, drawn with ``seed``, ``seed + 1``, ...
-        seed: of the first draw.
-        least: the least important neurons; None leaves that row out.
-        base: weights of the model that target and source were trained from; None leaves that row out.
-        linear_betas: strengths of the linear merge, rising.
-        moments: of the target, for RegMean; None: those of the recipe, or none.
-        keeps: strengths of RegMean.
-        drop_rate: of DARE.
-        frank: lambda_R of FRANK by layer; None leaves its rows out.
+    ``draws`` sets of random neurons, or of DARE's masks, are drawn with ``seed``, ``seed + 1``, ... The strengths of
+    the linear merge and of RegMean (``keeps``) are swept. ``moments`` None: those of the recipe.
+    ``frank`` is lambda_R of FRANK by layer.
     """
 
     rows: Collection[str] = ROWS
@@ -58,11 +50,7 @@ class Controls:
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
-    """Return the target, the claim and its controls; norms are computed from the loaded target, which stays as it is.
-
-    Raises:
-        SnrfError: a value is out of range, or a weight is not finite.
-    """
+    """Return the target, the claim and its controls; norms are computed from the loaded target, which stays."""
     seeds = [(controls.seed + draw) % 2**32 for draw in range(controls.draws)]
     rows = [Row(TARGET, "reference"), _claim(merge)]
     if merge.neurons != every_neuron(merge.shape):

@@ -35,15 +35,10 @@ class Merge:
     """A merge that a loaded target can be edited to and back.
 
     Attributes:
-        shape: of the target's decoder.
-        neurons: those that move.
-        fusions: how, by site of the weight.
-        bias_fusions: the same for the biases that move.
+        neurons: those that move; ``fusions`` say how, by site of the weight, ``bias_fusions`` of the bias.
         biases: all sites whose biases could move; none, where the recipe leaves biases alone.
-        source: whose weights are taken.
         source_base: what Delta is taken from; None: the target.
         betas: strengths that replace those of ``fusions`` and may exceed 1; None: there are none.
-        moments: of the target, for ``update: regmean``.
     """
 
     shape: DecoderShape
@@ -57,12 +52,9 @@ class Merge:
     moments: Moments | None = None
 
     def __call__(self, model: PreTrainedModel) -> Edit:
-        """Edit a loaded target in place, to be undone with the result.
+        """Edit a loaded target in place, to be undone with the result; if it fails, the model is as before.
 
         In the merge's dtype the weights become those that ``mergekit-yaml`` writes.
-
-        Raises:
-            SnrfError: the model is not the target, or a weight is not finite; the model is as before.
         """
         moving = NeuronSet({site: self.neurons[site] for site in self.fusions})
         if self.betas is None:
@@ -80,11 +72,7 @@ class Merge:
         return edit
 
     def norms(self, model: PreTrainedModel) -> dict[Site, float]:
-        """Return ||M_S(Delta_r)||_F of every site, without the factor beta.
-
-        Raises:
-            SnrfError: as the call.
-        """
+        """Return ||M_S(Delta_r)||_F of every site, without the factor beta."""
         norms = {}
         with closing(self._updates(model)) as updates:
             for site, update in updates:

@@ -33,6 +33,9 @@ INK = "#767676"
 COLORS = ("#2f7fd6", "#d0701a", "#1a9a6c", "#a566c9", "#c44e6c")
 """At least 3:1 on white and on near-black."""
 
+CHANCE = "#9a7b00"
+"""What chance would give; as readable as the others."""
+
 WIDTH = 4.6
 """Inches. Narrow enough to be read on a phone."""
 
@@ -144,11 +147,7 @@ def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str 
 
 @styled
 def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, text: str) -> list[Path]:
-    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths.
-
-    Raises:
-        SnrfError: the folder cannot be written.
-    """
+    """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths."""
     image = io.BytesIO()
     metadata = {"Software": None, "Title": printable(title), "Description": printable(text)}
     figure.savefig(image, format="png", dpi=200, metadata=metadata)

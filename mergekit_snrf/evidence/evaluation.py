@@ -1,5 +1,6 @@
 """Evaluations: any callable that asks a loaded model the same items as another, and returns a score for each.
 
+    @mergekit_snrf.evaluation(roles={"perception": "keep"})
     def evaluate(model, processor):
         return {"reasoning": [1.0, 0.0, ...], "perception": Items(scores=(...), malformed=(...))}
 
@@ -11,12 +12,16 @@ models, equal scores.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import torch
@@ -24,7 +29,6 @@ import yaml
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.evidence.items import Items, Role, Scores, as_items, check_alike
-from mergekit_snrf.evidence.references import find_attribute, imported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,15 +54,33 @@ class Evaluation:
         return self.roles.get(metric, "gain")
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def evaluation(*, roles: Mapping[str, Role]) -> Callable[[_F], _F]:
+    """Return a decorator that says what a merge should do to each metric of an evaluation.
+
+    Args:
+        roles: by metric, ``gain`` if the merge should improve it (as where none is given), or ``keep`` if it should
+            not lower it.
+
+    Raises:
+        SnrfError: a role is neither.
+    """
+    checked = _roles("evaluation", roles)
+
+    def mark(function: _F) -> _F:
+        function.roles = checked  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
 def load_evaluation(reference: str) -> Evaluation:
     """Find an evaluation, and check what can be checked without a model.
 
-    Values of arguments are written as in YAML. A callable's attribute ``roles`` (metric -> ``gain`` or ``keep``) says
-    what a merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
-
-    Raises:
-        SnrfError: there is no such file, module, attribute or entry point, it cannot be imported or called, or an
-            argument is not one that it takes.
+    Values of arguments are written as in YAML. A callable's attribute ``roles``, which ``evaluation`` sets, says what a
+    merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
     """
     if not reference:
         raise SnrfError(None, "is empty", "name an evaluation", field="eval")
@@ -68,7 +90,7 @@ def load_evaluation(reference: str) -> Evaluation:
         exact_match = load_exact_match(reference)
         return Evaluation(reference, exact_match, exact_match.roles)
     place, _, query = reference.partition("?")
-    found = find_attribute(place) if ":" in place else _from_entry_point(reference, place)
+    found = _attribute(place) if ":" in place else _from_entry_point(reference, place)
     if not callable(found):
         what = f"is {type(found).__name__}, not callable"
         raise SnrfError(reference, what, "name a function of a model and its processor")
@@ -87,11 +109,7 @@ def load_evaluation(reference: str) -> Evaluation:
 def evaluate(
     evaluation: Evaluation, model: PreTrainedModel, processor: Any, *, like: Scores | None = None
 ) -> dict[str, Items]:
-    """Evaluate a model, which is put in eval mode; its metrics and items must be those of the scores ``like``.
-
-    Raises:
-        SnrfError: the evaluation fails, or returns anything but finite scores for named metrics.
-    """
+    """Evaluate a model, which is put in eval mode; its metrics and items must be those of the scores ``like``."""
     model.eval()
     try:
         returned = evaluation.function(model, processor)
@@ -121,7 +139,7 @@ def _from_entry_point(reference: str, name: str) -> Any:
     points = entry_points(group=ENTRY_POINTS)
     for point in points:
         if point.name == name:
-            return imported(reference, point.load)
+            return _imported(reference, point.load)
     known = ", ".join(sorted({point.name for point in points})) or "none is installed"
     what = "is neither a .yml file, nor path/file.py:name or package.module:name, nor an entry point of the group "
     raise SnrfError(reference, f"{what}{ENTRY_POINTS} ({known})", "correct the reference")
@@ -139,7 +157,47 @@ def _arguments(reference: str, query: str) -> dict[str, Any]:
 def _roles(reference: str, roles: Any) -> Mapping[str, Role]:
     if roles is None:
         return {}
-    if not isinstance(roles, Mapping) or not set(roles.values()) <= {"gain", "keep"}:
-        what = f"its attribute roles must map metrics to 'gain' or 'keep', got {roles!r}"
-        raise SnrfError(reference, what, "correct the attribute")
+    if not isinstance(roles, Mapping) or not all(role in ("gain", "keep") for role in roles.values()):
+        what = f"its roles must map metrics to 'gain' or 'keep', got {roles!r:.100}"
+        raise SnrfError(reference, what, "correct the roles")
     return cast("Mapping[str, Role]", dict(roles))
+
+
+def _attribute(reference: str) -> Any:
+    """Return what ``package.module:name`` or ``path/file.py:name`` means. It is imported, with the user's rights."""
+    where, _, attribute = reference.rpartition(":")
+    if where.endswith(".py"):
+        module = _module_at(reference, Path(where).expanduser())
+    else:
+        module = _imported(reference, lambda: importlib.import_module(where))
+    found = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            public = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+            shown = ", ".join(sorted(public)) or "nothing that can be called"
+            raise SnrfError(reference, f"has no attribute {attribute!r}", f"there is {shown}")
+        found = getattr(found, name)
+    return found
+
+
+def _imported(reference: str, load: Callable[[], Any]) -> Any:
+    """Return what ``load`` imports; ``SnrfError``: it fails, in whatever way."""
+    try:
+        return load()
+    except (Exception, SystemExit) as error:
+        what = f"cannot be imported ({type(error).__name__}: {first_line(error)})"
+        raise SnrfError(reference, what, "-vv shows where") from error
+
+
+def _module_at(reference: str, path: Path) -> Any:
+    if not os.path.isfile(path):
+        raise SnrfError(reference, f"there is no file {path}", "correct the path")
+    name = f"_mergekit_snrf_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by its name while it is being executed.
+    sys.modules[name] = module
+    _imported(reference, lambda: spec.loader.exec_module(module))  # type: ignore[union-attr]
+    return module

@@ -36,15 +36,16 @@ from mergekit_snrf.evidence.items import Items, Role
 from mergekit_snrf.files.reading import load_yaml
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.profiling.probes.batches import prepare, probe_batches
-from mergekit_snrf.profiling.probes.rows import BadRow, Rows, load_rows
+from mergekit_snrf.profiling.probes.rows import Rows, load_rows
 from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
     AnswerRule,
     Count,
+    Images,
     Name,
     ProbeSource,
+    Prompting,
     Seed,
-    Template,
     check_prompt,
 )
 
@@ -63,19 +64,17 @@ _NUMBER = regex.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[+-]?\d{1,3})?", regex
 _THOUSANDS = regex.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", regex.ASCII)
 
 
-class MetricConfig(Settings):
+class MetricConfig(Prompting):
     """One metric of an exact-match evaluation."""
 
     data: Name = Field(description="A .jsonl, .json, .parquet or .csv file.")
     question: Name | None = Field(default=None, description="Column of the question; optional with a template.")
-    images: Name | None = Field(default=None, description="Column of the images, one or several in a row.")
+    images: Images | None = Field(
+        default=None, description="Column of the images, one or several in a row; or a list of columns."
+    )
     answer: Name = Field(description="Column of the right answer.")
     answer_regex: Annotated[str, Field(min_length=1, max_length=_MAX_PATTERN)] | None = Field(
         default=None, description="Expression that finds the answer in what the model writes; default: all of it."
-    )
-    template: Template | None = Field(
-        default=None,
-        description="Format string over the columns that replaces the model's chat template; <image> marks an image.",
     )
     role: Role = Field(default="gain", description="Whether a merge should improve the metric (gain) or preserve it.")
 
@@ -129,12 +128,7 @@ class ExactMatch:
         return {name: metric.config.role for name, metric in self.metrics.items()}
 
     def __call__(self, model: PreTrainedModel, processor: Any) -> dict[str, Items]:
-        """Ask a model for its answers.
-
-        Raises:
-            SnrfError: a prompt cannot be rendered or is too long, the model cannot generate, or matching an answer
-                takes too long.
-        """
+        """Ask a model for its answers."""
         found = {}
         for name, metric in self.metrics.items():
             with _naming(name, self.path):
@@ -143,12 +137,7 @@ class ExactMatch:
 
 
 def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
-    """Read the YAML file of an exact-match evaluation and the data files that it names.
-
-    Raises:
-        SnrfError: a file cannot be read, a key is unknown, missing or of a value that is not allowed, a column does
-            not exist, or a row cannot be used.
-    """
+    """Read the YAML file of an exact-match evaluation and the data files that it names; all rows must be usable."""
     path = Path(path)
     config = _read_config(path)
     metrics = {}
@@ -161,10 +150,7 @@ def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
 def extract(pattern: regex.Pattern[str] | None, text: str) -> str | None:
     """Return the answer in the last 20 000 characters of a text: the last match's first group, or all of the match.
 
-    None without a match, or where that group took no part in it.
-
-    Raises:
-        SnrfError: the search takes more than two seconds.
+    None without a match, or where that group took no part in it. ``SnrfError``: it takes more than two seconds.
     """
     if pattern is None:
         return text
@@ -188,8 +174,7 @@ def normalised(answer: str) -> str | Decimal:
 
 def _ask(metric: _Metric, model: PreTrainedModel, processor: Any) -> Items:
     probes = prepare(metric.rows, processor, rule=metric.rule, batch_size=metric.batch_size, config=model.config)
-    if probes.bad:
-        raise _bad_row(probes.bad[0], metric.rows.name)
+    _check_usable(probes.bad, metric.rows.source.dataset)
     answers: dict[int, str] = {}
     for batch in probe_batches(probes, model, processor, rule=metric.rule, device=model.device):
         answers |= zip(batch.numbers, batch.answers, strict=True)
@@ -207,10 +192,9 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
     if not os.path.isfile(data):
         remedy = "correct the path, which is relative to the evaluation's file"
         raise SnrfError(None, f"there is no file {data}", remedy, field="data")
-    columns = metric.model_dump(include={"question", "images", "answer", "template"})
+    columns = metric.model_dump(include={"question", "images", "answer", *Prompting.model_fields})
     rows = load_rows(ProbeSource(dataset=str(data), limit=config.limit, seed=config.seed, **columns), answers=True)
-    if rows.bad:
-        raise _bad_row(rows.bad[0], rows.name)
+    _check_usable(rows.bad, rows.source.dataset)
     pattern = regex.compile(metric.answer_regex) if metric.answer_regex is not None else None
     expected = {}
     for row in rows.rows:
@@ -234,9 +218,10 @@ def _read_config(path: Path) -> ExactMatchConfig:
         raise invalid(path, error.errors(), fields=fields) from None
 
 
-def _bad_row(bad: BadRow, name: str) -> SnrfError:
-    remedy = bad.error.remedy or "correct or remove the row; models are compared on all rows"
-    return SnrfError(bad.error.model or name, str(bad), remedy, field=bad.error.field)
+def _check_usable(bad: Mapping[int, SnrfError], name: str) -> None:
+    for number, error in bad.items():
+        remedy = error.remedy or "correct or remove the row; models are compared on all rows"
+        raise SnrfError(error.where or name, f"row {number}: {error.what}", remedy, field=error.field)
 
 
 def _naming(metric: str, path: Path) -> AbstractContextManager[None]:

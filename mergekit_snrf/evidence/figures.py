@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import COLORS, INK, WIDTH, new_figure, styled
+from mergekit_snrf.evidence.drawing import CHANCE, COLORS, INK, new_figure, styled
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
-from mergekit_snrf.evidence.wording import percent, quoted, scale
+from mergekit_snrf.evidence.wording import leading, percent, quoted, scale
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
@@ -25,13 +25,7 @@ _DASHES: tuple[Any, ...] = (":", "-.", (0, (1, 1)), "--", (0, (5, 1)))
 _LINES = {name: (color, dash) for name, color, dash in zip(PROJECTIONS, COLORS, _DASHES, strict=True)}
 _MAX_HEIGHT = 60.0
 _MAX_LABELLED_LAYERS = 128
-_CLOUD: dict[str, Any] = {
-    "margin": 8,
-    "prefer_horizontal": 1.0,
-    "min_font_size": 6,
-    "max_font_size": 44,
-    "normalize_plurals": False,
-}
+_FEW = 10
 
 
 @styled
@@ -40,7 +34,7 @@ def overlap_diagram(overlap: Overlap) -> Figure:
     from matplotlib.patches import Patch
 
     counts = total(overlap.sites)
-    figure, panels = new_figure(2.2, columns=2)
+    figure, panels = new_figure(2.4, columns=2)
     sizes = counts.shared + counts.only[0], counts.shared + counts.only[1]
     drawings = {"measured": float(counts.shared), "by chance": counts.chance}
     for panel, (title, shared) in zip(panels, drawings.items(), strict=True):
@@ -49,7 +43,10 @@ def overlap_diagram(overlap: Overlap) -> Figure:
     width = max(abs(bound) for panel in panels for bound in panel.get_xlim())
     height = max(abs(bound) for panel in panels for bound in panel.get_ylim())
     for panel in panels:
-        panel.set(xlim=(-width, width), ylim=(-height, height))
+        panel.set_xlim(-width, width, auto=True)
+        panel.set_ylim(-height, height, auto=True)
+        # The panel keeps its width, which the row of numbers below the circles needs.
+        panel.set_aspect("equal", adjustable="datalim")
     handles = [Patch(facecolor=(color, 0.3), edgecolor=color) for color in _SETS]
     figure.legend(handles, [fill(printable(name), 60) for name in overlap.names], loc="outside lower center")
     return figure
@@ -66,24 +63,16 @@ def _circles(panel: Axes, sizes: tuple[int, int], shared: float, whole: float) -
         panel.text(0.5, 0.5, "no neurons", ha="center", va="center", transform=panel.transAxes)
         return
     layout = DefaultLayoutAlgorithm(normalize_to=sum(subsets) / whole)
-    diagram = venn2(
-        subsets,
-        set_labels=None,
-        set_colors=_SETS,
-        alpha=0.3,
-        ax=panel,
-        subset_label_formatter=_count,
-        layout_algorithm=layout,
-    )
-    circles = venn2_circles(subsets, linewidth=1.2, ax=panel, layout_algorithm=layout)
-    for circle, color in zip(circles, _SETS, strict=True):
+    style: dict[str, Any] = {"ax": panel, "layout_algorithm": layout}
+    venn2(subsets, None, _SETS, alpha=0.3, subset_label_formatter=lambda _: "", **style)
+    for circle, color in zip(venn2_circles(subsets, linewidth=1.2, **style), _SETS, strict=True):
         circle.set_edgecolor(color)
-    for label in filter(None, diagram.subset_labels):
-        label.set(color=INK, fontsize=9, fontweight="bold")
-
-
-def _count(value: float) -> str:
-    return f"{value:.0f}" if value == round(value) else f"{value:.1f}"
+    common = round(shared)
+    labels = (sizes[0] - common, "only"), (common, "shared"), (sizes[1] - common, "only")
+    for place, color, (count, what) in zip((0.06, 0.5, 0.94), (_SETS[0], INK, _SETS[1]), labels, strict=True):
+        side: Any = {0.06: "left", 0.5: "center", 0.94: "right"}[place]
+        text = panel.text(place, -0.02, f"{count}\n{what}", color=color, ha=side, va="top", transform=panel.transAxes)
+        text.set(fontsize=8, fontweight="bold")
 
 
 @styled
@@ -154,7 +143,10 @@ def _nothing(figure: Figure, panel: Axes, why: str) -> Figure:
 
 @styled
 def overlap_curve(overlap: Overlap) -> Figure:
-    """Draw the share of the union over top ratios: all projections, each of them, and what chance would give."""
+    """Draw the share of the union over top ratios: all projections, each of them, and what chance would give.
+
+    Ratios at which a projection has fewer than ten neurons in the union are shaded; the axes fit the others.
+    """
     figure, (panel,) = new_figure(3.4)
     points = sorted(overlap.curve, key=lambda point: point.rule["top_ratio"])
     ratios = [point.rule["top_ratio"] for point in points]
@@ -169,11 +161,23 @@ def overlap_curve(overlap: Overlap) -> Figure:
         panel.plot(ratios, shares, color=color, linestyle=dash, linewidth=1.3, label=", ".join(names))
     panel.plot(ratios, _numbers(point.share for point in points), color=INK, linewidth=2.5, label="all")
     expected = _numbers(point.chance_share for point in points)
-    panel.plot(ratios, expected, color=INK, linewidth=1, marker=".", markersize=3, label="all, by chance")
-    panel.set(xlabel="top ratio", ylabel="shared, share of the union", ylim=(0, 1), xlim=(0, None))
-    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    panel.plot(ratios, expected, color=CHANCE, linewidth=1.5, marker=".", markersize=3, label="all, by chance")
+    few = [ratio for ratio, point in zip(ratios, points, strict=True) if any(map(_is_few, point.projections.values()))]
+    if few:
+        label = f"a projection with fewer than {_FEW} neurons"
+        panel.axvspan(ratios[0], max(few), facecolor=INK, alpha=0.15, linewidth=0, zorder=0, label=label)
+    counts = [(point.shared, *point.only) for point in points]
+    counts += [count for point in points for count in point.projections.values()]
+    fair = [_share(*count) for count in counts if not _is_few(count)] + [share for share in expected if share < 1]
+    panel.set(xlabel="top ratio", ylabel="shared, share of the union", xlim=(ratios[0], ratios[-1]))
+    panel.set_ylim(0, min(1.02, 1.05 * max(fair, default=1.0)) or 1.0)
+    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
+
+
+def _is_few(counts: Sequence[int]) -> bool:
+    return sum(counts) < _FEW
 
 
 def _share(shared: int, *only: int) -> float:
@@ -187,7 +191,10 @@ def _numbers(values: Iterable[float | None]) -> list[float]:
 
 @styled
 def study_intervals(study: Study, metric: str) -> Figure:
-    """Draw mean and interval of every condition on one metric, and a line at the reference."""
+    """Draw mean and interval of every condition on one metric, and a line at the reference.
+
+    All metrics in per cent have the same axis, so that their figures can be compared.
+    """
     rows = [condition for condition in study.conditions if metric in condition.metrics]
     labels = [fill(printable(condition.name), 26) for condition in rows]
     height = min(_MAX_HEIGHT, 0.9 + sum(0.12 + 0.17 * max(1, len(label.splitlines())) for label in labels))
@@ -203,6 +210,16 @@ def study_intervals(study: Study, metric: str) -> Figure:
             panel.axvline(estimate, color=INK, linewidth=0.8, linestyle=":", zorder=0)
     panel.set_yticks(range(len(rows)), labels)
     panel.set_ylim(len(rows) - 0.4, -0.6)
+    if unit:
+        alike = [
+            100 * bound
+            for condition in study.conditions
+            for name, measured in condition.metrics.items()
+            if scale(study, name)[1] == unit
+            for bound in (measured.mean.low, measured.mean.high)
+        ]
+        margin = 0.05 * (max(alike) - min(alike)) or 1
+        panel.set_xlim(min(alike) - margin, max(alike) + margin)
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
     panel.set_xlabel(f"{printable(metric)}{unit}, {100 * study.level:g} % intervals")
@@ -210,33 +227,17 @@ def study_intervals(study: Study, metric: str) -> Figure:
 
 
 @styled
-def word_cloud(neuron: AmplifiedNeuron, words: int = 60, seed: int = 0) -> Figure:
-    """Draw the tokens that amplifying a neuron makes more frequent, by log-odds."""
-    from matplotlib.font_manager import findfont
-    from PIL import ImageFont
-    from wordcloud import WordCloud
-
-    weights: dict[str, float] = {}
-    for token in neuron.tokens:
-        word = quoted(token.token.strip() or token.token)[1:-1]
-        if word and token.log_odds > 0:
-            weights[word] = max(weights.get(word, 0.0), token.log_odds)
-    height = 2.4
-    figure, (panel,) = new_figure(height)
-    figure.set_layout_engine("none")
-    panel.set_position((0, 0, 1, 1))
-    panel.set_axis_off()
-    if not weights:
+def token_bars(neuron: AmplifiedNeuron, count: int = 12) -> Figure:
+    """Draw the tokens that amplifying a neuron makes more frequent: log-odds as bars, with both counts."""
+    tokens = leading(neuron, count)
+    figure, (panel,) = new_figure(0.75 + 0.21 * max(2, len(tokens)))
+    if not tokens:
         return _nothing(figure, panel, "no token is more frequent")
-    font = findfont("DejaVu Sans")
-    # At 72 pixels an inch a pixel of the cloud is a point of the figure.
-    columns, rows = round(72 * WIDTH), round(72 * height)
-    size = {"width": columns, "height": rows, "max_words": words}
-    cloud = WordCloud(font_path=font, random_state=seed, **size, **_CLOUD).generate_from_frequencies(weights)
-    panel.set(xlim=(0, columns), ylim=(rows, 0))
-    for index, ((word, _), points, (row, column), _, _) in enumerate(cloud.layout_):
-        # The cloud gives the upper left corner of the ink.
-        left, top, *_ = ImageFont.truetype(font, points).getbbox(word, anchor="ls")
-        place = (float(column - left), float(row - top))
-        panel.text(*place, word, color=COLORS[index % len(COLORS)], fontsize=points, ha="left", va="baseline")
+    panel.barh(range(len(tokens)), [token.log_odds for token in tokens], color=COLORS[0], height=0.7)
+    counts = [f"{token.amplified}:{token.plain}" for token in tokens]
+    for axes, labels in ((panel, [quoted(token.token) for token in tokens]), (panel.twinx(), counts)):
+        axes.set_yticks(range(len(tokens)), labels, fontsize=8)
+        axes.set_ylim(len(tokens) - 0.4, -0.6)
+        axes.tick_params(axis="y", length=0)
+    panel.set_xlabel("log-odds; at the right, how often amplified:plain")
     return figure

@@ -23,12 +23,12 @@ from mergekit_snrf.evidence.sweep import Curve
 from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.files.writing import write_text
-from mergekit_snrf.merge.parameters import PARAMETERS
+from mergekit_snrf.merge.parameters import SPEC
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PARAMETERS = {parameter.name: parameter for parameter in PARAMETERS}
+_PARAMETERS = tuple(parameter.name for parameter in SPEC.parameters)
 _STRENGTHS = ("keep", "beta")
 _MOST = 1000
 

@@ -17,7 +17,7 @@ from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.profiling.probes.answers import placeholder_ids
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import count_rows, load_rows
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, AnswerRule, ProbeSource, Prompting
 from mergekit_snrf.profiling.settings import ProfileConfig, keep_keys
 
 if TYPE_CHECKING:
@@ -26,17 +26,14 @@ if TYPE_CHECKING:
 LEAST, MOST = 96, 128
 """Held-out probes of a kind: at least, and at most."""
 
-_SOURCE = ("dataset", "config", "split", "revision", "question", "images", "template", "limit", "seed")
+_SOURCE = ("dataset", "config", "split", "revision", "question", "images", *Prompting.model_fields, "limit", "seed")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of probes to keep.
+    """One kind of probes to keep, with the limit and seed of the moments; the target answers by itself.
 
-    Attributes:
-        source: with the limit and seed of the moments.
-        rule: the target answers by itself.
-        sha256: of the probes that the moments used, where they say so.
+    ``sha256`` is of the probes that the moments used, where they say so.
     """
 
     name: str
@@ -49,9 +46,8 @@ class Kind:
 class Distance:
     """How far a merge is from its target on one kind of probes.
 
-    Attributes:
-        kl: mean KL(target || merge) per token of the target's answers, in nats.
-        changed: share of the probes whose greedy answer is another one.
+    ``kl`` is the mean KL(target || merge) per token of the target's answers, in nats; ``changed`` the share of the
+    probes whose greedy answer is another one.
     """
 
     kl: float
@@ -59,13 +55,9 @@ class Distance:
 
 
 def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind]:
-    """Return the kinds of probes to keep that moments were taken on.
+    """Return the kinds of probes to keep that moments were taken on, by their profile.yml or else by the moments file.
 
-    Args:
-        config: the profile.yml of the moments; None: what the moments file says of its data sets.
-
-    Raises:
-        SnrfError: the moments do not say where their probes come from, or the profile draws other ones.
+    ``SnrfError``: the moments do not say where their probes come from, or the profile draws other ones.
     """
     known = moments.provenance.keep or []
     if not known:
@@ -94,11 +86,8 @@ def kinds_of(moments: Moments, config: ProfileConfig | None = None) -> list[Kind
 def held_out(kinds: Sequence[Kind], model: PreTrainedModel, processor: Any, folders: Sequence[Path]) -> list[HeldOut]:
     """Return the held-out probes of every kind: the rows of the same permutation behind those of the moments.
 
-    Args:
-        folders: where relative data files are looked for after the working folder.
-
-    Raises:
-        SnrfError: a data set cannot be read, is not that of the moments, or has too few rows.
+    Relative data files are looked for in the working folder, then in ``folders``. ``SnrfError``: a data set cannot be
+    read, is not that of the moments, or has too few rows.
     """
     found = []
     for index, kind in enumerate(kinds):

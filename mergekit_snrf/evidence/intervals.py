@@ -45,11 +45,7 @@ class Bootstrap:
         resamples: int = RESAMPLES,
         level: float = LEVEL,
     ) -> None:
-        """Resample the draws of every condition; metrics of as many items are resampled alike.
-
-        Raises:
-            SnrfError: a condition has no draws, or not the items of the others.
-        """
+        """Resample the draws of every condition; metrics of as many items are resampled alike."""
         self.level = level
         draws = [items for several in conditions.values() for items in several]
         for name, several in conditions.items():
@@ -95,7 +91,8 @@ def measure(
     def measured(condition: str, metric: str, draws: Sequence[Scores]) -> Measured:
         mean = bootstraps[metric].mean(condition)
         change = None if condition == reference else bootstraps[metric].difference(condition, reference)
-        return Measured(mean=mean, change=change, malformed=_malformed([draw[metric] for draw in draws]))
+        rates = [rate for draw in draws if (rate := draw[metric].malformed_rate) is not None]
+        return Measured(mean=mean, change=change, malformed=float(np.mean(rates)) if rates else None)
 
     return {
         condition: {metric: measured(condition, metric, draws) for metric in bootstraps}
@@ -104,11 +101,7 @@ def measure(
 
 
 def resample(scores: Mapping[str, Sequence[Scores]], *, seed: int = 0, level: float = LEVEL) -> dict[str, Bootstrap]:
-    """Return a bootstrap by metric, over the draws of all conditions.
-
-    Raises:
-        SnrfError: a condition has no draws, or other items than the others.
-    """
+    """Return a bootstrap by metric, over the draws of all conditions."""
     found = {}
     for metric in next(iter(scores.values()))[0]:
         conditions = {name: [draw[metric] for draw in draws] for name, draws in scores.items()}
@@ -131,12 +124,6 @@ def scale_of(metric: str, measured: Mapping[str, Mapping[str, Measured]]) -> tup
     means = [metrics[metric].mean for metrics in measured.values()]
     shares = all(mean.low >= 0 and mean.high <= 1 for mean in means)
     return (100.0, " points") if shares else (1.0, "")
-
-
-def _malformed(draws: Sequence[Items]) -> float | None:
-    rates = [items.malformed_rate for items in draws]
-    known = [rate for rate in rates if rate is not None]
-    return float(np.mean(known)) if known else None
 
 
 def resampled_means(

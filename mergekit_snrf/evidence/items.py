@@ -18,13 +18,10 @@ class Items:
     """What a model scored on the items of one metric, in an order that is the same for every model.
 
     Attributes:
-        scores: one per item, higher is better, such as 1.0 for a right answer and 0.0 for a wrong one.
+        scores: one per item, finite, higher is better, such as 1.0 for a right answer and 0.0 for a wrong one.
         malformed: whether an answer could not be read, which also makes it wrong; None where that is unknown.
         ids: names of the items, equal from model to model.
         groups: the task of each item. The metric is the mean over tasks of a task's mean.
-
-    Raises:
-        SnrfError: there are no items, a score is not finite, or the lengths differ.
     """
 
     scores: tuple[float, ...]
@@ -69,11 +66,7 @@ Scores = Mapping[str, Items]
 
 
 def as_items(value: Any) -> Items:
-    """Return what an evaluation returned for one metric: ``Items``, or a score per item.
-
-    Raises:
-        SnrfError: it is neither.
-    """
+    """Return what an evaluation returned for one metric: ``Items``, or a score per item."""
     if isinstance(value, Items):
         return value
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__iter__"):
@@ -86,11 +79,7 @@ def as_items(value: Any) -> Items:
 
 
 def check_alike(where: str, first: Scores, other: Scores) -> None:
-    """Check that two models were scored on the same metrics and the same items, in the same order.
-
-    Raises:
-        SnrfError: they were not.
-    """
+    """Raise ``SnrfError`` unless two models were scored on the same metrics and items, in the same order."""
     remedy = "models are compared item by item, so every model must be asked the same items in the same order"
     if set(first) != set(other):
         lacking = ", ".join(sorted(set(first) ^ set(other)))

@@ -20,13 +20,10 @@ if TYPE_CHECKING:
 
 
 def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
-    """Read the profile of a model from a file, or hf://owner/repo@revision/path.
+    """Read the profile of a model from a file, or hf://owner/repo@revision/path; ``SnrfError``: it is of another model.
 
     A profile without the sha256 of its model's config.json is accepted; other weights of an equal config.json, such as
     those of a fine-tune and its parent, are not noticed.
-
-    Raises:
-        SnrfError: it cannot be read, or its model had another config.json.
     """
     profile = read_profile(local_path(reference))
     model = profile.provenance.model
@@ -40,9 +37,6 @@ def least_important(profiles: Sequence[Profile], neurons: NeuronSet) -> NeuronSe
     """Return as many neurons as ``neurons`` has at every site, those of the lowest mean impact, ties by index.
 
     The mean is over the probes of all profiles, which are of one model.
-
-    Raises:
-        SnrfError: a profile lacks a site, or has another number of neurons there.
     """
     members = {}
     for site, member in neurons.nonempty().items():

@@ -38,11 +38,7 @@ def overlap_of(
     rule: Mapping[str, Any],
     curve: Sequence[OverlapPoint] = (),
 ) -> Overlap:
-    """Return the overlap of two sets of neurons, site by site.
-
-    Raises:
-        SnrfError: the sets have different numbers of neurons at a site.
-    """
+    """Return the overlap of two sets of neurons, site by site."""
     sites = []
     for site, shared in (first & second).items():
         a, b, both = first.count(site), second.count(site), int(shared.sum())
@@ -100,12 +96,8 @@ def overlaps(
 ) -> list[Overlap]:
     """Return the overlap of every two profiles, in order, under a selection or its fields as ``rule``.
 
-    Args:
-        curve: also compute the overlap over top ratios. With ``at_least`` these are the bin edges up to 0.5 that the
-            profiles have in common, since hits are counted between edges; otherwise ``CURVE_RATIOS``.
-
-    Raises:
-        SnrfError: the profiles are of different shapes, or do not allow the selection.
+    ``curve`` adds the overlap over top ratios. With ``at_least`` these are the bin edges up to 0.5 that the profiles
+    have in common, since hits are counted between edges; otherwise ``CURVE_RATIOS``.
     """
     selection = selection or Selection.of(**rule)
     check_same_sites(profiles)

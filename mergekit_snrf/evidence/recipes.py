@@ -11,7 +11,7 @@ import torch
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
@@ -34,14 +34,11 @@ class OpenedRecipe:
 
 
 def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder: str | None) -> OpenedRecipe:
-    """Check a recipe as a merge would, and open its models without loading one.
+    """Check a recipe as a merge would, and open its models, all safetensors, without loading one.
 
     Relative paths are looked for in the working folder, then in ``recipe_folder``.
-
-    Raises:
-        SnrfError: the merge cannot run, or a model cannot be downloaded or is not stored as safetensors.
     """
-    plan = plan_merge(config, options, recipe_folder=recipe_folder)
+    plan = draft_merge(config, options, recipe_folder=recipe_folder).finish()
     target, source = plan.target.checkpoint, plan.source.checkpoint
     name = plan.recipe.working_dtype(plan.edits[0].dtype if plan.edits else "F32")
     dtype: torch.dtype | None = dtype_from_name(name)
@@ -70,11 +67,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
 
 
 def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights:
-    """Open the model that target and source were both trained from.
-
-    Raises:
-        SnrfError: it does not fit the target, lacks a bias that the recipe moves, or cannot be read.
-    """
+    """Open the model that target and source were both trained from; ``SnrfError``: it does not fit, or lacks a bias."""
     base = open_checkpoint(name, cache_dir=options.transformers_cache, trust_remote_code=options.trust_remote_code)
     problems = pairing_problems(opened.target, base, any_family=opened.any_family)
     if problems:

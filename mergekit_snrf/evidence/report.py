@@ -71,7 +71,7 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     sections = [mask_section(mask), *(overlap_section(title, pair) for title, pair in _titled(computed, read))]
     for result in results:
         if isinstance(result, Study):
-            sections.append(study_section(result, digest))
+            sections.append(study_section(result, digest, mask.neurons))
         elif isinstance(result, DomainAblation):
             sections.append(domains_section(result))
         elif isinstance(result, Amplification):

@@ -241,9 +241,12 @@ def write_result(path: str | os.PathLike[str], result: BaseModel) -> None:
     Raises:
         SnrfError: the file cannot be written.
     """
-    text = json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n"
-    with writing.replacing(path) as file:
-        file.write(text.encode())
+    writing.write_text(path, result_text(result) + "\n")
+
+
+def result_text(result: BaseModel) -> str:
+    """Return a result as JSON."""
+    return json.dumps(result.model_dump(mode="json"), indent=1, ensure_ascii=False)
 
 
 def read_result(path: str | os.PathLike[str]) -> Result:

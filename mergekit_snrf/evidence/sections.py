@@ -9,12 +9,13 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, AmplifiedNeuron, DomainAblation, Lens, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study
 from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
 from mergekit_snrf.neurons.maskfile import Mask
+from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
-_CLOUDS = 12
+_DRAWN = 12
 _TOKENS = 10
 _TITLES = {"ablation": "Do these neurons matter?", "comparison": "Does the merge beat simpler baselines?"}
 _LEADING = "leading tokens: log-odds (amplified:plain)"
@@ -99,15 +100,21 @@ def _metrics(study: Study) -> list[str]:
     return list(dict.fromkeys(metric for condition in study.conditions for metric in condition.metrics))
 
 
-def study_section(study: Study, digest: str) -> Section:
+def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
     """Show a study: its verdict, its trade-offs, a figure and a table per metric, and how to repeat it."""
     from mergekit_snrf.evidence.curves import tradeoff_drawings
 
     title = f"{_TITLES[study.kind]} ({wording.without_folders(study.model)})"
     section = Section(study.kind, title, list(study.verdict))
-    if study.mask_sha256 not in (None, digest):
+    if study.neurons_sha256 not in (None, neurons.sha256()):
+        file = f" (sha256 {study.mask_sha256})" if study.mask_sha256 else ""
         section.warnings.append(
-            f"Measured with another mask (sha256 {study.mask_sha256}): this says nothing about the mask of this report."
+            f"Measured with the neurons of another mask{file}: this says nothing about the mask of this report."
+        )
+    elif study.neurons_sha256 is None and study.mask_sha256 not in (None, digest):
+        section.warnings.append(
+            f"Measured with another mask file (sha256 {study.mask_sha256}), without a digest of its neurons: "
+            f"they may not be those of this report."
         )
     section.drawings += [*tradeoff_drawings(study).values(), *metric_drawings(study).values()]
     for metric in _metrics(study):
@@ -142,8 +149,8 @@ def domains_section(result: DomainAblation) -> Section:
 
 
 def amplification_section(amplification: Amplification) -> Section:
-    """Show amplified neurons: word clouds and leading tokens."""
-    from mergekit_snrf.evidence.figures import word_cloud
+    """Show amplified neurons: bars and leading tokens."""
+    from mergekit_snrf.evidence.figures import token_bars
 
     section = Section("amplification", "What single neurons promote")
     count, ratio = len(amplification.neurons), amplification.math_neuron_ratio
@@ -159,22 +166,20 @@ def amplification_section(amplification: Amplification) -> Section:
             f"the leading tokens math tokens ({classifier})"
             + ("." if plain is None else f"; of the tokens of the plain answers, {wording.percent(plain)} are.")
         )
-    clouds = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
+    leading = [neuron for neuron in amplification.neurons if wording.leading(neuron, 1)]
     section.drawings += [
-        Drawing(word_cloud(neuron), neuron.neuron, wording.word_cloud_text(neuron)) for neuron in clouds[:_CLOUDS]
+        Drawing(token_bars(neuron), neuron.neuron, wording.token_bars_text(neuron)) for neuron in leading[:_DRAWN]
     ]
     header = ("neuron", _LEADING, "tokens amplified", "tokens plain", "answers changed", "math tokens")
-    rows = [_amplified_row(neuron) for neuron in amplification.neurons]
+    rows: list[tuple[object, ...]] = []
+    for neuron in amplification.neurons:
+        tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
+        changed = "-" if neuron.changed is None else neuron.changed
+        rows.append((neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share)))
     section.tables.append(Table("Leading tokens", header, rows, frozenset({1})))
     repeat = {name: getattr(amplification, name) for name in ("model", "factor", "probes", "seed")}
     section.tables.append(settings_table("To repeat it", {**repeat, **amplification.settings}))
     return section
-
-
-def _amplified_row(neuron: AmplifiedNeuron) -> tuple[object, ...]:
-    tokens = ", ".join(wording.token_text(token) for token in wording.leading(neuron, _TOKENS)) or "-"
-    changed = "-" if neuron.changed is None else neuron.changed
-    return (neuron.neuron, tokens, *neuron.totals, changed, wording.percent(neuron.math_share))
 
 
 def lens_section(lens: Lens) -> Section:

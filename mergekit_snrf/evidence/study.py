@@ -53,6 +53,7 @@ class Setup:
     evaluation: str
     mask: str | None = None
     mask_sha256: str | None = None
+    neurons_sha256: str | None = None
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -71,9 +72,6 @@ def run_study(
 
     The weights are put back bit for bit after every evaluation, including one that fails. Rows whose scores are
     ``known``, by name, are not evaluated.
-
-    Raises:
-        SnrfError: an edit does not fit the model, or the evaluation fails.
     """
     scores: dict[str, list[Scores]] = {row.name: [] for row in rows} | dict(known or {})
     like = next((found[0] for found in scores.values() if found), None)
@@ -110,10 +108,7 @@ def build_study(
     """Return means, changes to the reference, contrasts to the claim and a verdict.
 
     One row is the reference, one the claim. A sweep among the rows is followed by its points at the claim's level of
-    each metric to keep. ``scores`` are by name of the row, one per draw.
-
-    Raises:
-        SnrfError: the rows were not scored on the same items.
+    each metric to keep. ``scores`` are by name of the row, one per draw, all on the same items.
     """
     reference, claim = (next(row.name for row in rows if row.role == role) for role in ("reference", "claim"))
     bootstraps = resample(scores, seed=setup.seed)

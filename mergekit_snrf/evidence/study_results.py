@@ -60,6 +60,7 @@ class Study(_Part):
     """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
 
     Attributes:
+        neurons_sha256: ``NeuronSet.sha256`` of the mask.
         items: number of items of each metric.
         roles: of the metrics: what a merge should improve, and what it should preserve.
         level: of all intervals.
@@ -73,6 +74,7 @@ class Study(_Part):
     model: str
     mask: str | None = None
     mask_sha256: str | None = None
+    neurons_sha256: str | None = None
     evaluation: str
     items: dict[str, int]
     roles: dict[str, Literal["gain", "keep"]] = {}

@@ -17,9 +17,7 @@ from mergekit_snrf.evidence.results import Counts, Overlap, Study
 class Table:
     """Rows under a header; the first column names the row.
 
-    Attributes:
-        words: the columns that hold words, which are flush left.
-        folded: shown only when the reader unfolds it.
+    The columns ``words`` are flush left; a ``folded`` table is shown only when the reader unfolds it.
     """
 
     caption: str
@@ -30,7 +28,7 @@ class Table:
 
 
 def study_table(study: Study, metric: str) -> Table:
-    """Return what a study measured of one metric: a row per condition."""
+    """Return what a study measured of one metric: a row per condition, without empty columns."""
     factor, unit = wording.scale(study, metric)
     claim = next((condition.name for condition in study.conditions if condition.role == "claim"), "claim")
     against = {one.right: one.difference for one in study.contrasts if (one.left, one.metric) == (claim, metric)}
@@ -48,13 +46,21 @@ def study_table(study: Study, metric: str) -> Table:
         rows.append((name, condition.neurons or "-", mean, change, difference, malformed))
     items = f", {study.items[metric]} items" if metric in study.items else ""
     header = ("condition", "neurons", "mean", "change", f"{claim} minus it", "malformed")
-    return Table(f"{metric}{unit}{items}", header, rows)
+    # Columns without any entry are left out.
+    shown = [place for place, _ in enumerate(header) if any(row[place] != "-" for row in rows)]
+    cells = [[row[place] for place in shown] for row in rows]
+    return Table(f"{metric}{unit}{items}", [header[place] for place in shown], cells)
 
 
 def counts_table(caption: str, label: str, rows: Iterable[tuple[str, Counts]], *, folded: bool = False) -> Table:
     """Return a row for every name: what both sets hold, each alone, and chance."""
     header = (label, "shared", "A only", "B only", "union", "share", "chance", "chance share", "z")
-    return Table(caption, header, [(name, *_count_cells(counts)) for name, counts in rows], folded=folded)
+    cells: list[tuple[object, ...]] = []
+    for name, counts in rows:
+        share, expected = wording.percent(counts.share), wording.percent(counts.chance_share)
+        z = "-" if counts.z is None else f"{counts.z:.1f}"
+        cells.append((name, counts.shared, *counts.only, counts.union, share, f"{counts.chance:.1f}", expected, z))
+    return Table(caption, header, cells, folded=folded)
 
 
 def projections_table(overlap: Overlap, caption: str = "") -> Table:
@@ -66,12 +72,6 @@ def layers_table(overlap: Overlap) -> Table:
     """Return the counts of an overlap by layer and projection."""
     sites = [(f"{site.layer} {site.projection}", site) for site in sorted(overlap.sites, key=site_order)]
     return counts_table("By layer and projection", "layer", sites, folded=True)
-
-
-def _count_cells(counts: Counts) -> tuple[object, ...]:
-    z = "-" if counts.z is None else f"{counts.z:.1f}"
-    share, expected = wording.percent(counts.share), wording.percent(counts.chance_share)
-    return (counts.shared, *counts.only, counts.union, share, f"{counts.chance:.1f}", expected, z)
 
 
 def settings_table(caption: str, content: Mapping[str, Any]) -> Table:

@@ -41,25 +41,32 @@ class _Writer:
         return -1 if self.study.kind == "ablation" and self.study.roles.get(metric) != "keep" else 1
 
     def rivals(self, contrasts: Sequence[Contrast]) -> list[str]:
-        """Name the controls that do better than the claim on some metric, and measurably worse on none."""
+        """Name the controls that do better than the claim on some metric: measurably worse on none, or a trade-off.
+
+        Of a sweep, the points at equal perception stand for the trade-offs, where the study has them.
+        """
         better: dict[str, list[str]] = {}
-        worse = set()
+        worse: dict[str, list[str]] = {}
         for contrast in contrasts:
             scale, unit = self.scales[contrast.metric]
             good = self.side(contrast) * self.wanted(contrast.metric)
+            than = "higher" if contrast.difference.estimate < 0 else "lower"
+            size = f"{contrast.metric} {size_of(contrast.difference, scale)}{unit} {than}"
             if good > 0:
-                worse.add(contrast.right)
+                worse.setdefault(contrast.right, []).append(size)
             elif good < 0 and not (self.study.kind == "ablation" and self.study.roles.get(contrast.metric) == "keep"):
-                than = "higher" if contrast.difference.estimate < 0 else "lower"
-                size = f"{contrast.metric} {size_of(contrast.difference, scale)}{unit} {than}"
                 better.setdefault(contrast.right, []).append(size)
         found = [f"{name} ({', '.join(sizes)})" for name, sizes in better.items() if name not in worse]
-        if not found:
+        if found:
+            regmean = any(name.startswith("regmean") for name in better if name not in worse)
+            merge = f"{'Another' if regmean else 'A simpler'} merge does better"
+            what = "Other neurons have a larger effect" if self.study.kind == "ablation" else merge
+            return [f"{what} than {self.subject}, and is not measurably worse on any metric: {'; '.join(found)}."]
+        shown = {contrast.right for contrast in self.study.contrasts} if "keep" in self.study.roles.values() else better
+        traded = [f"{name} ({', '.join(sizes + worse[name])})" for name, sizes in better.items() if name in shown]
+        if not traded or self.study.kind == "ablation":
             return []
-        regmean = any(name.startswith("regmean") for name in better if name not in worse)
-        merge = f"{'Another' if regmean else 'A simpler'} merge does better"
-        what = "Other neurons have a larger effect" if self.study.kind == "ablation" else merge
-        return [f"{what} than {self.subject}, and is not measurably worse on any metric: {'; '.join(found)}."]
+        return [f"Better than {self.subject} on some metrics and worse on others: {'; '.join(traded)}."]
 
     def change(self, metric: str) -> str:
         """Say how the claim changes a metric."""

@@ -20,10 +20,7 @@ _LOCAL = re.compile(
 
 
 def without_folders(text: str) -> str:
-    """Return a path, a model or an evaluation with absolute local paths cut to their last part.
-
-    Local folders do not belong on a page that is shared. Hub ids and relative paths stay as they are.
-    """
+    """Return a path, a model or an evaluation with absolute local paths cut to their last part, for a shared page."""
     return _LOCAL.sub(r"\1\2", text)
 
 
@@ -134,11 +131,11 @@ def study_text(study: Study, metric: str) -> str:
     return printable(f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}.")
 
 
-def word_cloud_text(neuron: AmplifiedNeuron, words: int = 10) -> str:
-    """Describe the word cloud of one neuron by its leading tokens."""
-    tokens = [token_text(token) for token in leading(neuron, words)]
+def token_bars_text(neuron: AmplifiedNeuron, count: int = 12) -> str:
+    """Describe the bars of one neuron by its leading tokens."""
+    tokens = [token_text(token) for token in leading(neuron, count)]
     return printable(
-        f"Word cloud of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
+        f"Bars of {neuron.neuron}: tokens more frequent with the neuron amplified, by log-odds "
         f"(amplified count:plain count): {', '.join(tokens) or 'none'}."
     )
 

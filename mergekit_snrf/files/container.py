@@ -61,8 +61,7 @@ def write(
 def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Open a file written by ``write``: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
-    Raises:
-        SnrfError: the file is missing, damaged, or of another format or version.
+    ``SnrfError``: it is missing, damaged, or of another format or version.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -79,12 +78,9 @@ def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> I
 
 
 def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by ``write``: its tensors and its JSON object.
+    """Read a file written by ``write``: its tensors and its JSON object; ``SnrfError`` as ``opened``.
 
     Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
-
-    Raises:
-        SnrfError: as ``opened``.
     """
     with opened(path, file_format=file_format, version=version) as (file, content):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

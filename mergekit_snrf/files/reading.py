@@ -23,11 +23,7 @@ _Path = str | os.PathLike[str]
 
 @contextmanager
 def open_regular(path: _Path, *, remedy: str = _PATH) -> Iterator[BinaryIO]:
-    """Open a regular file to read; a FIFO or device would never end.
-
-    Raises:
-        SnrfError: the file is missing, not a regular file, or cannot be read.
-    """
+    """Open a regular file to read, or raise ``SnrfError``; a FIFO or device would never end."""
     try:
         _check_regular(path, os.stat(path).st_mode, remedy)
         # What replaced the file since is found below, without waiting for the writer of a FIFO.
@@ -83,13 +79,9 @@ def load_yaml(path: _Path, limit: int = CONFIG_BYTES, *, remedy: str = _PATH) ->
 
 
 def parse_yaml(text: str, where: object | None, *, several: bool = False) -> Any:
-    """Return what YAML text holds, as PyYAML's safe loader does.
+    """Return what YAML text holds, as PyYAML's safe loader does; with ``several`` a list of all documents.
 
-    Args:
-        several: return a list of all documents; otherwise there may be only one.
-
-    Raises:
-        SnrfError: it is not YAML, has a duplicate key, or is too deep or too large with its aliases written out.
+    ``SnrfError``: it is not YAML, has a duplicate key, or is too deep or too large with its aliases written out.
     """
     try:
         return list(yaml.load_all(text, _Loader)) if several else yaml.load(text, _Loader)

@@ -22,12 +22,7 @@ _FORM = "hf://owner/repo@revision/path"
 def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
     """Return the local file that a path, or ``hf://owner/repo@revision/path`` after a download, names.
 
-    Args:
-        reference: the revision is optional.
-        folders: where to look for a relative path after the working folder, such as the recipe's folder.
-
-    Raises:
-        SnrfError: the reference is empty or malformed, or the file does not exist or cannot be downloaded.
+    A relative path is looked for in the working folder, then in ``folders``. ``SnrfError``: there is no such file.
     """
     reference = os.fspath(reference)
     if not reference:

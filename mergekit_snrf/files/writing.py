@@ -29,10 +29,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a temporary file beside ``path`` that takes its place when the block ends without an exception.
 
     Of a symlink, the file that it names is replaced. A device such as ``/dev/null`` or a FIFO is written to. Temporary
-    files of killed writers are removed.
-
-    Raises:
-        SnrfError: the folder does not exist or cannot be written, or the disk is full.
+    files of killed writers are removed. ``SnrfError``: the folder cannot be written, or the disk is full.
     """
     target = _target(path)
     if target is None:

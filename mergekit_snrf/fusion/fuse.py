@@ -24,15 +24,8 @@ UPDATES = ("low-rank", "dare", "regmean")
 class Setting:
     """What a field of ``Fusion`` means and which values it takes; documentation and recipes are made from it.
 
-    Attributes:
-        default: of the field.
-        meaning: one clause.
-        of_regmean: the default with ``update: regmean``, where it is another.
-        least: the smallest value; None: there is none.
-        most: the largest value.
-        below: a number that every value is below.
-        choices: the only values.
-        by_tensor: whether tensors of one merge may differ in it.
+    ``of_regmean`` is another default, of ``update: regmean``. Values lie in [least, most], or in [least, below).
+    ``by_tensor``: tensors of one merge may differ in it.
     """
 
     default: Any
@@ -117,13 +110,9 @@ def settings() -> dict[str, Setting]:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the target's dtype leaves of an update.
+    """What the target's dtype leaves of an update ||beta * M_S(Delta_r)||_F: what is lost, ||rounded - exact||_F.
 
-    Attributes:
-        update: ||beta * M_S(Delta_r)||_F.
-        lost: ||rounded result - exact result||_F.
-        weights: number of weights in the masked neurons.
-        changed: how many of them differ from the target's.
+    Of the ``weights`` in the masked neurons so many are ``changed``, differ from the target's.
     """
 
     update: float

@@ -95,10 +95,11 @@ class SketchMoment:
 
     @classmethod
     def of(cls, vectors: Float64[Tensor, "d k"], values: Float64[Tensor, " k"], trace: float) -> SketchMoment:
-        """Return eigenvectors and eigenvalues of a moment of a given trace in this form, scaled to trace d."""
+        """Return eigenvectors and eigenvalues of a moment in this form, scaled to trace d; trace 0 stays zero."""
         d = len(vectors)
-        factor = (vectors * (values.clamp_min(0) * (d / trace)).sqrt()).to(torch.float16)
-        rest = (d - float(factor.to(torch.float64).square().sum())) / d
+        scale = d / trace if trace > 0 else 0.0
+        factor = (vectors * (values.clamp_min(0) * scale).sqrt()).to(torch.float16)
+        rest = (scale * trace - float(factor.to(torch.float64).square().sum())) / d
         return cls(factor.contiguous(), max(rest, 0.0))
 
 

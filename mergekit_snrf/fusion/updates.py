@@ -18,12 +18,9 @@ _PANEL = 2**20
 
 @dataclass(frozen=True)
 class Update:
-    """M_S(Delta_r) of one tensor: the selected neurons only, one a row, as ``left @ right``.
+    """M_S(Delta_r) of one tensor: the ``selected`` neurons only, one a row, as ``left @ right``.
 
-    Attributes:
-        selected: the indices of the neurons.
-        left: None stands for the identity: the rows are ``right`` itself.
-        certificate: how good the truncation is; None where nothing was truncated.
+    ``left`` None stands for the identity. ``certificate`` is None where nothing was truncated.
     """
 
     selected: Int[Tensor, " selected"]

@@ -35,7 +35,7 @@ from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
-from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.parameters import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.planner import SessionPlanner
 from mergekit_snrf.merge.recipe import stray_keys
@@ -47,36 +47,27 @@ LOG = logging.getLogger(__name__)
 _DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.values())})(?=")')
 
 
-class LiteralModule(ModuleArchitecture):
-    """A module that consists of tensors named one by one.
-
-    Attributes:
-        pre: tensors outside the layers.
-        layers: tensors of each layer, in the order of the stack.
-    """
+class _LiteralModule(ModuleArchitecture):
+    """A module of tensors named one by one: those outside the layers (``pre``), and those of each layer in order."""
 
     def __init__(self, pre: Sequence[WeightInfo] = (), layers: Sequence[Sequence[WeightInfo]] = ()) -> None:
         self.pre = tuple(pre)
         self.layers = tuple(tuple(layer) for layer in layers)
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return the tensors outside the layers."""
         return list(self.pre)
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return no tensors; all are in ``pre`` or in the layers."""
         return []
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """Return the tensors of one layer."""
         return list(self.layers[index])
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        """Return the number of layers, whatever the configuration of a model says."""
         return len(self.layers)
 
     def num_layers_config_key(self) -> str:
-        """Return no key: the output's configuration is the base's."""
+        # The output's configuration is the base's.
         return ""
 
 
@@ -90,16 +81,10 @@ def run_session(
     options: MergeOptions,
     config_source: str | None = None,
 ) -> None:
-    """Plan an snrf merge and let mergekit's ``run_merge`` execute it.
+    """Plan an snrf merge and let mergekit's ``run_merge`` execute it; ``config_source`` is the recipe's text.
 
     ``config`` stays as it is: mergekit gets one of its own, with modules of literal names. Under a click command every
-    problem becomes the command's error message; a caller of the Python API gets the ``SnrfError``.
-
-    Args:
-        config_source: the recipe's text; None: it is made from ``config``.
-
-    Raises:
-        SnrfError: the merge cannot run, or fails; no shard of it stays.
+    problem becomes the command's error message; a caller of the Python API gets the ``SnrfError``. No shard stays.
     """
     import mergekit.merge
 
@@ -172,11 +157,7 @@ def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfigu
 
 
 def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelArchitecture:
-    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``.
-
-    Args:
-        config: of ``rewritten``.
-    """
+    """Return mergekit's description of the output: literal tensor names in the modules ``copied`` and ``edited``."""
     plan = session_of(config).plan
     target = plan.target.checkpoint
     target.register_type()
@@ -191,9 +172,9 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
         WeightInfo(name=name, force_dtype="int64" if target.tensors[name].dtype == "I64" else None)
         for name in plan.copied
     ]
-    modules = {"copied": ModuleDefinition(architecture=LiteralModule(pre=copied))}
+    modules = {"copied": ModuleDefinition(architecture=_LiteralModule(pre=copied))}
     if plan.edits:
-        modules["edited"] = ModuleDefinition(architecture=LiteralModule(layers=layers))
+        modules["edited"] = ModuleDefinition(architecture=_LiteralModule(layers=layers))
     return ModelArchitecture(
         modules=modules,
         architectures=list(target.config.get("architectures") or []),
@@ -203,11 +184,7 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
 
 
 def session_of(config: MergeConfiguration) -> MergeSession:
-    """Return the running session of a configuration of ``rewritten``.
-
-    Raises:
-        SnrfError: there is none.
-    """
+    """Return the running session of a configuration of ``rewritten``."""
     return find_session(str((config.parameters or {}).get("masks")))
 
 

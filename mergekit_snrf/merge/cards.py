@@ -7,29 +7,23 @@ import re
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from mergekit.common import ModelReference
 
 from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown, references
-from mergekit_snrf.merge.folders import inputs
+from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, without_folders
 from mergekit_snrf.neurons.sets import count_rows
 
-if TYPE_CHECKING:
-    from mergekit.common import ModelReference
-
-    from mergekit_snrf.merge.plan import MergePlan
-
 
 def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
-    """Return the README of a merged folder.
+    """Return the README of a merged folder; ``recipe`` is its text.
 
-    Args:
-        recipe: its text.
-        cast: the dtype that every tensor was cast to, if the recipe sets one.
-        changed: how many of the covered weights differ from the target's, where that is known.
+    ``cast`` is the dtype that every tensor was cast to, if the recipe sets one; ``changed`` how many of the covered
+    weights differ from the target's, where that is known.
     """
     differ = "" if changed is None else f", {changed} of which differ from the target's after rounding"
     intro = (
@@ -46,13 +40,7 @@ def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = No
 def adapter_card(
     plan: MergePlan, name: str, recipe: str, modules: int, rank: int, base_model: str | None = None
 ) -> str:
-    """Return the README of an adapter's folder.
-
-    Args:
-        recipe: its text.
-        modules: how many it adapts.
-        base_model: the target's hub id, where it is not that of the plan.
-    """
+    """Return the README of an adapter; ``base_model`` is the target's hub id, if not that of the plan."""
     intro = (
         f"A LoRA adapter for {_model(plan.target.reference)}: the update beta * M_S(Delta_r) that [Shared Neuron "
         f"Low-Rank Fusion]({PAPER}) adds to it from {_model(plan.source.reference)}, in {modules} modules of the text "
@@ -120,7 +108,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
         (_name(one.reference), one.reference.model.revision or "as of the merge", f"`{one.checkpoint.config_sha256}`")
         for one in plan.models
     ]
-    shared = portable(recipe, inputs(plan))
+    shared = portable(recipe, plan.inputs)
     cut = "" if shared == recipe else ", its local paths cut to their last part"
     yield "## To make it again"
     yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import torch
 from mergekit.common import dtype_from_name
@@ -13,15 +12,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.merge.folders import in_place_problem, left_by_killed_run, path_problem
+from mergekit_snrf.merge.folders import is_merged_weights, left_by_killed_run, path_problem
+from mergekit_snrf.merge.plan import PlanDraft
+from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
 from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
-
-if TYPE_CHECKING:
-    from mergekit_snrf.merge.draft import PlanDraft
-    from mergekit_snrf.merge.recipe import Recipe
 
 _ANOTHER = "choose another folder"
 
@@ -38,8 +35,9 @@ def check_output(draft: PlanDraft, config: MergeConfiguration, options: MergeOpt
         for checkpoint in draft.checkpoints.values():
             if checkpoint.folder and os.path.samefile(checkpoint.folder, out_path):
                 raise SnrfError(out_path, "the output folder is a model of the recipe", _ANOTHER)
-        if problem := in_place_problem(draft, out_path):
-            raise problem
+        for path in map(Path, draft.inputs):
+            if path.parent == Path(out_path).resolve() and is_merged_weights(path.name):
+                raise SnrfError(path, "is read by the recipe, and would be replaced by the output", _ANOTHER)
         # One unsharded file is what a repeated merge replaces; anything else would stay beside the new shards.
         unsharded = "model.safetensors" if options.safe_serialization else "pytorch_model.bin"
         held = set(os.listdir(out_path)).difference(left_by_killed_run(Path(out_path)))

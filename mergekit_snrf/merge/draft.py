@@ -2,92 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 from jaxtyping import Bool
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
-from mergekit_snrf.merge.inputs import OpenedModel, absolute, opened, with_adapter
-from mergekit_snrf.merge.moments import compare_moments, open_moments
+from mergekit_snrf.merge.folders import Kind, output_problem
 from mergekit_snrf.merge.parameters import ALL_NEURONS
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
-from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.models.filters import check_moments
+from mergekit_snrf.models.filters import check_moments, compare_moments
 from mergekit_snrf.models.headers import FLOAT_DTYPES
-from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.moments import read_moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import Site
 
-
-@dataclass(repr=False)
-class PlanDraft:
-    """What was found of a merge so far, and every problem.
-
-    Attributes:
-        problems: a merge can run only if there is none.
-        warnings: one sentence each.
-        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
-        models: those of them that have a text decoder.
-        references: all models as the recipe names them, with absolute folders.
-        edits: none where there was a problem before.
-    """
-
-    problems: list[SnrfError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    recipe: Recipe | None = None
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    models: dict[str, OpenedModel] = field(default_factory=dict)
-    references: list[ModelReference] = field(default_factory=list)
-    mask: Mask | None = None
-    mask_path: Path | None = None
-    moments: Moments | None = None
-    edits: list[PlannedEdit] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        """Return how far the plan is."""
-        return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Take what the block raises as a problem."""
-        try:
-            yield
-        except SnrfError as error:
-            self.problems.append(error)
-
-    def finish(self) -> MergePlan:
-        """Return the plan, or raise ``SnrfError`` with every problem."""
-        if self.problems:
-            raise SnrfError.several("the merge cannot run", self.problems)
-        assert self.recipe is not None and self.mask is not None  # noqa: PT018
-        edited = {edit.target_name for edit in self.edits}
-        return MergePlan(
-            recipe=self.recipe,
-            target=self.models["target"],
-            source=self.models["source"],
-            source_base=self.models.get("source_base"),
-            mask=self.mask,
-            mask_path=self.mask_path,
-            moments=self.moments,
-            edits=tuple(self.edits),
-            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
-            warnings=tuple(self.warnings),
-        )
+LOG = logging.getLogger(__name__)
 
 
 def draft_merge(
@@ -113,7 +56,7 @@ def draft_merge(
     for role in ("target", "source", "source_base"):
         reference: ModelReference | None = getattr(recipe, role)
         if reference is not None:
-            draft.references.append(absolute(reference, recipe_folder))
+            draft.references.append(_absolute(reference, recipe_folder))
             with draft.collect():
                 _open(draft, role, draft.references[-1], options, merge_adapter)
     _read_mask(draft, recipe, recipe_folder)
@@ -139,18 +82,70 @@ def draft_merge(
     return draft
 
 
-def plan_merge(
-    config: MergeConfiguration, options: MergeOptions, *, out_path: str | None = None, recipe_folder: str | None = None
+def plan_output(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    out_path: str,
+    kind: Kind,
+    *,
+    recipe_folder: str | None,
+    overwrite: bool,
+    problems: Callable[[PlanDraft], Iterable[SnrfError]],
 ) -> MergePlan:
-    """Return the plan of a merge, or raise ``SnrfError`` with every problem; args as ``draft_merge``."""
-    return draft_merge(config, options, out_path=out_path, recipe_folder=recipe_folder).finish()
+    """Return the plan of a merge that ``built_aside`` can write to ``out_path``, and log its warnings.
+
+    Arguments as ``draft_merge`` and ``built_aside``; ``problems`` makes a plan unfit for this kind of output.
+    ``SnrfError`` has every problem.
+    """
+    draft = draft_merge(config, options, recipe_folder=recipe_folder)
+    target = draft.checkpoints.get("target")
+    of_folder = output_problem(out_path, kind, overwrite=overwrite, inputs=draft.inputs, target=target)
+    draft.problems += [problem for problem in (*problems(draft), of_folder) if problem is not None]
+    plan = draft.finish()
+    for warning in plan.warnings:
+        LOG.warning(warning)
+    return plan
+
+
+def _absolute(reference: ModelReference, recipe_folder: str | None) -> ModelReference:
+    """Return the same model and adapter with absolute folders, found from the working folder or beside the recipe."""
+
+    def located(part: ModelPath) -> ModelPath:
+        places = (os.path.join(folder, part.path) for folder in ("", recipe_folder or ""))
+        found = next((os.path.abspath(place) for place in places if os.path.isdir(place)), part.path)
+        return ModelPath(path=found, revision=part.revision)
+
+    return ModelReference(
+        model=located(reference.model),
+        lora=None if reference.lora is None else located(reference.lora),
+        override_architecture=reference.override_architecture,
+    )
+
+
+def _with_adapter(reference: ModelReference, options: MergeOptions) -> Checkpoint:
+    """Let mergekit merge an adapter into its cache folder, which reads weights, and open the result."""
+    try:
+        merged = reference.merged(
+            cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+    except Exception as error:
+        what = f"mergekit cannot merge the adapter into the source ({first_line(error)})"
+        remedy = f"check the adapter, and empty {options.lora_merge_cache} before the next run"
+        raise SnrfError(reference, what, remedy) from error
+    return open_checkpoint(merged.model.path, trust_remote_code=options.trust_remote_code)
 
 
 def _open(draft: PlanDraft, role: str, reference: ModelReference, options: MergeOptions, merge_adapter: bool) -> None:
     if reference.lora is not None and not os.path.isdir(reference.model.path) and os.path.isdir(str(reference)):
         what = "has a '+' in its name, which in a recipe stands between a model and its adapter"
         raise SnrfError(reference, what, "rename the folder, or name a link to it")
-    checkpoint = draft.checkpoints[role] = opened(reference, options)
+    place, trust = reference.model, options.trust_remote_code
+    checkpoint = open_checkpoint(
+        place.path, place.revision, cache_dir=options.transformers_cache, trust_remote_code=trust
+    )
+    draft.checkpoints[role] = checkpoint
     if reference.lora is not None and role == "target":
         what = "a base_model with a LoRA adapter would lose the processor's files"
         remedy = "merge the adapter into a folder of its own first and name that folder"
@@ -162,8 +157,12 @@ def _open(draft: PlanDraft, role: str, reference: ModelReference, options: Merge
         what = "planned from the model below the adapter, which is applied when the merge runs"
         draft.warnings.append(f"{reference}: {what}")
     elif reference.lora is not None:
-        checkpoint = draft.checkpoints[role] = with_adapter(reference, options)
+        checkpoint = draft.checkpoints[role] = _with_adapter(reference, options)
     draft.models[role] = OpenedModel(reference, checkpoint, find_decoder(checkpoint))
+
+
+def _folders(recipe_folder: str | None) -> tuple[str, ...]:
+    return (recipe_folder,) if recipe_folder else ()
 
 
 def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> None:
@@ -176,7 +175,7 @@ def _read_mask(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -> N
     if not isinstance(written, str):
         return
     with draft.collect(), naming({"sha256": "masks_sha256"}):
-        draft.mask_path = local_path(str(recipe.value("masks")), (recipe_folder,) if recipe_folder else ())
+        draft.mask_path = local_path(str(recipe.value("masks")), _folders(recipe_folder))
         if recipe.value("masks_sha256"):
             check_sha256(draft.mask_path, str(recipe.value("masks_sha256")))
         draft.mask = read_mask(draft.mask_path)
@@ -187,7 +186,7 @@ def _read_moments(draft: PlanDraft, recipe: Recipe, recipe_folder: str | None) -
     if recipe.value("update") != "regmean" or not recipe.value("moments"):
         return
     with draft.collect():
-        draft.moments = open_moments(str(recipe.value("moments")), recipe_folder)
+        draft.moments = read_moments(local_path(str(recipe.value("moments")), _folders(recipe_folder)))
         if target is not None:
             check_moments(draft.moments, target.decoder.shape, target.checkpoint.name)
             draft.warnings += compare_moments(draft.moments, target.checkpoint)

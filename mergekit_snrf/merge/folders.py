@@ -17,14 +17,11 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from mergekit_snrf.errors import SnrfError, os_reason
 from mergekit_snrf.files.reading import load_yaml, parse_yaml, read_text
-
-if TYPE_CHECKING:
-    from mergekit_snrf.merge.draft import PlanDraft
-    from mergekit_snrf.merge.plan import MergePlan
+from mergekit_snrf.models.checkpoint import Checkpoint
 
 try:
     import fcntl
@@ -53,11 +50,7 @@ _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors
 
 
 def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
-    """Return why nothing can be written to a path, whatever it holds, or None.
-
-    Args:
-        aside: the folder is built beside the path, in its parent.
-    """
+    """Return why nothing can be written to a path, whatever it holds, or None; ``aside``: it is built in the parent."""
     if not out_path:
         return SnrfError(None, "the output path is empty", "give a folder")
     # What does not exist yet may lead to a folder that does: ``new/..``.
@@ -78,15 +71,15 @@ def path_problem(out_path: str, *, aside: bool = False) -> SnrfError | None:
     return None
 
 
-def output_problem(plan: MergePlan | PlanDraft, out_path: str, kind: Kind, *, overwrite: bool) -> SnrfError | None:
+def output_problem(
+    out_path: str, kind: Kind, *, overwrite: bool, inputs: Iterable[str], target: Checkpoint | None
+) -> SnrfError | None:
     """Return why ``built_aside`` cannot put a folder at ``out_path``, or None.
 
-    Args:
-        kind: of what is written.
-        overwrite: the folder may hold an earlier output of this kind.
+    With ``overwrite`` it may hold an earlier output of this kind, whose side files are the target's, but none of the
+    ``inputs``, which the merge reads.
     """
-    problem = path_problem(out_path, aside=True)
-    if problem is not None:
+    if problem := path_problem(out_path, aside=True):
         return problem
     out = os.path.realpath(out_path)
     work = _work_folder(Path(out))
@@ -105,11 +98,11 @@ def output_problem(plan: MergePlan | PlanDraft, out_path: str, kind: Kind, *, ov
         if not overwrite:
             remedy = "choose a new folder, or --overwrite an earlier output"
             return SnrfError(out_path, "the output folder is not empty", remedy)
-        needed = next((path for path in inputs(plan) if _holds(out, path)), None)
+        needed = next((path for path in inputs if Path(path).resolve().is_relative_to(out)), None)
         if needed is not None:
             what = f"the output folder holds {needed}, which the recipe reads"
             return SnrfError(out_path, what, "choose another folder")
-        other = _not_of_a_merge(plan, out) if kind == "merge" else _not_of_an_adapter(out)
+        other = _not_of_a_merge(target, out) if kind == "merge" else _not_of_an_adapter(out)
         if other is not None:
             return SnrfError(out_path, f"{other}, so it is not replaced", "choose another folder")
     if os.path.ismount(out) or os.path.samefile(out, os.curdir):
@@ -118,21 +111,7 @@ def output_problem(plan: MergePlan | PlanDraft, out_path: str, kind: Kind, *, ov
     return None
 
 
-def inputs(plan: MergePlan | PlanDraft) -> list[str]:
-    """Return the local folders and files that a merge reads."""
-    parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
-    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
-    masks = [str(plan.mask_path)] if plan.mask_path else []
-    masks += [plan.moments.path] if plan.moments is not None else []
-    return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *masks]
-
-
-def _holds(folder: str, path: str) -> bool:
-    inside = Path(path).resolve()
-    return Path(folder).resolve() in (inside, *inside.parents)
-
-
-def _not_of_a_merge(plan: MergePlan | PlanDraft, folder: str) -> str | None:
+def _not_of_a_merge(target: Checkpoint | None, folder: str) -> str | None:
     """Return how a folder differs from the output of an earlier merge, or None."""
     try:
         recipe = load_yaml(Path(folder, "mergekit_config.yml"))
@@ -140,8 +119,7 @@ def _not_of_a_merge(plan: MergePlan | PlanDraft, folder: str) -> str | None:
         recipe = None
     if not isinstance(recipe, dict) or recipe.get("merge_method") != "snrf":
         return "holds no mergekit_config.yml of an earlier snrf merge"
-    weights = {name for name in os.listdir(folder) if _MERGED_WEIGHTS.fullmatch(name)}
-    target = plan.checkpoints.get("target")
+    weights = set(filter(is_merged_weights, os.listdir(folder)))
     side_files = target.side_files() if target is not None else ()
     return _foreign(folder, {*weights, *side_files, *TOKENIZER_FILES, *_MERGE_FILES})
 
@@ -176,16 +154,10 @@ def copy_files(names: Iterable[str], folder: Path, into: Path) -> None:
 
 @contextmanager
 def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``out_path`` when the block is done.
+    """Give an empty folder that takes the place of ``out_path``, replaced with ``overwrite``, when the block is done.
 
-    If the block fails, the new folder is removed and ``out_path`` stays as it was.
-
-    Args:
-        kind: of what is written, for messages.
-        overwrite: what ``out_path`` holds is replaced; without it, it must stay empty.
-
-    Raises:
-        SnrfError: a file cannot be written, files came into ``out_path``, or another run builds the same folder.
+    If the block fails, the new folder is removed and ``out_path`` stays as it was. ``SnrfError``: a file cannot be
+    written, files came into ``out_path``, or another run builds the same folder.
     """
     # A link to a folder stays a link.
     out = Path(os.path.realpath(out_path))
@@ -218,14 +190,9 @@ def built_aside(out_path: str, kind: Kind, *, overwrite: bool) -> Iterator[Path]
         raise SnrfError(out_path, what, "make room, or choose another folder") from None
 
 
-def in_place_problem(plan: MergePlan | PlanDraft, out_path: str) -> SnrfError | None:
-    """Return which input of a merge mergekit would overwrite while it writes into a folder, or None."""
-    for path in map(Path, inputs(plan)):
-        if path.parent == Path(out_path).resolve() and _MERGED_WEIGHTS.fullmatch(path.name):
-            return SnrfError(
-                path, "is read by the recipe, and would be replaced by the output", "choose another folder"
-            )
-    return None
+def is_merged_weights(name: str) -> bool:
+    """Return whether mergekit gives weights this file name."""
+    return _MERGED_WEIGHTS.fullmatch(name) is not None
 
 
 def left_by_killed_run(folder: Path) -> list[str]:
@@ -236,7 +203,7 @@ def left_by_killed_run(folder: Path) -> list[str]:
         moved = read_text(folder / UNFINISHED / MOVED).splitlines()
     except SnrfError:
         return []
-    return [name for name in moved if _MERGED_WEIGHTS.fullmatch(name) and (folder / name).is_file()]
+    return [name for name in moved if is_merged_weights(name) and (folder / name).is_file()]
 
 
 @contextmanager
@@ -244,9 +211,6 @@ def built_inside(out_path: str) -> Iterator[Path]:
     """Give a folder inside ``out_path`` whose files move up, over those of the same names, when the block is done.
 
     Recipe and card of an earlier merge do not stay beside new weights. If the block fails, ``out_path`` is as before.
-
-    Raises:
-        SnrfError: another run writes into the folder.
     """
     out = Path(out_path)
     existed, work = out.exists(), out / UNFINISHED

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, TextIO
 
 import click
@@ -38,16 +39,26 @@ class GuardedYaml:
     """PyYAML with guarded ``safe_load`` and ``safe_load_all``."""
 
     def __getattr__(self, name: str) -> Any:
-        """Return PyYAML's own function."""
         return getattr(yaml, name)
 
     def safe_load(self, text: str) -> Any:
         """Return what a recipe holds."""
-        return _parsed(text) if _OURS.search(text) else yaml.safe_load(text)
+        found = _parsed(text) if _OURS.search(text) else yaml.safe_load(text)
+        _check_method(found)
+        return found
 
     def safe_load_all(self, text: str) -> Iterable[Any]:
         """Return what the recipes of a file hold."""
         return _parsed(text, several=True) if _OURS.search(text) else yaml.safe_load_all(text)
+
+
+def _check_method(recipe: Any) -> None:
+    """Refuse a misspelled ``snrf``, which mergekit would only call unimplemented."""
+    from mergekit.merge_methods import registry
+
+    method = recipe.get("merge_method") if isinstance(recipe, dict) else None
+    if isinstance(method, str) and method not in registry._METHODS and get_close_matches(method.lower(), ["snrf"]):
+        raise click.ClickException(f"merge_method: {method!r} is unknown; did you mean 'snrf'?")
 
 
 def _parsed(text: str, **how: Any) -> Any:

@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import tqdm
 from jaxtyping import Float
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
-from mergekit_snrf.merge.draft import PlanDraft
+from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import built_aside
-from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.tally import no_update, some_without_update
 from mergekit_snrf.merge.tensors import Tensors, cast
 from mergekit_snrf.models.checkpoint import Checkpoint
@@ -39,18 +37,17 @@ from mergekit_snrf.models.headers import TensorHeader
 LOG = logging.getLogger(__name__)
 
 
-class AdapterSettings(Settings):
-    """How an adapter is written."""
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How an adapter is written: its dtype (float32 is exact), rank and the hub id of its base_model.
 
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Of its matrices; float32 is exact."
-    )
-    rank: int | None = Field(
-        None, ge=1, description="Rank of all modules, padded with zeros; default: the largest that the update has."
-    )
-    base_model: str | None = Field(
-        None, description="Hub id of the base_model, for adapter_config.json; default: as in the recipe."
-    )
+    By default the rank of all modules, padded with zeros, is the largest that the update has, and the base_model is
+    that of the recipe.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    rank: int | None = None
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ def export_adapter(
         recipe: its text, kept in the model card.
         out_path: must not exist, or be empty.
         recipe_folder: where relative paths of the recipe are looked for after the working folder.
-        workers: tensors that are computed at once, each on one thread; None: as many as torch has threads.
+        workers: tensors that are computed at once, each on one thread and with one float32 copy of its tensor.
         overwrite: the folder may also hold an earlier adapter, which is replaced when the new one is complete.
 
     Raises:
@@ -104,7 +101,7 @@ def export_adapter(
     plan = plan_output(
         config, options, out_path, "adapter", recipe_folder=recipe_folder, overwrite=overwrite, problems=_problems
     )
-    settings = settings or AdapterSettings.model_validate({})
+    settings = settings or AdapterSettings()
     plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
     rank = _rank(plan.edits, settings.rank)
     prefix = live_prefix(plan.target.checkpoint)
@@ -165,7 +162,8 @@ def _matrices(
     def matrices(edit: PlannedEdit) -> tuple[Tensor, Tensor]:
         a, b = factors(tensors.update(edit), len(edit.member), edit.site.axis, edit.fusion.beta)
         a, b = (cast(matrix, dtype, edit.target_name) for matrix in (a, b))
-        return _padded(a, (rank, a.shape[1])), _padded(b, (b.shape[0], rank))
+        # Padded with zeros: runtimes size their buffers by one rank for all modules.
+        return F.pad(a, (0, 0, 0, rank - len(a))), F.pad(b, (0, rank - b.shape[1]))
 
     def memory(edit: PlannedEdit) -> Memory:
         return Memory(tensors.memory(edit).working, rank * sum(edit.shape) * dtype.itemsize)
@@ -182,21 +180,11 @@ def _matrices(
         LOG.warning(some_without_update(unmoved, len(plan.edits)))
 
 
-def _padded(matrix: Float[Tensor, "rows columns"], shape: tuple[int, int]) -> Float[Tensor, "more_rows more_columns"]:
-    """Return the matrix with zero rows or columns added: runtimes size their buffers by one rank for all modules."""
-    padded = matrix.new_zeros(shape)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return padded
-
-
 def live_prefix(checkpoint: Checkpoint) -> str:
     """Return the decoder's prefix in the model that transformers builds, ``model.language_model.layers.``.
 
     transformers renames tensors while it loads; an adapter is attached to the modules of the live model. The model is
     built without weights.
-
-    Raises:
-        SnrfError: transformers cannot build it, or its decoder is not found.
     """
     from mergekit.common import get_auto_cls
     from transformers import AutoConfig

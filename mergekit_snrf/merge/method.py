@@ -3,47 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    BatchOptions,
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
-from pydantic import BeforeValidator
+from mergekit.merge_methods.base import BatchOptions, MergeMethod, TensorGroup
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.merge.parameters import PARAMETERS, REQUIRED, Parameter
-
-# Gradients interpolate between whole numbers; a number in between is rounded to the nearest.
-_Whole = Annotated[int, BeforeValidator(lambda value: round(value) if isinstance(value, float) else value)]
-
-
-def _spec(parameter: Parameter) -> ParameterSpec:
-    return ParameterSpec(
-        parameter.name,
-        _Whole if parameter.kind is int and parameter.by_tensor else parameter.kind,
-        ParameterScope.NON_BASE if parameter.by_tensor else ParameterScope.SHARED,
-        # The recipe's own checks know when a mask is required.
-        "" if parameter.default is REQUIRED else parameter.default,
-        parameter.meaning,
-    )
-
-
-SPEC = MergeMethodSpec(
-    name="snrf",
-    pretty_name="Shared Neuron Low-Rank Fusion",
-    reference_url="https://arxiv.org/abs/2602.19058",
-    contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=1, max_non_base=2),
-    parameters=tuple(map(_spec, PARAMETERS)),
-)
+from mergekit_snrf.merge.parameters import SPEC
 
 
 class SnrfMethod(MergeMethod):

@@ -27,10 +27,9 @@ from safetensors import SafetensorError, safe_open
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.fusion.threads import look_ahead
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.draft import PlanDraft
+from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
-from mergekit_snrf.merge.output import plan_output
-from mergekit_snrf.merge.plan import MergePlan
+from mergekit_snrf.merge.plan import MergePlan, PlanDraft
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors
 from mergekit_snrf.models.shards import ByteRange, overwrite_neurons

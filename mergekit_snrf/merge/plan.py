@@ -1,9 +1,11 @@
-"""What a merge will do, from configurations and headers alone: the edits, their cost, and every problem at once."""
+"""What a merge will do, from configurations and headers alone: the edits, their cost, and, of a draft, its problems."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,10 +13,11 @@ from jaxtyping import Bool
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge.inputs import OpenedModel
 from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.models.decoder import Decoder
 from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskfile import Mask
@@ -22,17 +25,20 @@ from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
 
 @dataclass(frozen=True)
+class OpenedModel:
+    """A model of a merge, as the recipe names it with absolute folders, and its headers with an adapter applied."""
+
+    reference: ModelReference
+    checkpoint: Checkpoint
+    decoder: Decoder
+
+
+@dataclass(frozen=True)
 class PlannedEdit:
     """One tensor that a merge changes: a weight, or the bias beside it, and all that a kernel needs for it.
 
-    Attributes:
-        target_name: its name in the target and in the output.
-        source_name: its name in the source.
-        source_base_name: its name in the source's base, where the recipe has one.
-        dtype: that the target stores it in, such as ``BF16``.
-        member: which of its rows (or columns) change.
-        neurons: how many.
-        source_bytes: what is read of the source and of its base.
+    Names are those in each model, ``source_base_name`` None where the recipe has none. ``dtype`` is the target's, such
+    as ``BF16``; ``member`` says which of its ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
     """
 
     site: Site
@@ -63,8 +69,7 @@ class MergePlan:
 
     Attributes:
         edits: in the order of the decoder's layers.
-        mask: the recipe's, or all neurons of the decoder.
-        mask_path: None: the recipe names no mask.
+        mask: the recipe's, or all neurons of the decoder, where ``mask_path`` is None.
         moments: None: the update needs none.
         copied: names of the target's tensors that stay as they are.
         warnings: one sentence each.
@@ -82,7 +87,6 @@ class MergePlan:
     warnings: tuple[str, ...]
 
     def __repr__(self) -> str:
-        """Return the models and the number of edits."""
         return f"<MergePlan of {' and '.join(model.checkpoint.name for model in self.models)}: {len(self.edits)} edits>"
 
     @property
@@ -94,6 +98,11 @@ class MergePlan:
     def references(self) -> list[ModelReference]:
         """The models as the recipe names them, with absolute folders."""
         return [model.reference for model in self.models]
+
+    @property
+    def inputs(self) -> list[str]:
+        """The local folders and files that the merge reads."""
+        return _inputs(self)
 
     @property
     def checkpoints(self) -> dict[str, Checkpoint]:
@@ -155,6 +164,73 @@ class MergePlan:
                 tensors[edit.site.projection] += 1
                 changed[edit.site.projection] += edit.neurons
         return {name: (tensors[name], changed[name], shape.layers * shape.neurons(name)) for name in PROJECTIONS}
+
+
+@dataclass(repr=False)
+class PlanDraft:
+    """What was found of a merge so far, and every problem; the merge can run only if there is none.
+
+    Attributes:
+        warnings: one sentence each.
+        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
+        models: those of them that have a text decoder.
+        references: all models as the recipe names them, with absolute folders.
+        edits: none where there was a problem before.
+    """
+
+    problems: list[SnrfError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, OpenedModel] = field(default_factory=dict)
+    references: list[ModelReference] = field(default_factory=list)
+    mask: Mask | None = None
+    mask_path: Path | None = None
+    moments: Moments | None = None
+    edits: list[PlannedEdit] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
+
+    @property
+    def inputs(self) -> list[str]:
+        """The local folders and files that the merge reads."""
+        return _inputs(self)
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take what the block raises as a problem."""
+        try:
+            yield
+        except SnrfError as error:
+            self.problems.append(error)
+
+    def finish(self) -> MergePlan:
+        """Return the plan, or raise ``SnrfError`` with every problem."""
+        if self.problems:
+            raise SnrfError.several("the merge cannot run", self.problems)
+        assert self.recipe is not None and self.mask is not None  # noqa: PT018
+        edited = {edit.target_name for edit in self.edits}
+        return MergePlan(
+            recipe=self.recipe,
+            target=self.models["target"],
+            source=self.models["source"],
+            source_base=self.models.get("source_base"),
+            mask=self.mask,
+            mask_path=self.mask_path,
+            moments=self.moments,
+            edits=tuple(self.edits),
+            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
+            warnings=tuple(self.warnings),
+        )
+
+
+def _inputs(plan: MergePlan | PlanDraft) -> list[str]:
+    parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
+    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
+    files = [str(plan.mask_path)] if plan.mask_path else []
+    files += [plan.moments.path] if plan.moments is not None else []
+    return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *files]
 
 
 def _span(values: Sequence[float]) -> str:

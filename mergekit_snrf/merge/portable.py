@@ -15,12 +15,9 @@ _PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][\w.+@-]
 
 
 def portable(recipe: str, inputs: Collection[str] = ()) -> str:
-    """Return a recipe's text with local paths cut to their last part.
+    """Return a recipe's text with local paths cut to their last part, or to as many as tell them apart.
 
-    Of paths that end alike as many parts are kept as tell them apart.
-
-    Args:
-        inputs: absolute paths of what the recipe reads, to which its relative paths lead.
+    ``inputs`` are absolute paths of what the recipe reads, to which its relative paths lead.
     """
     scalars = [token for token in yaml.scan(recipe, yaml.SafeLoader) if isinstance(token, yaml.ScalarToken)]
     local = {path: _absolute(path, inputs) for token in scalars for path, _ in _parts(token.value)}

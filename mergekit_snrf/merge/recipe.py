@@ -21,8 +21,7 @@ from pydantic import ValidationError
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, invalid
 from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge.method import SPEC
-from mergekit_snrf.merge.parameters import ALL_NEURONS, OF_FUSION
+from mergekit_snrf.merge.parameters import ALL_NEURONS, OF_FUSION, SPEC
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
 _SPECS = {parameter.name: parameter for parameter in SPEC.parameters}
@@ -61,14 +60,9 @@ class Recipe:
             return spec.default
 
     def fusion(self, tensor_name: str, t: float) -> Fusion:
-        """Resolve what ``Fusion`` holds for one tensor as mergekit would.
+        """Resolve what ``Fusion`` holds for one tensor as mergekit would; ``SnrfError``: a value is not allowed.
 
-        Args:
-            tensor_name: on the target; ``filter`` entries match parts of it.
-            t: position of the layer in the stack, in [0, 1], for gradients.
-
-        Raises:
-            SnrfError: a value is of the wrong type or out of range.
+        ``filter`` entries match parts of its name on the target; ``t`` in [0, 1] is its layer's place, for gradients.
         """
         try:
             shared, by_source = resolve_parameters(
@@ -105,8 +99,7 @@ class Recipe:
     def wider_dtype(self, stored: str) -> str | None:
         """Return ``out_dtype`` where it is wider than what the maths would be rounded to before it is applied.
 
-        Args:
-            stored: dtype of the target's tensor in its file, such as ``BF16``.
+        ``stored`` is the dtype of the target's tensor in its file, such as ``BF16``.
         """
         working = dtype_from_name(self.dtype or FLOAT_DTYPES[stored])
         out: torch.dtype | None = dtype_from_name(self.out_dtype)
@@ -148,8 +141,7 @@ def _strays(content: Mapping[Any, Any], known: Iterable[str], where: str) -> lis
 def read_recipe(config: MergeConfiguration, problems: list[SnrfError]) -> Recipe | None:
     """Return the recipe of a mergekit configuration, None if it does not name one target and one source.
 
-    Args:
-        problems: receives one entry for every rule that is broken.
+    ``problems`` receives one entry for every rule that is broken.
     """
     _check_keys(config, problems)
     models = list(config.models or [])

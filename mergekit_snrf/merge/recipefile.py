@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, TextIO
 
 import yaml
 from mergekit.common import dtype_from_name as dtype_from_name
@@ -17,7 +19,7 @@ from mergekit.options import MergeOptions as MergeOptions
 from pydantic import ValidationError
 
 from mergekit_snrf.errors import SnrfError, first_line, invalid
-from mergekit_snrf.files.reading import load_yaml
+from mergekit_snrf.files.reading import CONFIG_BYTES, parse_yaml, read_text
 from mergekit_snrf.merge.recipe import stray_keys
 
 # What pydantic adds to the place of an error where a value may be of several types.
@@ -29,13 +31,22 @@ _EXPECTED = {
 }
 
 
-def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
-    """Return the content of a recipe file.
+def recipe_text(path: str | os.PathLike[str]) -> str:
+    """Return the text of a recipe file; ``-`` is standard input, which is read once."""
+    return _all_of(sys.stdin) if os.fspath(path) == "-" else read_text(path)
 
-    Raises:
-        SnrfError: the file is missing, not YAML, or not a merge configuration.
-    """
-    return checked_recipe(load_yaml(path), path)
+
+@lru_cache(maxsize=1)
+def _all_of(stream: TextIO) -> str:
+    try:
+        return stream.read(CONFIG_BYTES)
+    except UnicodeDecodeError as error:
+        raise SnrfError("-", f"is not UTF-8 text (byte {error.start})", "pass a recipe as UTF-8") from None
+
+
+def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
+    """Return the content of a recipe file; ``SnrfError``: it is missing, not YAML, or not a merge configuration."""
+    return checked_recipe(parse_yaml(recipe_text(path), path), path)
 
 
 def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfiguration:
@@ -55,10 +66,7 @@ def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfigurat
 def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
     """Return a recipe's text with another number for ``keep``; everything else stays as it is.
 
-    Where the recipe has no ``keep``, it is written behind ``update: regmean``.
-
-    Raises:
-        SnrfError: ``keep`` is a list or has filters, or is written several times.
+    Where the recipe has no ``keep``, it is written behind ``update: regmean``. ``SnrfError``: it is not one number.
     """
     scalars = [
         (key, value)

@@ -15,12 +15,7 @@ LOST_TOO_MUCH = 0.5
 
 
 class Tally:
-    """Counts the edited tensors of one merge; shared by worker threads.
-
-    Args:
-        expected: how many there are; with the last one the sum is logged.
-        allow_noop: accept a merge that changes nothing.
-    """
+    """Counts the edited tensors of one merge, ``expected`` in all; shared by worker threads."""
 
     def __init__(self, expected: int, *, allow_noop: bool = False) -> None:
         self._lock = threading.Lock()
@@ -30,11 +25,7 @@ class Tally:
         self._roundings: list[Rounding] = []
 
     def add(self, name: str, fused: Fused) -> None:
-        """Take note of one tensor; log the sum, or a warning, with the last.
-
-        Raises:
-            SnrfError: it was the last, and no weight of any tensor changes.
-        """
+        """Take note of one tensor; with the last, log the sum. ``SnrfError``: no weight of any tensor changes."""
         LOG.info("%s: %s", name, in_words(fused.certificate, fused.rounding))
         with self._lock:
             self._roundings.append(fused.rounding)

@@ -44,11 +44,7 @@ def cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
 
 
 def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
-    """Check that a tensor can be written in another dtype.
-
-    Raises:
-        SnrfError: a finite weight would become infinite.
-    """
+    """Raise ``SnrfError`` where a finite weight would become infinite in another dtype."""
     if dtype is None or not tensor.is_floating_point() or not tensor.numel():
         return
     if torch.finfo(tensor.dtype).max <= torch.finfo(dtype).max:
@@ -162,11 +158,7 @@ class Tensors:
 
 
 def certify(plan: MergePlan, options: MergeOptions) -> Iterator[tuple[PlannedEdit, Fused]]:
-    """Fuse every edited tensor as the merge would, write nothing, and yield what is known of each, without tensors.
-
-    Raises:
-        SnrfError: a weight is not finite, or a dtype of the recipe cannot hold it.
-    """
+    """Fuse every edited tensor as the merge would, write nothing, and yield the result of each."""
     tensors = Tensors(plan, options)
     out = dtype_from_name(plan.recipe.out_dtype)
 

@@ -43,8 +43,7 @@ class Checkpoint:
     Attributes:
         name: a folder or a hub id, as the user wrote it.
         folder: None while the weights are only on the hub.
-        tensors: by name on disk.
-        config: the content of ``config.json``, parsed.
+        config: the content of ``config.json``.
         files: paths of all files, with ``/``.
         commit: of the revision; None for a folder, and without a connection to the hub.
         missing: files that the model needs beside its weights and that a cache without connection lacks.
@@ -62,7 +61,6 @@ class Checkpoint:
     missing: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        """Return the name and the size."""
         return f"<Checkpoint {self.name}: {self.model_type}, {len(self.tensors)} tensors, {self.bytes} bytes>"
 
     @property
@@ -135,10 +133,7 @@ class Checkpoint:
     def side_files(self) -> tuple[str, ...]:
         """Return the small files that belong to the model: configuration, tokenizer, processor, templates, code.
 
-        A folder inside the checkpoint with weights of its own is another model.
-
-        Raises:
-            SnrfError: there is no connection to the hub, and the cache lacks some of them; or one cannot be read.
+        A folder with weights of its own is another model. ``SnrfError``: the cache lacks some, or one is unreadable.
         """
         if self.missing:
             what = f"the cache lacks {', '.join(self.missing)}, and the hub cannot be reached"
@@ -197,7 +192,7 @@ def open_checkpoint(
     """
     if os.path.isdir(name):
         return _from_folder(name, Path(name), trust_remote_code=trust_remote_code)
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1 or os.path.isdir(os.path.dirname(name)):
         remedy = "give the folder of a checkpoint, or a hub id such as owner/model"
         if "+" in name:
             remedy = "only a recipe takes base+adapter; merge the adapter into its base first"

@@ -44,9 +44,8 @@ _UNNAMED = {"llava", "minicpmv", "minicpmo"}
 class Decoder:
     """The text decoder of a checkpoint.
 
-    Attributes:
-        prefix: what precedes the layer number in tensor names, ``language_model.model.layers.``.
-        family: the text model type, ``qwen2`` for ``qwen2_5_vl_text``.
+    ``prefix`` is what precedes the layer number in tensor names, ``language_model.model.layers.``; ``family`` the text
+    model type, ``qwen2`` for ``qwen2_5_vl_text``.
     """
 
     prefix: str
@@ -61,8 +60,7 @@ class Decoder:
 def find_decoder(checkpoint: Checkpoint) -> Decoder:
     """Return the one complete text stack of a checkpoint, found by its tensor names and its text configuration.
 
-    Raises:
-        SnrfError: there is none or several, it is not supported, or it contradicts the configuration.
+    ``SnrfError``: there is none or several, it is not supported, or it contradicts the configuration.
     """
     name, tensors, text = checkpoint.name, checkpoint.tensors, checkpoint.text_config
     try:
@@ -196,10 +194,9 @@ _COMPARED = (
 
 
 def pairing_problems(target: Checkpoint, source: Checkpoint, *, any_family: bool = False) -> list[SnrfError]:
-    """Return why the neurons of two checkpoints do not pair by index; an empty list if they do.
+    """Return why the neurons of two checkpoints do not pair by index, an empty list if they do.
 
-    Args:
-        any_family: accept decoders of different families with equal shapes.
+    ``any_family`` accepts decoders of different families with equal shapes.
     """
     mine, theirs = find_decoder(target), find_decoder(source)
 

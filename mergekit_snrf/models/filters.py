@@ -10,6 +10,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.fusion.regmean import Filter, regmean_filter
 from mergekit_snrf.fusion.threads import one_thread
+from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.moments import READERS, InputSite, Moments
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import Site
@@ -27,11 +28,7 @@ class Filters:
         self._held: OrderedDict[tuple[InputSite, float], Future[Filter]] = OrderedDict()
 
     def of(self, site: Site, keep: float) -> Filter:
-        """Return the filter of the input that a projection reads; a second thread that asks for it waits.
-
-        Raises:
-            SnrfError: the moments file changed or holds impossible values.
-        """
+        """Return the filter of the input that a projection reads; ``SnrfError``: the moments file changed."""
         key = _input(site), keep
         with self._lock:
             found = self._held.get(key)
@@ -64,14 +61,7 @@ def _input(site: Site) -> InputSite:
 
 
 def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
-    """Check that moments are of a decoder of a shape, and have probes to keep.
-
-    Args:
-        model: its name, for messages.
-
-    Raises:
-        SnrfError: a layer is missing, or an input has another size.
-    """
+    """Raise ``SnrfError`` unless moments are of a decoder of this shape, that of ``model``, and have probes to keep."""
     if moments.layers != shape.layers:
         what = f"has moments of {moments.layers} layers, but {model} has {shape.layers}"
         raise SnrfError(moments.path, what, "use moments of this model")
@@ -84,12 +74,17 @@ def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
         raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")
 
 
-def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
-    """Return the filter of a site; None where its update needs none.
+def compare_moments(moments: Moments, target: Checkpoint) -> list[str]:
+    """Return a warning where moments say that they were taken on another model."""
+    found = moments.provenance.model
+    if found is None or found.config_sha256 in (None, target.config_sha256):
+        return []
+    taken = found.path or "another model"
+    return [f"{moments.path}: taken on {taken}, whose config.json differs from that of {target.name}"]
 
-    Raises:
-        SnrfError: the update is regmean, and there are no moments.
-    """
+
+def filter_at(site: Site, fusion: Fusion, filters: Filters | None) -> Filter | None:
+    """Return the filter of a site, None where its update needs none; ``SnrfError``: regmean without moments."""
     if fusion.update != "regmean":
         return None
     if filters is None:

@@ -37,10 +37,8 @@ _AGAIN = "get the file again"
 class TensorHeader:
     """What a checkpoint's header says of one tensor.
 
-    Attributes:
-        dtype: as safetensors writes it, such as ``BF16``.
-        file: the shard's name inside the checkpoint.
-        begin: its first byte in a local safetensors file.
+    ``dtype`` is as safetensors writes it, such as ``BF16``; ``file`` the shard's name inside the checkpoint; ``begin``
+    the tensor's first byte in a local safetensors file.
     """
 
     dtype: str
@@ -60,7 +58,7 @@ class TensorHeader:
 
 
 def parse_object(content: bytes, path: Path) -> dict[str, Any]:
-    """Return a JSON object; raise ``SnrfError`` if it is something else."""
+    """Return a JSON object, or raise ``SnrfError``."""
     parsed = parse_json(content, path)
     if not isinstance(parsed, dict):
         raise SnrfError(path, "not a JSON object", f"the file is damaged, {_AGAIN}")
@@ -82,11 +80,7 @@ def weight_map(folder: Path) -> dict[str, str] | str | None:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:
-    """Return the headers of all tensors of a folder's weights.
-
-    Raises:
-        SnrfError: there are no weights, or a file is missing or damaged.
-    """
+    """Return the headers of all tensors of a folder's weights; ``SnrfError``: there are none, or a file is damaged."""
     places = weight_map(folder)
     if places is None:
         what = "holds neither model.safetensors nor pytorch_model.bin nor an index of shards"
@@ -122,11 +116,7 @@ def _read_shard(path: Path) -> dict[str, TensorHeader]:
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """Return the header of a safetensors file.
-
-    Raises:
-        SnrfError: the file cannot be read, or its header is damaged or does not fit its size.
-    """
+    """Return the header of a safetensors file; ``SnrfError``: it is damaged, or does not fit the file's size."""
     with open_regular(path, remedy=_AGAIN) as file:
         try:
             # The library checks the header against the size of the file, but does not say where tensors are.

@@ -49,11 +49,7 @@ def cached_snapshot(name: str, revision: str | None, cache_dir: str | None) -> P
 
 
 def download(name: str, revision: str | None, files: Iterable[str], cache_dir: str | None) -> Path:
-    """Download the files that match the patterns and are not in the cache yet; return the folder.
-
-    Raises:
-        SnrfError: the download fails.
-    """
+    """Download the files that match the patterns and are not in the cache yet; return the folder."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -63,11 +59,7 @@ def download(name: str, revision: str | None, files: Iterable[str], cache_dir: s
 
 
 def remote_headers(repository: Repository) -> dict[str, TensorHeader]:
-    """Return the headers of all tensors, without downloading weights.
-
-    Raises:
-        SnrfError: there are no safetensors weights, or they are damaged.
-    """
+    """Return the headers of all tensors without a download; ``SnrfError``: they are not safetensors, or damaged."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 

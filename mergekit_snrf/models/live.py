@@ -19,9 +19,7 @@ _MODULES = (*(projection.module for projection in PROJECTIONS.values()), "self_a
 class LiveDecoder:
     """The text decoder of a loaded model, and its weights (``models.weights.Weights``).
 
-    Attributes:
-        model: the model's name, for messages.
-        path: the name of the module list inside the model, ``model.language_model.layers``.
+    ``model`` is the model's name, for messages; ``path`` the module list's inside it, ``model.language_model.layers``.
     """
 
     model: str
@@ -53,13 +51,7 @@ class LiveDecoder:
 def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, name: str | None = None) -> LiveDecoder:
     """Find the list of text decoder layers in a loaded model; a vision tower is never taken for it.
 
-    Args:
-        model: any module that holds the decoder.
-        shape: what the checkpoint's headers say; the decoder must be exactly that.
-        name: of the model, for messages.
-
-    Raises:
-        SnrfError: there is no such list, there are several, or it is not of ``shape``.
+    ``SnrfError``: there is none, there are several, or it is not of ``shape``, which the checkpoint's headers gave.
     """
     name = name or str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
     stacks = [
@@ -87,11 +79,7 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
 
 
 def weight_of(module: Any, name: str = "weight") -> Tensor:
-    """Return a module's weight or bias, also when accelerate keeps it elsewhere until the module runs.
-
-    Raises:
-        SnrfError: it is quantised.
-    """
+    """Return a module's weight or bias, also when accelerate keeps it elsewhere until the module runs."""
     parameter: Tensor = getattr(module, name)
     if parameter.device.type == "meta":
         from accelerate.utils import align_module_device

@@ -22,12 +22,8 @@ if TYPE_CHECKING:
 def load_model(ref: ModelRef, *, images: bool | None) -> tuple[PreTrainedModel, Any]:
     """Load a model in eval mode, with its processor (images) or its tokenizer (text only).
 
-    Args:
-        images: whether its inputs have images; None: if it has an image processor.
-
-    Raises:
-        SnrfError: the device does not exist, the checkpoint cannot be loaded, lacks weights or has weights that are
-            not finite, or it needs code of its own that is not trusted.
+    ``images`` says whether its inputs have some; None: if it has an image processor. ``SnrfError``: the device does not
+    exist, the checkpoint cannot be loaded, lacks weights or has some that are not finite, or its code is not trusted.
     """
     place = None if ref.device_map is not None else find_device(ref.device)
     options: dict[str, Any] = {"dtype": "auto" if ref.dtype == "auto" else getattr(torch, ref.dtype)}
@@ -48,18 +44,12 @@ def load_model(ref: ModelRef, *, images: bool | None) -> tuple[PreTrainedModel, 
 
 
 def load_processor(ref: ModelRef, *, images: bool | None) -> Any:
-    """Load a model's processor (images) or its tokenizer (text only); a tokenizer without padding gets it.
-
-    Args:
-        images: as ``load_model``.
-
-    Raises:
-        SnrfError: it cannot be loaded, or there is no image processor for images.
-    """
+    """Load a model's processor (images) or its tokenizer (text only); a tokenizer without padding gets it."""
     from transformers import AutoProcessor, AutoTokenizer
 
     if images is None:
-        images = _has_image_processor(ref)
+        files = () if ref.gguf_file is not None else open_checkpoint(ref.model, ref.revision).files
+        images = any(name in files for name in ("processor_config.json", "preprocessor_config.json"))
     if images:
         with _explained(ref, "processor"):
             processor = AutoProcessor.from_pretrained(ref.model, **ref.origin)
@@ -84,11 +74,7 @@ def tokenizer_of(processor: Any) -> Any:
 
 
 def find_device(device: str | None) -> torch.device:
-    """Return the torch device of that name; for None cuda if there is one, else cpu.
-
-    Raises:
-        SnrfError: torch has no such device.
-    """
+    """Return the torch device of that name, or raise ``SnrfError``; for None cuda if there is one, else cpu."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device is None:
         return torch.device("cuda" if count else "cpu")
@@ -103,13 +89,6 @@ def find_device(device: str | None) -> torch.device:
         what = f"{device!r} is not available in torch {torch.__version__}"
         raise SnrfError(None, what, "use cpu or cuda", field="device")
     return found
-
-
-def _has_image_processor(ref: ModelRef) -> bool:
-    if ref.gguf_file is not None:
-        return False
-    files = open_checkpoint(ref.model, ref.revision).files
-    return any(name in files for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def load_config(ref: ModelRef) -> PretrainedConfig:

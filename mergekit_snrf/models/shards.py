@@ -24,11 +24,7 @@ _AGAIN = "get the file again"
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where a floating-point tensor lies in a shard.
-
-    Attributes:
-        offset: bytes from the start of the file.
-    """
+    """Where a floating-point tensor lies in a shard; ``offset`` is from the start of the file."""
 
     path: Path
     dtype: torch.dtype
@@ -47,11 +43,7 @@ def byte_ranges(path: Path) -> dict[str, ByteRange]:
 
 
 def read_tensor(where: ByteRange) -> Float[Tensor, "rows columns"]:
-    """Read one tensor with plain reads; a memory map would fault in every page one by one.
-
-    Raises:
-        SnrfError: the file cannot be read, or ends early.
-    """
+    """Read one tensor with plain reads; a memory map would fault in every page one by one."""
     return _read(where, 0, where.shape[0] if where.shape else 1, where.shape)
 
 

@@ -25,11 +25,7 @@ def bias_name(weight_name: str) -> str:
 
 
 def stored_ranges(checkpoint: Checkpoint, folder: Path, names: Iterable[str]) -> dict[str, ByteRange]:
-    """Return the byte ranges of the floating-point tensors in the shards that hold the named ones.
-
-    Raises:
-        SnrfError: a shard is not stored as safetensors, or its header is damaged.
-    """
+    """Return the byte ranges of the floating-point tensors in the shards, all safetensors, that hold the named ones."""
     shards = sorted({checkpoint.tensors[name].file for name in names})
     for shard in shards:
         if not shard.endswith(".safetensors"):
@@ -52,12 +48,9 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class NamedWeights:
-    """Weights that are read by their names, one by one.
+    """Weights that are ``read`` by their names, one by one; None: there is none of that name.
 
-    Attributes:
-        where: the model, for messages.
-        prefix: what precedes the layer number, ``model.layers.``.
-        read: returns the tensor of a name; None if there is none.
+    ``where`` is the model, for messages; ``prefix`` what precedes the layer number, ``model.layers.``.
     """
 
     where: str
@@ -81,11 +74,7 @@ class NamedWeights:
 
 
 def state_weights(tensors: Mapping[str, Tensor]) -> NamedWeights:
-    """Return the weights of a state dict.
-
-    Raises:
-        SnrfError: it has no decoder with all five projections in every layer, or several.
-    """
+    """Return the weights of a state dict; ``SnrfError``: it has no decoder with all five projections, or several."""
     prefixes = main_stacks(tensors, sorted(complete_stacks(tensors)))
     if len(prefixes) != 1:
         found = f"several text decoders ({', '.join(prefixes)})" if prefixes else "no text decoder"
@@ -97,14 +86,11 @@ def state_weights(tensors: Mapping[str, Tensor]) -> NamedWeights:
 def stored_weights(
     checkpoint: Checkpoint, folder: Path | None = None, dtype: torch.dtype | None = None
 ) -> NamedWeights:
-    """Return the weights of a checkpoint on disk; none is kept.
+    """Return the weights of a checkpoint on disk, stored as safetensors; none is kept.
 
     Args:
         folder: of its shards, where they were downloaded to; None is the checkpoint's own.
         dtype: to round them to, as mergekit does where the recipe sets it; None: as stored.
-
-    Raises:
-        SnrfError: it has no text decoder, its weights are not on this machine, or not stored as safetensors.
     """
     found = folder or checkpoint.folder
     if found is None:
@@ -118,11 +104,7 @@ def stored_weights(
 
 
 def weights_of(model: nn.Module | Mapping[str, Tensor] | Checkpoint | Weights) -> Weights:
-    """Return the decoder weights of a loaded model, a state dict or a checkpoint.
-
-    Raises:
-        SnrfError: it has no text decoder, or several.
-    """
+    """Return the decoder weights of a loaded model, a state dict or a checkpoint."""
     if isinstance(model, nn.Module):
         return find_live_decoder(model)
     if isinstance(model, Checkpoint):

@@ -35,8 +35,7 @@ def kv_row(index: int, shape: DecoderShape) -> int:
 def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices: KvIndices = "repeated") -> NeuronSet:
     """Read the released code's JSON as a set of neurons of a decoder of this shape.
 
-    Args:
-        kv_indices: ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
+    ``kv_indices`` is ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
     """
     members: dict[Site, torch.Tensor] = {}
     content = load_json(path)

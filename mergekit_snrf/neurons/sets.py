@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 
@@ -89,6 +90,14 @@ class NeuronSet(Mapping[Site, Tensor]):
     def of(self, *projections: str) -> NeuronSet:
         """Return the neurons of some projections, or of ``TOWERS``."""
         return NeuronSet({site: member for site, member in self._members.items() if site.projection in projections})
+
+    def sha256(self) -> str:
+        """Return a digest that two sets share if and only if they have the same neurons."""
+        digest = hashlib.sha256()
+        for site, member in sorted(self.nonempty().items(), key=lambda item: item[0].key):
+            indices = ",".join(map(str, member.nonzero().flatten().tolist()))
+            digest.update(f"{site.key}:{indices};".encode())
+        return digest.hexdigest()
 
     def neurons(self) -> Iterator[Neuron]:
         """Iterate over the neurons, by layer, projection and index."""

@@ -17,12 +17,9 @@ MAX_LAYERS = 10_000  # No decoder is this deep; a file with a larger layer numbe
 
 @dataclass(frozen=True)
 class Projection:
-    """A kind of weight matrix whose neurons SNRF edits.
+    """A kind of weight matrix whose neurons SNRF edits: its ``nn.Linear`` in a decoder layer, ``self_attn.k_proj``.
 
-    Attributes:
-        name: as in the paper's figures, ``attn.k``.
-        module: the path of the ``nn.Linear`` inside a decoder layer, ``self_attn.k_proj``.
-        axis: the axis of the weight that counts neurons: 0 for rows, 1 for columns.
+    ``axis`` of the weight counts neurons: 0 for rows, 1 for columns. The name is as in the paper's figures, ``attn.k``.
     """
 
     name: str

@@ -61,11 +61,7 @@ class Ranks:
             dist.reduce(tensor, dst=0, op=getattr(dist.ReduceOp, _OPERATIONS[operation]), group=self.group)
 
     def device(self, name: str | None) -> str | None:
-        """Return the device of this rank: with several CUDA devices, each local rank has its own.
-
-        Raises:
-            SnrfError: all ranks would share one CUDA device.
-        """
+        """Return the device of this rank, an own one with several CUDA devices; ``SnrfError``: all would share one."""
         if self.world == 1:
             return name
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -82,7 +78,7 @@ class Ranks:
 def joined_ranks() -> Iterator[Ranks]:
     """Join the other processes of the run, if torchrun or accelerate launch started several.
 
-    Statistics are small and lie on the CPU, so they travel over gloo, whatever device the models run on.
+    Statistics are small and lie on the CPU, so they travel over gloo.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -97,7 +97,7 @@ class DomainsConfig(RunConfig):
             keys = {**ANSWER_KEYS, **{field: f"domains.{name}.{field}" for field in PromptColumns.model_fields}}
             columns = ProbeColumns(**{field: getattr(one, field) for field in ProbeColumns.model_fields})
             model_keys = {**{field: field for field in MODEL_FIELDS}, "images": keys["images"]}
-            source = self.source_of(one, one.template)
+            source = self.source_of(one, one)
             found.append(Kind(name, self.reference(self), columns, source, self.answer, keys, model_keys))
         return tuple(found)
 

@@ -26,17 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out; nothing here but ``memory_budget`` changes a result.
-
-    Attributes:
-        mask: the file to write; the files of an unfinished run are beside it.
-        folder: that of profile.yml, against which its relative paths are read.
-        resume: continue from the journals of an unfinished run.
-        memory_budget: bytes that set the size of the blocks; None: the default of the device.
-        journal_seconds: how often the journal is written.
-        progress: show progress bars on stderr.
-        ranks: the processes that share the run.
-    """
+    """How a run is carried out, as the arguments of ``run``; nothing here but ``memory_budget`` changes a result."""
 
     mask: Path
     folder: Path | None
@@ -87,9 +77,7 @@ class Groups:
     ) -> Progress:
         """Measure the groups that no journal has; return on rank 0 what all ranks have measured.
 
-        Args:
-            empty: returns sums of no probes.
-            visit: runs a batch through the model and adds it to the sums.
+        ``empty`` returns sums of no probes, ``visit`` runs a batch through the model and adds it to them.
         """
         ranks = self.options.ranks
         before = self._recover(empty)

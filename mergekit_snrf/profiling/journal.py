@@ -31,11 +31,8 @@ _SHARE = 0.05
 class Tally:
     """Counts of the probes that were measured; sums, so that their order does not matter.
 
-    Attributes:
-        tokens: of prompts and answers.
-        answer_tokens: of answers.
-        cut: answers that reached max_new_tokens without an end.
-        digest: sum modulo 2^256 of the sha256 of every probe's number and token ids.
+    ``cut`` answers reached max_new_tokens without an end. ``digest`` is the sum modulo 2^256 of the sha256 of every
+    probe's number and token ids.
     """
 
     tokens: int = 0
@@ -80,11 +77,9 @@ class Progress:
 
 
 class Journals:
-    """The journals of one side of a run.
+    """The journals of one side of a run; a journal of another ``request`` is an error.
 
-    Args:
-        stem: path of the mask without suffix, with the side: ``folder/mask.target``.
-        request: everything that the result depends on; a journal of another request is an error.
+    ``stem`` is the path of the mask without suffix, with the side: ``folder/mask.target``.
     """
 
     def __init__(self, stem: Path, request: Mapping[str, Any]) -> None:
@@ -112,11 +107,7 @@ class Journals:
         container.write(self.path(rank), progress.statistics.state(), content=content, **_FORMAT)
 
     def read(self, empty: Callable[[], Sums]) -> Progress:
-        """Return what all journals hold together, from ``empty`` sums.
-
-        Raises:
-            SnrfError: a journal is damaged, of another run, or overlaps with another one.
-        """
+        """Return what all journals hold together; ``SnrfError``: one is damaged, of another run, or overlaps."""
         whole = Progress(empty())
         parts = sorted(
             ((path, self._read(path, empty())) for path in self.files()), key=lambda part: -len(part[1].done)

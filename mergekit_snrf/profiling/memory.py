@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 def block_bytes(device: torch.device, budget: int | None) -> int:
     """Return the size of a block of changed scores: the device's default, or a power of two that fits a budget.
 
-    It depends on the kind of device and the budget only, because results with other sizes differ in rounding.
+    It depends on these two only, because results with other sizes differ in rounding.
     """
     default = block_size(device, None)
     if budget is None:

@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,6 +112,20 @@ class ImpactsAndMoments(Sums):
         return {**self.statistics.parts(), **{f"gain.{key}": part for key, part in self.gain.parts().items()}}
 
 
+class _Part(NamedTuple):
+    """What the file holds of one set, ``gain`` or ``keep``."""
+
+    which: str
+    facts: dict[str, dict[str, float]]
+    tensors: dict[str, Tensor]
+
+    @staticmethod
+    def of(which: str, sums: MomentSums) -> _Part:
+        """Take the moments of sums, which are given up on the way."""
+        _warn_of_few_tokens(sums, which)
+        return _Part(which, sums.facts(), sums.tensors(which))
+
+
 @dataclass(frozen=True)
 class MomentsRun:
     """The probes to gain and the kinds of probes to keep, ready to go through the target."""
@@ -144,9 +158,13 @@ class MomentsRun:
             if first:
                 self.gain.journals.write(0, done)
             gain = done.statistics, done.tally
+            del done
+        # What the file holds is a tenth of the sums, which are given up before those of the probes to keep begin.
+        parts = [_Part.of("gain", gain[0])] if first else []
+        tallies = [gain[1]]
+        del gain
         watch = Watch.of(self.config, self.keep, model, decoder)
         total: MomentSums | None = None
-        tallies = []
         for groups in self.keep:
             done = groups.measure(model, watch.empty, watch.visit)
             tallies.append(done.tally)
@@ -159,33 +177,33 @@ class MomentsRun:
                 total = done.statistics
             else:
                 total.merge(done.statistics)
+            del done
         if total is not None:
-            self._write(model, gain, total, tallies)
+            parts.append(_Part.of("keep", total))
+            self._write(model, parts, tallies)
 
-    def _write(
-        self, model: PreTrainedModel, gain: tuple[MomentSums, Tally], keep: MomentSums, tallies: list[Tally]
-    ) -> None:
-        sums, folder = {"gain": gain[0], "keep": keep}, self.gain.options.folder
-        facts = {which: one.facts() for which, one in sums.items()}
-        for which, one in sums.items():
-            _warn_of_few_tokens(one, which)
-        kinds: list[dict[str, Any]] = []
-        for groups, tally in zip(self.keep, tallies, strict=True):
-            origin = probes_provenance(groups.kind, folder, groups.probes, tally)
-            kinds.append({"name": groups.kind.name, "seed": self.config.seed, **origin})
+    def _write(self, model: PreTrainedModel, parts: list[_Part], tallies: list[Tally]) -> None:
+        """Write the moments of both sets, with the tallies of the probes to gain and of every kind to keep."""
+        folder = self.gain.options.folder
+        origins = [
+            probes_provenance(groups.kind, folder, groups.probes, tally)
+            for groups, tally in zip((self.gain, *self.keep), tallies, strict=True)
+        ]
         provenance = MomentsProvenance(
             model=model_provenance(self.gain.kind, self.info, model, folder),
-            gain=probes_provenance(self.gain.kind, folder, self.gain.probes, gain[1]),
-            keep=kinds,
-            inputs={key: {which: facts[which][key] for which in facts} for key in facts["gain"]},
+            gain=origins[0],
+            keep=[
+                {"name": groups.kind.name, "seed": self.config.seed, **origin}
+                for groups, origin in zip(self.keep, origins[1:], strict=True)
+            ],
+            inputs={key: {part.which: part.facts[key] for part in parts} for key in parts[0].facts},
             sketch=self.config.sketch,
             seed=self.config.seed,
             dtype=str(model.dtype).removeprefix("torch."),
             versions=versions(),
             fingerprint=self.fingerprint,
         )
-        tensors = {key: tensor for which, one in sums.items() for key, tensor in one.tensors(which).items()}
-        write_moments(self.out, tensors, provenance)
+        write_moments(self.out, {key: tensor for part in parts for key, tensor in part.tensors.items()}, provenance)
 
     def delete_journals(self) -> None:
         """Delete what an unfinished run would need."""
@@ -236,8 +254,8 @@ def moments_path(mask: str | os.PathLike[str]) -> Path:
 def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
     lowest: tuple[float, str] | None = None
     for site, one in sums.sums.items():
-        kept = sums.eigenvectors(len(one.total))
-        needed = FEW_DENSE * len(one.total) if kept is None else FEW_SKETCH * kept
+        kept = sums.eigenvectors(one.size)
+        needed = FEW_DENSE * one.size if kept is None else FEW_SKETCH * kept
         share = one.tokens / needed
         if share < 1 and (lowest is None or share < lowest[0]):
             lowest = share, f"{site} has {one.tokens} tokens to {which}, at least {needed} are advised"

@@ -17,19 +17,6 @@ from mergekit_snrf.profiling.result.profilefile import Profile, ProfileProvenanc
 from mergekit_snrf.profiling.result.statistics import Statistics
 
 
-def profile_model(
-    model: nn.Module, batches: Iterable[ProbeBatch], *, measure: Measure | None = None, progress: bool = False
-) -> Statistics:
-    """Return the statistics of every neuron of a loaded model; arguments and errors as ``profile``."""
-    meter = Meter(model, measure or Measure())
-    statistics = Statistics(meter.neurons)
-    with tqdm(unit="probe", disable=not progress) as bar:
-        for batch in batches:
-            statistics.update(meter.impacts(batch))
-            bar.update(len(batch.numbers))
-    return statistics
-
-
 def profile(
     model: nn.Module,
     batches: Iterable[ProbeBatch | Mapping[str, Any]],
@@ -50,7 +37,12 @@ def profile(
         SnrfError: the model or a batch is not supported, or the model computes NaN or infinite values.
     """
     measure = measure or Measure()
-    statistics = profile_model(model, _as_batches(batches, measure), measure=measure, progress=progress)
+    meter = Meter(model, measure)
+    statistics = Statistics(meter.neurons)
+    with tqdm(unit="probe", disable=not progress) as bar:
+        for batch in _as_batches(batches, measure):
+            statistics.update(meter.impacts(batch))
+            bar.update(len(batch.numbers))
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.") or None
     provenance = ProfileProvenance(measure=measure.provenance(), dtype=dtype, versions=versions())
     return statistics.profile(provenance)

@@ -24,7 +24,7 @@ from mergekit_snrf.neurons.maskfile import ModelProvenance, check_replaceable
 from mergekit_snrf.profiling.journal import Tally, differences
 from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.probes.source import ProbeColumns
+from mergekit_snrf.profiling.probes.source import ProbeColumns, Prompting
 from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
 from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, RunConfig, SideName
 
@@ -37,10 +37,8 @@ logger = logging.getLogger(__name__)
 class ModelInfo:
     """A model's headers and small files, read before its weights.
 
-    Attributes:
-        shape: of its text decoder.
-        config_sha256: of its config.json, None for GGUF.
-        content_sha256: of the names and shapes of its tensors and of its small files, such as the tokenizer.
+    ``config_sha256`` is of its config.json, ``content_sha256`` of the names and shapes of its tensors and of its small
+    files, such as the tokenizer. Both are None for GGUF.
     """
 
     shape: DecoderShape
@@ -63,13 +61,9 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
 def check_output(
     mask: str | os.PathLike[str], *, resume: bool, replaceable: Callable[[Path], None] = check_replaceable
 ) -> None:
-    """Check that a file can be written and no unfinished run would be lost.
+    """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``.
 
-    Args:
-        replaceable: raises ``SnrfError`` where another kind of file lies.
-
-    Raises:
-        SnrfError: it cannot be written, or there are journals and ``resume`` is False.
+    ``replaceable`` raises it where another kind of file lies.
     """
     if not os.fspath(mask):
         raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")
@@ -152,6 +146,7 @@ def request_of(
         },
         "probes": {**_columns(kind, folder), "rows_sha256": _rows_sha256(rows)},
         "template": kind.source.template,
+        **_chat(kind),
         "answer": kind.rule.model_dump(exclude_none=True),
         "limit": kind.source.limit,
         **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype")},
@@ -163,7 +158,7 @@ def request_of(
 def _rows_sha256(rows: Rows) -> str:
     digest = hashlib.sha256()
     for row in rows.rows:
-        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer]
+        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer, *row.turns]
         digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
@@ -181,10 +176,10 @@ def changes(was: ProfileProvenance, request: Mapping[str, Any]) -> list[str]:
         "model": {"path": model.path, "config_sha256": model.config_sha256, "revision": model.revision},
         "probes": {name: probes.get(name) for name in columns},
         "answer": {key: value for key, value in probes.get("answer", {}).items() if key != "cut"},
-        **{key: probes.get(key) for key in ("limit", "template")},
+        **{key: probes.get(key) for key in ("limit", *Prompting.model_fields)},
         **{key: getattr(was, key) for key in ("seed", "dtype", "measure", "versions")},
     }
-    now = {key: request[key] for key in before}
+    now: dict[str, Any] = {key: request.get(key) for key in before}
     for key in ("model", "probes"):
         now[key] = {name: request[key].get(name) for name in before[key]}
     if now["model"]["revision"] is None:  # Then the profile records the commit that was found.
@@ -207,7 +202,7 @@ def model_provenance(kind: Kind, info: ModelInfo, model: Any, folder: Path | Non
 
 def probes_provenance(kind: Kind, folder: Path | None, probes: Probes, tally: Tally) -> dict[str, Any]:
     """Return where the probes of one kind come from, and how many there are."""
-    more = {"limit": kind.source.limit, "template": kind.source.template}
+    more = {"limit": kind.source.limit, "template": kind.source.template, **_chat(kind)}
     answer = kind.rule.model_dump(exclude_none=True)
     return {
         **_columns(kind, folder),
@@ -222,13 +217,22 @@ def probes_provenance(kind: Kind, folder: Path | None, probes: Probes, tally: Ta
     }
 
 
+def _chat(kind: Kind) -> dict[str, Any]:
+    """Return what the chat template is given beside the question, where that is set."""
+    written = {key: getattr(kind.source, key) for key in ("system", "chat_template_kwargs")}
+    return {key: value for key, value in written.items() if value is not None}
+
+
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the numbers depend on."""
     return {package: torch.__version__ if package == "torch" else version(package) for package in _PACKAGES}
 
 
 def _columns(kind: Kind, folder: Path | None) -> dict[str, Any]:
-    return {**kind.columns.model_dump(exclude_none=True), "dataset": _written(kind.columns.dataset, folder)}
+    return {
+        **kind.columns.model_dump(mode="json", exclude_none=True),
+        "dataset": _written(kind.columns.dataset, folder),
+    }
 
 
 def _written(value: str, folder: Path | None) -> str:

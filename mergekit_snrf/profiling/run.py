@@ -35,14 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What a run wrote.
-
-    Attributes:
-        neurons: the shared neurons, as in the mask.
-        profiles: the files of the two profiles.
-        probes: number of probes of each side.
-        seconds: how long each side took, model loading included; 0 for a side that an earlier run has finished.
-    """
+    """What a run wrote; ``seconds`` with model loading, 0 for a side that an earlier run has finished."""
 
     mask: Path
     neurons: NeuronSet
@@ -61,9 +54,7 @@ def run(
     journal_seconds: float = JOURNAL_SECONDS,
     progress: bool = True,
 ) -> Result | None:
-    """Profile both models and write the mask of their shared neurons.
-
-    The profiles are written beside it, ``<mask>.target.profile.safetensors`` and ``<mask>.source.profile.safetensors``.
+    """Profile both models and write the mask of their shared neurons, with the two profiles beside it.
 
     Equal settings, models, probes, packages and thread counts give equal bytes, for any number of processes, and
     however often the run was interrupted and resumed.

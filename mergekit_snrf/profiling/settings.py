@@ -23,6 +23,7 @@ from mergekit_snrf.profiling.probes.source import (
     ProbeColumns,
     ProbeSource,
     PromptColumns,
+    Prompting,
     Seed,
     Template,
     check_prompt,
@@ -41,14 +42,13 @@ MODEL_FIELDS = ("model", "revision", "gguf_file")
 ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
-class SideConfig(Settings):
+class SideConfig(Prompting):
     """One of the two models, the target or the source, with its probes."""
 
     model: Name = Field(description="A folder or a hub id.")
     revision: Name | None = Field(default=None, description="Branch, tag or commit of the hub id.")
     gguf_file: Name | None = Field(default=None, description="The file in the model to load if it is GGUF.")
     probes: ProbeColumns = Field(description="The data set and its columns.")
-    template: Template | None = Field(default=None, description="Replaces the model's chat template.")
 
     @model_validator(mode="after")
     def _prompts_differ(self) -> SideConfig:
@@ -68,12 +68,8 @@ class KeepConfig(PromptColumns):
 class Kind:
     """Probes of one kind, and the model that they go through.
 
-    Attributes:
-        name: ``target``, ``source``, or what the kind of probes to keep is called.
-        columns: as they are written.
-        source: with the column of the answers, template, limit and seed.
-        keys: of profile.yml, for the fields of the probes and answers (``errors.naming``).
-        model_keys: the same for the fields of the model.
+    ``columns`` are as written, ``source`` has the column of the answers, template, limit and seed. ``keys`` and
+    ``model_keys`` are those of profile.yml for the fields of probes and model (``errors.naming``).
     """
 
     name: str
@@ -130,11 +126,12 @@ class RunConfig(Settings):
         """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
         raise NotImplementedError
 
-    def source_of(self, columns: ProbeColumns, template: str | None, limit: int | None = None) -> ProbeSource:
+    def source_of(self, columns: ProbeColumns, prompting: Prompting, limit: int | None = None) -> ProbeSource:
         """Return where probes come from, with what all probes share."""
         found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
         found["answer"] = columns.answer or self.answer.column
-        return ProbeSource(**found, template=template, limit=limit or self.limit, seed=self.seed)
+        found |= {field: getattr(prompting, field) for field in Prompting.model_fields}
+        return ProbeSource(**found, limit=limit or self.limit, seed=self.seed)
 
     def reference(self, written: Any) -> ModelRef:
         """Return the model that ``written`` names, as it is loaded."""
@@ -225,12 +222,12 @@ class ProfileConfig(RunConfig):
         """Return the probes and the model of a side."""
         side = self.side(name)
         keys = {field: f"{name}.probes.{field}" for field in ProbeColumns.model_fields}
-        keys |= {"template": f"{name}.template", **ANSWER_KEYS}
+        keys |= {**{field: f"{name}.{field}" for field in Prompting.model_fields}, **ANSWER_KEYS}
         return Kind(
             name,
             self.model_of(name),
             side.probes,
-            self.source_of(side.probes, side.template),
+            self.source_of(side.probes, side),
             self.answer,
             keys,
             {**{field: f"{name}.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
@@ -247,11 +244,17 @@ class ProfileConfig(RunConfig):
             kind.name or Path(kind.dataset).stem,
             self.model_of("target"),
             ProbeColumns(**{field: getattr(kind, field) for field in ProbeColumns.model_fields}),
-            self.source_of(kind, kind.template, kind.limit),
+            self.source_of(kind, self._prompting(kind), kind.limit),
             rule if tokens is None or rule.by != "model" else AnswerRule(max_new_tokens=tokens),
             keys,
             {**{field: f"target.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
         )
+
+    def _prompting(self, kind: KeepConfig) -> Prompting:
+        """Return how probes to keep are rendered: chat templates get the variables that the target's side sets."""
+        if kind.template is not None or kind.chat_template_kwargs is not None:
+            return kind
+        return kind.model_copy(update={"chat_template_kwargs": self.target.chat_template_kwargs})
 
     def model_of(self, name: SideName) -> ModelRef:
         """Return the model of a side."""
@@ -269,12 +272,9 @@ def keep_keys(index: int) -> dict[str, str]:
 
 
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
-    """Return the checked content of a profile.yml.
+    """Return the checked content of a profile.yml; ``SnrfError`` names the key at fault.
 
     Relative paths of models and data files are looked for in the working folder, then beside the file.
-
-    Raises:
-        SnrfError: the file cannot be read, or a key is unknown, missing or has a value that is not allowed.
     """
     raw = read_settings(path, "target and source")
     return validated(ProfileConfig, raw, path).located(Path(path))

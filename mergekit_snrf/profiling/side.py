@@ -14,7 +14,7 @@ from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.models.loading import find_device, load_model
 from mergekit_snrf.profiling import memory
 from mergekit_snrf.profiling.groups import Groups, RunOptions, probes_of, rows_of
-from mergekit_snrf.profiling.journal import Journals, Progress, Tally
+from mergekit_snrf.profiling.journal import Journals, Tally
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.moments import MomentsRun, load_target, moments_path, prepare_moments
 from mergekit_snrf.profiling.request import (
@@ -60,19 +60,17 @@ class Side:
     moments: MomentsRun | None
 
     def profile(self) -> Profile | None:
-        """Measure the side and write its profile; return it on rank 0, and None on other ranks.
-
-        Raises:
-            SnrfError: the model cannot be loaded or measured, or the memory is too small.
-        """
+        """Measure the side and write its profile; return it on rank 0, and None on other ranks."""
         profile = self.finished
-        if self.groups is not None or self.moments is not None:
+        if self.groups is not None:
             with naming(self.kind.model_keys):
-                model = self._load()
+                images = self.kind.source.images is not None
+                model = load_target(self.moments) if self.moments else load_model(self.kind.model, images=images)[0]
             with self._memory_explained(), naming(self.kind.keys):
-                profile = self._measured(self.groups, model) if self.groups is not None else profile
-                if self.groups is None and self.moments is not None:
-                    self.moments.take(model)
+                profile = self._measured(self.groups, model)
+        elif self.moments is not None:
+            with self._memory_explained(), naming(self.kind.keys):
+                self.moments.take(load_target(self.moments))
         if self.options.ranks.first:
             if self.groups is None:
                 logger.info("%s: finished by an earlier run", self.name)
@@ -82,12 +80,6 @@ class Side:
             if self.moments is not None:
                 self.moments.delete_journals()
         return profile
-
-    def _load(self) -> PreTrainedModel:
-        if self.moments is not None:
-            return load_target(self.moments)
-        assert self.groups is not None
-        return load_model(self.kind.model, images=self.kind.source.images is not None)[0]
 
     def _measured(self, groups: Groups, model: PreTrainedModel) -> Profile | None:
         """Measure the impacts, and the moments if there are any; return the profile on rank 0."""
@@ -105,9 +97,6 @@ class Side:
             empty = lambda: Statistics(meter.neurons)  # noqa: E731
             done = groups.measure(model, empty, lambda sums, batch: sums.update(meter.impacts(batch)))
         logger.info("%s: peak memory of the process %s", self.name, memory.peak(model.device))
-        return self._finish(groups, model, done)
-
-    def _finish(self, groups: Groups, model: PreTrainedModel, done: Progress) -> Profile | None:
         statistics = done.statistics
         if self.moments is not None:
             self.moments.take(model, (statistics.gain, done.tally))
@@ -153,8 +142,7 @@ class Side:
 def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options: RunOptions) -> Side:
     """Return one side with its rows, images and prompts checked; no weights are loaded.
 
-    Raises:
-        SnrfError: the rows cannot be read or rendered, or an earlier run has finished with other settings.
+    ``SnrfError``: they cannot be read or rendered, or an earlier run has finished with other settings.
     """
     kind = config.kind(name)
     rows = rows_of(kind, options.folder)

@@ -53,7 +53,7 @@ def test_files_are_taken_by_the_other_commands(models: Path, tmp_path: Path, mon
     moments = write_random_moments(folder / f"{STEM}.moments.safetensors", sizes)
     plans = {}
     for name in ("snrf.yml", "regmean.yml"):
-        planned = CliRunner().invoke(snrf, ["plan", "--json", str(folder / name)])
+        planned = CliRunner().invoke(snrf, ["plan", str(folder / name), "--json"])
         assert planned.exit_code == 0, planned.output
         plans[name] = json.loads(planned.stdout)
     assert {(edit["rank"], edit["beta"]) for edit in plans["snrf.yml"]["tensors"]["edited"]} == {(4, 0.5)}

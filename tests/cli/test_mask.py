@@ -112,7 +112,7 @@ def test_show_prints_counts_shares_and_provenance(folder: Path) -> None:
 
 
 def test_show_prints_json(folder: Path) -> None:
-    shown = json.loads(done("show", "--json", "a"))
+    shown = json.loads(done("show", "a", "--json"))
     assert shown["sha256"] == digest("a")
     none = {"tensors": 0, "neurons": 0, "of": 0}
     held = {"attn.k": {"tensors": 1, "neurons": 3, "of": 8}, "fwd.up": {"tensors": 1, "neurons": 2, "of": 12}}
@@ -358,7 +358,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 def test_the_command_as_a_user_runs_it(folder: Path) -> None:
-    shown = run("mask", "show", "--json", "a")
+    shown = run("mask", "show", "a", "--json")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert json.loads(shown.stdout)["counts"]["attn.k"]["neurons"] == 3
     failed = run("mask", "show", "missing")

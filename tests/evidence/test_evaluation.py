@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import mergekit_snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.evaluation import Evaluation, Items, evaluate, load_evaluation
 
@@ -35,6 +36,12 @@ number = 3
 wrong = lambda model: {}
 strange = lambda model, processor: {"R": [1]}
 strange.roles = {"R": "lose"}
+
+import mergekit_snrf
+
+@mergekit_snrf.evaluation(roles={"P": "keep"})
+def marked(model, processor, *, n=1):
+    return {"R": [1.0] * n, "P": [0.5] * n}
 """
 BOARD = Path(__file__).parents[2] / "examples" / "board"
 MODEL = torch.nn.Linear(1, 1)
@@ -85,6 +92,14 @@ def test_roles_are_the_callables(script: Path) -> None:
     for reference in (f"{script}:plain", f"{script}:plain?n=1"):
         evaluation = load_evaluation(reference)
         assert (evaluation.role("P"), evaluation.role("R")) == ("keep", "gain")
+
+
+def test_roles_are_set_by_a_decorator(script: Path) -> None:
+    marked = load_evaluation(f"{script}:marked?n=2")
+    assert [marked.role(metric) for metric in "RP"] == ["gain", "keep"]
+    assert evaluate(marked, MODEL, None)["R"].scores == (1.0, 1.0)
+    with pytest.raises(SnrfError, match=r"roles must map metrics to 'gain' or 'keep', got \{'R': 'lose'\}"):
+        mergekit_snrf.evaluation(roles={"R": "lose"})  # type: ignore[dict-item]
 
 
 @pytest.mark.parametrize(

@@ -16,15 +16,15 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from matplotlib.textpath import TextPath
-from matplotlib.transforms import Bbox
+from matplotlib.text import Text
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence import drawing, figures, wording
 from mergekit_snrf.evidence.overlap import overlap_of, overlaps, total
-from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, TokenOdds
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, SiteOverlap, Study, TokenOdds
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 
 PLACES = [(layer, place, name) for layer in range(4) for place, name in enumerate(PROJECTIONS)]
@@ -37,14 +37,14 @@ def made_overlap() -> Overlap:
 
 
 OVERLAP = made_overlap()
-CLOUD = amplification().neurons[0]
+PROMOTED = amplification().neurons[0]
 DRAWN: dict[str, tuple[Callable[[], Figure], str]] = {
     "diagram": (lambda: figures.overlap_diagram(OVERLAP), wording.overlap_text(OVERLAP)),
     "overlap map": (lambda: figures.overlap_map(OVERLAP), wording.overlap_map_text(OVERLAP)),
     "mask map": (lambda: figures.mask_map(MASK), wording.mask_map_text(MASK)),
     "curve": (lambda: figures.overlap_curve(OVERLAP), wording.curve_text(OVERLAP)),
     "study": (lambda: figures.study_intervals(ablation(), "reasoning"), wording.study_text(ablation(), "reasoning")),
-    "cloud": (lambda: figures.word_cloud(CLOUD), wording.word_cloud_text(CLOUD)),
+    "bars": (lambda: figures.token_bars(PROMOTED), wording.token_bars_text(PROMOTED)),
 }
 
 
@@ -73,7 +73,7 @@ def test_svg(name: str) -> None:
     assert drawn == drawing.svg(draw(), "A <title>", text, "p7")
     colored = drawing.svg(draw(), "title", "text", ink="currentColor")
     assert drawing.INK not in colored
-    assert ("currentColor" in colored) == (name != "cloud")
+    assert "currentColor" in colored
 
 
 def test_state_of_matplotlib_is_left_alone() -> None:
@@ -87,7 +87,7 @@ def test_state_of_matplotlib_is_left_alone() -> None:
     assert drawings == [drawing.svg(draw(), name, text) for name, (draw, text) in DRAWN.items()]
 
 
-@pytest.mark.parametrize(("package", "name"), [("matplotlib_venn", "diagram"), ("wordcloud", "cloud")])
+@pytest.mark.parametrize(("package", "name"), [("matplotlib_venn", "diagram"), ("matplotlib.figure", "bars")])
 def test_missing_packages_are_named(package: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SnrfError, match=rf"need the package {package}; .*mergekit-snrf\[analysis\]"):
@@ -110,7 +110,7 @@ def contrast(first: str, second: str) -> float:
 
 @pytest.mark.parametrize("page", ["#ffffff", "#15181c"])
 def test_colors_are_seen_on_light_and_dark(page: str) -> None:
-    assert min(contrast(color, page) for color in (drawing.INK, *drawing.COLORS)) >= 3
+    assert min(contrast(color, page) for color in (drawing.INK, drawing.CHANCE, *drawing.COLORS)) >= 3
 
 
 @pytest.mark.parametrize("name", ["overlap map", "mask map"])
@@ -164,7 +164,12 @@ def test_areas_are_true(counts: tuple[int, int, int]) -> None:
 def test_diagram_says_the_counts() -> None:
     counts = total(OVERLAP.sites)
     shown = texts(drawing.svg(figures.overlap_diagram(OVERLAP), "title", "text"))
-    assert {str(counts.shared), *map(str, counts.only), f"{counts.chance:.1f}", "target", "source"} <= set(shown)
+    expected = round(counts.chance)
+    measured = [str(count) for count in (counts.only[0], counts.shared, counts.only[1])]
+    by_chance = [str(counts.shared + only - expected) for only in counts.only]
+    numbers = [text for text in shown if text.isdigit()]
+    assert numbers == [*measured, by_chance[0], str(expected), by_chance[1]]
+    assert {"target", "source"} <= set(shown)
     text = wording.overlap_text(OVERLAP)
     assert f"{counts.only[0]} neurons of target only, {counts.shared} shared, {counts.only[1]} of source only" in text
     assert f"would share {counts.chance:.1f}" in text
@@ -204,8 +209,38 @@ def test_curve_is_the_points() -> None:
             assert lines["all"].get_ydata()[row] == point.shared / point.union
             expected = point.chance / (2 * point.shared + sum(point.only) - point.chance)
             assert lines["all, by chance"].get_ydata()[row] == pytest.approx(expected)
+    assert lines["all, by chance"].get_color() not in {
+        line.get_color() for name, line in lines.items() if "chance" not in name
+    }
     styles = {(line.get_linestyle(), line.get_marker(), line.get_linewidth()) for line in lines.values()}
     assert len(styles) >= 5
+
+
+def test_axes_of_the_curve_fit_what_is_no_noise() -> None:
+    """Ratios with a projection of fewer than ten neurons are shaded; what the others show is inside the axes."""
+    panel = figures.overlap_curve(OVERLAP).axes[0]
+    points = {point.rule["top_ratio"]: point for point in OVERLAP.curve}
+    noisy = [ratio for ratio, point in points.items() if min(map(sum, point.projections.values())) < 10]
+    (shade,) = panel.patches
+    assert 0 < len(noisy) < len(points)
+    assert shade.get_extents().transformed(panel.transData.inverted()).intervalx == pytest.approx(
+        [min(points), max(noisy)]
+    )
+    shares = [
+        shared / (shared + a + b)
+        for point in points.values()
+        for shared, a, b in (*point.projections.values(), (point.shared, *point.only))
+        if shared + a + b >= 10
+    ]
+    assert max(shares) < panel.get_ylim()[1] < 1.1 * max(shares)
+    assert panel.get_xlim() == (min(points), max(points))
+
+
+def test_intervals_in_per_cent_have_one_axis() -> None:
+    limits = [figures.study_intervals(ablation(), metric).axes[0].get_xlim() for metric in ("reasoning", "perception")]
+    assert limits[0] == limits[1]
+    assert limits[0][0] < 100 * 0.012
+    assert limits[0][1] > 98
 
 
 @pytest.mark.parametrize("metric", ["reasoning", "perception"])
@@ -234,26 +269,71 @@ def test_conditions_without_the_metric_are_left_out() -> None:
     assert "SNRF" not in wording.study_text(study, "reasoning")
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
-def test_word_cloud() -> None:
-    figure = figures.word_cloud(CLOUD)
-    words = {text.get_text(): text for text in figure.axes[0].texts}
-    rising = [token for token in CLOUD.tokens if token.log_odds > 0]
-    assert set(words) == {(token.token.strip() or "\\n") for token in rising}
-    assert words["sum"].get_fontsize() == max(text.get_fontsize() for text in words.values())
-    (left, right), (bottom, top) = figure.axes[0].get_xlim(), figure.axes[0].get_ylim()
-    boxes = []
-    for word, text in words.items():
-        # The ink of the word, in an axis that points down.
-        ink = TextPath((0, 0), word, size=text.get_fontsize(), prop=text.get_fontproperties()).get_extents()
-        x, y = text.get_position()
-        boxes.append(Bbox([[x + ink.x0, y - ink.y1], [x + ink.x1, y - ink.y0]]))
-        assert left <= boxes[-1].x0 < boxes[-1].x1 <= right
-        assert top <= boxes[-1].y0 < boxes[-1].y1 <= bottom
-    assert not any(a.overlaps(b) for place, a in enumerate(boxes) for b in boxes[:place])
-    text = wording.word_cloud_text(CLOUD)
+def test_bars_of_tokens() -> None:
+    panel, right = figures.token_bars(PROMOTED).axes
+    rising = [token for token in PROMOTED.tokens if token.log_odds > 0]
+    assert [bar.get_width() for bar in panel.patches] == [token.log_odds for token in rising]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [repr(token.token) for token in rising]
+    assert [label.get_text() for label in right.get_yticklabels()] == [f"{one.amplified}:{one.plain}" for one in rising]
+    text = wording.token_bars_text(PROMOTED)
     assert "' sum' 3.10 (41:2)" in text
     assert "'\\n' 1.35 (40:21)" in text
+
+
+BIG = 1_234_567
+LONG = "a name of a model that is as long as names of models get, with its revision"
+FULL = {
+    **{name: draw for name, (draw, _) in DRAWN.items()},
+    "equal sets": lambda: figures.overlap_diagram(of_sizes(BIG, 0, 0)),
+    "one neuron": lambda: figures.overlap_diagram(of_sizes(1, BIG, 0)),
+    "apart": lambda: figures.overlap_diagram(of_sizes(0, BIG, 3)),
+    "long tokens": lambda: figures.token_bars(promoted(["token" * 9 + str(place) for place in range(30)])),
+    "long names": lambda: figures.study_intervals(renamed(comparison()), "reasoning"),
+    "many layers": lambda: figures.mask_map(NeuronSet({Site(n, "attn.k"): torch.arange(9999) > 0 for n in range(80)})),
+}
+
+
+def of_sizes(shared: int, first: int, second: int) -> Overlap:
+    site = SiteOverlap(
+        layer=0, projection="attn.q", neurons=9 * BIG, shared=shared, only=(first, second), chance=shared / 2
+    )
+    return OVERLAP.model_copy(update={"sites": [site], "names": (LONG, LONG[::-1])})
+
+
+def promoted(tokens: list[str]) -> AmplifiedNeuron:
+    odds = [TokenOdds(token=token, log_odds=3.0, amplified=BIG, plain=BIG) for token in tokens]
+    return AmplifiedNeuron(neuron="attn.q.L0.N1", totals=(9, 9), tokens=odds)
+
+
+def renamed(study: Study) -> Study:
+    conditions = [one.model_copy(update={"name": f"{LONG} {place}"}) for place, one in enumerate(study.conditions)]
+    return study.model_copy(update={"conditions": conditions})
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("name", FULL)
+def test_no_texts_overlap_and_all_are_inside(name: str) -> None:
+    figure = FULL[name]()
+    figure.canvas.draw()
+    inside = figure.bbox.padded(1)
+    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    hidden = {text for panel in figure.axes for text in hidden_ticks(panel)}
+    shown = [text for text in shown if text not in hidden]
+    boxes = [(text.get_text(), text.get_window_extent()) for text in shown]
+    assert len(boxes) > 3
+    assert [word for word, box in boxes if not (inside.contains(*box.min) and inside.contains(*box.max))] == []
+    pairs = [(a, b) for place, (a, first) in enumerate(boxes) for b, second in boxes[:place] if first.overlaps(second)]
+    assert pairs == []
+
+
+def hidden_ticks(panel: Axes) -> set[Text]:
+    """Labels of ticks beyond the limits of an axis, which matplotlib does not draw."""
+    return {
+        tick.label1
+        for axis, (low, high) in ((panel.xaxis, sorted(panel.get_xlim())), (panel.yaxis, sorted(panel.get_ylim())))
+        for tick in axis.get_major_ticks()
+        if not low <= tick.get_loc() <= high or not panel.axison
+    }
 
 
 def test_nothing_to_draw() -> None:
@@ -265,7 +345,7 @@ def test_nothing_to_draw() -> None:
         (figures.overlap_diagram(nothing), wording.overlap_text(nothing), "no neurons"),
         (figures.overlap_map(nothing), wording.overlap_map_text(nothing), "no neurons"),
         (figures.mask_map(NeuronSet({})), wording.mask_map_text(NeuronSet({})), "no neurons"),
-        (figures.word_cloud(falling), wording.word_cloud_text(falling), "no token is more frequent"),
+        (figures.token_bars(falling), wording.token_bars_text(falling), "no token is more frequent"),
     ):
         assert said in texts(drawing.svg(figure, "title", text))
 
@@ -277,8 +357,8 @@ def test_strange_names_and_tokens_are_drawn_as_they_are() -> None:
     assert {"$\\frac{1}{$ <b>&amp;", "a\\x00\\x1b[0m\\u202eb"} <= set(shown)
     tokens = [TokenOdds(token=text, log_odds=1, amplified=1, plain=0) for text in ("$x^{$", "y" * 5000, "\ud7ff\uffff")]
     neuron = AmplifiedNeuron(neuron="attn.q.L0.N1", totals=(9, 9), tokens=tokens)
-    shown = texts(drawing.svg(figures.word_cloud(neuron), "title", wording.word_cloud_text(neuron)))
-    assert set(shown) == {"$x^{$", "y" * 29 + "…", "\\ud7ff\\uffff"}
+    shown = texts(drawing.svg(figures.token_bars(neuron), "title", wording.token_bars_text(neuron)))
+    assert {"'$x^{$'", f"'{'y' * 29}…'", "'\\ud7ff\\uffff'"} <= set(shown)
 
 
 def test_deep_models_stay_drawable(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files as lmms-eval writes them, read and compared: against its own sums, and against anything a file may hold."""
+"""Samples as lmms-eval writes them, made by hand: every kind of value, and anything a file may hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.lmms_eval import compare_runs
+from mergekit_snrf.evidence.compare_samples import compare_runs
 from mergekit_snrf.evidence.results import Study, read_result, write_result
 
 DATE = "20260102_030405"
@@ -30,13 +30,19 @@ def sample(number: int, **metrics: Any) -> dict[str, Any]:
         "filtered_resps": ["an answer"],
         "doc_hash": f"{number:064x}",
         "input": "a question",
-        "submission": {"score": 9.0},
+        "input_media": [{"type": "image", "score": 1.0}],
+        "token_counts": [{"output_tokens": 3}],
         **metrics,
     }
 
 
 def write(folder: Path, task: str, samples: list[dict[str, Any]], date: str = DATE) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    metrics = {name for one in samples for name in one.keys() - sample(0).keys()}
+    summary = folder / f"{date}_results.json"
+    content = json.loads(summary.read_text()) if summary.exists() else {"results": {}}
+    content["results"][task] = {"alias": task, **{f"{name},none": 0.0 for name in metrics}}
+    summary.write_text(json.dumps(content))
     path = folder / f"{date}_samples_{task}.jsonl"
     path.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in samples))
     return path
@@ -206,9 +212,9 @@ def test_values_that_are_not_understood_are_left_out_with_the_reason(value: Any,
 def test_unpaired_samples_are_counted(tmp_path: Path) -> None:
     lines = [sample(number, m=1.0) for number in range(10)]
     for other, text in (
-        (lines[:7], r"of the 10 samples of t, 3 are in one only, and 0 .*\(doc_id 7\)"),
+        (lines[:7], r"of the 10 samples of t, 3 are in one only, and 0 .*\(id 7\)"),
         ([one | {"doc_hash": "f" * 64} if one["doc_id"] in (2, 5) else one for one in lines], "0 are .*, and 2 have"),
-        ([one | {"target": "other"} for one in lines], "0 are in one only, and 10 have the same doc_id"),
+        ([one | {"target": "other"} for one in lines], "0 are in one only, and 10 have the same id"),
     ):
         with pytest.raises(SnrfError, match=text) as caught:
             compare_runs(pair(tmp_path, lines, other))
@@ -222,8 +228,7 @@ def test_tasks_metrics_and_roles_are_chosen(tmp_path: Path) -> None:
         write(tmp_path / name, "two", [sample(0, m=1.0)])
     write(tmp_path / "b", "three", [sample(0, m=1.0)])
     folders = [tmp_path / "a", tmp_path / "b"]
-    with pytest.raises(SnrfError, match=r"^a and b: task: do not have the same tasks: only one has three; "):
-        compare_runs(folders)
+    assert compare_runs(folders)[1] == ["Left out: three; a: has no samples of three; evaluate all models on it"]
     study, _ = compare_runs(folders, tasks=["one", "two"], metrics=["m"], keep=["two/m"])
     assert study.roles == {"one/m": "gain", "two/m": "keep"}
     assert list(compare_runs(folders, tasks=["one"], metrics=["one/n"])[0].items) == ["one/n"]
@@ -289,7 +294,7 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         (["b"], "needs two folders or more"),
         (["b", "b"], "is given twice"),
         (["b", "none"], "is not a folder"),
-        (["b", "empty"], r"has no file \*_samples_TASK.jsonl; run lmms-eval with --log_samples"),
+        (["b", "empty"], r"has no results of lmms-eval, lm-evaluation-harness, VLMEvalKit; .*need --log_samples"),
         (["b", "a"], "holds samples of t in several folders .x and y.; give one of them"),
     ):
         with pytest.raises(SnrfError, match=text):
@@ -304,17 +309,16 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
         (b"{", "line 2: not JSON"),
         (b"\xff\xfe", "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
-        (b"[]", "line 2: is not a sample of lmms-eval"),
-        (b'{"doc_id": true}', "line 2: is not a sample of lmms-eval"),
+        (b"[]", "line 2: is not a sample, which has a doc_id"),
+        (b'{"doc_id": true}', "line 2: is not a sample, which has a doc_id"),
         (b'{"doc_id": 0}', "line 2: doc_id 0 is also that of line 1"),
-        (b'{"doc_id": 1, "a\\u202eb": 1}', r"line 2: 'a\\u202eb' is not a name of a metric"),
-        (b'{"doc_id": "' + b"x" * 300 + b'"}', "line 2: the doc_id has 302 characters"),
-        (json.dumps({"doc_id": 1, **{f"m{n}": 1 for n in range(101)}}).encode(), "line 2: has 101 metrics"),
+        (b'{"doc_id": 1, "metrics": ["a\\u202eb"], "a\\u202eb": 1}', r"line 2: 'a\\u202eb' is not a name of a metric"),
+        (b'{"doc_id": "' + b"x" * 300 + b'"}', "line 2: the doc_id has 300 characters"),
     ],
 )
 def test_damaged_lines_are_named(line: bytes, text: str, tmp_path: Path) -> None:
     folders = pair(tmp_path, [sample(0, m=1.0)])
-    (path,) = folders[0].iterdir()
+    (path,) = folders[0].glob("*.jsonl")
     path.write_bytes(path.read_bytes() + line + b"\n")
     with pytest.raises(SnrfError, match=text) as error:
         compare_runs(folders)
@@ -328,25 +332,27 @@ def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         write(tmp_path / name, "t", lines)
     folders = [tmp_path / "a", tmp_path / "b"]
     for limit, value, text in (
-        ("_MAX_FILE_BYTES", 10, "bytes, more than the limit of 10"),
-        ("_MAX_LINE_BYTES", 50, "line 1: has more than 50 bytes"),
-        ("_MAX_SAMPLES", 2, "line 3: the file has more than 2 samples"),
-        ("_MAX_FILES", 0, "has more than 0 .jsonl files"),
+        ("harness._MAX_FILE_BYTES", 10, "bytes, more than the limit of 10"),
+        ("harness._MAX_LINE_BYTES", 50, "line 1: has more than 50 bytes"),
+        ("harness.MAX_SAMPLES", 2, "line 3: the file has more than 2 samples"),
+        ("harness.MAX_METRICS", 0, "has 1 metrics, more than the limit of 0"),
+        ("base._MAX_FILES", 0, "has more than 0 files"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(f"mergekit_snrf.evidence.lmms_files.{limit}", value)
+            patch.setattr(f"mergekit_snrf.evidence.readers.{limit}", value)
             with pytest.raises(SnrfError, match=text):
                 compare_runs(folders)
     with monkeypatch.context() as patch:
-        patch.setattr("mergekit_snrf.evidence.lmms_files._MAX_SAMPLES", 3)
+        patch.setattr("mergekit_snrf.evidence.readers.harness.MAX_SAMPLES", 3)
         compare_runs(folders)
 
 
 def test_only_regular_files_are_read(tmp_path: Path) -> None:
     folders = pair(tmp_path, [sample(0, m=1.0)])
-    os.mkfifo(tmp_path / "b" / f"{DATE}_samples_u.jsonl")
-    with pytest.raises(SnrfError, match="is not a regular file"):
-        compare_runs(folders)
+    for folder in folders:
+        os.mkfifo(folder / f"{DATE}_samples_u.jsonl")
+    (note,) = compare_runs(folders)[1]
+    assert note.startswith(f"Left out: u; {folders[0]}/{DATE}_samples_u.jsonl: is not a regular file")
 
 
 KEYS = st.sampled_from(["score", "true_false", "answer", "parsed_pred", "question_type", "category", "question_id"])

@@ -297,10 +297,21 @@ def test_paths_without_folders(given: str, shown: str) -> None:
     assert without_folders(given) == shown
 
 
-def test_study_of_another_mask_is_marked(mask: Mask) -> None:
+def test_study_of_other_neurons_is_marked(mask: Mask, tmp_path: Path) -> None:
+    """Neurons are compared, not files: the same neurons in another file, with another list of sites, are the same."""
+    own = mask.neurons.sha256()
+    empty = NeuronSet({**mask.neurons, Site(9, "attn.q"): torch.zeros(4, dtype=torch.bool)})
+    write_mask(tmp_path / "again.safetensors", empty)
+    again = read_mask(tmp_path / "again.safetensors")
+    assert references.sha256(again.path) != references.sha256(mask.path)
+    study = ablation(references.sha256(mask.path)).model_copy(update={"neurons_sha256": own})
+    assert 'class="warning"' not in report(again, [], [study])
+    fewer = Mask(NeuronSet({Site(0, "attn.q"): mask.neurons[Site(0, "attn.q")]}), path=again.path)
+    warned = Page(report(fewer, [], [study])).said("p")
+    assert any("neurons of another mask" in text and str(study.mask_sha256) in text for text in warned)
+    assert study.verdict[0] in warned
     page = Page(report(mask, [], [ablation("cd" * 32)]))
-    assert any("another mask" in text and "cd" * 32 in text for text in page.said("p"))
-    assert ablation().verdict[0] in page.said("p")
+    assert any("another mask file" in text and "may not be" in text and "cd" * 32 in text for text in page.said("p"))
 
 
 @pytest.mark.parametrize(
@@ -431,6 +442,15 @@ def test_template_is_in_the_wheel() -> None:
 
 needs_chromium = pytest.mark.skipif(PROGRAM is None, reason="needs chromium on the PATH")
 
+# The pairs of texts of one figure whose boxes overlap by more than a pixel.
+OVERLAPPING = """[...document.querySelectorAll('figure svg')].flatMap(svg => {
+  const boxes = [...svg.querySelectorAll('text')].map(text => [text.textContent, text.getBoundingClientRect()]);
+  const width = (p, q) => Math.min(p.right, q.right) - Math.max(p.left, q.left);
+  const height = (p, q) => Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+  const meets = p => ([_, q]) => width(p, q) > 1 && height(p, q) > 1;
+  return boxes.flatMap(([a, p], place) => boxes.slice(0, place).filter(meets(p)).map(([b]) => [a, b]));
+})"""
+
 
 @needs_chromium
 def test_in_a_browser(full: str, tmp_path: Path) -> None:
@@ -438,13 +458,14 @@ def test_in_a_browser(full: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text(full)
     with browser() as page:
-        for width in (1280, 375):
+        for width in (1280, 390):
             backgrounds = []
             for dark in (False, True):
                 page.open(path.as_uri(), width, dark)
                 assert page.value("document.documentElement.scrollWidth") <= width
                 assert page.value("document.querySelectorAll('svg text').length") > 50
                 backgrounds.append(page.value("getComputedStyle(document.body).backgroundColor"))
+                assert page.value(OVERLAPPING) == []
                 ink = "getComputedStyle(document.querySelector('figure svg [id*=\"text_\"] text')).fill"
                 assert page.value(ink) == page.value("getComputedStyle(document.body).color")
             assert backgrounds == ["rgb(255, 255, 255)", "rgb(21, 24, 28)"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -165,7 +166,9 @@ def test_the_verdict_says_what_the_intervals_support() -> None:
         "rival": coin(100, 80, 40),
         "twin": coin(100, 60, 89),
     }
-    gain, random, rival, twin, keep, rival_keep, many, draws = study_of(scores, {}).verdict
+    traded, gain, random, rival, twin, keep, rival_keep, many, draws = study_of(scores, {}).verdict
+    assert traded.startswith("Better than SNRF on some metrics and worse on others: rival (R 20.0 [")
+    assert re.search(r" points higher, P 49\.0 \[[^]]*\] points lower\)\.$", traded)
     assert gain == "SNRF raises R by 30.0 [21.0, 39.0] points."
     assert random.startswith("random (mean of 2 draws, +2.0 to +6.0) changes R by +4.0 [")
     assert "; R is 26.0 [" in random
@@ -222,6 +225,15 @@ def test_a_simpler_rival_is_named_without_a_metric_to_keep() -> None:
     scores = {name: [{"R": one[0]["R"]}] for name, one in zip("ab", (coin(99, 20, 0), coin(99, 40, 0)), strict=True)}
     study = build_study(Setup("comparison", "m", "e"), rows, scores | {"linear": coin(99, 70, 0)}, {"R": "gain"})
     assert study.verdict[0].startswith("A simpler merge does better than b")
+
+
+def test_trade_offs_are_named_where_no_point_at_equal_perception_stands_for_them() -> None:
+    names = {"a": coin(99, 20, 50), "b": coin(99, 40, 50), "linear": coin(99, 70, 20)}
+    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", curve=LINEAR, strength=1.0)]
+    traded = "Better than b on some metrics and worse on others: linear (R 30.3 ["
+    for role, said in (("gain", True), ("keep", False)):
+        study = build_study(Setup("comparison", "m", "e"), rows, names, {"R": "gain", "P": role})  # type: ignore[dict-item]
+        assert study.verdict[0].startswith(traded) == said
 
 
 def test_a_bound_that_is_shown_as_zero_does_not_exclude_it() -> None:

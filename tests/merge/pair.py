@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install
-from mergekit_snrf.merge.draft import PlanDraft, draft_merge
+from mergekit_snrf.merge.draft import draft_merge
+from mergekit_snrf.merge.plan import PlanDraft
 from mergekit_snrf.models import shards
 from mergekit_snrf.models.shards import ByteRange
 from mergekit_snrf.neurons.maskfile import write_mask

@@ -276,7 +276,7 @@ def test_any_module_first(installed: Environment) -> None:
 
 
 def test_light_modules_import_no_mergekit(installed: Environment) -> None:
-    modules = ("parameters", "cards", "folders", "tally")
+    modules = ("guard", "folders", "tally")
     imports = "".join(f"import mergekit_snrf.merge.{name}\n" for name in modules)
     assert installed.python(f"import json, sys\n{imports}print(json.dumps('mergekit' in sys.modules))") is False
 

@@ -23,7 +23,7 @@ from pair import merge
 
 from mergekit_snrf.files import references
 from mergekit_snrf.merge.cards import merge_card
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipefile import load_recipe
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
@@ -186,7 +186,7 @@ def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) ->
 
 def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     config = load_recipe(str(merged / "snrf.yml"))
-    plan = plan_merge(config, MergeOptions(), recipe_folder=str(merged))
+    plan = draft_merge(config, MergeOptions(), recipe_folder=str(merged)).finish()
     target = replace(plan.target, reference=ModelReference.parse("owner/vlm@abc"))
     source = replace(plan.source, reference=ModelReference.parse("owner/llm+owner/adapter"))
     plan = replace(plan, target=target, source=source)

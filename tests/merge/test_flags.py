@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
 from mergekit_snrf.merge.adapter import architecture_of, rewritten
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sites import Site
 
@@ -174,7 +174,7 @@ def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:
 def test_multi_gpu_spreads_the_tensors(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multi_gpu, "get_torch_accelerator_type", lambda name=None: "cuda")
     config, options = MergeConfiguration.model_validate(pair.recipe()), MergeOptions(multi_gpu=True, cuda=True)
-    session = MergeSession(plan_merge(config, options), "")
+    session = MergeSession(draft_merge(config, options).finish(), "")
     LoaderCache.loaders.clear()
     LoaderCache().setup(options=options)
     with session.running():
@@ -225,7 +225,7 @@ def test_two_merges_in_many_threads(pair: Pair, plain: Tensors, tmp_path: Path) 
     other = make_pair_of_masks(pair, tmp_path)
     recipes = {path: pair.recipe(parameters={"masks": str(path)}) for path in (pair.mask, other)}
     sessions = {
-        path: MergeSession(plan_merge(MergeConfiguration.model_validate(recipe), MergeOptions()), "")
+        path: MergeSession(draft_merge(MergeConfiguration.model_validate(recipe), MergeOptions()).finish(), "")
         for path, recipe in recipes.items()
     }
 

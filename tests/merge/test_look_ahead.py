@@ -21,7 +21,7 @@ from outputs import hashes, tree
 from pair import Pair, assert_same, merge, target_name, write_recipe
 
 from mergekit_snrf.fusion import threads
-from mergekit_snrf.merge.draft import plan_merge
+from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.merge.tensors import Tensors
 
@@ -53,7 +53,7 @@ def test_workers_and_memory_do_not_change_the_bytes(
 def test_bytes_in_flight_are_counted(pair: Pair) -> None:
     """What is estimated of a weight covers its tensor, Delta, and the changed neurons."""
     config, options = MergeConfiguration.model_validate(pair.recipe()), MergeOptions()
-    plan = plan_merge(config, options)
+    plan = draft_merge(config, options).finish()
     tensors = Tensors(plan, options)
     for edit in plan.edits:
         size, neurons = torch.Size(edit.shape).numel(), edit.neurons * edit.shape[1 - edit.site.axis]

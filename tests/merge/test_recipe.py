@@ -16,8 +16,8 @@ from pair import MODULES, Pair, merge, one, plan, problem, run, write_recipe
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge.parameters import documentation
+from mergekit_snrf.fusion.fuse import Fusion, settings
+from mergekit_snrf.merge.parameters import SPEC
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 
 
@@ -57,14 +57,13 @@ def test_recipe_without_target_or_source_is_no_recipe() -> None:
     assert recipe_of({}, {}, models=[{"model": "a"}, {"model": "b"}])[0] is None
 
 
-def test_documentation_lists_every_parameter() -> None:
-    rows = {row.name: row for row in documentation()}
-    assert next(iter(rows)) == "masks"
-    assert rows["masks"][1:3] == ("top level", "required")
-    assert rows["beta"][1:4] == ("source or top level", "0.5 (regmean: 1)", "in [0, 1]")
-    assert rows["order"][1:4] == ("top level", "svd-then-mask", "one of svd-then-mask, mask-then-svd")
-    assert rows["rescale"][2] == "true"
-    assert all(row.meaning for row in rows.values())
+def test_every_parameter_is_documented_with_its_range() -> None:
+    assert all(parameter.description for parameter in SPEC.parameters)
+    known = settings()
+    assert known["beta"].range == "in [0, 1]"
+    assert known["order"].range == "one of svd-then-mask, mask-then-svd"
+    assert known["seed"].range == "in [0, 4294967296)"
+    assert (known["rank"].range, known["rescale"].range) == ("at least 0", "")
 
 
 def test_recipe_with_every_kind_of_value_has_no_problem() -> None:

@@ -9,8 +9,7 @@ import pytest
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.profiling.measure.meter import Measure
-from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeSource
-from mergekit_snrf.profiling.probes.template import fill_template, template_fields
+from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeSource, fill_template, template_fields
 from mergekit_snrf.profiling.settings import ProfileConfig, load_profile_config
 
 DESIGN = """\

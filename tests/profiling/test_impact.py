@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mergekit_snrf.profiling.impact import products as impact_products
+from mergekit_snrf.profiling.impact import blocks as impact_blocks
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, full_precision
 from mergekit_snrf.profiling.impact.layer import (
     AttentionScores,
@@ -261,7 +261,7 @@ def test_only_attended_keys_and_counted_rows_are_visited() -> None:
         assert seen.softmaxed <= share * pairs
 
 
-@pytest.mark.skipif(not impact_products._onednn_linear(), reason="this torch has no oneDNN product")
+@pytest.mark.skipif(not impact_blocks._onednn_linear(), reason="this torch has no oneDNN product")
 def test_probes_of_all_lengths_share_few_shapes_of_products() -> None:
     with Operations() as seen:
         for tokens in range(50, 200, 3):

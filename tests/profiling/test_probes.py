@@ -25,7 +25,7 @@ from mergekit_snrf.profiling.groups import probes_of, rows_of
 from mergekit_snrf.profiling.probes import render
 from mergekit_snrf.profiling.probes.answers import Answer
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches, probes_sha256
-from mergekit_snrf.profiling.probes.rows import RowError
+from mergekit_snrf.profiling.probes.source import RowError
 from mergekit_snrf.profiling.settings import SIDES, load_profile_config
 
 pytest.importorskip("datasets")
@@ -250,9 +250,9 @@ class TestPrompts:
             finally:
                 model.config.max_position_embeddings = positions
             assert len(probes) == 19
-            assert [bad.number for bad in probes.bad] == [11]
+            assert list(probes.bad) == [11]
             what = "the token_limit of 64" if limit else "the model's 100 positions"
-            assert f"tokens and an answer of up to 20 exceed {what}" in str(probes.bad[0].error)
+            assert f"tokens and an answer of up to 20 exceed {what}" in probes.bad[11].what
         tokens = [probe.tokens for probe in probes.probes]
         config = options(folders["llama"], path, answer={"max_new_tokens": 20}, token_limit=tokens[0] + 20)
         assert len(config.prepare(tokenizer)) == 19

@@ -17,7 +17,8 @@ from PIL import Image
 from profiling.probing import SIZES, lines, options, private_cache, write_data
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.profiling.probes.images import MAX_BYTES, BadImage, decode, image_folders, read_image
+from mergekit_snrf.profiling.probes.images import MAX_BYTES, decode, image_folders, read_image
+from mergekit_snrf.profiling.probes.source import RowError
 
 datasets = pytest.importorskip("datasets")
 
@@ -88,7 +89,7 @@ class TestRows:
         path = lines(tmp_path / "rows.jsonl", content)
         with caplog.at_level(logging.WARNING):
             rows = options("m", path).rows()
-        assert [(bad.number, str(bad.error)) for bad in rows.bad] == [
+        assert [(number, error.what) for number, error in rows.bad.items()] == [
             (7, "column 'q' is empty"),
             (30, "column 'q' is empty"),
         ]
@@ -111,7 +112,7 @@ class TestRows:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b'{"q": "a"}\n' * 30 + b'{"q": "\xff\xfe"}\n' + b'{"q": "b"}\n')
         rows = options("m", path).rows()
-        assert ([bad.number for bad in rows.bad], len(rows)) == ([30], 31)
+        assert (list(rows.bad), len(rows)) == ([30], 31)
 
     def test_one_reason_for_all_rows_is_said_once(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "rows.jsonl", [{"q": " "}] * 9)
@@ -210,7 +211,7 @@ class TestImages:
         (data / "folder").mkdir(parents=True)
         (tmp_path / "secret.png").write_bytes(b"secret")
         os.mkfifo(data / "pipe")
-        with pytest.raises(BadImage):
+        with pytest.raises(RowError):
             read_image(path, image_folders(data))
         (data / "link.png").symlink_to(tmp_path / "secret.png")
         for link in ("link.png", str(data / "link.png")):
@@ -219,11 +220,11 @@ class TestImages:
     def test_an_image_has_limits_of_bytes_and_pixels(self, tmp_path: Path) -> None:
         with (tmp_path / "sparse.png").open("wb") as file:
             file.truncate(MAX_BYTES + 1)
-        with pytest.raises(BadImage, match="more than the limit"):
+        with pytest.raises(RowError, match="more than the limit"):
             read_image("sparse.png", [tmp_path])
         picture = io.BytesIO()
         Image.new("1", (13_000, 13_000)).save(picture, "PNG")
-        with pytest.raises(BadImage, match=r"13000 x 13000 pixels is larger than 80 megapixels"):
+        with pytest.raises(RowError, match=r"13000 x 13000 pixels is larger than 80 megapixels"):
             decode(picture.getvalue())
 
     @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "DDS", "WEBP", "AVIF", "ICO", "TGA"])
@@ -238,5 +239,5 @@ class TestImages:
             damaged = bytearray(whole[: draw.randint(1, len(whole) + 1)])
             for place in draw.randint(0, len(damaged), 8):
                 damaged[place] = draw.randint(256)
-            with contextlib.suppress(BadImage):
+            with contextlib.suppress(RowError):
                 assert decode(bytes(damaged)).mode == "RGB"

@@ -28,9 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, block_size, row_blocks
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, block_size, product, row_blocks
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, working_dtype
-from mergekit_snrf.profiling.impact.products import product
 
 
 class Rotary(NamedTuple):
@@ -113,9 +112,7 @@ class HeadGroup:
 
     Attributes:
         index: the key head.
-        rows: positions of the counted query rows.
-        weights: w_i of the counted rows.
-        blocks: the counted rows in blocks.
+        rows: positions of the counted query rows, with ``weights`` w_i, in ``blocks``.
         query: n query heads at the counted rows.
         key: the key head at all tokens.
         values: the value head less its mean, transposed. A' and A both sum to 1, so the mean drops out of

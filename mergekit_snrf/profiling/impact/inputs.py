@@ -115,12 +115,8 @@ class AttentionInputs:
 class Readout:
     """How a change of the attention output counts after o_proj (site post_o), ``||R dY|| = ||W_o dY||``.
 
-    Small factors R with ``R^T R = W_o^T W_o``, made once a layer by ``Readout.of``.
-
-    Attributes:
-        heads: R of each query head, for attn.q.
-        groups: R of the query heads of each key head jointly, for attn.k.
-        columns: R of the n output columns that one value row feeds, one of each query head, for attn.v.
+    Small factors R with ``R^T R = W_o^T W_o``: of each query ``head`` for attn.q, of the query heads of each key head
+    jointly for attn.k, and of the n output columns that one value row feeds for attn.v.
     """
 
     heads: Float[Tensor, "heads rank_q value_dim"]
@@ -153,11 +149,7 @@ def position_weights(
     default: Shaped[Tensor, "batch tokens"] | None,
     like: Float[Tensor, "batch tokens width"],
 ) -> Float[Tensor, "batch tokens"]:
-    """Return w_i for every position of ``like`` in its working dtype: ``weights``, else 1 where ``default`` is nonzero.
-
-    Raises:
-        ValueError: the shape is wrong, or a weight is negative or not finite.
-    """
+    """Return w_i >= 0 of every position of ``like`` in its working dtype, by default 1 where ``default`` is nonzero."""
     dtype = working_dtype(like)
     if weights is None:
         if default is None:

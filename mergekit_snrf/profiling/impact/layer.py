@@ -44,10 +44,10 @@ def attention_impact(
     *,
     backend: Backend = "auto",
 ) -> AttentionScores:
-    """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14).
+    """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14), exact up to rounding.
 
-    Exact up to rounding: the score of every attended pair is changed by every neuron and goes through the
-    softmax again, in blocks that stay in the cache. Key positions that no counted row attends to are not visited.
+    The score of every attended pair is changed by every neuron and goes through the softmax again. attn.k and attn.v
+    count real rows: their effect on all query heads that read them.
 
     Args:
         inputs: the captured layer; bfloat16 and float16 are computed in float32.
@@ -56,13 +56,7 @@ def attention_impact(
         readout: measure after o_proj (site post_o); None measures before it (site pre_o).
         block_bytes: size of a block of changed scores. Results agree for all sizes up to rounding.
         backend: ``blocked`` for the kernel of ``heads``, ``sdpa`` for fused attention, ``auto`` for the one that
-            suits the device. They agree up to rounding.
-
-    Returns:
-        Impacts, not squared. attn.k and attn.v count real rows: their effect on all query heads that read them.
-
-    Raises:
-        ValueError: weights, readout or backend do not fit the inputs, or a weight is negative.
+            suits the device.
     """
     sdpa = uses_sdpa(inputs, backend)
     if readout is not None and readout.heads.shape[::2] != (inputs.heads, inputs.value_dim):
@@ -103,10 +97,9 @@ def sums_of(
 def attention_output(
     inputs: AttentionInputs, weights: Float[Tensor, "batch tokens"] | None = None
 ) -> Float[Tensor, "batch tokens heads*value_dim"]:
-    """Return the attention output before o_proj that the inputs imply, zero at positions that do not count.
+    """Return the attention output before o_proj that the inputs imply, zero where the weights are.
 
     Where it differs from what the model gave to o_proj, the inputs do not describe the layer, nor would the impacts.
-    Of the weights, as for ``attention_impact``, only zero or not matters.
     """
     weights = position_weights(weights, inputs.key_mask, inputs.query)
     batch, tokens, _ = inputs.query.shape
@@ -136,7 +129,7 @@ def ffn_impact(
     Args:
         hidden: H = act(gate) * up, the input of down_proj.
         down: ``down_proj.weight``, or the norms of its columns from ``column_norms``, made once a layer.
-        weights: w_i >= 0, how much the squared change at position i counts, 0 on padding; None counts all.
+        weights: as for ``attention_impact``; None counts all.
     """
     if hidden.ndim != 3 or down.ndim not in (1, 2) or down.shape[-1] != hidden.shape[2]:
         wanted = (

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mergekit_snrf.profiling.impact.blocks import product
 from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, energy
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, working_dtype
 from mergekit_snrf.profiling.impact.layer import AttentionScores, GroupSums, sum_over_positions, sums_of
-from mergekit_snrf.profiling.impact.products import product
 
 
 @torch.no_grad()
@@ -18,16 +18,13 @@ def released_attention_scores(
     weights: Float[Tensor, "batch tokens"] | None = None,
     block_bytes: int | None = None,
 ) -> AttentionScores:
-    """Return the attention scores that the paper's released code ranks by. They are not Eq. 14.
+    """Return what the paper's released code ranks attention neurons by, which is not Eq. 14; as ``attention_impact``.
 
     - attn.q: squared change of the attention weights (Eq. 20), summed over positions, when column k of the
       ROTATED queries times column k of the rotated keys is taken from the scores. That differs from a weight row
       of the model, which RoPE spreads over two columns. V has no influence.
-    - attn.k: the same numbers (the released code has one score for both), summed over the query heads that read the
-      key row.
+    - attn.k: the same numbers, summed over the query heads that read the key row.
     - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.
-
-    Arguments and errors as ``attention_impact``.
     """
     sums = sums_of(inputs, weights, block_bytes, _group_sums)
     return AttentionScores(*(one.to(working_dtype(inputs.query)) for one in sums))

@@ -25,18 +25,12 @@ from mergekit_snrf.profiling.impact.inputs import AttentionInputs
 _OUTPUT = "self_attn.o_proj"
 _SEEN = (*(PROJECTIONS[name].module for name in ("attn.q", "attn.k", "attn.v", "fwd.down")), _OUTPUT)
 
-# What stock attention modules call the things that are no tensors; an absent attribute has the default.
-_SCALING, _SOFTCAP, _CAUSAL, _USE_ROPE = "scaling", "attn_logit_softcapping", "is_causal", "use_rope"
-_NORMS, _EPSILONS = ("q_norm", "k_norm"), ("variance_epsilon", "eps")
-
 
 @dataclass(frozen=True)
 class CapturedLayer:
     """What one decoder layer saw.
 
     Attributes:
-        index: the number of the layer.
-        module: the layer.
         attention: inputs of the attention, before norm and RoPE.
         attended: input of o_proj.
         up: output of up_proj, where it was asked for.
@@ -63,15 +57,13 @@ def run_layers(
 ) -> None:
     """Run one forward pass without gradients and visit every layer right after it has run.
 
-    What ``visit`` does not keep is freed before the next layer runs. Hooks are removed however the pass ends.
+    What ``visit`` does not keep is freed before the next layer runs. ``SnrfError``: a layer did not run, ran twice, or
+    is called in an unknown way.
 
     Args:
         forward: runs the model once on a batch, without a cache.
         attention_mask: nonzero where a token of the batch is real.
         up: capture the output of up_proj as well.
-
-    Raises:
-        SnrfError: a layer did not run, ran twice, or is called in an unknown way.
     """
     visited: list[int] = []
 
@@ -140,7 +132,10 @@ def _attention_inputs(
     where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
     query, key, value = (seen[PROJECTIONS[name].module] for name in ("attn.q", "attn.k", "attn.v"))
     cos, sin = _rotary_tables(where, attention, call)
-    norms = [_norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim) for name in _NORMS]
+    norms = [
+        _norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim)
+        for name in ("q_norm", "k_norm")
+    ]
     epsilons = {epsilon for _, epsilon in norms if epsilon is not None}
     if len(epsilons) > 1:
         raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
@@ -153,14 +148,15 @@ def _attention_inputs(
             key=key,
             value=value,
             head_dim=decoder.shape.head_dim,
-            scaling=float(getattr(attention, _SCALING, decoder.shape.head_dim**-0.5)),
+            # Stock attention modules; an absent attribute has the default.
+            scaling=float(getattr(attention, "scaling", decoder.shape.head_dim**-0.5)),
             cos=cos,
             sin=sin,
             query_norm=norms[0][0],
             key_norm=norms[1][0],
             norm_eps=epsilons.pop() if epsilons else 1e-6,
-            softcap=getattr(attention, _SOFTCAP, None),
-            causal=bool(getattr(attention, _CAUSAL, True) if call.get(_CAUSAL) is None else call[_CAUSAL]),
+            softcap=getattr(attention, "attn_logit_softcapping", None),
+            causal=bool(getattr(attention, "is_causal", True) if (given := call.get("is_causal")) is None else given),
             window=None if mask is not None else _window(attention),
             key_mask=None if mask is not None else attention_mask,
             mask=mask,
@@ -179,7 +175,7 @@ def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
 
 
 def _rotary_tables(where: str, attention: nn.Module, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    if not getattr(attention, _USE_ROPE, True):
+    if not getattr(attention, "use_rope", True):
         return None, None
     tables = call.get("position_embeddings")
     if not isinstance(tables, tuple | list) or [isinstance(table, Tensor) for table in tables] != [True, True]:
@@ -210,7 +206,8 @@ def _norm(where: str, norm: Any, head_dim: int) -> tuple[Tensor | None, float | 
     if norm is None or isinstance(norm, nn.Identity):
         return None, None
     weight = weight_of(norm)
-    epsilon = next((float(getattr(norm, name)) for name in _EPSILONS if hasattr(norm, name)), None)
+    names = ("variance_epsilon", "eps")
+    epsilon = next((float(getattr(norm, name)) for name in names if hasattr(norm, name)), None)
     if weight.shape == (head_dim,) and epsilon is not None and epsilon > 0:
         trial = torch.linspace(-1, 2, head_dim, dtype=weight.dtype, device=weight.device)
         result = norm(trial).float()

@@ -26,11 +26,9 @@ ATTENTION, FFN = "self_attn.o_proj", PROJECTIONS["fwd.down"].module
 
 @dataclass(frozen=True)
 class LayerGradient:
-    """Mean over the hidden size of the squared gradient at each position, float32, float64 for a float64 model.
+    """Mean over the hidden size of the squared gradient at each position of the outputs of o_proj and down_proj.
 
-    Attributes:
-        attention: at the output of o_proj.
-        ffn: at the output of down_proj.
+    Float32, float64 for a float64 model.
     """
 
     attention: Float[Tensor, "batch tokens"]
@@ -40,18 +38,11 @@ class LayerGradient:
 def layer_gradients(
     model: nn.Module, decoder: LiveDecoder, forward: Callable[[], object], counted: Bool[Tensor, "batch tokens"]
 ) -> list[LayerGradient]:
-    """Run a model once and return for every layer the squared gradient of its counted final states.
+    """Run a model once; return for every layer the squared gradient of its final states at the ``counted`` positions.
 
     The cotangent is drawn from a fixed seed for each probe, and does not depend on padding or on the other probes.
-    No gradient of a parameter is computed, nothing below the first decoder layer is differentiated, and gradients are
-    let go of as soon as they are squared; the activations of all layers are kept until the backward pass.
-
-    Args:
-        forward: runs the model once on a batch, without a cache.
-        counted: the positions whose final states count.
-
-    Raises:
-        SnrfError: the decoder does not give final states that follow from its layers.
+    Parameters and what is below the first decoder layer get no gradient; the activations of all layers are kept until
+    the backward pass. ``SnrfError``: the decoder's final states do not follow from its layers.
     """
     found: dict[tuple[int, str], Tensor] = {}
     states: list[Tensor] = []

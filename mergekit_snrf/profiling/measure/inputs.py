@@ -31,14 +31,8 @@ def watched_inputs(
 ) -> Iterator[None]:
     """Visit the input of every projection at the counted tokens, once, while a batch runs through the model.
 
-    Later passes of the same batch, as ``weight: gradient`` makes them, are not visited again.
-
-    Args:
-        counted: the tokens of the batch that count; padding never does.
-        visit: takes float32, or float64 of a float64 model.
-
-    Raises:
-        SnrfError: an input was not seen, has another size, or holds NaN or infinite values.
+    Later passes of the same batch, as ``weight: gradient`` makes them, are not visited again. ``visit`` takes float32,
+    or float64 of a float64 model. ``SnrfError``: an input was not seen, or has another size.
     """
     sizes, seen, unpadded = input_sizes(decoder), set[InputSite](), bool(counted.all())
 

@@ -87,11 +87,7 @@ class Meter:
     Args:
         shape: of the decoder, where it is known from the checkpoint.
         name: of the model, for messages.
-        block_bytes: size of a block of changed scores; None is the default of the device.
-        backend: what computes the impacts of attn.q and attn.k, as for ``attention_impact``.
-
-    Raises:
-        SnrfError: the model has no supported text decoder.
+        block_bytes, backend: as for ``attention_impact``.
     """
 
     def __init__(
@@ -120,9 +116,7 @@ class Meter:
     def impacts(self, batch: ProbeBatch) -> dict[Site, Float[Tensor, "probes neurons"]]:
         """Return the impacts of one batch, on the CPU: float64 for a float64 model, else float32.
 
-        Raises:
-            SnrfError: a layer is called in an unknown way, gives NaN or infinite values, or a probe has no token that
-                counts.
+        ``SnrfError``: a layer is called in an unknown way or gives NaN or infinite values, or no token counts.
         """
         counted = batch.attention_mask != 0
         if self.measure.tokens == "answer":

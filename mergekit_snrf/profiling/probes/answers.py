@@ -57,13 +57,10 @@ def end_ids(model: PreTrainedModel, processor: Any) -> tuple[int, ...]:
 def generate_answers(
     model: PreTrainedModel, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int
 ) -> list[Answer]:
-    """Generate the model's own answers to a batch of left-padded prompts.
+    """Generate the model's own answers to a batch of left-padded prompts; ``SnrfError``: it cannot generate.
 
     Greedy: the most probable token at every step, whatever sampling, penalties or beams the checkpoint's generation
     config sets. Tokens that stand for an image are never generated, because no image follows them.
-
-    Raises:
-        SnrfError: the model cannot generate.
     """
     from transformers import GenerationConfig
 
@@ -104,14 +101,10 @@ def _cut(ids: list[int], ends: Sequence[int]) -> Answer:
 def append_answers(
     inputs: Mapping[str, Tensor], answers: Sequence[Answer], pad: int
 ) -> tuple[dict[str, Tensor], Bool[Tensor, "batch tokens"]]:
-    """Append answers to left-padded prompts, and move all padding to the right: no row is wider than the longest whole.
+    """Append answers to left-padded prompts, move all padding to the right, and say where the answers' tokens are.
 
-    Args:
-        inputs: ``input_ids`` and ``attention_mask`` [batch, prompt], other integer inputs of one value a token, and
-            inputs of images, which stay as they are.
-
-    Returns:
-        The inputs with as many tokens as the longest prompt with its answer, and where the answers' tokens are.
+    No row is wider than the longest prompt with its answer. Inputs of images, which do not hold one integer a token,
+    stay as they are.
     """
     ids = inputs["input_ids"]
     width = max(len(answer.ids) for answer in answers)
@@ -154,7 +147,7 @@ def with_positions(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict
     """Add ``position_ids`` [batch, tokens] that start at 0 with the first real token.
 
     Not for models that derive positions of several axes from images (Qwen-VL's M-RoPE): with an image in the batch
-    they count the real tokens by themselves, by ``attention_mask``.
+    they count the real tokens by themselves.
     """
     named = inspect.signature(model.forward).parameters
     own = any(hasattr(module, "get_rope_index") for module in (model, getattr(model, "model", None)))

@@ -15,8 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -33,8 +33,8 @@ from mergekit_snrf.profiling.probes.answers import (
     with_positions,
 )
 from mergekit_snrf.profiling.probes.render import Renderer
-from mergekit_snrf.profiling.probes.rows import BadRow, Row, RowError, Rows, report_bad
-from mergekit_snrf.profiling.probes.source import AnswerRule
+from mergekit_snrf.profiling.probes.rows import Row, Rows, report_bad
+from mergekit_snrf.profiling.probes.source import AnswerRule, RowError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,13 +45,9 @@ _EVEN = 0.85
 
 @dataclass(frozen=True)
 class Probe:
-    """One rendered row.
+    """One rendered row: its prompt, with one placeholder an image, and its tokens, with the images expanded.
 
-    Attributes:
-        row: where it comes from.
-        prompt: up to where the answer begins; every image is one placeholder.
-        tokens: of the prompt, images expanded.
-        answer: of the dataset, or None where the model generates it.
+    ``answer`` is that of the dataset, None where the model generates it.
     """
 
     row: Row
@@ -67,17 +63,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probes:
-    """All probes of one side, by row number, and how they share batches.
+    """All probes of one side, by row number, and every row that cannot be used.
 
-    Attributes:
-        bad: every row that cannot be used, those of ``rows`` included.
-        groups: positions in ``probes``, batch_size at most in a group, of similar length, the longest group first.
-            A group is the unit of work to share, to skip and to resume.
+    ``groups`` are the units of work to share, to skip and to resume: positions in ``probes``, batch_size at most, of
+    similar length, the longest group first.
     """
 
     rows: Rows
     probes: tuple[Probe, ...]
-    bad: tuple[BadRow, ...]
+    bad: Mapping[int, RowError]
     groups: tuple[tuple[int, ...], ...]
     renderer: Renderer = field(repr=False)
 
@@ -134,19 +128,22 @@ def prepare(
     """
     renderer = Renderer(processor, rows.source, model=model)
     reserved = set() if config is None else set(placeholder_ids(config))
-    tokenizer = _Tokenizer(rows, renderer, rule, _Limit.of(token_limit, config), reserved)
+    limit = _limit(token_limit, config)
     probes: list[Probe] = []
-    bad: list[BadRow] = []
+    bad: dict[int, RowError] = {}
     for row in rows.rows:
         try:
-            probes.append(tokenizer.probe(row))
+            probe = _probe(rows, row, renderer, reserved)
+            if rule.by == "none":
+                probe = replace(probe, answer=Answer(()))
+            _check_length(probe, rule, *limit)
+            probes.append(probe)
         except RowError as error:
-            bad.append(BadRow(row.number, error))
-    report_bad(rows.name, bad, len(rows) + len(rows.bad), before=rows.bad)
+            bad[row.number] = error
+    report_bad(rows.source.dataset, bad, len(rows) + len(rows.bad), before=rows.bad)
     order = sorted(range(len(probes)), key=lambda index: (-probes[index].length, index))
     groups = [tuple(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-    everything = tuple(sorted((*rows.bad, *bad), key=lambda entry: entry.number))
-    return Probes(rows, tuple(probes), everything, tuple(groups), renderer)
+    return Probes(rows, tuple(probes), dict(sorted({**rows.bad, **bad}.items())), tuple(groups), renderer)
 
 
 def probe_batches(
@@ -158,11 +155,7 @@ def probe_batches(
     device: str | torch.device,
     groups: Collection[int] | None = None,
 ) -> Iterator[ProbeBatch]:
-    """Iterate over the batches of some groups (None: all), with the model's own greedy answers or the data set's.
-
-    Raises:
-        SnrfError: the model cannot generate.
-    """
+    """Iterate over the batches of some groups (None: all), with the model's own greedy answers or the data set's."""
     tokenizer = tokenizer_of(processor)
     for group, positions in enumerate(probes.groups):
         if groups is not None and group not in groups:
@@ -201,61 +194,44 @@ def probes_sha256(probes: Probes) -> str:
     return digest.hexdigest()
 
 
-class _Limit(NamedTuple):
-    tokens: int | None
-    reason: str
-    field: str | None
-
-    @staticmethod
-    def of(token_limit: int | None, config: PretrainedConfig | None) -> _Limit:
-        text = None if config is None else config.get_text_config(decoder=True)
-        positions = getattr(text, "max_position_embeddings", None)
-        if token_limit is not None and (positions is None or token_limit <= positions):
-            return _Limit(token_limit, f"the token_limit of {token_limit}", "token_limit")
-        return _Limit(positions, f"the model's {positions} positions", None)
+def _limit(token_limit: int | None, config: PretrainedConfig | None) -> tuple[int | None, str, str | None]:
+    """Return how many tokens a probe may have, what says so, and the setting at fault."""
+    text = None if config is None else config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    if token_limit is not None and (positions is None or token_limit <= positions):
+        return token_limit, f"the token_limit of {token_limit}", "token_limit"
+    return positions, f"the model's {positions} positions", None
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
-    """Makes a probe of a row."""
+def _probe(rows: Rows, row: Row, renderer: Renderer, reserved: set[int]) -> Probe:
+    prompt = renderer.render(row)
+    try:
+        encoded = _tokenize(renderer, [prompt], [rows.images(row)])
+    except SnrfError:
+        raise
+    except Exception as error:  # Processors raise all kinds of errors, also where a setting of theirs is missing.
+        reason = f"the processor fails with {type(error).__name__}: {first_line(error)}"
+        raise RowError(renderer.model, reason, "check its processor files") from None
+    ids = encoded["input_ids"][0]
+    if not row.images and reserved.intersection(ids.tolist()):
+        raise RowError(None, "the prompt contains a token that stands for an image, but the row has no image")
+    answer = None
+    if row.answer is not None:
+        tokenizer = tokenizer_of(renderer.processor)
+        answer = tokenizer(row.answer, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        if reserved.intersection(answer):
+            raise RowError(None, "the answer contains a token that stands for an image")
+    return Probe(row, prompt, len(ids), None if answer is None else Answer(tuple(answer)))
 
-    rows: Rows
-    renderer: Renderer
-    rule: AnswerRule
-    limit: _Limit
-    reserved: set[int]
 
-    def probe(self, row: Row) -> Probe:
-        prompt = self.renderer.render(row)
-        try:
-            encoded = _tokenize(self.renderer, [prompt], [self.rows.images(row)])
-        except SnrfError:
-            raise
-        except Exception as error:  # Processors raise all kinds of errors, also where a setting of theirs is missing.
-            reason = f"the processor fails with {type(error).__name__}: {first_line(error)}"
-            raise RowError(reason, "check its processor files", model=self.renderer.model) from None
-        ids = encoded["input_ids"][0]
-        if not row.images and self.reserved.intersection(ids.tolist()):
-            raise RowError("the prompt contains a token that stands for an image, but the row has no image")
-        answer = self._answer(row)
-        longest = self.rule.max_new_tokens if answer is None else len(answer.ids)
-        if self.limit.tokens is not None and len(ids) + longest > self.limit.tokens:
-            lower = answer is None and len(ids) < self.limit.tokens
-            reason = f"{len(ids)} tokens and an answer of {'up to ' if answer is None else ''}{longest}"
-            remedy, field = ("lower it", "max_new_tokens") if lower else ("use shorter prompts", self.limit.field)
-            raise RowError(f"{reason} exceed {self.limit.reason}", remedy, field=field)
-        return Probe(row, prompt, len(ids), answer)
-
-    def _answer(self, row: Row) -> Answer | None:
-        if self.rule.by == "none":
-            return Answer(())
-        if row.answer is None:
-            return None
-        tokenizer = tokenizer_of(self.renderer.processor)
-        ids = tokenizer(row.answer, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        if self.reserved.intersection(ids):
-            raise RowError("the answer contains a token that stands for an image")
-        return Answer(tuple(ids))
+def _check_length(probe: Probe, rule: AnswerRule, limit: int | None, reason: str, field: str | None) -> None:
+    answer, tokens = probe.answer, probe.tokens
+    longest = rule.max_new_tokens if answer is None else len(answer.ids)
+    if limit is not None and tokens + longest > limit:
+        lower = answer is None and tokens < limit
+        what = f"{tokens} tokens and an answer of {'up to ' if answer is None else ''}{longest} exceed {reason}"
+        remedy, field = ("lower it", "max_new_tokens") if lower else ("use shorter prompts", field)
+        raise RowError(None, what, remedy, field=field)
 
 
 def _tokenize(renderer: Renderer, prompts: Sequence[str], images: Sequence[list[Any]]) -> dict[str, Tensor]:

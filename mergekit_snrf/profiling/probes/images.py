@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.reading import read_bytes
+from mergekit_snrf.profiling.probes.source import RowError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,10 +21,6 @@ MAX_BYTES = 100_000_000
 
 MAX_PIXELS = 80_000_000
 """An image of more pixels is an error: it would take gigabytes to decode and millions of tokens to read."""
-
-
-class BadImage(Exception):
-    """Why an image cannot be used."""
 
 
 def image_folders(data: Path | None) -> tuple[Path, ...]:
@@ -43,32 +40,26 @@ def read_image(entry: Any, folders: Sequence[Path]) -> bytes:
     """Return the bytes of an image file from what a data set holds: bytes, a path, or both in a mapping.
 
     Image files must lie in one of the folders; relative paths begin in the first one.
-
-    Raises:
-        BadImage: there is no image, or its file is missing, lies elsewhere, is not a regular file or is too large.
     """
     if isinstance(entry, Mapping):
         entry = entry.get("bytes") if entry.get("bytes") is not None else entry.get("path")
     if isinstance(entry, (bytes, bytearray, memoryview)):
         return bytes(entry)
     if not isinstance(entry, str) or not entry:
-        raise BadImage("an image " + (f"is {type(entry).__name__}, not a path or bytes" if entry else "is missing"))
+        found = f"is {type(entry).__name__}, not a path or bytes" if entry else "is missing"
+        raise RowError(None, f"an image {found}")
     # Not resolved: whoever puts a link into the folder of the data wants it to be followed.
     path = Path(os.path.normpath(folders[0] / entry))
     if not any(path.is_relative_to(os.path.normpath(folder.absolute())) for folder in folders):
-        raise BadImage(f"image {entry!r} lies outside the folder of the data set")
+        raise RowError(None, f"image {entry!r} lies outside the folder of the data set")
     try:
         return read_bytes(path, MAX_BYTES)
     except SnrfError as error:
-        raise BadImage(f"image {entry!r} {error.what}") from None
+        raise RowError(None, f"image {entry!r} {error.what}") from None
 
 
 def decode(content: bytes) -> Image:
-    """Return the pixels of an image file: upright by its EXIF orientation, RGB.
-
-    Raises:
-        BadImage: it is damaged, of an unknown format, or has too many pixels.
-    """
+    """Return the pixels of an image file: upright by its EXIF orientation, RGB."""
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -80,9 +71,9 @@ def decode(content: bytes) -> Image:
             with Image.open(io.BytesIO(content)) as opened:
                 if opened.width * opened.height > MAX_PIXELS:
                     size = f"{opened.width} x {opened.height} pixels"
-                    raise BadImage(f"an image of {size} is larger than {MAX_PIXELS // 10**6} megapixels")
+                    raise RowError(None, f"an image of {size} is larger than {MAX_PIXELS // 10**6} megapixels")
                 return ImageOps.exif_transpose(opened).convert("RGB")
-    except BadImage:
+    except RowError:
         raise
     except Exception as error:  # Plugins raise all kinds of errors on damaged files.
-        raise BadImage(f"an image of {len(content)} bytes cannot be decoded ({first_line(error)})") from None
+        raise RowError(None, f"an image of {len(content)} bytes cannot be decoded ({first_line(error)})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,9 +12,8 @@ from typing import Any
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.models.loading import tokenizer_of
-from mergekit_snrf.profiling.probes.rows import Row, RowError
-from mergekit_snrf.profiling.probes.source import ProbeSource
-from mergekit_snrf.profiling.probes.template import IMAGE, fill_template
+from mergekit_snrf.profiling.probes.rows import Row
+from mergekit_snrf.profiling.probes.source import IMAGE, ProbeSource, RowError, fill_template
 
 MAX_SECONDS = 2.0
 """CPU time that a chat template may take for one prompt."""
@@ -23,6 +23,7 @@ MAX_PROMPT = 10_000_000
 """Characters that one prompt may have."""
 
 _SENTINEL = "QUESTION"
+_MARK = re.compile(r"<image(?: (\d{1,3}))?>")
 _OWN_TEMPLATE = "write a template, such as '{question}'"
 
 
@@ -31,7 +32,6 @@ class Renderer:
 
     Attributes:
         processor: the model's processor, or its tokenizer.
-        model: name of the model, for messages.
         marker: the text that marks one image in a prompt, before the processor expands it; None without images.
         adds_special_tokens: whether the tokenizer adds its own to a prompt, such as the begin of the text. As in
             transformers: a tokenizer's chat template has written them all, a processor's may leave the begin of
@@ -39,12 +39,7 @@ class Renderer:
     """
 
     def __init__(self, processor: Any, source: ProbeSource, *, model: str | None = None) -> None:
-        """Find the chat template and what marks an image, and render a sample.
-
-        Raises:
-            SnrfError: there is neither a chat template nor a template, the chat template fails, or nothing marks an
-                image.
-        """
+        """Find the chat template and what marks an image, and render a sample; ``SnrfError``: one of them fails."""
         self.processor, self.source = processor, source
         self.model = model or str(getattr(tokenizer_of(processor), "name_or_path", "") or "the model")
         self._chat_template = _chat_template(processor)
@@ -54,65 +49,74 @@ class Renderer:
         if self.marker is None and source.images is not None:
             what = "neither its processor nor its chat template defines what marks an image"
             raise SnrfError(self.model, what, "use a vision-language model with its processor files", field="images")
-        try:
-            sample = source.template or self._chat(Row(0, {}, _SENTINEL))
-        except RowError as error:
-            raise SnrfError(error.model, str(error), error.remedy, field=error.field) from None
-        self.adds_special_tokens = self._leaves_special_tokens(sample)
+        sample = source.template or self._chat(Row(0, {}, _SENTINEL))
+        tokenizer = tokenizer_of(processor)
+        begin = getattr(tokenizer, "bos_token", None)
+        chat_of_tokenizer = source.template is None and tokenizer is processor
+        self.adds_special_tokens = not chat_of_tokenizer and not (begin and sample.startswith(begin))
 
     def render(self, row: Row) -> str:
-        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``.
-
-        Raises:
-            RowError: placeholders and images differ in number, or the chat template drops the question.
-            SnrfError: the chat template takes too much time or memory.
-        """
+        """Return the prompt of a row, up to where the answer begins; every image is one ``marker``."""
+        if self.source.template is not None and len(row.turns) > 1:
+            what = f"the conversation has {len(row.turns)} messages, and a template writes only one"
+            raise RowError(None, what, "remove template, so that the chat template writes them", field="template")
         prompt = self._fill(row) if self.source.template is not None else self._chat(row)
         token = self._image_token() or self.marker
         if self.marker is not None and token and prompt.count(token) != len(row.images):
-            raise RowError(f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)")
+            what = f"the prompt has {prompt.count(token)} times {token!r} for {len(row.images)} image(s)"
+            raise RowError(None, what)
         return prompt
-
-    def _leaves_special_tokens(self, sample: str) -> bool:
-        tokenizer = tokenizer_of(self.processor)
-        if self.source.template is None and tokenizer is self.processor:
-            return False
-        begin = getattr(tokenizer, "bos_token", None)
-        return not (begin and sample.startswith(begin))
 
     def _fill(self, row: Row) -> str:
         prompt = fill_template(self.source.template or "", row.fields)
         if prompt.count(IMAGE) != len(row.images):
             what = f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row"
-            raise RowError(what, "write one for each image", field="template")
+            raise RowError(None, what, "write one for each image", field="template")
         return prompt.replace(IMAGE, self.marker) if self.marker is not None else prompt
 
     def _chat(self, row: Row) -> str:
-        segments = _segments(row)
-        texts = [segment for segment in segments if segment is not None]
-        parts = [{"type": "image"} if text is None else {"type": "text", "text": text} for text in segments]
+        messages = _messages(row)
+        if self.source.system is not None:
+            messages.insert(0, ("system", [self.source.system]))
+        texts = [text for _, content in messages for text in content if text is not None]
         # Templates of text models take a string, those of vision-language models a list of parts; many take both.
-        forms: list[Any] = [parts]
+        forms: list[list[dict[str, Any]]] = [
+            [{"role": role, "content": [_part(text) for text in content]} for role, content in messages]
+        ]
+        if any(role == "system" for role, _ in messages):
+            of_parts = forms[0]
+            forms.append(
+                [
+                    {**of_part, "content": content[0]} if role == "system" else of_part
+                    for of_part, (role, content) in zip(of_parts, messages, strict=True)
+                ]
+            )
         if not row.images:
-            forms.append(row.question)
+            forms.append([{"role": role, "content": "".join(map(str, content))} for role, content in messages])
         if tokenizer_of(self.processor) is self.processor:
             forms.reverse()
-        for content in forms:
-            prompt = self._apply(content)
-            if all(text.strip() in prompt for text in texts) and repr(parts[0]) not in prompt:
+        failed: RowError | None = None
+        for form in forms:
+            try:
+                prompt = self._apply(form)
+            except RowError as error:
+                failed = failed or error
+                continue
+            if all(text.strip() in prompt for text in texts) and _SHOWN_PART not in prompt:
                 return prompt
         what = "the question or its images" if row.images else "the question"
-        raise self._template_error(f"the chat template leaves out {what}")
+        raise failed or self._template_error(f"the chat template leaves out {what}")
 
-    def _apply(self, content: Any) -> str:
-        """Return one user message as the chat template writes it, up to where the answer begins."""
+    def _apply(self, messages: list[dict[str, Any]]) -> str:
+        """Return messages as the chat template writes them, up to where the answer begins."""
         try:
             with _limited():
                 prompt = self.processor.apply_chat_template(
-                    [{"role": "user", "content": content}],
+                    messages,
                     chat_template=self._chat_template,
                     add_generation_prompt=True,
                     tokenize=False,
+                    **(self.source.chat_template_kwargs or {}),
                 )
         except (_TooLongError, MemoryError) as error:
             limit = (
@@ -128,15 +132,15 @@ class Renderer:
         return prompt
 
     def _template_error(self, reason: str) -> RowError:
-        return RowError(reason, _OWN_TEMPLATE, field="template", model=self.model)
+        return RowError(self.model, reason, _OWN_TEMPLATE, field="template")
 
     def _image_marker(self) -> str | None:
         """Return what a chat template writes for an image, such as the token with the marks around it."""
         if self._chat_template is not None and tokenizer_of(self.processor) is not self.processor:
             text = {"type": "text", "text": _SENTINEL}
             try:
-                without = self._apply([text])
-                with_image = self._apply([{"type": "image"}, text])
+                without = self._apply([{"role": "user", "content": [text]}])
+                with_image = self._apply([{"role": "user", "content": [{"type": "image"}, text]}])
             except RowError:
                 without = with_image = ""
             start = next((i for i, (a, b) in enumerate(zip(without, with_image, strict=False)) if a != b), len(without))
@@ -150,19 +154,40 @@ class Renderer:
         return token if isinstance(token, str) and token else None
 
 
-def _segments(row: Row) -> list[str | None]:
-    """Return the question's texts, with None where an image goes: where the question marks it, else in front."""
+_SHOWN_PART = "{'type': 'text', 'text': "
+"""In a prompt whose template takes strings and was given parts."""
+
+
+def _part(text: str | None) -> dict[str, str]:
+    return {"type": "image"} if text is None else {"type": "text", "text": text}
+
+
+def _messages(row: Row) -> list[tuple[str, list[str | None]]]:
+    """Return the role and the texts of every message, with None where an image goes.
+
+    That is where the texts mark it, by ``<image>`` or numbered as ``<image 1>``; without marks in front of the first
+    question.
+    """
+    turns = row.turns or (("user", row.question),)
     if not row.images:
-        return [row.question]
-    texts = row.question.split(IMAGE)
-    if len(texts) == 1:
-        return [*[None] * len(row.images), row.question]
-    if len(texts) - 1 != len(row.images):
-        raise RowError(f"the question has {len(texts) - 1} {IMAGE} for {len(row.images)} image(s) of the row")
+        return [(role, [text]) for role, text in turns]
+    marks = [mark for _, text in turns for mark in _MARK.findall(text)]
+    if not marks:
+        first = next(index for index, (role, _) in enumerate(turns) if role == "user")
+        images: list[str | None] = [None] * len(row.images)
+        return [(role, [*images, text] if index == first else [text]) for index, (role, text) in enumerate(turns)]
+    if len(marks) != len(row.images):
+        raise RowError(None, f"the question has {len(marks)} {IMAGE} for {len(row.images)} image(s) of the row")
+    if any(mark and int(mark) != number for number, mark in enumerate(marks, 1)):
+        raise RowError(None, f"the question marks its images in the order {', '.join(marks)}")
+    return [(role, _split(text)) for role, text in turns]
+
+
+def _split(text: str) -> list[str | None]:
     segments: list[str | None] = []
-    for index, text in enumerate(texts):
+    for index, piece in enumerate(_MARK.sub(IMAGE, text).split(IMAGE)):
         segments += [None] if index else []
-        segments += [text] if text.strip() else []
+        segments += [piece] if piece.strip() else []
     return segments
 
 

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,9 @@ import numpy as np
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
 from mergekit_snrf.files.reading import open_regular
-from mergekit_snrf.profiling.probes.images import BadImage, decode, image_folders, read_image
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource
-from mergekit_snrf.profiling.probes.template import template_fields
+from mergekit_snrf.profiling.probes.conversation import Turn, is_conversation, read_conversation
+from mergekit_snrf.profiling.probes.images import decode, image_folders, read_image
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource, RowError, template_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -40,6 +40,7 @@ class Row:
         number: of the row in its split, from 0.
         fields: the text of the question's column and of every column that the template names.
         question: empty if the template makes the whole prompt.
+        turns: role and text of every message before the answer, where the column holds a conversation.
         images: sha256 of each image, as encoded in the data set.
         answer: the text of the answer's column; None where the model generates it.
     """
@@ -49,66 +50,32 @@ class Row:
     question: str = ""
     images: tuple[str, ...] = ()
     answer: str | None = None
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that cannot be used, and why."""
-
-    number: int
-    error: RowError
-
-    def __str__(self) -> str:
-        return f"row {self.number}: {self.error}"
-
-
-class RowError(Exception):
-    """Why a row cannot be used, and what to do if all rows have the same fault.
-
-    Args:
-        field: the setting to change then.
-        model: the model at fault then; None: the data set.
-    """
-
-    def __init__(
-        self, reason: str, remedy: str | None = None, *, field: str | None = None, model: str | None = None
-    ) -> None:
-        super().__init__(reason)
-        self.remedy, self.field, self.model = remedy, field, model
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that were drawn from a data set, by number.
-
-    Attributes:
-        source: where they come from.
-        bad: rows that were drawn but cannot be used.
-    """
+    """The rows that were drawn from a data set, by number, and why others of them cannot be used."""
 
     source: ProbeSource
     rows: tuple[Row, ...] = field(repr=False)
-    bad: tuple[BadRow, ...] = field(default=(), repr=False)
+    bad: Mapping[int, RowError] = field(default_factory=dict, repr=False)
     _dataset: datasets.Dataset | None = field(default=None, repr=False, compare=False)
     _folder: Path | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def name(self) -> str:
-        """Name of the data set, for messages."""
-        return self.source.dataset
-
     def images(self, row: Row) -> list[Image]:
         """Return the decoded images of a row: upright by their EXIF orientation, RGB, in their own size."""
-        if not row.images or self._dataset is None or self.source.images is None:
+        if not row.images or self._dataset is None:
             return []
-        value = self._dataset[row.number][self.source.images]
+        values = self._dataset[row.number]
         try:
-            return [decode(read_image(entry, image_folders(self._folder))) for entry in _entries(value)]
-        except BadImage as error:
-            raise SnrfError(self.name, f"row {row.number}: {error}", field="images") from None
+            entries = _image_entries(values, self.source)
+            return [decode(read_image(entry, image_folders(self._folder))) for entry in entries]
+        except RowError as error:
+            raise SnrfError(self.source.dataset, f"row {row.number}: {error.what}", field="images") from None
 
 
 def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None, behind: int = 0) -> Rows:
@@ -119,7 +86,6 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None,
     the rows of a larger one. Bad rows are not replaced by others.
 
     Args:
-        source: data set, columns, limit and seed.
         answers: read the column of the answers.
         folder: where a relative data file is looked for after the working folder.
         behind: as many rows of the permutation are skipped, those that a draw of this limit took.
@@ -131,16 +97,15 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None,
     columns = _check_columns(source, answers, dataset)
     numbers = _draw(len(dataset), source, behind)
     rows: list[Row] = []
-    bad: list[BadRow] = []
+    bad: dict[int, RowError] = {}
     text = dataset.select_columns(list(dict.fromkeys(columns.values())))
     for number in numbers:
         try:
             rows.append(_read_row(number, text, source, columns, images_folder))
         except RowError as error:
-            bad.append(BadRow(number, error))
-    loaded = Rows(source, tuple(rows), tuple(bad), dataset, images_folder)
-    report_bad(loaded.name, loaded.bad, len(numbers))
-    return loaded
+            bad[number] = error
+    report_bad(source.dataset, bad, len(numbers))
+    return Rows(source, tuple(rows), bad, dataset, images_folder)
 
 
 def count_rows(source: ProbeSource, folder: Path | None = None) -> int:
@@ -153,27 +118,27 @@ def column_names(dataset: str) -> list[str]:
     return list(_open(ProbeSource(dataset=dataset, template="{column}"), None)[0].column_names)
 
 
-def report_bad(name: str, bad: Sequence[BadRow], total: int, *, before: Sequence[BadRow] = ()) -> None:
+def report_bad(
+    name: str, bad: Mapping[int, RowError], total: int, *, before: Mapping[int, RowError] | None = None
+) -> None:
     """Log the rows of a data set that were found bad now; those ``before`` were logged.
 
-    Raises:
-        SnrfError: more than 5 % of the ``total`` rows that were drawn are bad; the message shows the first few, or the
-            one reason that all rows share.
+    ``SnrfError``: more than 5 % of the ``total`` are bad; it shows the first few, or the one reason that all share.
     """
     if total == 0:
         raise SnrfError(name, "has no rows", "use a data set with at least one row", field="dataset")
-    every = [*before, *bad]
-    if len(every) == total > 1 and len({str(row.error) for row in every}) == 1:
-        error = every[0].error
-        what = f"none of the {total} rows can be used, all for the same reason: {error}"
-        raise SnrfError(error.model or name, what, error.remedy, field=error.field)
-    if len(every) > BAD_SHARE * total:
-        shown = "; ".join(map(str, every[:_SHOWN])) + ("; ..." if len(every) > _SHOWN else "")
-        what = f"{len(every)} of {total} rows cannot be used ({shown})"
-        (field, remedy), _ = Counter((row.error.field, row.error.remedy) for row in every).most_common(1)[0]
+    every = {**(before or {}), **bad}
+    errors = list(every.values())
+    if len(errors) == total > 1 and len({error.what for error in errors}) == 1:
+        what = f"none of the {total} rows can be used, all for the same reason: {errors[0].what}"
+        raise SnrfError(errors[0].where or name, what, errors[0].remedy, field=errors[0].field)
+    if len(errors) > BAD_SHARE * total:
+        shown = "; ".join(f"row {number}: {error.what}" for number, error in list(every.items())[:_SHOWN])
+        what = f"{len(errors)} of {total} rows cannot be used ({shown}{'; ...' if len(errors) > _SHOWN else ''})"
+        (field, remedy), _ = Counter((error.field, error.remedy) for error in errors).most_common(1)[0]
         raise SnrfError(name, what, remedy or "correct the data set, at most 5 % may be bad", field=field)
-    for row in bad:
-        log.warning("%s: %s; left out", name, row)
+    for number, error in bad.items():
+        log.warning("%s: row %d: %s; left out", name, number, error.what)
 
 
 def _open(source: ProbeSource, folder: Path | None) -> tuple[datasets.Dataset, Path | None]:
@@ -250,8 +215,9 @@ def _check_columns(source: ProbeSource, answers: bool, dataset: datasets.Dataset
     """Return the columns to read, by the field that names each."""
     if answers and source.answer is None:
         raise SnrfError(source.dataset, "names no column with the answers", "set it", field="answer")
-    wanted = {"question": source.question, "images": source.images, "answer": source.answer if answers else None}
+    wanted = {"question": source.question, "answer": source.answer if answers else None}
     columns = {key: column for key, column in wanted.items() if column is not None}
+    columns |= {f"images {name}": name for name in source.image_columns}
     columns |= {f"template {name}": name for name in template_fields(source.template or "")}
     for key, column in columns.items():
         if column not in dataset.column_names:
@@ -274,35 +240,42 @@ def _read_row(
     try:
         values = dataset[number]
     except UnicodeDecodeError as error:
-        raise RowError(f"is not UTF-8 text ({first_line(error)})", "convert the file to UTF-8") from None
-    shown = [column for key, column in columns.items() if key not in ("images", "answer")]
+        raise RowError(None, f"is not UTF-8 text ({first_line(error)})", "convert the file to UTF-8") from None
+    images = _read_images(values, source, folder) if source.image_columns else ()
+    turns: tuple[Turn, ...] = ()
+    reply, answer = None, columns.get("answer")
+    if source.question is not None and is_conversation(values[source.question]):
+        turns, reply = read_conversation(values[source.question], source.question)
+        values = {**values, source.question: turns[-1][1]}
+    shown = [column for key, column in columns.items() if not key.startswith(("images", "answer"))]
     fields = {column: _text(values[column], column) for column in shown}
-    images = () if source.images is None else _read_images(values[source.images], source.images, folder)
-    answer = _text(values[columns["answer"]], columns["answer"]) if "answer" in columns else None
     question = fields[source.question] if source.question is not None else ""
-    return Row(number, fields, question, images, answer)
+    if answer is not None:
+        answer = _text(reply if turns and answer == source.question else values[answer], answer)
+    return Row(number, fields, question, images, answer, turns)
 
 
-def _read_images(value: Any, column: str, folder: Path | None) -> tuple[str, ...]:
-    entries = _entries(value)
+def _image_entries(values: Mapping[str, Any], source: ProbeSource) -> list[Any]:
+    return [entry for column in source.image_columns for entry in _entries(values[column])]
+
+
+def _read_images(values: Mapping[str, Any], source: ProbeSource, folder: Path | None) -> tuple[str, ...]:
+    entries = _image_entries(values, source)
     if not entries:
-        raise RowError(f"no image in column {column!r}")
+        raise RowError(None, f"no image in column {', '.join(map(repr, source.image_columns))}")
     digests = []
     for entry in entries:
-        try:
-            content = read_image(entry, image_folders(folder))
-            decode(content)
-        except BadImage as error:
-            raise RowError(str(error)) from None
+        content = read_image(entry, image_folders(folder))
+        decode(content)
         digests.append(hashlib.sha256(content).hexdigest())
     return tuple(digests)
 
 
 def _text(value: Any, column: str) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or not str(value).strip():
-        raise RowError(f"column {column!r} is empty")
+        raise RowError(None, f"column {column!r} is empty")
     if not isinstance(value, (str, int, float)):
-        raise RowError(f"column {column!r} holds {type(value).__name__}, not text")
+        raise RowError(None, f"column {column!r} holds {type(value).__name__}, not text")
     return str(value)
 
 

@@ -24,8 +24,8 @@ DEFAULT_SKETCH = 512
 OVERSAMPLING = 2
 """Random directions of a sketch for every eigenvector that is kept."""
 
-# Column blocks of a symmetric product: the lower triangle is never computed.
-_BLOCKS = 4
+# Rows of a panel of a symmetric sum: left of it nothing is computed or kept.
+_PANEL = 192
 
 
 @lru_cache(maxsize=4)
@@ -39,23 +39,38 @@ class InputSum:
     """The running second moment of one input.
 
     Attributes:
+        size: d.
         clip: norm at which inputs are clipped.
-        total: dense: the sum of x x^T, upper blocks only; sketch: the sum of x (x Omega)^T.
         directions: Omega of a sketch; None: dense.
+        total: dense: the sum of x x^T, its upper panels one after the other; sketch: the sum of x (x Omega)^T.
         counts: the sum of ||x||^2 after clipping, how many inputs were added, and how many were longer than ``clip``.
         largest: the largest norm before clipping.
     """
 
+    size: int
     clip: float
-    total: Float[Tensor, "d width"]
     directions: Float[Tensor, "d width"] | None
+    total: Float[Tensor, ...] = field(init=False)
     counts: Float64[Tensor, " 3"] = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     largest: Float64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        shape = self.directions.shape if self.directions is not None else [sum(a * b for a, b in self._panels())]
+        self.total = torch.zeros(shape, dtype=torch.float64)
 
     @property
     def tokens(self) -> int:
         """How many inputs were added."""
         return int(self.counts[1])
+
+    def _panels(self) -> list[tuple[int, int]]:
+        """Return height and width of every panel of a dense sum."""
+        return [(min(_PANEL, self.size - start), self.size - start) for start in range(0, self.size, _PANEL)]
+
+    def _split(self) -> list[Float[Tensor, "height width"]]:
+        panels = self._panels()
+        parts = self.total.split([height * width for height, width in panels])
+        return [part.view(panel) for part, panel in zip(parts, panels, strict=True)]
 
     def add(self, rows: Float[Tensor, "tokens d"]) -> None:
         """Add inputs, clipped."""
@@ -71,31 +86,42 @@ class InputSum:
         if self.directions is not None:
             self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
             return
-        step = -(-rows.shape[1] // _BLOCKS)
-        for start in range(0, rows.shape[1], step):
-            block = rows[:, start : start + step]
+        for panel in self._split():
+            height, width = panel.shape
+            right = rows[:, self.size - width :]
             # Added as float32, without a float64 copy of the product.
-            self.total[start : start + step, start:].add_((block.mT @ rows[:, start:]).to(self.total.device))
+            panel.add_((right[:, :height].mT @ right).to(panel.device))
 
     def normalise(self) -> None:
         """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
         trace = float(self.counts[0])
-        factor = len(self.total) / trace if trace > 0 else 0.0
+        factor = self.size / trace if trace > 0 else 0.0
         self.total = (self.total * factor).to(torch.float32)
         self.counts[0] *= factor
 
     def moment(self, sketch: int | None) -> Moment:
         """Return the moment in the form that files hold, with so many eigenvectors of a sketch; None: dense."""
-        trace = float(self.counts[0])
-        if self.directions is None:
-            whole = torch.triu(self.total.double())
-            whole = whole + torch.triu(whole, 1).mT
+        trace, directions, total = float(self.counts[0]), self.directions, self.total
+        if directions is None:
+            total = self._whole()
             if sketch is None:
-                return DenseMoment.of(whole)
-            values, vectors = torch.linalg.eigh(whole)
-            return SketchMoment.of(vectors[:, -sketch:].flip(1), values[-sketch:].flip(0), trace)
-        vectors, values = _nystrom(self.total.double(), self.directions.double())
-        return SketchMoment.of(vectors[:, :sketch], values[:sketch], trace)
+                return DenseMoment.of(total)
+            width = OVERSAMPLING * sketch
+            if width >= self.size:
+                values, vectors = torch.linalg.eigh(total)
+                return SketchMoment.of(vectors[:, -sketch:].flip(1), values[-sketch:].flip(0), trace)
+            directions = _directions(self.size, width, 0)
+            total = total @ directions.double()
+        vectors, values = _nystrom(total.double(), directions.double(), sketch or 0)
+        return SketchMoment.of(vectors, values, trace)
+
+    def _whole(self) -> Float64[Tensor, "d d"]:
+        whole = torch.zeros(self.size, self.size, dtype=torch.float64)
+        for panel in self._split():
+            height, width = panel.shape
+            start = self.size - width
+            whole[start : start + height, start:] = panel
+        return whole.triu_() + whole.triu(1).mT
 
 
 class MomentSums(Sums):
@@ -114,11 +140,10 @@ class MomentSums(Sums):
         self._sketch = sketch
         self.sums: dict[InputSite, InputSum] = {}
         for site, size in sorted(sizes.items()):
-            kept = self.eigenvectors(size)
-            width = None if kept is None or OVERSAMPLING * kept >= size else OVERSAMPLING * kept
-            total = torch.zeros(size, size if width is None else width, dtype=torch.float64)
-            directions = None if width is None else _directions(size, width, seed)
-            self.sums[site] = InputSum(clips[site], total, directions)
+            width = OVERSAMPLING * (self.eigenvectors(size) or size)
+            # Half of x x^T costs less than x (x Omega)^T where Omega has more than a quarter of its columns.
+            directions = None if 4 * width >= size else _directions(size, width, seed)
+            self.sums[site] = InputSum(size, clips[site], directions)
 
     def eigenvectors(self, size: int) -> int | None:
         """Return how many eigenvectors are kept of an input of a size; None: it is dense."""
@@ -145,7 +170,7 @@ class MomentSums(Sums):
         """Return the tensors of a moments file for one set, ``gain`` or ``keep``; the sums are given up on the way."""
         found: dict[str, Tensor] = {}
         for site, one in self.sums.items():
-            moment = one.moment(self.eigenvectors(len(one.total)))
+            moment = one.moment(self.eigenvectors(one.size))
             found |= moment_tensors(site, which, moment, one.clip)
             one.total = one.total.new_empty(0)
         return found
@@ -164,16 +189,25 @@ class MomentSums(Sums):
 
 
 def _nystrom(
-    image: Float[Tensor, "d width"], directions: Float[Tensor, "d width"]
-) -> tuple[Float[Tensor, "d width"], Float[Tensor, " width"]]:
-    """Return the eigenvectors and eigenvalues of C, falling, from its image C Omega (stabilised Nystrom)."""
+    image: Float64[Tensor, "d width"], directions: Float64[Tensor, "d width"], count: int
+) -> tuple[Float64[Tensor, "d count"], Float64[Tensor, " count"]]:
+    """Return the leading eigenvectors and eigenvalues of C, falling, from its image C Omega (stabilised Nystrom)."""
     shift = torch.finfo(torch.float32).eps * float(image.norm())
-    if shift == 0:
-        return torch.linalg.qr(directions).Q, image.new_zeros(image.shape[1])
     shifted = image + shift * directions
     core = directions.mT @ shifted
-    values, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    floor = float(values[-1]) * torch.finfo(torch.float64).eps * len(values)
-    root = torch.where(values > floor, values.clamp_min(floor).rsqrt(), 0.0)
-    left, singular, _ = torch.linalg.svd(shifted @ (vectors * root), full_matrices=False)
-    return left, (singular.square() - shift).clamp_min(0)
+    root = _half_inverse((core + core.mT) / 2)
+    half = shifted @ root
+    values, vectors = torch.linalg.eigh(half.mT @ half)
+    values, vectors = values[-count:].flip(0), vectors[:, -count:].flip(1)
+    inverse = torch.where(values > _floor(values[0]), values.rsqrt(), 0.0)
+    return half @ (vectors * inverse), (values - shift).clamp_min(0)
+
+
+def _half_inverse(matrix: Float64[Tensor, "k k"]) -> Float64[Tensor, "k k"]:
+    """Return R with R R^T the inverse of a positive matrix, without directions that are lost in rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * torch.where(values > len(values) * _floor(values[-1]), values.rsqrt(), 0.0)
+
+
+def _floor(largest: Float64[Tensor, ""]) -> Float64[Tensor, ""]:
+    return largest.clamp_min(0) * torch.finfo(torch.float64).eps

@@ -9,12 +9,9 @@ Format ``snrf-profile``, version 1: safetensors with four tensors for every laye
 - ``.mean_impact`` float32 [neurons];
 - ``.hits`` int32 [neurons, bins]: number of probes whose rank share lies in each bin.
 
-Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]; the edges are stored in the file as
-decimal strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient
-statistic for Eq. 5 with any threshold or top ratio, and for Eq. 6.
-
-Where ``measure`` has a ``screen``, an earlier version made the profile, and most of its impacts of attn.q and attn.k
-are estimates; ``select`` refuses to choose these neurons from it.
+Bin b holds the shares in (edges[b - 1], edges[b]], bin 0 those in (0, edges[0]]; the edges are stored as decimal
+strings. fwd.up and fwd.down have the same impacts and are stored under both names. A profile is a sufficient statistic
+for Eq. 5 with any threshold or top ratio, and for Eq. 6.
 """
 
 from __future__ import annotations
@@ -78,7 +75,6 @@ class SiteProfile:
     hits: Int32[Tensor, "neurons bins"]
 
     def __repr__(self) -> str:
-        """Return the number of neurons."""
         return f"<SiteProfile of {self.neurons} neurons>"
 
     def __post_init__(self) -> None:
@@ -125,7 +121,6 @@ class Profile:
     path: str = "profile"
 
     def __repr__(self) -> str:
-        """Return the path and the sizes."""
         return f"<Profile {self.path}: {self.count} probes, {len(self.sites)} layers and projections>"
 
     def __post_init__(self) -> None:

@@ -111,11 +111,7 @@ class Selection(Settings):
 
     @classmethod
     def of(cls, **rule: Any) -> Selection:
-        """Return the selection with these fields; those that are None are left out.
-
-        Raises:
-            SnrfError: a value is not allowed, with its field.
-        """
+        """Return the selection with these fields, without those that are None; ``SnrfError`` names a field at fault."""
         try:
             return cls(**{name: value for name, value in rule.items() if value is not None})
         except ValidationError as error:
@@ -140,8 +136,7 @@ class Selection(Settings):
 def top_rank(ratio: float | str, neurons: int) -> int:
     """Return how many of ``neurons`` a top ratio keeps on one probe: ``floor(ratio * neurons)``.
 
-    The ratio counts as the decimal number that prints it, so 0.29 of 100 neurons are 29, although the
-    float 0.29 * 100 lies below 29.
+    The ratio counts as the decimal number that prints it: 0.29 of 100 are 29, although the float 0.29 * 100 is below.
     """
     return math.floor(Fraction(str(ratio)) * neurons)
 
@@ -181,7 +176,9 @@ def check_same_sites(profiles: Sequence[Profile]) -> None:
 
 
 def _of_profile(profile: Profile, selection: Selection) -> NeuronSet:
-    _check_screen(profile, selection)
+    if (screen := (profile.provenance.measure or {}).get("screen")) is not None:
+        what = f"was made by an earlier version with screen: {screen}, which estimated impacts"
+        raise SnrfError(profile.path, what, "make the profile again")
     needed = _needed(profile, selection.at_least)
     members = {}
     cut: dict[float, str] = {}
@@ -222,17 +219,3 @@ def _needed(profile: Profile, at_least: float | None) -> int:
         what = f"has {profile.count} probes, fewer than {at_least}"
         raise SnrfError(profile.path, what, "lower it", field="at_least")
     return at_least
-
-
-def _check_screen(profile: Profile, selection: Selection) -> None:
-    """Refuse a selection that would rest on the estimates of a profile of an earlier version."""
-    screen = (profile.provenance.measure or {}).get("screen")
-    present = {site.projection for site in profile.sites}
-    estimated = [
-        name
-        for name in ("attn.q", "attn.k")
-        if name in present and (selection.sigma is not None or selection.value(name) > 0)
-    ]
-    if screen is not None and estimated:
-        what = f"was made with screen: {screen}, so most impacts of {' and '.join(estimated)} are estimates"
-        raise SnrfError(profile.path, what, "make the profile again")

@@ -47,11 +47,7 @@ class Statistics(Sums):
     >>> statistics.profile().sites[Site(0, "attn.k")].ranks.tolist()
     [3, 1, 3]
 
-    Args:
-        neurons: how many neurons each site has; those of ``TWINS`` are left out.
-
-    Raises:
-        SnrfError: a site has too many neurons.
+    ``neurons`` says how many each site has; sites of ``TWINS`` are left out.
     """
 
     def __init__(self, neurons: Mapping[Site, int]) -> None:
@@ -83,11 +79,7 @@ class Statistics(Sums):
     def update(self, impacts: Mapping[Site, Float[Tensor, "probes neurons"]]) -> None:
         """Add probes: for every measured site one impact for each probe and neuron, compared in float32.
 
-        Nothing is added if it raises.
-
-        Raises:
-            SnrfError: a site or a neuron is missing, an impact is negative, infinite or NaN in float32, or the sites
-                disagree on the number of probes.
+        ``SnrfError``: other sites or sizes, or an impact is negative, infinite or NaN in float32; nothing is added.
         """
         if impacts.keys() != self._running.keys():
             wrong = sorted(impacts.keys() ^ self._running.keys())[0]
@@ -113,11 +105,7 @@ class Statistics(Sums):
             running["total"].add_(value.double().sum(0))
 
     def profile(self, provenance: ProfileProvenance | None = None) -> Profile:
-        """Return the profile of the probes so far, with fwd.down beside fwd.up.
-
-        Raises:
-            SnrfError: no probe was added yet.
-        """
+        """Return the profile of the probes so far, with fwd.down beside fwd.up."""
         if not self.probes:
             raise SnrfError(None, "a profile needs at least one probe")
         sites: dict[Site, SiteProfile] = {}

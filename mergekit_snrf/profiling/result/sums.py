@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,14 +17,14 @@ MAX_PROBES = 2**31 - 1
 _COMBINED: dict[str, Callable[..., Tensor]] = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
 
 
-class Sums:
+class Sums(ABC):
     """Tensors that combine element by element with those of other probes; subclasses name them in ``parts``."""
 
     probes: int = 0
 
+    @abstractmethod
     def parts(self) -> dict[str, tuple[Tensor, str]]:
         """Return every tensor, which is changed in place, with ``min``, ``max``, ``sum``, or ``same`` for a setting."""
-        raise NotImplementedError
 
     def count(self, probes: int) -> None:
         """Count more probes. Raises ``SnrfError`` if there are too many."""
@@ -55,11 +56,7 @@ class Sums:
         return {key: tensor for key, (tensor, _) in self.parts().items()}
 
     def restore(self, tensors: Mapping[str, Tensor], probes: int) -> None:
-        """Take over a state of sums of the same model.
-
-        Raises:
-            SnrfError: a tensor is missing, unknown, of the wrong dtype or shape, or of other settings.
-        """
+        """Take over a state of sums of the same model and settings; ``SnrfError`` names a tensor that does not fit."""
         parts = self.parts()
         if tensors.keys() != parts.keys():
             raise SnrfError(None, f"tensor {sorted(tensors.keys() ^ parts.keys())[0]!r} is missing or unknown")

@@ -1,49 +1,52 @@
-"""Metrics of lmms-eval's samples: numbers, and the objects that a task's own aggregation reads."""
+"""Scores of samples: numbers, and the objects that a task's own aggregation reads."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.items import Items
-from mergekit_snrf.evidence.lmms_files import Run, Sample
+from mergekit_snrf.evidence.readers.base import UnknownMetricError
 
 _MAX_SCORE = 1e9
 _NO_MEAN = re.compile(r"(precision|recall|f1|f1_score|yes_ratio)$", re.IGNORECASE)
 _MME = re.compile(r"mme_(perception|percetion|cognition)_score")
 
 
-class UnknownMetricError(Exception):
-    """Why a metric is left out."""
+@dataclass(frozen=True)
+class Value:
+    """What a sample has for a metric, and where that is."""
+
+    sample: str
+    value: Any
+    place: str
 
 
-def metric_items(run: Run, task: str, metric: str, first: Run) -> Items:
-    """Return the items of a metric, in the order of the first run.
+def items_of(metric: str, values: Sequence[Value], aggregation: str | None = None) -> Items:
+    """Return the items of a metric; ``aggregation`` is how the tool sums it up, where that is known.
 
     Raises:
-        UnknownMetricError: a value is not understood, or some model lacks it.
+        UnknownMetricError: a value is not understood, or the metric is not a mean over samples.
     """
-    by_key = {sample.key: sample for sample in run.tasks[task]}
-    samples = [by_key[sample.key] for sample in first.tasks[task] if metric in sample.values]
-    extra = sum(metric in sample.values for sample in by_key.values())
-    missing = sum(metric not in sample.values for sample in samples)
-    if missing or extra != len(samples):
-        raise UnknownMetricError(f"which {run.name} and {first.name} do not have for the same samples")
-    if _NO_MEAN.search(metric):
+    if aggregation is not None and aggregation != "mean" and not aggregation.startswith("<"):
+        raise UnknownMetricError(f"which is summed up by {printable(aggregation)}, not by the mean")
+    if aggregation != "mean" and _NO_MEAN.search(metric):
         raise UnknownMetricError("which is not a mean over samples")
-    where = f"{printable(run.files[task].name)}, line"
     if _MME.fullmatch(metric):
-        return _mme(samples, metric, where)
-    return Items(
-        tuple(_score(sample.values[metric], f"{where} {sample.line}") for sample in samples),
-        ids=tuple(sample.key for sample in samples),
-    )
+        return _mme(values)
+    return Items(tuple(score(one.value, one.place) for one in values), ids=tuple(one.sample for one in values))
 
 
-def _score(value: Any, place: str) -> float:
+def score(value: Any, place: str) -> float:
+    """Return the score that a value is or holds.
+
+    Raises:
+        UnknownMetricError: it is none that is understood.
+    """
     for found in (value, value.get("score"), value.get("true_false")) if isinstance(value, dict) else (value,):
         found = found[0] if isinstance(found, list) and len(found) == 1 and found is not value else found
         found = int(found) if found in ("0", "1") and found is not value else found
@@ -88,20 +91,36 @@ def _forms(text: str) -> list[str | float]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _mme(samples: Sequence[Sample], metric: str, where: str) -> Items:
-    """Return a picture an item: accuracy plus accuracy+ of its two questions, so that the mean is MME's score."""
+def _mme(values: Sequence[Value]) -> Items:
+    answers = []
+    for one in values:
+        named = one.value if isinstance(one.value, dict) else {}
+        category, picture = named.get("category"), named.get("question_id")
+        if not isinstance(category, str) or not isinstance(picture, str):
+            what = "is not an object with category, question_id and score"
+            raise UnknownMetricError(f"whose value in {one.place} {what}")
+        answers.append((category, picture, score(one.value, one.place)))
+    return mme_items(answers)
+
+
+def mme_items(answers: Sequence[tuple[str, str, float]]) -> Items:
+    """Return a picture an item: accuracy plus accuracy+ of its two questions, so that the mean is MME's score.
+
+    Args:
+        answers: category, picture and score of every question.
+
+    Raises:
+        UnknownMetricError: a picture does not have two questions.
+    """
     pictures: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for sample in samples:
-        value, place = sample.values[metric], f"{where} {sample.line}"
-        if not isinstance(value, dict) or not all(isinstance(value.get(n), str) for n in ("category", "question_id")):
-            raise UnknownMetricError(f"whose value in {place} is not an object with category, question_id and score")
-        pictures[value["category"], value["question_id"]].append(_score(value, place))
+    for category, picture, right in answers:
+        pictures[category, picture].append(right)
     uneven = sum(len(scores) != 2 for scores in pictures.values())
     if uneven:
         raise UnknownMetricError(f"where {uneven} of {len(pictures)} pictures do not have two questions")
     categories = len({category for category, _ in pictures})
     return Items(
         tuple(categories * 100 * (sum(scores) / 2 + (sum(scores) == 2)) for scores in pictures.values()),
-        ids=tuple(printable(f"{category}/{question}") for category, question in pictures),
+        ids=tuple(printable(f"{category}/{picture}") for category, picture in pictures),
         groups=tuple(printable(category) for category, _ in pictures),
     )

@@ -1,0 +1,1 @@
+"""Readers of what other tools' evaluations wrote: lmms-eval, lm-evaluation-harness and VLMEvalKit."""
