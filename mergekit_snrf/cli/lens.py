@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 @click.option(
     "--positions",
     type=click.IntRange(0),
-    default=32,
-    show_default=True,
-    help="Positions of each kind that are read in a probe, at most, evenly spaced; 0: all.",
+    metavar="COUNT",
+    help="Positions of each kind that are read in a probe, at most, evenly spaced; 0: all. Default: as many as "
+    "together cost a third of a forward pass, at least 4.",
 )
 @click.option("--tokens", "row", type=click.IntRange(0), metavar="ROW", help="Show the top tokens of this probe only.")
 @settings_options("asked", AskedOptions)
@@ -39,7 +39,7 @@ def lens(
     model: str,
     probes: str,
     out: str | None,
-    positions: int,
+    positions: int | None,
     row: int | None,
     asked: AskedOptions,
     loading: dict[str, Any],
@@ -68,13 +68,13 @@ def lens(
         chosen = rows if row is None else _only(rows, row)
         net, processor = loaded(how.model, settings, images=how.source.images is not None)
         if row is not None:
-            grid = grids.lens_tokens(chosen, net, processor, how, positions=positions or None)
+            grid = grids.lens_tokens(chosen, net, processor, how, positions=positions)
             click.echo(table(*grids.grid_text(grid)))
             if out is not None:
                 write_text(out, grids.grid_html(grid))
             return
         result = lenses.lens(
-            chosen, net, processor, how, positions=positions or None, settings=settings, progress=not is_quiet()
+            chosen, net, processor, how, positions=positions, settings=settings, progress=not is_quiet()
         )
     click.echo(_text(result))
     if out is not None:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.asked import Asked
+from mergekit_snrf.evidence.lens_positions import ANSWER, Positions
 from mergekit_snrf.evidence.results import KINDS, Lens, LensAnswer, LensKind
 from mergekit_snrf.evidence.tokens import token_text
 from mergekit_snrf.models.head import LiveHead, find_live_head
@@ -35,58 +36,14 @@ from mergekit_snrf.profiling.probes.rows import Rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-POSITIONS = 32
-"""Positions of each kind that are read in a probe, at most; evenly spaced."""
+COST = 0.3
+"""The head's work on all layers, as a share of a forward pass: how many positions are read unless a number is given."""
+FEWEST = 4
+"""Positions of each kind that are read in a probe in any case."""
 TOP = 10
 """Most frequent tokens in a result."""
 # Logits that are computed at a time.
 _BLOCK = 2**23
-
-IMAGE, PROMPT, ANSWER = range(len(KINDS))
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Positions of a batch that are read.
-
-    Attributes:
-        probe: index in the batch.
-        place: of the token in its probe.
-        kind: index in ``KINDS``.
-        next: the token that follows, 0 behind the last one.
-        image: all tokens of images in the batch.
-        text: all other tokens in it, without padding.
-    """
-
-    probe: Int[Tensor, " positions"]
-    place: Int[Tensor, " positions"]
-    kind: Int[Tensor, " positions"]
-    next: Int[Tensor, " positions"]
-    image: Bool[Tensor, "batch tokens"]
-    text: Bool[Tensor, "batch tokens"]
-
-    @staticmethod
-    def of(batch: ProbeBatch, images: tuple[int, ...], limit: int | None) -> Positions:
-        """Return at most ``limit`` evenly spaced positions of each kind of every probe; None: all."""
-        ids, real, answer = (
-            one.cpu() for one in (batch.inputs["input_ids"], batch.attention_mask != 0, batch.answer_mask)
-        )
-        image = real & torch.isin(ids, torch.tensor(images, dtype=ids.dtype))
-        predicts = torch.zeros_like(answer)
-        predicts[:, :-1] = answer[:, 1:]
-        kinds = torch.where(image, IMAGE, torch.where(predicts, ANSWER, PROMPT)).where(real, -1)
-        # The answer's own last token predicts nothing that is known.
-        kinds[answer & ~predicts] = -1
-        found = []
-        for number, row in enumerate(kinds):
-            for index in range(len(KINDS)):
-                places = (row == index).nonzero().flatten()
-                if limit is not None and len(places) > limit:
-                    places = places[(torch.arange(limit) * 2 + 1) * len(places) // (2 * limit)]
-                found += [(number, at, index) for at in places.tolist()]
-        probe, place, kind = torch.tensor(found, dtype=torch.long).view(-1, 3).unbind(1)
-        following = torch.nn.functional.pad(ids, (0, 1))[probe, place + 1]
-        return Positions(probe, place, kind, following, image, real & ~image)
 
 
 @dataclass(frozen=True)
@@ -98,7 +55,7 @@ class Reading:
         kl: KL(last layer || this layer).
         top: the most probable token, and its ``probability``.
         agrees: whether the last layer has the same.
-        rank: of the token that follows, 1 for the most probable; ``chance`` is its probability.
+        rank: of the answer's tokens, 1 for the most probable; ``chance`` is their probability.
     """
 
     layer: int
@@ -107,34 +64,45 @@ class Reading:
     top: Int[Tensor, " positions"]
     probability: Float[Tensor, " positions"]
     agrees: Bool[Tensor, " positions"]
-    rank: Int[Tensor, " positions"]
-    chance: Float[Tensor, " positions"]
+    rank: Int[Tensor, " answers"]
+    chance: Float[Tensor, " answers"]
 
 
 @torch.no_grad()
 def readings(
     logits: Callable[[Tensor], Tensor],
     streams: list[Float[Tensor, "positions hidden"]],
-    following: Int[Tensor, " positions"],
+    answer: Int[Tensor, " positions"],
 ) -> Iterator[Reading]:
-    """Yield what the lens shows after every layer.
+    """Yield what the lens shows after every layer, the last one first: the others are compared with it.
 
     Args:
         logits: of a stream, [positions, vocabulary].
         streams: before the first layer and after each.
-        following: the token behind each position.
+        answer: the token of the answer behind each position, -1 where there is none.
     """
-    last = torch.log_softmax(logits(streams[-1]), dim=-1)
-    chances, best = last.exp(), last.argmax(-1)
-    following = following.to(last.device)[:, None]
-    for layer, stream in enumerate(streams):
-        log = last if layer == len(streams) - 1 else torch.log_softmax(logits(stream).to(last.device), dim=-1)
-        target = log.gather(1, following)
-        entropy = -torch.linalg.vecdot(log.exp(), log)
-        kl = torch.linalg.vecdot(chances, last) - torch.linalg.vecdot(chances, log)
-        most, top = log.max(-1)
-        rank = 1 + (log > target).sum(-1)
-        yield Reading(layer, entropy, kl.clamp(min=0), top, most.exp(), top == best, rank, target.flatten().exp())
+    chances = best = cross = torch.empty(0)
+    device = streams[-1].device
+    asked = (answer >= 0).to(device)
+    token = answer.to(device)[asked, None]
+    for layer in reversed(range(len(streams))):
+        # The vocabulary is long, so passes over it are few and in place.
+        scores = logits(streams[layer].to(device))
+        most, top = scores.max(-1, keepdim=True)
+        powers = scores.sub_(most).exp()
+        total = powers.sum(-1, keepdim=True)
+        norm = total.log().squeeze(-1)
+        target = scores[asked].gather(1, token)
+        rank = 1 + torch.count_nonzero(scores[asked] > target, dim=-1)
+        chance = (target - norm[asked, None]).exp().squeeze(-1)
+        first = layer == len(streams) - 1
+        if first:
+            chances, best = powers / total, top
+        entropy = norm - powers.mul_(scores).sum(-1) / total.squeeze(-1)
+        here = norm - scores.mul_(chances).sum(-1)
+        cross = here if first else cross
+        agrees, probability = (top == best).squeeze(-1), 1 / total.squeeze(-1)
+        yield Reading(layer, entropy, (here - cross).clamp(min=0), top.squeeze(-1), probability, agrees, rank, chance)
 
 
 class LensSums:
@@ -156,14 +124,18 @@ class LensSums:
         self.agrees[layer].index_add_(0, kind, reading.agrees.cpu().long())
         vocabulary = self.tops.shape[-1]
         self.tops[layer].view(-1).index_add_(0, kind * vocabulary + reading.top.cpu(), ones)
-        answers = kind == ANSWER
-        rank, chance = reading.rank.cpu()[answers], reading.chance.cpu()[answers].double()
+        rank, chance = reading.rank.cpu(), reading.chance.cpu().double()
         self.answer[layer] += torch.stack([rank.double().sum(), chance.sum(), (rank == 1).double().sum()])
 
 
 @dataclass(frozen=True)
 class Lensed:
-    """A loaded model under the lens."""
+    """A loaded model under the lens.
+
+    Attributes:
+        images: tokens in whose places the model sees.
+        positions: of each kind that are read in a probe, at most; 0: all; None: what costs ``COST``.
+    """
 
     model: PreTrainedModel
     decoder: LiveDecoder
@@ -176,6 +148,16 @@ class Lensed:
         """Find decoder and head; raise ``SnrfError`` where there is none."""
         decoder = find_live_decoder(model, name=name)
         return Lensed(model, decoder, find_live_head(model, decoder), image_ids(model.config), positions)
+
+    def limit(self, tokens: int) -> int:
+        """Return how many positions of each kind are read in a probe of so many tokens."""
+        if self.positions is not None:
+            return self.positions or tokens
+        layers = self.decoder.layers
+        ratio = (
+            (len(layers) + 1) * self.head.weights / sum(one.numel() for layer in layers for one in layer.parameters())
+        )
+        return max(FEWEST, int(COST * tokens / ratio / len(KINDS)))
 
     def run(
         self, batch: ProbeBatch, attention: Callable[[int, Float[Tensor, " probes"]], None] | None, *, check: bool
@@ -190,8 +172,9 @@ class Lensed:
         Raises:
             SnrfError: the model is not supported, or computes NaN or infinite values.
         """
-        positions = Positions.of(batch, self.images, self.positions)
-        if attention is not None and not bool(positions.image.any()):
+        positions = Positions.of(batch, self.images, self.limit)
+        sees = bool(positions.image.any())
+        if not sees and any(name.startswith("pixel_") for name in batch.inputs):
             what = "has images in its inputs, but no token of an image that its configuration names"
             raise SnrfError(self.decoder.model, what, "the model is not supported")
         streams: list[Tensor] = []
@@ -203,7 +186,7 @@ class Lensed:
         def visit(layer: CapturedLayer) -> None:
             streams.append(at(layer.stream))
             ends[:] = [layer.stream[:, -1]]
-            if attention is not None:
+            if attention is not None and sees:
                 if check:
                     check_attention(self.decoder, layer, batch.attention_mask)
                 attention(layer.index, _share(layer, positions))
@@ -226,9 +209,10 @@ class Lensed:
     def read(self, positions: Positions, streams: list[Tensor]) -> Iterator[tuple[slice, Reading]]:
         """Yield the readings of every layer, block by block of positions."""
         step = max(1, _BLOCK // self.head.vocabulary)
+        answer = positions.next.where(positions.kind == ANSWER, -1)
         for start in range(0, len(positions.kind), step):
             block = slice(start, start + step)
-            for reading in readings(self.head.logits, [stream[block] for stream in streams], positions.next[block]):
+            for reading in readings(self.head.logits, [stream[block] for stream in streams], answer[block]):
                 yield block, reading
 
 
@@ -248,7 +232,7 @@ def lens(
     processor: Any,
     asked: Asked,
     *,
-    positions: int | None = POSITIONS,
+    positions: int | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Lens:
@@ -259,7 +243,7 @@ def lens(
         model: in eval mode.
         processor: of the model.
         asked: of the rows.
-        positions: read of each kind in a probe, at most; None: all.
+        positions: as ``Lensed.positions``.
         settings: kept in the result.
         progress: show a progress bar on stderr.
 
@@ -291,9 +275,7 @@ def add_batch(sums: LensSums, lensed: Lensed, batch: ProbeBatch) -> None:
         sums.attention[layer] += shares.sum()
         counted[:] = [len(shares)]
 
-    with_images = any(name.startswith("pixel_") for name in batch.inputs)
-    first = not sums.probes
-    positions, streams = lensed.run(batch, attention if with_images else None, check=first)
+    positions, streams = lensed.run(batch, attention, check=not sums.with_images)
     sums.tokens += torch.bincount(positions.kind, minlength=len(KINDS))
     sums.probes += len(batch.numbers)
     sums.with_images += sum(counted)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.asked import Asked
-from mergekit_snrf.evidence.lens import POSITIONS, Lensed, prepared
+from mergekit_snrf.evidence.lens import Lensed, prepared
 from mergekit_snrf.evidence.results import KINDS
 from mergekit_snrf.evidence.tokens import token_text
 from mergekit_snrf.evidence.wording import quoted, without_folders
@@ -51,7 +51,7 @@ class TokenGrid:
 
 
 def lens_tokens(
-    rows: Rows, model: PreTrainedModel, processor: Any, asked: Asked, *, positions: int | None = POSITIONS
+    rows: Rows, model: PreTrainedModel, processor: Any, asked: Asked, *, positions: int | None = None
 ) -> TokenGrid:
     """Read the first of some rows; arguments and errors as ``lens``."""
     lensed = Lensed.of(model, positions, asked.model.model)
@@ -74,7 +74,7 @@ def lens_tokens(
             *(one[order].tolist() for one in (found.place, found.kind, found.next)), strict=True
         )
     )
-    cells = tuple(tuple((text(layer[i][0]), layer[i][1]) for i in order.tolist()) for layer in tops.values())
+    cells = tuple(tuple((text(tops[at][i][0]), tops[at][i][1]) for i in order.tolist()) for at in range(len(streams)))
     return TokenGrid(asked.model.model, batch.numbers[0], batch.answers[0], places, cells)
 
 

@@ -35,6 +35,11 @@ class LiveHead:
         """Number of tokens that have a logit."""
         return int(self.head.out_features)  # type: ignore[arg-type]
 
+    @property
+    def weights(self) -> int:
+        """Number of weights of the head."""
+        return self.vocabulary * int(self.head.in_features)  # type: ignore[arg-type]
+
     def logits(self, stream: Float[Tensor, "tokens hidden"]) -> Float[Tensor, "tokens vocabulary"]:
         """Return the logits of the stream after a layer, float64 for a float64 model, else float32."""
         logits: Tensor = self.head(self.norm(stream))
