@@ -12,7 +12,7 @@ JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# About six minutes on two cores: three pairs with all controls.
+# Pairs of three base seeds with all controls, two of which are trained first; an interrupted run continues.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 

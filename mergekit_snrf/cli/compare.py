@@ -49,6 +49,14 @@ _OF_BOTH = ("places", "from_samples", "seed", "json_file", "figures", "verbosity
     help="Of the target, to find its least important neurons; repeat for several.",
 )
 @click.option("--base", metavar="MODEL", help="The model that target and source were both trained from.")
+@click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    type=click.Path(dir_okay=False),
+    metavar="RECIPE.yml",
+    help="Another recipe of the same target, as one more row; repeat for several.",
+)
 @options.linear_betas_option
 @click.option(
     "--moments",
@@ -142,6 +150,7 @@ def _from_recipe(
     strengths = common.numbers(given["keeps"], "--keeps", _MOST_KEEP)
     from mergekit_snrf.evidence.compare import Controls, comparison_rows
     from mergekit_snrf.evidence.evaluation import load_evaluation
+    from mergekit_snrf.evidence.recipes import open_rivals
     from mergekit_snrf.evidence.study import Setup, run_study
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.models.reference import ModelRef
@@ -155,12 +164,14 @@ def _from_recipe(
     least = _least(keys, opened, given["profiles"], settings, notes)
     shared, franks = _of_base(keys, opened, given["base"], merging, settings, notes)
     found = _moments(keys, opened, given["moments"], settings, notes)
+    with naming(option):
+        rivals = open_rivals(given["rivals"], opened, merging)
     common.silence_progress()
     evaluation = load_evaluation(reference)
     ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
     model, processor = common.loaded(ref, settings)
     controls = Controls(keys, given["draws"], given["seed"], least, shared, betas, given["drop_rate"])
-    controls = replace(controls, moments=found, keeps=strengths, frank=franks)
+    controls = replace(controls, moments=found, keeps=strengths, frank=franks, rivals=rivals)
     setup = Setup("comparison", opened.target.name, evaluation.name, opened.mask, seed=given["seed"], settings=settings)
     if opened.mask is not None:
         neurons = read_mask(opened.mask).neurons.sha256()

@@ -13,6 +13,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "snrf amplify MODEL --neuron fwd.up.L14.N12953 --probes probes.jsonl",
         "snrf amplify MODEL --mask mask.safetensors --pick 20 --probes profile.yml --figures figures/",
     ),
+    "card": (
+        "snrf card merged/ --result comparison.json",
+        "snrf card adapter/ --result reasoning.json --result perception.json",
+    ),
     "compare": (
         "snrf compare snrf.yml --eval evaluation.yml --draws 10 --json comparison.json",
         "snrf compare regmean.yml --eval evaluation.yml --base BASE --figures figures/",

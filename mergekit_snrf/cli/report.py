@@ -17,7 +17,7 @@ from mergekit_snrf.cli.common import command_options
     multiple=True,
     type=click.Path(dir_okay=False),
     metavar="JSON",
-    help="What lens, or ablate, compare, overlap or amplify with --json, wrote.",
+    help="What lens, or ablate, compare, moments tune, overlap or amplify with --json, wrote.",
 )
 @command_options
 def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import click
 from mergekit_snrf import __version__
 from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
+from mergekit_snrf.cli.card import card
 from mergekit_snrf.cli.compare import compare
 from mergekit_snrf.cli.domains import domains
 from mergekit_snrf.cli.examples import add_examples
@@ -28,7 +29,7 @@ from mergekit_snrf.errors import did_you_mean
 _SECTIONS = {
     "Make a merge, in this order": (init, profile, moments, plan, merge),
     "Other outputs": (patch, lora, frank),
-    "See whether it helps": (compare, sweep, report),
+    "See whether it helps": (compare, sweep, card, report),
     "Look at neurons": (mask, overlap, ablate, domains, amplify, lens),
 }
 

@@ -14,7 +14,7 @@ from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.drawing import Drawing
-    from mergekit_snrf.evidence.tune import TunedPoint, Tuning
+    from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
 
 
 @click.command()
@@ -53,6 +53,8 @@ def tune(
     RECIPE has update: regmean. The merge is made in memory; how far it moves is measured on held-out probes to keep,
     the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
     """
+    from mergekit_snrf.evidence.tables import tuning_table
+    from mergekit_snrf.evidence.wording import tuning_sentences
     from mergekit_snrf.files import writing
     from mergekit_snrf.merge.recipefile import recipe_text, with_keep
 
@@ -65,7 +67,8 @@ def tune(
         with_keep(text, 1.0, recipe)
         writing.check_writable(recipe)
     tuning = _tuned(recipe, max_kl, profile, reference, **reading)
-    common.say(_said(tuning))
+    tried = tuning_table(tuning)
+    common.say("\n".join([common.table(tried.header, tried.rows), "", *tuning_sentences(tuning)]))
     common.write_outputs(tuning, json_file, figures, _drawings(tuning))
     if not dry_run:
         with writing.replacing(recipe) as file:
@@ -126,29 +129,3 @@ def _tuned(
             visit=None if common.is_quiet() else show,
         )
     return tuning.model_copy(update={"settings": settings})
-
-
-def _said(tuning: Tuning) -> str:
-    """Return the tried strengths as a table, and what the choice means."""
-    metrics = sorted(tuning.target)
-    header = ("keep", "KL", "worst kind", "its KL", "answers changed", *metrics)
-    rows = [
-        (
-            f"{point.keep:g}{' *' if point.keep == tuning.keep else ''}",
-            f"{point.kl:.4f}",
-            point.worst,
-            f"{point.kinds[point.worst][0]:.4f}",
-            f"{100 * point.changed:.1f} %",
-            *(f"{point.scores[metric]:.3f}" for metric in metrics),
-        )
-        for point in tuning.points
-    ]
-    chosen = tuning.chosen
-    probes = ", ".join(f"{count} {name}" for name, count in tuning.probes.items())
-    return (
-        f"{common.table(header, rows)}\n\n"
-        f"keep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a "
-        f"token on held-out probes ({probes}).\n{100 * chosen.changed:.1f} % of the answers change, so accuracy on "
-        f"these probes cannot change by more; the worst kind is {chosen.worst} "
-        f"({100 * chosen.kinds[chosen.worst][1]:.1f} %)."
-    )

@@ -8,7 +8,7 @@ strength, which is swept.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.evidence.controls import Merge, dare, frank, is_regmean, linear, regmean, rescaled
@@ -34,7 +34,7 @@ class Controls:
 
     ``draws`` sets of random neurons, or of DARE's masks, are drawn with ``seed``, ``seed + 1``, ... The strengths of
     the linear merge and of RegMean (``keeps``) are swept. ``moments`` None: those of the recipe.
-    ``frank`` is lambda_R of FRANK by layer.
+    ``frank`` is lambda_R of FRANK by layer, ``rivals`` the merges of other recipes of the same target, by name.
     """
 
     rows: Collection[str] = ROWS
@@ -46,6 +46,7 @@ class Controls:
     drop_rate: float = 0.5
     moments: Moments | None = None
     keeps: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
+    rivals: Mapping[str, Merge] = field(default_factory=dict)
     frank: Sequence[float] | None = None
 
 
@@ -76,6 +77,8 @@ def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) ->
     if "base" in controls.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
         words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
         rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
+    for name, rival in controls.rivals.items():
+        rows.append(_row(name, [rival], Words(f"the {name}"), _span(rival)))
     return rows
 
 

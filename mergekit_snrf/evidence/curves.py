@@ -11,13 +11,12 @@ from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, styled
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.results import Condition, Study
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.evidence.wording import scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from mergekit_snrf.evidence.tune import Tuning
 
 _LINES = {
     "regmean": (COLORS[0], "o", "-"),

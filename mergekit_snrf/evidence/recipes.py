@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, planned
 from mergekit_snrf.merge.draft import draft_merge
-from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name
+from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name, load_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
 from mergekit_snrf.models.weights import Weights, bias_name, stored_weights
@@ -50,7 +51,7 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     cache = options.transformers_cache
     of_base = None if base is None else stored_weights(base, base.local(cache), dtype)
     merge = planned(plan, stored_weights(source, source.local(cache), dtype), of_base)
-    settings = {"source": source.name, "source_config_sha256": source.config_sha256}
+    settings = {"source": source.name, "source_config_sha256": source.config_sha256, "update": plan.update}
     if base is not None:
         settings["source_base"] = base.name
     return OpenedRecipe(
@@ -64,6 +65,25 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
         warnings=warnings,
         settings={**settings, "config_sha256": target.config_sha256},
     )
+
+
+def open_rivals(paths: Sequence[str], opened: OpenedRecipe, options: MergeOptions) -> dict[str, Merge]:
+    """Open other recipes of the same target, by the names of their files.
+
+    Raises:
+        SnrfError: as ``open_recipe``; or a recipe is of another target, or two have the same name.
+    """
+    merges: dict[str, Merge] = {}
+    for path in paths:
+        other = open_recipe(load_recipe(path), options, os.path.dirname(os.path.realpath(path)))
+        if other.target_folder != opened.target_folder:
+            what = f"merges into {other.target.name}, not into {opened.target.name}"
+            raise SnrfError(path, what, "give a recipe of the same target", field="rival")
+        name = f"recipe {Path(path).stem}"
+        if name in merges:
+            raise SnrfError(path, f"there are two {name}", "rename one of the files", field="rival")
+        merges[name] = other.merge
+    return merges
 
 
 def open_base(name: str, opened: OpenedRecipe, options: MergeOptions) -> Weights:

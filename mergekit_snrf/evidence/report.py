@@ -23,7 +23,9 @@ from mergekit_snrf.evidence.sections import (
     overlap_section,
     provenance_section,
     study_section,
+    tuning_section,
 )
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.profiling.result.profilefile import Profile
@@ -78,6 +80,8 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
             sections.append(amplification_section(result))
         elif isinstance(result, Lens):
             sections.append(lens_section(result))
+        elif isinstance(result, Tuning):
+            sections.append(tuning_section(result))
     shown = {section.name for section in sections}
     return (
         environment()

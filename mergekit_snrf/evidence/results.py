@@ -22,6 +22,7 @@ from mergekit_snrf.evidence.study_results import DomainStudy as DomainStudy
 from mergekit_snrf.evidence.study_results import Interval as Interval
 from mergekit_snrf.evidence.study_results import Measured as Measured
 from mergekit_snrf.evidence.study_results import Study as Study
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
@@ -231,7 +232,7 @@ class Lens(_Part):
         return self
 
 
-Result = Study | Overlap | OverlapPairs | Amplification | Lens | DomainAblation
+Result = Study | Overlap | OverlapPairs | Amplification | Lens | Tuning | DomainAblation
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 

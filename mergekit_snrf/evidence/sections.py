@@ -10,7 +10,15 @@ from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study
-from mergekit_snrf.evidence.tables import Table, layers_table, projections_table, settings_table, study_table
+from mergekit_snrf.evidence.tables import (
+    Table,
+    layers_table,
+    projections_table,
+    settings_table,
+    study_table,
+    tuning_table,
+)
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
@@ -146,6 +154,16 @@ def domains_section(result: DomainAblation) -> Section:
     return Section(
         "domains", title, list(result.verdict), [], drawings, [*tables, settings_table("To repeat it", repeat)]
     )
+
+
+def tuning_section(tuning: Tuning) -> Section:
+    """Show how the strength of RegMean was chosen."""
+    from mergekit_snrf.evidence.curves import tuning_drawing
+
+    section = Section("tuning", "How strongly does RegMean keep?", wording.tuning_sentences(tuning))
+    section.drawings.append(tuning_drawing(tuning))
+    section.tables += [tuning_table(tuning), settings_table("To repeat it", tuning.settings)]
+    return section
 
 
 def amplification_section(amplification: Amplification) -> Section:

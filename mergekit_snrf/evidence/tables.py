@@ -11,6 +11,7 @@ from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.overlap import by_projection, site_order
 from mergekit_snrf.evidence.results import Counts, Overlap, Study
+from mergekit_snrf.evidence.tuned import Tuning
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,24 @@ def study_table(study: Study, metric: str) -> Table:
     shown = [place for place, _ in enumerate(header) if any(row[place] != "-" for row in rows)]
     cells = [[row[place] for place in shown] for row in rows]
     return Table(f"{metric}{unit}{items}", [header[place] for place in shown], cells)
+
+
+def tuning_table(tuning: Tuning) -> Table:
+    """Return the strengths of RegMean that were tried, by rising keep; the choice has a star."""
+    metrics = sorted(tuning.target)
+    header = ("keep", "KL", "worst kind", "its KL", "answers changed", *metrics)
+    rows = [
+        (
+            f"{point.keep:g}{' *' if point.keep == tuning.keep else ''}",
+            f"{point.kl:.4f}",
+            point.worst,
+            f"{point.kinds[point.worst][0]:.4f}",
+            wording.percent(point.changed),
+            *(f"{point.scores[metric]:.3f}" for metric in metrics),
+        )
+        for point in tuning.points
+    ]
+    return Table("Tried strengths; * is the choice", header, rows)
 
 
 def counts_table(caption: str, label: str, rows: Iterable[tuple[str, Counts]], *, folded: bool = False) -> Table:

@@ -4,69 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, regmean
 from mergekit_snrf.evidence.heldout import Distance, HeldOut
-from mergekit_snrf.files.settings import Settings
+from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOWEST, HIGHEST, STEPS = 0.05, 300.0, 9
 """Where ``keep`` is looked for, and how often the interval of its logarithm is halved."""
-
-
-class TunedPoint(Settings):
-    """A strength that was tried.
-
-    Attributes:
-        kl: mean over the kinds.
-        changed: share of changed answers, mean over the kinds.
-        kinds: KL and share of changed answers by kind.
-        scores: means of the evaluation's metrics, where one was given.
-    """
-
-    keep: float
-    kl: float
-    changed: float
-    kinds: dict[str, tuple[float, float]]
-    scores: dict[str, float] = Field(default_factory=dict)
-
-    @property
-    def worst(self) -> str:
-        """The kind that moved most."""
-        return max(self.kinds, key=lambda name: self.kinds[name][0])
-
-
-class Tuning(Settings):
-    """How ``keep`` was chosen.
-
-    Attributes:
-        keep: the choice.
-        max_kl: the bound, in nats a token.
-        points: what was tried, by rising keep.
-        probes: held-out probes by kind.
-        target: means of the evaluation's metrics on the target.
-        settings: whatever else is needed to repeat it.
-    """
-
-    format: Literal["snrf-tuning"] = "snrf-tuning"
-    version: Literal[1] = 1
-    keep: float
-    max_kl: float
-    points: tuple[TunedPoint, ...]
-    probes: dict[str, int]
-    target: dict[str, float] = Field(default_factory=dict)
-    settings: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def chosen(self) -> TunedPoint:
-        """The point of the choice."""
-        return next(point for point in self.points if point.keep == self.keep)
 
 
 def tune(

@@ -10,6 +10,7 @@ from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.intervals import scale_of, spoken
 from mergekit_snrf.evidence.overlap import by_projection, total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, SiteOverlap, Study, TokenOdds
+from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 _LONGEST_TOKEN = 30
@@ -129,6 +130,18 @@ def study_text(study: Study, metric: str) -> str:
         if metric in condition.metrics
     ]
     return printable(f"Interval plot of {metric}{unit} with {100 * study.level:g} % intervals: {'; '.join(values)}.")
+
+
+def tuning_sentences(tuning: Tuning) -> list[str]:
+    """Say which keep was chosen, and what it bounds."""
+    chosen = tuning.chosen
+    probes = ", ".join(f"{count} {name}" for name, count in tuning.probes.items())
+    return [
+        f"keep {tuning.keep:g} is the smallest with a KL of at most {tuning.max_kl:g} nats a token on held-out probes "
+        f"({probes}).",
+        f"{percent(chosen.changed)} of the answers change, so accuracy on these probes cannot change by more; the "
+        f"worst kind is {chosen.worst} ({percent(chosen.kinds[chosen.worst][1])}).",
+    ]
 
 
 def token_bars_text(neuron: AmplifiedNeuron, count: int = 12) -> str:

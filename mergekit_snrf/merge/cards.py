@@ -18,6 +18,9 @@ from mergekit_snrf.models.moments import Moments
 from mergekit_snrf.neurons.maskcard import PAPER, provenance_rows, without_folders
 from mergekit_snrf.neurons.sets import count_rows
 
+AGAIN = "## To make it again"
+"""The heading behind what a card says of the model; an evaluation goes before it."""
+
 
 def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
     """Return the README of a merged folder; ``recipe`` is its text.
@@ -110,7 +113,7 @@ def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) ->
     ]
     shared = portable(recipe, plan.inputs)
     cut = "" if shared == recipe else ", its local paths cut to their last part"
-    yield "## To make it again"
+    yield AGAIN
     yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"
     yield f"with this as `snrf.yml`{cut}, and the files of the sha256 above where it says:"
     yield _fenced("yaml", shared.rstrip())

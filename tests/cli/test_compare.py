@@ -62,7 +62,7 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     out = tmp_path / "study.json"
     result = run(
         "compare", BOARD / "snrf.yml", "--eval", EVAL, "--base", BOARD / "base", "--profile", profile,
-        "--draws", "2", "--seed", "4", "--linear-betas", "0.5,1.0", "--json", out,
+        "--draws", "2", "--seed", "4", "--linear-betas", "0.5,1.0", "--rival", BOARD / "regmean.yml", "--json", out,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     study = read_result(out)
@@ -71,7 +71,7 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     assert list(rows) == [
         "target", "SNRF", "random neurons", "random neurons, equal norm", "least important neurons",
         "linear, beta 0.5", "linear, beta 1", "linear at equal P", "DARE, drop rate 0.5", "FRANK",
-        "FRANK, all neurons", "base as source",
+        "FRANK, all neurons", "base as source", "recipe regmean",
     ]  # fmt: skip
     assert [
         (rows[name].role, rows[name].neurons, rows[name].draws) for name in ("target", "SNRF", "random neurons")
@@ -81,6 +81,7 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
         ("control", mask.neurons.count(), 2),
     ]
     assert rows["random neurons"].settings["seeds"] == [4, 5]
+    assert rows["recipe regmean"].settings["update"] == ["regmean"]
     assert study.items == {"R": 12, "P": 18}
     assert study.roles == {"R": "gain", "P": "keep"}
     for name in rows:

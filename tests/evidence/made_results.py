@@ -20,6 +20,7 @@ from mergekit_snrf.evidence.results import (
     Study,
     TokenOdds,
 )
+from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.neurons.sets import Site
 from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, edge_ranks
@@ -161,3 +162,19 @@ def profile_of(ranks: dict[Site, np.ndarray], model: str = "target", **provenanc
         )
     known = ProfileProvenance(model=ModelProvenance(path=model), **provenance)
     return Profile(sites, len(next(iter(ranks.values()))), known, path=model)
+
+
+def tuning(scores: bool) -> Tuning:
+    """Return a choice of keep 3, with or without the scores of an evaluation."""
+    points = [
+        TunedPoint(
+            keep=keep,
+            kl=0.03 / keep,
+            changed=0.1,
+            kinds={"read": (0.01 / keep, 0.1), "color": (0.05 / keep, 0.1)},
+            scores={"R": 0.9 - 0.01 * keep, "P": 0.9} if scores else {},
+        )
+        for keep in (0.05, 0.5, 2.9, 3.0, 3.1, 300.0)
+    ]
+    target = {"R": 0.3, "P": 0.95} if scores else {}
+    return Tuning(keep=3.0, max_kl=0.01, points=tuple(points), probes={"read": 100, "color": 99}, target=target)

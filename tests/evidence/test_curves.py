@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_results import tuning
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -16,7 +17,6 @@ from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study
 from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN
-from mergekit_snrf.evidence.tune import TunedPoint, Tuning
 
 POINTS: dict[str, tuple[Any, float | None, float, float]] = {
     # curve, strength, R, P
@@ -69,21 +69,6 @@ def test_trade_off_is_the_points_of_the_study(study: Study) -> None:
         assert name in drawing.text
     no_curve = study.model_copy(update={"conditions": [c for c in study.conditions if c.curve is None]})
     assert curves.tradeoff_drawings(no_curve) == {}
-
-
-def tuning(scores: bool) -> Tuning:
-    points = [
-        TunedPoint(
-            keep=keep,
-            kl=0.03 / keep,
-            changed=0.1,
-            kinds={"read": (0.01 / keep, 0.1), "color": (0.05 / keep, 0.1)},
-            scores={"R": 0.9 - 0.01 * keep, "P": 0.9} if scores else {},
-        )
-        for keep in (0.05, 0.5, 2.9, 3.0, 3.1, 300.0)
-    ]
-    target = {"R": 0.3, "P": 0.95} if scores else {}
-    return Tuning(keep=3.0, max_kl=0.01, points=tuple(points), probes={"read": 100, "color": 99}, target=target)
 
 
 @pytest.mark.parametrize("scores", [False, True])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from chromium import PROGRAM, browser
 from click.testing import CliRunner, Result
-from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of, tuning
 
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.evidence.overlap import overlaps, total
@@ -97,7 +97,7 @@ def mask(tmp_path: Path) -> Mask:
 @pytest.fixture
 def full(mask: Mask) -> str:
     digest = references.sha256(mask.path)
-    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification(), lens()])
+    return report(mask, PROFILES, [ablation(digest), comparison(digest), amplification(), lens(), tuning(True)])
 
 
 def assert_loads_nothing(page: Page, text: str) -> None:
@@ -135,6 +135,7 @@ def test_full_report(full: str, mask: Mask) -> None:
         "Does the merge beat simpler baselines? (target)",
         "What single neurons promote",
         "What target would predict after each layer",
+        "How strongly does RegMean keep?",
         "Where the mask comes from",
     ]
     assert references.sha256(mask.path) in page.said("code")
@@ -144,19 +145,26 @@ def test_full_report(full: str, mask: Mask) -> None:
     assert {"4.2 [1.2, 7.2]", "-26.8 [-29.8, -23.8]", "-18.6 [-23.1, -14.0]", "1.5 %"} <= set(cells)
     assert {"abc", "qwen2_5_vl", "gsm8k"} <= set(cells)
     assert "' sum' 3.10 (41:2)" in " ".join(cells)
+    assert cells_of(full, "2.9") == ["2.9", "0.0103", "color", "0.0172", "10.0 %", "0.900", "0.871"]
     assert "therefore" not in full
     assert any("2 of 3 (66.7 %) are math neurons" in sentence for sentence in page.said("p"))
-    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 8)]
-    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 8)]
+    assert [address["href"] for address in page.all("a")][:-1] == [f"#s{number}" for number in range(1, 9)]
+    assert [address["id"] for address in page.all("section")] == [f"s{number}" for number in range(1, 9)]
     assert "Not in this report" not in full
     assert str(Path(mask.path).parent) not in full
+
+
+def cells_of(text: str, first: str) -> list[str]:
+    """Return the cells of the first row that begins with a text."""
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+    return next(row for row in rows if row and row[0] == first)
 
 
 def test_every_figure_has_an_alternative_text(full: str) -> None:
     page = Page(full)
     drawings = page.all("svg")
-    # A map, three of the overlap, two metrics and one, two neurons with tokens to show, and three of the lens.
-    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2 + 3
+    # A map, three of the overlap, two metrics and one, two neurons with tokens to show, three of the lens, and keep.
+    assert len(drawings) == len(page.all("figure")) == 1 + 3 + 2 + 1 + 2 + 3 + 1
     for drawing in drawings:
         assert drawing["role"] == "img"
         assert re.search(r"\d", drawing["aria-label"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, lens, measured_ranks, profile_of, tuning
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.overlap import overlaps
@@ -26,6 +26,7 @@ RESULTS: dict[str, Result] = {
     "pairs": OverlapPairs(pairs=[made_overlap()]),
     "amplification": amplification(),
     "lens": lens(),
+    "tuning": tuning(True),
 }
 
 
@@ -50,7 +51,7 @@ def changed(result: Result, *where: str | int, value: Any) -> bytes:
     return json.dumps(content).encode()
 
 
-OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
+OVERLAP, STUDY, TUNING = RESULTS["overlap"], RESULTS["ablation"], RESULTS["tuning"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
         (
             b'{"format": "snrf-mask"}',
             ": key 'format': must be one of 'snrf-study', 'snrf-overlap', 'snrf-overlap-pairs', 'snrf-amplification', "
-            "'snrf-lens', 'snrf-domain-ablation', got 'snrf-mask'; ",
+            "'snrf-lens', 'snrf-tuning', 'snrf-domain-ablation', got 'snrf-mask'; ",
         ),
         (b'{"format": "snrf-study"}', ": key 'kind' is missing; "),
         (changed(STUDY, "version", value=2), ": key 'version': must be 1, got 2; "),
@@ -77,6 +78,9 @@ OVERLAP, STUDY = RESULTS["overlap"], RESULTS["ablation"]
         (changed(OVERLAP, "sites", 0, "shared", value=17), "of 16 neurons"),
         (changed(OVERLAP, "sites", 0, "chance", value=5.0), "5 shared by chance: impossible"),
         (changed(OVERLAP, "curve", 3, "rule", value={}), "top_ratio"),
+        (changed(TUNING, "keep", value=4), "keep 4 is none of the points"),
+        (changed(TUNING, "points", 1, "kinds", value={"other": [0.1, 0.2]}), "has other kinds or metrics"),
+        (changed(TUNING, "target", value={}), "has other kinds or metrics"),
     ],
 )
 def test_other_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
