@@ -7,7 +7,7 @@ DOCS := .venv-docs
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo story test lint families docs clean
+.PHONY: demo story test lint families bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
@@ -28,6 +28,17 @@ lint: $(VENV)/.installed
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/merge/test_families.py --update-families
 
+# All figures of merging, on an idle machine with 15 GB of free disk: about an hour on two cores.
+bench: $(VENV)/.installed
+	mkdir -p build/bench
+	$(BIN)/python benchmarks/imports.py --json build/bench/imports.json | tee build/bench/imports.txt
+	for size in 0.5B 7B-4layers; do \
+		$(BIN)/python benchmarks/merge.py --size $$size --rank 16 --rank 64 --workers 1 --workers 2 --workers 4 \
+			--json build/bench/merge-$$size.json | tee build/bench/merge-$$size.txt && \
+		$(BIN)/python benchmarks/patch.py --size $$size --json build/bench/patch-$$size.json \
+			| tee build/bench/patch-$$size.txt || exit 1; \
+	done
+
 # The tools of the documentation have a .venv of their own and import the package from the tests' one.
 docs: $(VENV)/.installed $(DOCS)/.installed
 	PYTHONPATH=.:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
@@ -35,13 +46,13 @@ docs: $(VENV)/.installed $(DOCS)/.installed
 
 $(DOCS)/.installed: requirements/docs.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
+	$(DOCS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -r requirements/docs.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) out site
+	rm -rf $(VENV) $(DOCS) build out site

@@ -5,7 +5,8 @@
 Two bf16 checkpoints of random weights are made with the shapes of Qwen2.5; their difference is a tenth as large as the
 weights, with singular values that fall off about as i^-0.5. The mask holds 10 % of the neurons of
 every layer and projection; ``one layer`` holds the same of layer 0 alone. ``regmean`` has no mask: it moves all neurons
-of the five projections, with moments of random inputs (dense up to 4096 inputs, or ``--sketch``).
+of the five projections, with moments of random inputs (dense up to 4096 inputs, or ``--sketch``). ``--workers`` adds
+the same merge with other numbers of tensors that are fused at once.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pairs import SHAPES, make_pair, write_recipes
 
 from mergekit_snrf.models.checkpoint import open_checkpoint
 
-# Bars of the time relative to linear, by rank.
-LINEAR_BARS = {16: 1.3, 64: 1.5}
+# Bars of the time relative to linear, by rank, on 0.5B and on 7B shape.
+LINEAR_BARS = {"0.5B": {16: 0.9, 64: 1.0}, "7B-4layers": {16: 0.8, 64: 1.0}}
 # Of regmean: with dense moments of an input wider than this the bar is the second.
 REGMEAN_WIDE, REGMEAN_BARS = 2048, {False: 1.3, True: 2.0}
 
@@ -34,6 +35,7 @@ REGMEAN_WIDE, REGMEAN_BARS = 2048, {False: 1.3, True: 2.0}
 @click.option("--threads", default=2, show_default=True)
 @click.option("--out-shard-size", default="5B", show_default=True)
 @click.option("--sketch", type=click.IntRange(1), help="Eigenvectors of all moments; default: dense up to 4096 inputs.")
+@click.option("--workers", multiple=True, type=click.IntRange(1), help="Also merge with so many workers.")
 @click.option("--only", multiple=True, help="Measure these rows alone, besides linear and passthrough.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for the checkpoints; a temporary one by default.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path))
@@ -44,6 +46,7 @@ def main(
     threads: int,
     out_shard_size: str,
     sketch: int | None,
+    workers: tuple[int, ...],
     only: tuple[str, ...],
     work: Path | None,
     json_path: Path | None,
@@ -66,6 +69,8 @@ def main(
             "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None)
         }
         commands |= {name: ([*mergekit, str(recipe), str(out), *options], out) for name, recipe in recipes.items()}
+        words = [*mergekit, str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads"]
+        commands |= {f"snrf, rank {ranks[0]}, {n} workers": ([*words, str(n)], out) for n in workers}
         runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
         size_mb = open_checkpoint(str(folder / "base")).bytes / 1e6
     finally:
@@ -81,10 +86,10 @@ def main(
         bars.append(bar("regmean / linear, peak", results["regmean"].peak_mb / results["linear"].peak_mb, 1))
     for rank in ranks if not only else ():
         whole, single = results[f"snrf, rank {rank}"], results[f"snrf in one layer, rank {rank}"]
-        limit = LINEAR_BARS.get(rank, LINEAR_BARS[64])
+        limit = LINEAR_BARS.get(size, {}).get(rank, 1.0)
         bars.append(bar(f"snrf / linear, wall, rank {rank}", whole.wall_s / results["linear"].wall_s, limit))
         ratio = single.wall_s / results["passthrough"].wall_s
-        bars.append(bar(f"snrf in one layer / passthrough, wall, rank {rank}", ratio, 1.1))
+        bars.append(bar(f"snrf in one layer / passthrough, wall, rank {rank}", ratio, 1.0))
     machine = describe(threads)
     click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; {'cold' if cold else 'warm'} cache")
     click.echo(f"two bf16 checkpoints of {size_mb:.0f} MB ({size}), medians of {repeats}")

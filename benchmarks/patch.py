@@ -87,10 +87,10 @@ def main(
     results = {name: median(measured) for name, measured in runs.items()}
     linear, patch, lora = results[LINEAR], results[PATCH], results[LORA]
     bars = [
-        bar("snrf patch / linear, wall", patch.wall_s / linear.wall_s, 0.65),
+        bar("snrf patch / linear, wall", patch.wall_s / linear.wall_s, 0.5),
         bar("snrf patch of regmean / linear, wall", results[REGMEAN].wall_s / linear.wall_s, 1),
-        bar("snrf lora / linear, wall", lora.wall_s / linear.wall_s, 0.5),
-        bar("snrf patch, peak GB", patch.peak_mb / 1000, 2),
+        bar("snrf lora / linear, wall", lora.wall_s / linear.wall_s, 0.4),
+        bar("snrf patch, peak GB", patch.peak_mb / 1000, 1),
         bar("tensors in which snrf patch differs from mergekit-yaml", len(different), 0),
     ]
     machine = describe(threads)

@@ -10,9 +10,14 @@ random, norms and biases too, so that a tensor that is lost, shuffled or left al
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,13 +266,13 @@ FAMILIES: dict[str, Family] = {
         "qwen2",
         _internvl_chat,
         {"hub": Layout("language_model.model.layers")},
-        remote=("configuration_internvl_chat.py", "modeling_internvl_chat.py"),
+        remote=("configuration_internvl_chat.py", "modeling_internvl_chat.py", "embedded_images.py"),
     ),
     "minicpmv": Family(
         "llama",
         _minicpmv,
         {"hub": Layout("llm.model.layers")},
-        remote=("configuration_minicpm.py", "modeling_minicpmv.py"),
+        remote=("configuration_minicpm.py", "modeling_minicpmv.py", "embedded_images.py"),
     ),
     "gemma3": Family("gemma3", _gemma3, _SPLIT_CLIP_LAYOUTS, tied=True),
     "mistral3": Family("mistral", _mistral3, _SPLIT_LAYOUTS),
@@ -284,6 +289,31 @@ TARGETS: dict[tuple[str, str], str] = {
 _TIED_SOURCES = ("qwen3", "gemma", "gemma2", "gemma3")
 
 
+def _made_once(make: Callable[..., Path]) -> Callable[..., Path]:
+    """Copy what an earlier call with the same arguments wrote to the folder that conftest.py names, if it does."""
+
+    @functools.wraps(make)
+    def copied(folder: Path | str, *arguments: Any, **options: Any) -> Path:
+        cache = os.environ.get("SNRF_TEST_CHECKPOINTS")
+        if cache is None:
+            return make(Path(folder), *arguments, **options)
+        call = f"{make.__name__} {arguments} {sorted(options.items())}"
+        made = Path(cache) / hashlib.sha256(call.encode()).hexdigest()
+        if not made.exists():
+            draft = make(Path(tempfile.mkdtemp(dir=cache)), *arguments, **options)
+            # Another worker may have been faster.
+            with contextlib.suppress(OSError):
+                draft.rename(made)
+        folder = Path(folder)
+        for file in [*_weight_files(folder), *folder.glob("*.index.json")]:
+            file.unlink()
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return folder
+
+    return copied
+
+
+@_made_once
 def make_target(
     folder: Path,
     family: str,
@@ -317,7 +347,6 @@ def make_target(
         native = {} if "text_config" in own else {"model_type": text["model_type"]}
         text.pop("model_type")
         config = {**own, "text_config": {**native, "tie_word_embeddings": tie, **text, **own.get("text_config", {})}}
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder, {**config, "tie_word_embeddings": tie}, tokenizer, seed, dtype, remote=spec.remote)
     if where.flat:
@@ -332,6 +361,7 @@ def make_target(
     return folder
 
 
+@_made_once
 def make_source(
     folder: Path,
     family: str,
@@ -352,7 +382,6 @@ def make_source(
     if vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size must be at least the tokenizer's {len(tokenizer)}, got {vocab_size}")
     tie = family in _TIED_SOURCES if tied is None else tied
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**_text_config(family, vocab_size, tokenizer), **(decoder or {}), "tie_word_embeddings": tie}
     _save(folder, config, tokenizer, seed, dtype)
@@ -482,12 +511,6 @@ def _weight_files(folder: Path) -> Iterator[Path]:
 
 def _is_safe(folder: Path) -> bool:
     return next(_weight_files(folder)).suffix == ".safetensors"
-
-
-def shard(folder: Path, max_shard_size: int | str) -> int:
-    """Re-shard a checkpoint in place (bytes, or "100KB") and return the number of its files."""
-    write(folder, read(folder), safe=_is_safe(Path(folder)), max_shard_size=max_shard_size)
-    return len([*_weight_files(Path(folder))])
 
 
 def add_tensor(folder: Path, name: str, tensor: Tensor) -> None:

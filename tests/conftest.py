@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,15 @@ from family_table import BEGIN, END, markdown, passed
 # Nothing in the tests may reach a hub; a test that serves its own sets these for its subprocess.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread makes results reproducible. torch and its libraries read this when they are imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Tiny checkpoints and data sets are made once for all tests; the workers of xdist inherit the folders.
+if "SNRF_TEST_CHECKPOINTS" not in os.environ:
+    _scratch = tempfile.mkdtemp(prefix="snrf-tests-")
+    atexit.register(shutil.rmtree, _scratch, ignore_errors=True)
+    for _variable in ("SNRF_TEST_CHECKPOINTS", "HF_DATASETS_CACHE"):
+        os.environ[_variable] = os.path.join(_scratch, _variable.lower())
+        os.mkdir(os.environ[_variable])
 # The same examples on every machine, however slow or busy it is.
 settings.register_profile("snrf", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("snrf")

@@ -66,3 +66,39 @@ def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     assert code == 1
     assert "not a file of a benchmark's --json" in output
     assert "Traceback" not in output
+
+
+MEASURE = """
+import json, os, sys
+from pathlib import Path
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+seconds = float(Path(os.environ["PYTHONPATH"], "seconds").read_text())
+log = Path(options["--work"], "log")
+noise = log.stat().st_size % 3 / 100 if log.exists() else 0
+with log.open("a") as file:
+    file.write(".")
+figures = {"same s": [1 + noise], "changed s": [seconds * (1 + noise)]}
+Path(options["--json"]).write_text(json.dumps({"benchmark": "x", "machine": {}, "figures": figures}))
+"""
+
+
+def test_two_commits_are_measured_in_pairs(tmp_path: Path) -> None:
+    script, repository = tmp_path / "measure.py", tmp_path / "repository"
+    script.write_text(MEASURE)
+    git = ["git", "-C", str(repository), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(repository)], check=True)
+    for seconds in ("2", "3"):
+        (repository / "seconds").write_text(seconds)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", seconds], check=True)
+    options = ["--benchmark", str(script), "--rounds", "3", "--repository", str(repository)]
+    code, output = compare("HEAD~", "HEAD", *options)
+    assert code == 1, output
+    assert "SLOWER changed s: 2" in output
+    assert "ratio 1.5" in output
+    assert "same   same s: 1" in output
+    code, output = compare("HEAD", "HEAD~", *options)
+    assert (code, "faster changed s: 3" in output) == (0, True)
+    code, output = compare("HEAD", "nowhere", *options)
+    assert code == 1
+    assert "nowhere failed" in output

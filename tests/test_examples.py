@@ -10,19 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 import yaml
 from checkpoints import make_source, make_target, read
 from click.testing import CliRunner, Result
 from made_moments import sizes_of, write_random_moments
-from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.loading import load_processor
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import Site
 from mergekit_snrf.profiling.moments import moments_path
@@ -218,25 +214,6 @@ def test_recipe_plans(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert entry["source"] == name.replace(pair.layers, "model.layers")
 
 
-@every_pair
-def test_tiny_checkpoints_have_the_structure_of_the_real_ones(pair: Pair, tmp_path: Path) -> None:
-    copied(pair, tmp_path)
-    config = json.loads((tmp_path / "target" / "config.json").read_text())
-    text = config.get("text_config") or config.get("llm_config") or config
-    real = pair.decoder
-    assert text["num_attention_heads"] * real.kv_heads == text["num_key_value_heads"] * real.heads
-    assert text["intermediate_size"] * real.width == text["hidden_size"] * real.intermediate
-    assert config["model_type"] == pair.family
-    assert ("auto_map" in config) is pair.remote
-    for folder, layers in (("target", pair.layers), ("source", "model.layers")):
-        tensors = read(tmp_path / folder)
-        for module in MODULES[:3]:
-            assert (f"{layers}.{real.layers - 1}.{module}.bias" in tensors) is (real.family == "qwen2")
-        tied = pair.tied if folder == "target" else real.tied
-        assert any(name.endswith("lm_head.weight") for name in tensors) is not tied
-    assert len(list((tmp_path / "target").glob("*.safetensors"))) > 1
-
-
 def test_mask_of_the_converted_internvl_fits_the_checkpoint_of_the_hub(tmp_path: Path) -> None:
     example, converted = copied(INTERNVL, tmp_path), tmp_path / str(INTERNVL.profiled)
     assert f"--input_dir {INTERNVL.target} --output_dir {INTERNVL.profiled}" in INTERNVL.page
@@ -249,27 +226,6 @@ def test_mask_of_the_converted_internvl_fits_the_checkpoint_of_the_hub(tmp_path:
     assert plan["problems"] == []
     (warning,) = plan["warnings"]
     assert "was made for another target: model_type 'internvl' against 'internvl_chat'" in warning
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.remote], ids=lambda pair: pair.folder)
-def test_remote_code_runs_only_with_the_flag_of_the_page(pair: Pair, tmp_path: Path) -> None:
-    example = copied(pair, tmp_path)
-    assert invoke("mask", "random", "--model", str(tmp_path / "target"), "--ratio", "0.3",
-                  str(example / pair.mask)).exit_code == 0  # fmt: skip
-    result = invoke("plan", str(example / "snrf.yml"))
-    assert result.exit_code == 1
-    assert "pass --trust-remote-code" in result.output
-
-
-def test_a_recipe_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
-    example = copied(PAIRS[0], tmp_path)
-    wrong = QWEN_3B.tiny() | {"num_hidden_layers": QWEN_7B.layers}
-    make_source(tmp_path / "source", "qwen2", decoder=wrong)
-    assert invoke("mask", "random", "--model", str(tmp_path / "target"), "--ratio", "0.1",
-                  str(example / PAIRS[0].mask)).exit_code == 0  # fmt: skip
-    result = invoke("plan", str(example / "snrf.yml"))
-    assert result.exit_code == 1
-    assert "attention heads: the target" in result.output
 
 
 @every_pair
@@ -325,17 +281,6 @@ def test_profile_has_the_settings_of_the_paper(pair: Pair, tmp_path: Path, monke
     assert config.trust_remote_code is (pair.remote and pair.profiled is None)
 
 
-@pytest.mark.parametrize("pair", [MINICPM, INTERNVL], ids=lambda pair: pair.folder)
-def test_remote_code_takes_no_image_probes(pair: Pair, tmp_path: Path) -> None:
-    target = make_target(tmp_path / "target", pair.family, "hub")
-    shutil.copy(pair.path / "profile.yml", tmp_path)
-    replaced(tmp_path / "profile.yml", pair.profiled or pair.target, str(target))
-    config = load_profile_config(tmp_path / "profile.yml")
-    with pytest.raises(SnrfError, match="has no image processor"):
-        load_processor(config.model_of("target").model_copy(update={"trust_remote_code": True}), images=True)
-    assert "sends images only through processors" in pair.page
-
-
 def code_lines(text: str) -> list[str]:
     """The commands of a page, without their comments."""
     lines = re.findall(r"^    (\S.*)$", text, re.MULTILINE)
@@ -368,28 +313,6 @@ def test_masks_of_the_released_detection_make_the_mask_of_minicpm(
     assert rows == {str(Site(31, "attn.k")): [3], str(Site(0, "fwd.up")): [1]}
     result = invoke("plan", *MINICPM.trust, "snrf.yml")
     assert result.exit_code == 0, result.output
-
-
-PAGES = [EXAMPLES / "README.md", *(pair.path / "README.md" for pair in PAIRS)]
-COMMANDS = sorted({(page.parent.name, line) for page in PAGES for line in code_lines(page.read_text(encoding="utf-8"))})
-OURS = [(folder, line) for folder, line in COMMANDS if line.split()[0] in ("snrf", "snrf-profile", "mergekit-yaml")]
-
-
-@pytest.mark.parametrize(("folder", "line"), OURS)
-def test_commands_exist(folder: str, line: str) -> None:
-    words = shlex.split(line)
-    command: click.Command = {"snrf": snrf, "snrf-profile": snrf_profile, "mergekit-yaml": mergekit_yaml}[words[0]]
-    rest = words[1:]
-    while isinstance(command, click.Group):
-        assert rest[0] in command.commands, line
-        command = command.commands[rest.pop(0)]
-    options = {name for parameter in command.params for name in parameter.opts}
-    assert {word for word in rest if word.startswith("--")} <= options, line
-    for word in rest:
-        if word.endswith(".yml"):
-            assert (EXAMPLES / folder / word).is_file(), line
-        elif word.endswith(".safetensors") and folder != MINICPM.folder:
-            assert word == yaml.safe_load((EXAMPLES / folder / "snrf.yml").read_text())["parameters"]["masks"], line
 
 
 @every_pair
@@ -484,16 +407,3 @@ def test_index_is_the_papers_table() -> None:
     for (_, link, *_, weights), pair in zip(found, PAIRS, strict=True):
         assert link == f"{pair.folder}/README.md"
         assert f"| weights | {weights} GB |" in pair.page
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
-def test_links_resolve(page: Path) -> None:
-    for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
-        if link.startswith("https://"):
-            continue
-        file, _, anchor = link.partition("#")
-        linked = (page.parent / file).resolve()
-        assert linked.exists(), link
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-            assert anchor in {re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in headings}

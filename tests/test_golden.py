@@ -38,13 +38,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tensor
         assert result.exit_code == 0, (command, arguments, result.output, result.exception)
 
     install()
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        torch.set_num_threads(1)
         assert world.make_inputs(folder) == PINNED["inputs"], "tests/checkpoints.py makes other checkpoints"
         yield world.outputs(folder, run)
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="random weights and arithmetic of another platform")

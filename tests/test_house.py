@@ -42,7 +42,9 @@ MANY_ARGUMENTS = {
 USED_ELSEWHERE = {
     "model_config",
     "__class__",
+    "__path__",
     "__snrf__",
+    "__spec__",
     "_execute",
     "config_yaml",
     "done_event",

@@ -72,4 +72,13 @@ def test_commands_exist(name: str) -> None:
 def test_files_that_are_linked_exist(name: str) -> None:
     folder = (ROOT / name).parent
     for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[name]):
-        assert link.startswith(("https://", "#")) or (folder / link.partition("#")[0]).exists(), link
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        page = (folder / file if file else ROOT / name).resolve()
+        assert page.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^a-z0-9 _-]", "", heading.lower()).replace(" ", "-") for heading in headings}, (
+                link
+            )

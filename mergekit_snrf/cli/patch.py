@@ -33,6 +33,9 @@ def patch(
 
     The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
+    from mergekit_snrf.merge.imports import import_recipe_types
+
+    import_recipe_types()
     from mergekit_snrf.merge.patch import patch_merge
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 

@@ -43,6 +43,9 @@ def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, An
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
     run.
     """
+    from mergekit_snrf.merge.imports import import_recipe_types
+
+    import_recipe_types()
     from mergekit_snrf.merge.draft import draft_merge
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
     from mergekit_snrf.merge.tensors import certify as certified_edits

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,19 +16,12 @@ from mergekit_snrf.evidence.results import Amplification, read_result
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
-pytest.importorskip("datasets")
-
 UP, KEY = "fwd.up.L1.N7", "attn.k.L0.N3"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    import datasets
-
-    threads, cache = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
-    torch.set_num_threads(1)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("amplify")
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     make_source(folder / "model", "qwen2", dtype=torch.float32)
     rows = [{"question": text, "image": "picture.png"} for text in ("What is 2 + 2?", "Hi!", "How many clips?")]
     (folder / "probes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -42,9 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     members[::10] = True
     write_mask(folder / "mask.safetensors", NeuronSet({Site(1, "fwd.up"): members}))
     write_mask(folder / "other.safetensors", NeuronSet({Site(1, "fwd.up"): members[:50]}))
-    yield folder
-    torch.set_num_threads(threads)
-    datasets.config.HF_DATASETS_CACHE = cache
+    return folder
 
 
 def run(folder: Path, *arguments: str | Path, probes: str = "probes.jsonl") -> Result:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,12 +14,14 @@ import torch
 from checkpoints import make_source
 from click.testing import CliRunner, Result
 from made_profiles import impact_profile
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli import compare as command
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.evidence import compare as evidence
 from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
 from mergekit_snrf.evidence.results import Study, read_result
+from mergekit_snrf.merge import install
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import read_mask
@@ -31,22 +32,6 @@ from mergekit_snrf.profiling.result.profilefile import write_profile
 ROOT = Path(__file__).resolve().parents[2]
 BOARD = ROOT / "examples" / "board"
 EVAL = f"{BOARD / 'evaluation.py'}:board?n=6&batch_size=6"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def run(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    program = Path(sys.executable).with_name("snrf")
-    return subprocess.run(
-        [program, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
 
 
 def profile_of(neurons: NeuronSet, path: Path, missing: int = 0) -> Path:
@@ -60,10 +45,12 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     mask = read_mask(ROOT / "neuron_masks" / "board.safetensors")
     profile = profile_of(mask.neurons, tmp_path / "board.profile.safetensors")
     out = tmp_path / "study.json"
-    result = run(
+    words = (
         "compare", BOARD / "snrf.yml", "--eval", EVAL, "--base", BOARD / "base", "--profile", profile,
         "--draws", "2", "--seed", "4", "--linear-betas", "0.5,1.0", "--rival", BOARD / "regmean.yml", "--json", out,
     )  # fmt: skip
+    command = [Path(sys.executable).with_name("snrf"), *map(str, words)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     study = read_result(out)
     assert isinstance(study, Study)
@@ -90,14 +77,9 @@ def test_the_table_on_the_board_pair(tmp_path: Path) -> None:
     assert all(sentence in result.stdout for sentence in study.verdict)
     assert "too narrow" in result.stdout
 
-    merged = subprocess.run(
-        [Path(sys.executable).with_name("mergekit-yaml"), BOARD / "snrf.yml", tmp_path / "merged", "--quiet"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert merged.returncode == 0, merged.stderr
+    install()
+    merged = CliRunner().invoke(mergekit_yaml, [str(BOARD / "snrf.yml"), str(tmp_path / "merged"), "--quiet"])
+    assert merged.exit_code == 0, merged.output
     for name, folder in (("SNRF", tmp_path / "merged"), ("target", BOARD / "target")):
         scores = evaluate(load_evaluation(EVAL), *load_model(ModelRef(model=str(folder), device="cpu"), images=None))
         for metric, items in scores.items():
@@ -112,8 +94,8 @@ def test_samples_of_lmms_eval(tmp_path: Path) -> None:
         path = tmp_path / name / "20260101_000000_samples_scienceqa_img.jsonl"
         path.write_text("\n".join(map(json.dumps, lines)))
     out = tmp_path / "study.json"
-    result = run("compare", "--from", tmp_path / "before", tmp_path / "after", "--json", out)
-    assert result.returncode == 0, result.stderr
+    result = compare("--from", tmp_path / "before", tmp_path / "after", "--json", out)
+    assert result.exit_code == 0, result.output
     assert re.search(r"^before +25\.0 \[", result.stdout, re.MULTILINE)
     assert re.search(r"^after +75\.0 \[.*\+50\.0 \[", result.stdout, re.MULTILINE)
     assert "after raises scienceqa_img/exact_match by 50.0 [" in result.stdout
@@ -123,17 +105,9 @@ def test_samples_of_lmms_eval(tmp_path: Path) -> None:
     assert study.roles == {"scienceqa_img/exact_match": "gain"}
     older = tmp_path / "after" / "20251231_000000_samples_scienceqa_img.jsonl"
     older.write_text((tmp_path / "before" / "20260101_000000_samples_scienceqa_img.jsonl").read_text())
-    words = (
-        "compare",
-        "--from",
-        tmp_path / "before",
-        tmp_path / "after",
-        "--keep",
-        "scienceqa_img",
-        "--quiet",
-    )
-    again = run(*words, "--json", out)
-    assert (again.returncode, again.stderr) == (0, "")
+    words = ("--from", tmp_path / "before", tmp_path / "after", "--keep", "scienceqa_img", "--quiet")
+    again = compare(*words, "--json", out)
+    assert (again.exit_code, again.stderr) == (0, "")
     note = (
         "after has 2 runs of scienceqa_img; the newest by its name counts, 20260101_000000_samples_scienceqa_img.jsonl."
     )
@@ -142,13 +116,16 @@ def test_samples_of_lmms_eval(tmp_path: Path) -> None:
     assert isinstance(kept, Study)
     assert kept.roles == {"scienceqa_img/exact_match": "keep"}
     assert kept.conditions == study.conditions
-    refused = run("compare", "--from", tmp_path / "before", tmp_path)
-    assert (refused.returncode, refused.stdout) == (1, "")
-    assert refused.stderr.startswith(f"Error: {tmp_path}: holds samples of scienceqa_img in several folders")
+    message = refused("--from", tmp_path / "before", tmp_path)
+    assert message.startswith(f"{tmp_path}: holds samples of scienceqa_img in several folders")
+
+
+def compare(*words: str | Path) -> Result:
+    return CliRunner().invoke(snrf, ["compare", *map(str, words)])
 
 
 def refused(*words: str | Path) -> str:
-    result: Result = CliRunner().invoke(snrf, ["compare", *map(str, words)])
+    result = compare(*words)
     assert isinstance(result.exception, SystemExit), result.exception
     assert (result.exit_code, result.stdout) == (1, "")
     assert "Traceback" not in result.stderr

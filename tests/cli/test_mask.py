@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -299,9 +298,6 @@ def test_the_model_is_needed_and_checked(folder: Path, model: str) -> None:
         assert f"{model}/model.safetensors: cannot be read" in error_of(*arguments, "out", "--model", model)
 
 
-READERS = ("show M", "show --json M", "intersect M out a", "union M out a", "subtract M out a", "random M out")
-
-
 @pytest.mark.parametrize("command", [["union", "a", "b"], ["random", "a"]], ids=" ".join)
 def test_only_masks_are_replaced(folder: Path, model: str, command: list[str]) -> None:
     weights = Path("model/model.safetensors")
@@ -312,15 +308,13 @@ def test_only_masks_are_replaced(folder: Path, model: str, command: list[str]) -
     assert snrf(*command, "a").exit_code == 0
 
 
-@pytest.mark.parametrize("command", [*READERS, "export M out --model model"])
 @pytest.mark.parametrize(
-    ("mask", "message"),
+    ("command", "mask", "message"),
     [
-        ("missing", "missing: no such file, looked for "),
-        ("damaged", "damaged: not a readable safetensors file"),
-        ("model/model.safetensors", "model.safetensors: a snrf-mask file is needed, but its metadata says format=None"),
-        ("hf://owner/repo", "hf://owner/repo: not a hub reference; the form is hf://owner/repo@revision/path"),
-        ("hf://owner/repo/mask.safetensors", "hf://owner/repo/mask.safetensors: cannot be downloaded ("),
+        ("show M --json", "missing", "missing: no such file, looked for "),
+        ("intersect M out a", "damaged", "damaged: not a readable safetensors file"),
+        ("random M out", "hf://owner/repo", "hf://owner/repo: not a hub reference; the form is hf://owner/repo@rev"),
+        ("export M out --model model", "hf://owner/repo/m.safetensors", "m.safetensors: cannot be downloaded ("),
     ],
 )
 def test_masks_that_cannot_be_read(folder: Path, model: str, command: str, mask: str, message: str) -> None:
@@ -348,36 +342,17 @@ def test_outputs_that_cannot_be_written(folder: Path, model: str, out: str) -> N
     assert Path(model, "config.json").is_file()
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main(prog_name='snrf')", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 def test_the_command_as_a_user_runs_it(folder: Path) -> None:
-    shown = run("mask", "show", "a", "--json")
+    command = [Path(sys.executable).with_name("snrf"), "mask", "show", "a", "--json"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert json.loads(shown.stdout)["counts"]["attn.k"]["neurons"] == 3
-    failed = run("mask", "show", "missing")
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert failed.stderr == f"Error: missing: no such file, looked for {folder}/missing; correct the path\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["mask", "show", "-h"], ["amplify", "-h"]])
+@pytest.mark.parametrize("arguments", [[], ["mask", "show", "-h"], ["amplify", "-h"]])
 def test_help_needs_neither_torch_nor_mergekit(arguments: list[str]) -> None:
     code = "import sys; from mergekit_snrf.cli.snrf import main\ntry: main(prog_name='snrf')\n"
     code += "finally: print(sorted({'torch', 'mergekit', 'transformers'} & set(sys.modules)), file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert "mask" in result.stdout + result.stderr
     assert result.stderr.splitlines()[-1:] == ["[]"]
-
-
-def test_every_command_explains_itself() -> None:
-    result = CliRunner().invoke(main, ["mask", "--help"])
-    for name in ("show", "intersect", "union", "subtract", "random", "import", "export"):
-        assert f"  {name} " in result.stdout
-        assert "Usage:" in snrf(name, "--help").stdout
-    assert CliRunner().invoke(main, ["--version"]).stdout.startswith("mergekit-snrf, version ")

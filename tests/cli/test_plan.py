@@ -199,15 +199,6 @@ def test_one_problem_without_models(pair: Pair, tmp_path: Path) -> None:
     assert "1. merge_method: must be snrf" in plan(pair.recipe(merge_method="linear"), tmp_path).stdout
 
 
-def test_warnings(pair: Pair, tmp_path: Path) -> None:
-    recipe = pair.recipe(source={"beta": [{"filter": "nothing", "value": 1.0}, {"value": 0.5}]})
-    result = plan(recipe, tmp_path)
-    assert result.exit_code == 0
-    assert result.stdout.endswith(
-        "warning: filter 'nothing' matches no tensor with masked neurons, so its value is never used\n"
-    )
-
-
 def test_output_folder_is_checked_on_request(pair: Pair, tmp_path: Path) -> None:
     merge(pair.recipe(), tmp_path / "out", "--out-shard-size", "20000")
     assert plan(pair.recipe(), tmp_path).exit_code == 0
@@ -234,33 +225,3 @@ def test_adapter_is_planned_from_the_model_below(pair: Pair, tmp_path: Path) -> 
     assert len(content["warnings"]) == 1
     assert "planned from the model below the adapter" in content["warnings"][0]
     assert not (tmp_path / "cache").exists()
-
-
-def test_remote_code(pair: Pair, tmp_path: Path) -> None:
-    target = make_target(tmp_path / "target", "minicpmv", "hub")
-    result = plan(pair.recipe(base_model=str(target)), tmp_path)
-    assert result.exit_code == 1
-    assert "look at the code, then pass --trust-remote-code" in result.stdout
-    content = planned(pair.recipe(base_model=str(target)), tmp_path, "--trust-remote-code")
-    assert content["target"]["decoder"] == "llm.model.layers."
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "snrf.yml: cannot be read (No such file or directory); correct the path"),
-        ("merge_method: [", "snrf.yml: not valid YAML at line 1"),
-        ("models: 5", "snrf.yml: "),
-        ("merge_method: snrf", "Exactly one of 'models', 'slices', or 'modules' must be present"),
-    ],
-    ids=["missing", "no yaml", "no recipe", "no models"],
-)
-def test_recipe_that_cannot_be_read(text: str | None, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "snrf.yml"
-    if text is not None:
-        path.write_text(text)
-    result = plan(path, tmp_path)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert message in result.stderr
-    assert result.stderr.startswith(f"Error: {path}: ")
-    assert len(result.stderr.splitlines()) == 1

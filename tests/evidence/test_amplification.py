@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,6 @@ from mergekit_snrf.neurons.sets import PROJECTIONS, Neuron, NeuronSet, Site
 from mergekit_snrf.profiling.probes.batches import prepare
 from mergekit_snrf.profiling.probes.rows import load_rows
 
-pytest.importorskip("datasets")
-
 QUESTIONS = (
     "What is the area?",
     "Natalia sold 48 clips in April and half as many in May. How many clips did she sell altogether in the two months?",
@@ -39,18 +37,6 @@ QUESTIONS = (
 )
 NEURONS = [Neuron(Site(layer, name), 3 + 5 * layer) for layer in range(LAYERS) for name in PROJECTIONS]
 FACTOR = 64.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    import datasets
-
-    threads, cache = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
-    torch.set_num_threads(1)
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    yield
-    torch.set_num_threads(threads)
-    datasets.config.HF_DATASETS_CACHE = cache
 
 
 class Tiny:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from checkpoints import FAMILIES, example_inputs, load, make_source, make_target
 from click.testing import CliRunner
 from processors import VLMS
-from profiling.probing import options, private_cache, write_data
+from profiling.probing import options, write_data
 from transformers import PreTrainedModel
 
 from mergekit_snrf.cli.snrf import main
@@ -35,12 +34,6 @@ ROOT = Path(__file__).parents[2]
 BOARD = ROOT / "examples" / "board"
 MODELS = [("target", family) for family in FAMILIES] + [("source", "gemma"), ("source", "gemma2")]
 ANSWER = (7, 31, 8, 31, 90, 12)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with private_cache(tmp_path_factory.mktemp("datasets")):
-        yield
 
 
 def answered(model: Any, folder: Path) -> ProbeBatch:

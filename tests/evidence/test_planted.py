@@ -10,7 +10,6 @@ neurons are noise.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,6 @@ from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-
-pytest.importorskip("datasets")
 
 DIGITS = tuple("0123456789")
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -176,14 +173,9 @@ def seed_of_noise(masked: NeuronSet, draws: int = 3) -> int:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the VLM that reasons, the one that does not, the LLM that does, masks, an evaluation and probes."""
-    import datasets
-
-    threads, cache = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("planted")
-    datasets.config.HF_DATASETS_CACHE = folder / "datasets"
     save_vlm(folder / "whole", reasons=True, seed=1)
     save_vlm(folder / "lacking", reasons=False, seed=2)
     save_llm(folder / "source")
@@ -205,9 +197,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )
     write_mask(folder / "reasoning.safetensors", units(REASONING))
     write_mask(folder / "perception.safetensors", units(PERCEPTION))
-    yield folder
-    torch.set_num_threads(threads)
-    datasets.config.HF_DATASETS_CACHE = cache
+    return folder
 
 
 def run(*arguments: str | int | Path) -> str:

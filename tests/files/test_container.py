@@ -174,15 +174,6 @@ def test_damaged_bytes_give_values_or_one_error(
     assert isinstance(values_or_message, dict) or values_or_message.startswith(f"{path}: ")
 
 
-@settings(examples, max_examples=100)
-@given(content=st.binary(max_size=200))
-def test_random_bytes_are_refused(folder: Path, content: bytes) -> None:
-    path = folder / "random.safetensors"
-    path.write_bytes(content)
-    with pytest.raises(SnrfError, match=r"random\.safetensors: "):
-        read(path)
-
-
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [

@@ -15,7 +15,7 @@ from mergekit_snrf.fusion import fuse as fusion
 from mergekit_snrf.fusion.delta import working_dtype
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
 
-examples = settings(max_examples=60)
+examples = settings(max_examples=30)
 
 Array = NDArray[np.float64]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -93,56 +93,13 @@ def test_fusion_equals_numpy_in_every_dtype(target_dtype: str, source_dtype: str
         before = target.clone(), source.clone()
         for axis in (0, 1):
             neurons = every_third(shape[axis])
-            for rank in (0, 1, 3, min(shape) - 1, min(shape)):
-                for beta in (0.5, 1.0):
-                    how = Fusion(beta, rank, order)
-                    result = fuse(target, source, neurons, axis, how)
-                    assert_fused(result, target, source, neurons, axis, how)
-                    assert not torch.equal(result, target)
+            for beta, rank in ((0.5, 0), (1.0, 1), (0.5, 3), (1.0, min(shape) - 1), (0.5, min(shape))):
+                how = Fusion(beta, rank, order)
+                result = fuse(target, source, neurons, axis, how)
+                assert_fused(result, target, source, neurons, axis, how)
+                assert not torch.equal(result, target)
         assert torch.equal(bits(target), bits(before[0]))
         assert torch.equal(bits(source), bits(before[1]))
-
-
-SPECTRA = {
-    "power law": lambda index: index**-0.5,
-    "low rank": lambda index: np.where(index <= 4, 1.0 / index, 0.0),
-    "low rank and noise": lambda index: np.where(index <= 4, 1.0 / index, 1e-3 / index),
-    "rank deficient": lambda index: np.where(index <= index[-1] - 3, index**-0.5, 0.0),
-    "zero": lambda index: 0.0 * index,
-}
-
-
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
-def test_updates_of_every_spectrum_and_scale(spectrum: str, shape: tuple[int, int], scale: float) -> None:
-    generator, side = np.random.default_rng(5), min(shape)
-    left, _ = np.linalg.qr(generator.standard_normal((shape[0], side)))
-    right, _ = np.linalg.qr(generator.standard_normal((shape[1], side)))
-    delta = torch.from_numpy(scale * (left * SPECTRA[spectrum](np.arange(1, side + 1))) @ right.T)
-    zero = torch.zeros_like(delta)
-    for axis in (0, 1):
-        neurons = every_third(shape[axis])
-        for order in ORDERS:
-            for rank in (1, 2, 4, side):
-                exact = exact_update(zero, delta, neurons, axis, rank, order)
-                found = float64(rows_of(zero, delta, neurons, axis, rank, order))
-                expected = exact[neurons.numpy()] if axis == 0 else exact.T[neurons.numpy()]
-                assert np.abs(found - expected).max() <= 1e-12 * scale
-                single = float64(rows_of(zero.float(), delta.float(), neurons, axis, rank, order))
-                assert np.abs(single - expected).max() <= 1e-6 * scale
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_flat_spectra_keep_the_energy(order: str) -> None:
-    left, _ = np.linalg.qr(np.random.default_rng(6).standard_normal((40, 24)))
-    delta, everything = torch.from_numpy(left).float(), torch.ones(40, dtype=torch.bool)
-    for rank in (1, 5, 23):
-        update = float64(rows_of(torch.zeros_like(delta), delta, everything, 0, rank, order))
-        # All singular values are 1: any rank of them is as good, but the energy is theirs.
-        assert np.linalg.norm(update) ** 2 == pytest.approx(rank, abs=1e-5)
-        assert np.linalg.norm(left - update) ** 2 == pytest.approx(24 - rank, abs=1e-5)
-        assert np.linalg.matrix_rank(update, tol=1e-5) == rank
 
 
 @examples
@@ -190,24 +147,6 @@ def test_full_rank_is_the_linear_update() -> None:
         for order in ORDERS:
             update = rows_of(target, source, neurons, 0, rank, order)
             torch.testing.assert_close(update, (source - target)[neurons], rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("case", ["one different row", "an outlier column"])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_one_line_that_dominates(axis: int, order: str, case: str) -> None:
-    target, source = pair((24, 40), torch.float32, torch.float32)
-    if case == "an outlier column":
-        source[:, 4] *= 1e4
-    else:
-        source = target.clone()
-        source[7] += torch.linspace(-1, 1, 40)
-    neurons = every_third(target.shape[axis])
-    assert neurons[4]
-    assert neurons[7]
-    for rank in (1, 4):
-        how = Fusion(0.5, rank, order)
-        assert_fused(fuse(target, source, neurons, axis, how), target, source, neurons, axis, how)
 
 
 @pytest.mark.parametrize("order", ORDERS)

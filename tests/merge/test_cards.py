@@ -175,15 +175,6 @@ def test_cut_paths_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     assert again == {"x": "a/model", "y": "b/model+😀@main", "z": "/"}
 
 
-def test_card_of_another_merge_is_mergekits_own(merged: Path, tmp_path: Path) -> None:
-    (tmp_path / "linear.yml").write_text(
-        f"merge_method: passthrough\nmodels:\n  - model: {merged / 'source'}\ndtype: bfloat16\n"
-    )
-    result = CliRunner().invoke(mergekit_yaml, [str(tmp_path / "linear.yml"), str(tmp_path / "out"), "--quiet"])
-    assert result.exit_code == 0, result.output
-    assert "This is a merge of pre-trained language models" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     config = load_recipe(str(merged / "snrf.yml"))
     plan = draft_merge(config, MergeOptions(), recipe_folder=str(merged)).finish()

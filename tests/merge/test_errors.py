@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import mergekit.multigpu_executor as multi_gpu
 import pytest
 import torch
+import yaml
 from checkpoints import make_source, make_target, read, write
 from click.testing import CliRunner
+from mergekit.io.tensor_writer import TensorWriter
 from pair import (
     Pair,
     assert_same,
@@ -25,7 +27,6 @@ from pair import (
     merge,
     one,
     plan,
-    refused,
     run,
     same_bits,
     source_name,
@@ -33,7 +34,6 @@ from pair import (
     write_recipe,
 )
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.session import MergeSession
@@ -64,44 +64,6 @@ def test_mask_of_another_model(pair: Pair, tmp_path: Path) -> None:
     assert problem.startswith(f"{mask}: tensor layers.0.attn.k of shape [8] does not fit {pair.target}, ")
 
 
-HEADER = {"format": "snrf-mask", "version": "1", "snrf": "{}"}
-FILES: dict[str, tuple[Callable[[Path, Pair], object], str]] = {
-    "truncated": (lambda f, p: f.write_bytes(p.mask.read_bytes()[:-1]), "not a readable safetensors file ("),
-    "empty": (lambda f, p: f.write_bytes(b""), "not a readable safetensors file ("),
-    "of text": (lambda f, p: f.write_text('{"attn_k": {}}'), "not a readable safetensors file ("),
-    "of weights": (
-        lambda f, p: shutil.copy(p.source / "model.safetensors", f),
-        "a snrf-mask file is needed, but its metadata says format='pt'; make one with snrf-profile",
-    ),
-    "of a newer version": (
-        lambda f, p: save_file({"layers.0.attn.k": ones(32)}, f, HEADER | {"version": "2"}),
-        "snrf-mask version '2' is not supported, only 1; update mergekit-snrf",
-    ),
-    "with an unknown projection": (
-        lambda f, p: save_file({"layers.0.attn.o": ones(64)}, f, HEADER),
-        "unknown projection 'attn.o'; the projections are attn.q, attn.k, attn.v, fwd.up, fwd.down",
-    ),
-    "with numbers": (
-        lambda f, p: save_file({"layers.0.attn.k": torch.ones(32)}, f, HEADER),
-        "tensor 'layers.0.attn.k' must be torch.bool of shape [neurons], got torch.float32 of shape [32]",
-    ),
-    "with bytes over 1": (
-        lambda f, p: f.write_bytes(p.mask.read_bytes()[:-1] + b"\x02"),
-        "holds bytes that are not booleans; the file is damaged",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", FILES)
-def test_mask_file(kind: str, pair: Pair, tmp_path: Path) -> None:
-    make, message = FILES[kind]
-    mask = tmp_path / "mask.safetensors"
-    make(mask, pair)
-    problem = one(pair.recipe(parameters={"masks": str(mask)}), tmp_path / "out")
-    assert problem.startswith(f"{mask}: ")
-    assert message in problem
-
-
 def test_empty_mask(pair: Pair, tmp_path: Path) -> None:
     mask = tmp_path / "mask.safetensors"
     write_mask(mask, NeuronSet({}))
@@ -129,52 +91,11 @@ def test_provenance_that_contradicts_the_recipe_is_a_warning(
     assert warnings[0].startswith(f"{mask}: was made for another target: model_type 'idefics3' against 'llava'; config")
 
 
-def llama(folder: Path, **config: Any) -> str:
-    """A Llama of other sizes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, **config}
-    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "names"),
-    [
-        ({"hidden_size": 32}, ["hidden size"]),
-        ({"num_hidden_layers": 2}, ["layers"]),
-        ({"num_key_value_heads": 4}, ["key and value heads"]),
-        ({"intermediate_size": 80}, ["intermediate size"]),
-        ({"head_dim": 8}, ["head dimension"]),
-        # Matrices of equal shape.
-        (
-            {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
-            ["attention heads", "key and value heads", "head dimension"],
-        ),
-    ],
-    ids=str,
-)
-def test_source_of_another_shape(config: Any, names: list[str], pair: Pair, tmp_path: Path) -> None:
-    source = llama(tmp_path / "source", **config)
-    problems = plan(pair.recipe(models=[{"model": source}])).problems
-    assert [problem.what.split(":")[0] for problem in problems] == names
-    assert all(f"the source {source} has " in problem.what for problem in problems)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_source_of_another_family(family: str, pair: Pair, tmp_path: Path) -> None:
-    if family == "mistral":
-        from transformers import MistralConfig, MistralForCausalLM
-
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
-        config = MistralConfig(**sizes, num_key_value_heads=2, head_dim=16, vocab_size=64)
-        MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    else:
-        make_source(tmp_path / "source", family)
+def test_source_of_another_family(pair: Pair, tmp_path: Path) -> None:
+    make_source(tmp_path / "source", "qwen2")
     recipe = pair.recipe(models=[{"model": str(tmp_path / "source")}])
     message = one(recipe, tmp_path / "out")
-    assert f"text decoder is 'llama' ({pair.target}/config.json), the source's {family!r} ({tmp_path}/sou" in message
+    assert f"text decoder is 'llama' ({pair.target}/config.json), the source's 'qwen2' ({tmp_path}/sou" in message
     assert "allow_family_mismatch: " in message
     recipe["parameters"]["allow_family_mismatch"] = True
     out, base = merge(recipe, tmp_path / "out"), read(pair.target)
@@ -195,34 +116,17 @@ def edit_config(**changes: Any) -> Callable[[Path], object]:
 
 
 SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "fused qkv": (
-        rewrite(lambda t: {name.replace("q_proj", "qkv_proj"): tensor for name, tensor in t.items()}),
-        "has fused projections (model.layers.0.self_attn.qkv_proj.weight)",
-    ),
     "integer weights": (
         rewrite(lambda t: t | {UP: t[UP].to(torch.int8)}),
         f"{UP} is stored as I8, not as F16, BF16",
-    ),
-    "a weight missing": (
-        rewrite(lambda t: {name: tensor for name, tensor in t.items() if name != UP}),
-        f"tensor {UP} is missing",
     ),
     "another depth than config.json": (
         edit_config(num_hidden_layers=4),
         "config.json says 4 layers of width 64, but the tensors model.layers.* are 3 layers",
     ),
-    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json: cannot be read (No such file"),
-    "no weights": (
-        lambda f: (f / "model.safetensors").unlink(),
-        "holds neither model.safetensors nor pytorch_model.bin nor an index of shards",
-    ),
     "truncated weights": (
         lambda f: os.truncate(f / "model.safetensors", os.path.getsize(f / "model.safetensors") - 1),
         "model.safetensors: cannot be read (",
-    ),
-    "a shard missing": (
-        lambda f: (write(f, read(f), max_shard_size=30_000), next(f.glob("model-00002-of-*")).unlink()),
-        "the index names this shard, but the file is missing; get it again",
     ),
 }
 
@@ -249,8 +153,7 @@ def test_remote_code_only_when_allowed(pair: Pair, tmp_path: Path) -> None:
     merge(recipe, tmp_path / "out", "--trust-remote-code")
 
 
-@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("key", "dtype"), [("dtype", torch.bool), ("out_dtype", torch.float8_e4m3fn)])
 def test_dtype_with_a_buffer_that_it_would_spoil(dtype: torch.dtype, key: str, pair: Pair, tmp_path: Path) -> None:
     target = tmp_path / "target"
     shutil.copytree(pair.target, target)
@@ -280,10 +183,7 @@ def write_out(pair: Pair, folder: Path) -> Path:
     return write_recipe(folder / "recipe" / "snrf.yml", pair.recipe())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "model-1.safetensors"],
-)
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model.bin"])
 def test_output_folder_with_other_weights(name: str, pair: Pair, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -358,32 +258,6 @@ def test_a_full_disk(error: Exception, pair: Pair, tmp_path: Path, monkeypatch: 
     assert "No space left on device" in message
 
 
-def test_all_problems_at_once(pair: Pair, tmp_path: Path) -> None:
-    source = llama(tmp_path / "source", hidden_size=32, num_hidden_layers=2)
-    mask = tmp_path / "mask.safetensors"
-    write_mask(mask, NeuronSet({Site(9, "attn.k"): ones(32)}))
-    recipe = pair.recipe(
-        models=[{"model": source, "parameters": {"beta": 3, "rang": 4}}],
-        parameters={"masks": str(mask), "order": "svd", "allow_noop": 7},
-        tokenizer_source="union",
-        dtype="bf16",
-    )
-    problems = refused(recipe, tmp_path / "out")
-    expected = (
-        "tokenizer_source: is not supported",
-        "parameters: order: ",
-        "parameters: allow_noop: ",
-        "parameters of ",
-        "parameters of ",
-        "dtype: must be one of",
-        f"{mask}: tensor layers.9.attn.k of shape [32] does not fit",
-        "layers: the target",
-        "hidden size: the target",
-    )
-    assert len(problems) == len(expected)
-    assert all(problem.startswith(start) for problem, start in zip(problems, expected, strict=True)), problems
-
-
 @pytest.fixture
 def damaged(pair: Pair, tmp_path: Path) -> dict[str, Any]:
     """A recipe whose source has a NaN in the last tensor that a merge computes."""
@@ -398,7 +272,7 @@ def damaged(pair: Pair, tmp_path: Path) -> dict[str, Any]:
 NAN = f"{target_name(Site(2, 'fwd.up'))}: the source's tensor of shape [96, 64] holds NaN or infinite weights"
 
 
-@pytest.mark.parametrize("flags", ["", "--out-shard-size 10000", "--no-safe-serialization --out-shard-size 10000"])
+@pytest.mark.parametrize("flags", ["", "--no-safe-serialization --out-shard-size 10000"])
 def test_weights_that_are_not_finite(flags: str, damaged: dict[str, Any], tmp_path: Path) -> None:
     """Only a merge that is under way can see it: then no shard stays, nor a folder that was not there before."""
     assert one(damaged, tmp_path / "out", *flags.split()).startswith(NAN)
@@ -415,38 +289,10 @@ def test_weights_that_are_not_finite_in_a_worker_thread(damaged: dict[str, Any],
 
 def test_traceback_only_with_vv(damaged: dict[str, Any], pair: Pair, tmp_path: Path) -> None:
     for recipe in (damaged, pair.recipe(base_model=None)):
-        for flags, error in (((), SystemExit), (("-v",), SystemExit), (("-vv",), SnrfError)):
+        for flags, error in ((("-v",), SystemExit), (("-vv",), SnrfError)):
             result = run(recipe, tmp_path / "out", *flags)
             assert type(result.exception) is error
             assert result.exit_code == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_error_of_the_python_api(pair: Pair, tmp_path: Path) -> None:
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import run_merge
-    from mergekit.options import MergeOptions
-
-    config = MergeConfiguration.model_validate(pair.recipe(source={"rank": 99}))
-    with pytest.raises(SnrfError, match=r"k_proj\.weight: rank: 99 exceeds"):
-        run_merge(config, str(tmp_path / "out"), MergeOptions())
-    assert not (tmp_path / "out").exists()
-
-
-def command(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        arguments, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True
-    )
-
-
-def test_command_as_installed(pair: Pair, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe(source={"beta": 2, "rank": -1}, tokenizer_source="base"))
-    result = command(Path(sys.executable).with_name("mergekit-yaml"), recipe, tmp_path / "out")
-    assert (result.returncode, result.stdout) == (1, "")
-    lines = result.stderr.strip().splitlines()
-    lines = lines[lines.index("Error: the merge cannot run, there are 3 problems:") :]
-    assert [line[:5] for line in lines[1:]] == ["  1. ", "  2. ", "  3. "]
-    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -472,28 +318,31 @@ def test_recipe_that_cannot_be_read(script: str, tmp_path: Path) -> None:
 
 def test_recipe_from_a_pipe(pair: Pair, tmp_path: Path) -> None:
     """The shell's ``mergekit-yaml <(...) out``."""
-    recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe())
-    merge_command = Path(sys.executable).with_name("mergekit-yaml")
-    result = command("bash", "-c", f"'{merge_command}' <(cat '{recipe}') '{tmp_path / 'out'}' --quiet")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out/model.safetensors").exists()
+    reader, writer = os.pipe()
+    os.write(writer, yaml.safe_dump(pair.recipe()).encode())
+    os.close(writer)
+    merge(Path(f"/dev/fd/{reader}"), tmp_path / "out")
+    os.close(reader)
 
 
-def test_shard_that_a_thread_is_writing_when_a_merge_fails(damaged: dict[str, Any], tmp_path: Path) -> None:
+def test_shard_that_a_thread_is_writing_when_a_merge_fails(
+    damaged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slow disk: shards under way do not stay in the folder."""
-    program = (
-        "import sys, time\n"
-        "from mergekit.io.tensor_writer import TensorWriter\n"
-        "save = TensorWriter._save_st\n"
-        "TensorWriter._save_st = lambda *arguments: (time.sleep(0.3), print('saving', flush=True), save(*arguments))\n"
-        "from mergekit.scripts.run_yaml import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    recipe = write_recipe(tmp_path / "snrf.yml", damaged)
+    saved: list[Path] = []
+    save = TensorWriter._save_st
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.3)
+        with contextlib.suppress(Exception):
+            save(*arguments)
+        saved.append(arguments[-1])
+
+    monkeypatch.setattr(TensorWriter, "_save_st", slow)
     (tmp_path / "out").mkdir()
-    flags = ["--async-write", "--out-shard-size", "60000", "--quiet"]
-    result = command(sys.executable, "-c", program, recipe, tmp_path / "out", *flags)
-    assert result.returncode == 1
-    assert result.stderr.strip().startswith(f"Error: {NAN}")
-    assert result.stdout.count("saving") > 1
+    assert one(damaged, tmp_path / "out", "--async-write", "--out-shard-size", "60000").startswith(NAN)
+    deadline = time.monotonic() + 30
+    while len(saved) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(saved) > 1
     assert files(tmp_path / "out") == {}

@@ -6,8 +6,6 @@ import json
 import os
 import queue
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,11 +19,8 @@ import pytest
 import torch
 from checkpoints import load, make_source, read, write
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorEntry, TensorGroup, TensorMetadata
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from pair import (
     MODULES,
     Pair,
@@ -46,7 +41,6 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse
 from mergekit_snrf.merge import method
-from mergekit_snrf.merge.adapter import architecture_of, rewritten
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.neurons.sites import Site
@@ -84,21 +78,11 @@ def test_plain_merge_is_the_fusion_of_every_masked_weight(pair: Pair, plain: Ten
 @pytest.mark.parametrize(
     "flags",
     [
-        "--low-cpu-memory",
-        "--async-write --write-threads 2",
+        "--low-cpu-memory --clone-tensors --no-safe-serialization",
         "--async-write --write-threads 2 --out-shard-size 20000",
-        "--out-shard-size 20000",
-        "--clone-tensors",
-        "--lazy-unpickle",
-        "--no-safe-serialization",
-        "--read-to-gpu",
-        "--device cpu",
-        "--device auto",
-        "--random-seed 1",
-        "--allow-crimes",
-        "--unsafe-truncate-embeddings",
-        "--no-copy-tokenizer",
-        "--no-write-model-card",
+        "--lazy-unpickle --read-to-gpu --device auto",
+        "--random-seed 1 --allow-crimes --unsafe-truncate-embeddings",
+        "--no-copy-tokenizer --no-write-model-card",
     ],
 )
 def test_flags_change_no_bit(flags: str, pair: Pair, plain: Tensors, tmp_path: Path) -> None:
@@ -106,14 +90,14 @@ def test_flags_change_no_bit(flags: str, pair: Pair, plain: Tensors, tmp_path: P
     assert_same(merge(pair.recipe(), out, *flags.split()), plain)
     load(out)
     assert (len([*out.glob("model-*-of-*.safetensors")]) > 1) is ("shard-size" in flags)
-    assert (out / "README.md").exists() is (flags != "--no-write-model-card")
-    assert (out / "tokenizer.json").exists() is (flags != "--no-copy-tokenizer")
+    assert (out / "README.md").exists() is ("--no-write-model-card" not in flags)
+    assert (out / "tokenizer.json").exists() is ("--no-copy-tokenizer" not in flags)
     assert (out / "processor_config.json").exists()
 
 
-@pytest.mark.parametrize("flags", ["", "--lazy-unpickle"], ids=["", "lazy"])
-@pytest.mark.parametrize("shards", [None, 30_000], ids=["one file", "shards"])
-@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+@pytest.mark.parametrize(
+    ("safe", "shards", "flags"), [(True, 30_000, ""), (False, None, "--lazy-unpickle"), (False, 30_000, "")]
+)
 def test_layout_of_the_source(
     safe: bool, shards: int | None, flags: str, pair: Pair, plain: Tensors, tmp_path: Path
 ) -> None:
@@ -123,14 +107,13 @@ def test_layout_of_the_source(
     assert_same(merge(recipe, tmp_path / "out", *flags.split()), plain)
 
 
-@pytest.mark.parametrize("shards", [None, 30_000], ids=["one file", "shards"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_layout_of_the_base(safe: bool, shards: int | None, pair: Pair, plain: Tensors, tmp_path: Path) -> None:
+def test_layout_of_the_base(safe: bool, pair: Pair, plain: Tensors, tmp_path: Path) -> None:
     """The output's layout is its own, whatever the base's."""
     target = tmp_path / "target"
     shutil.copytree(pair.target, target)
-    write(target, read(target), safe=safe, max_shard_size=shards)
-    assert (len([*target.glob("*-of-*")]) > 1) is (shards is not None)
+    write(target, read(target), safe=safe, max_shard_size=30_000)
+    assert len([*target.glob("*-of-*")]) > 1
     assert_same(merge(pair.recipe(base_model=str(target)), tmp_path / "out"), plain)
     weights = {file.name for file in (tmp_path / "out").iterdir() if file.name.startswith(("model", "pytorch_model"))}
     assert weights == {"model.safetensors"}
@@ -145,7 +128,6 @@ def test_accelerator_refuses_mixed_devices(accelerator: Accelerator) -> None:
     ("source", "parameters"),
     [
         ({"rank": 0}, {}),
-        ({"rank": 4}, {"order": ORDERS[0]}),
         ({"rank": 4}, {"order": ORDERS[1]}),
         ({"rank": None, "drop_rate": 0.7}, {"update": "dare", "seed": 3}),
     ],
@@ -171,27 +153,8 @@ def test_cuda_options_plan_as_the_cpu_does(pair: Pair) -> None:
     assert here.edits == cuda.edits
 
 
-def test_multi_gpu_spreads_the_tensors(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_gpu, "get_torch_accelerator_type", lambda name=None: "cuda")
-    config, options = MergeConfiguration.model_validate(pair.recipe()), MergeOptions(multi_gpu=True, cuda=True)
-    session = MergeSession(draft_merge(config, options).finish(), "")
-    LoaderCache.loaders.clear()
-    LoaderCache().setup(options=options)
-    with session.running():
-        ours = rewritten(config, session)
-        planner = MergePlanner(ours, architecture_of(ours, options), options, ours.base_model.config())
-        executor = multi_gpu.MultiGPUExecutor(planner.plan_to_disk(str(tmp_path)), num_gpus=2, storage_device="cpu")
-    kernels = [
-        {h.task().output_weight.name for h in handles if isinstance(h.task(), ExecuteMergeMethodTask)}
-        for handles in executor.gpu_assignments.values()
-    ]
-    assert [str(device) for device in executor.gpu_assignments] == ["cuda:0", "cuda:1"]
-    assert sorted([*kernels[0], *kernels[1]]) == sorted(read(pair.target))
-    assert all(len(names) > 30 for names in kernels)
-
-
 @pytest.mark.usefixtures("two_accelerators")
-@pytest.mark.parametrize("flags", ["", "--low-cpu-memory", "--out-shard-size 20000"])
+@pytest.mark.parametrize("flags", ["", "--low-cpu-memory --out-shard-size 20000"])
 def test_multi_gpu(flags: str, pair: Pair, plain: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     threads, inner = [], method.merge_group
 
@@ -304,9 +267,7 @@ def test_adapter_on_the_source(pair: Pair, tmp_path: Path) -> None:
     ("base", "source"),
     [
         (torch.bfloat16, torch.float32),
-        (torch.float16, torch.bfloat16),
-        (torch.float32, torch.bfloat16),
-        (torch.float32, torch.float32),
+        (torch.float32, torch.float16),
     ],
     ids=str,
 )
@@ -319,7 +280,7 @@ def test_output_has_the_dtype_of_the_base(base: torch.dtype, source: torch.dtype
 
 @pytest.mark.parametrize(
     ("dtype", "out_dtype"),
-    [("float32", None), ("float16", None), (None, "float16"), (None, "float32"), ("float32", "bfloat16")],
+    [("float16", None), (None, "float32"), ("float32", "bfloat16")],
 )
 def test_dtype_and_out_dtype(dtype: str | None, out_dtype: str | None, pair: Pair, tmp_path: Path) -> None:
     def cast(tensors: Tensors, name: str | None) -> Tensors:
@@ -351,13 +312,6 @@ def test_buffers_that_dtype_cannot_express_are_copied_without_it(pair: Pair, tmp
     for name, tensor in buffers.items():
         assert out[name].dtype == tensor.dtype
         assert same_bits(out[name], tensor)
-
-
-def test_gradients_over_the_layers(pair: Pair, tmp_path: Path) -> None:
-    betas, ranks = (0.25, 0.5, 0.75), (1, 3, 5)
-    out = merge(pair.recipe(source={"beta": [0.25, 0.75], "rank": [1, 5]}), tmp_path / "out")
-    fusions = {site: Fusion(betas[site.layer], ranks[site.layer]) for site in pair.neurons}
-    assert_same(out, fused(pair, fusions, read(pair.target), read(pair.source)))
 
 
 def test_filters_and_gradients_in_them(pair: Pair, tmp_path: Path) -> None:
@@ -444,11 +398,6 @@ def test_chat_template_of_the_recipe(pair: Pair, tmp_path: Path) -> None:
         assert AutoTokenizer.from_pretrained(out).get_vocab() == base.get_vocab()
 
 
-def test_merge_twice_into_one_folder(pair: Pair, tmp_path: Path) -> None:
-    merge(pair.recipe(source={"beta": 1.0}), tmp_path / "out")
-    assert_same(merge(pair.recipe(), tmp_path / "out"), merge(pair.recipe(), tmp_path / "other"))
-
-
 @pytest.fixture
 def one_slash(pair: Pair, tmp_path: Path) -> Path:
     """A recipe whose paths are relative to it and look like hub ids."""
@@ -479,46 +428,8 @@ def test_relative_paths_never_ask_the_hub(
     assert "base_model:" not in (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
 
 
-def test_relative_paths_in_a_process_without_a_hub(one_slash: Path, plain: Tensors, tmp_path: Path) -> None:
-    """The command as installed, from another folder, allowed to ask a hub that nobody serves."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run(
-        [Path(sys.executable).with_name("mergekit-yaml"), one_slash, "out/merged", "--quiet"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "127.0.0.1" not in result.stderr
-    assert "Traceback" not in result.stderr
-    assert_same(read(tmp_path / "out" / "merged"), plain)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-def test_number_of_threads(pair: Pair, tmp_path: Path) -> None:
-    """Sums in another order may round the last bit of a bfloat16 otherwise, no more."""
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(768, 640, generator=generator)
-    left, right = (torch.linalg.qr(torch.randn(side, 8, generator=generator))[0] for side in base.shape)
-    delta = left * 2.0 ** torch.arange(8, 0, -1) @ right.mT + 0.01 * torch.randn(base.shape, generator=generator)
-    matrices = base.bfloat16(), (base + delta).bfloat16(), torch.rand(640, generator=generator) < 0.1
-    outputs = []
-    for number in (1, 2):
-        torch.set_num_threads(number)
-        output = merge(pair.recipe(), tmp_path / str(number))
-        outputs.append({**output, "large": fuse(*matrices, 1, Fusion(0.5, 4))})
-    edited = {*(target_name(site) for site in pair.neurons), "large"}
-    for name in edited:
-        one, two = (output.pop(name).float() for output in outputs)
-        ulp = 2.0 ** (torch.frexp(torch.maximum(one.abs(), two.abs())).exponent - 8)
-        assert ((one - two).abs() <= ulp).all(), name
-    assert_same(*outputs)

@@ -22,7 +22,7 @@ from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 
-CASES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub"), ("llama", "hub")]
+CASES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub")]
 
 
 def make_merge(folder: Path, family: str, layout: str, *, rank: int = 4, order: str = "svd-then-mask") -> Path:
@@ -61,9 +61,9 @@ def test_adapter_equals_merge(family: str, layout: str, tmp_path: Path) -> None:
         torch.testing.assert_close(unloaded[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("rank", "order"), [(0, ORDERS[0]), *((rank, order) for rank in (1, 40) for order in ORDERS)])
+@pytest.mark.parametrize(("rank", "order"), [(0, ORDERS[0]), (1, ORDERS[1]), (32, ORDERS[0])])
 def test_ranks_and_orders(rank: int, order: str, tmp_path: Path) -> None:
-    recipe = make_merge(tmp_path, "llama", "hub", rank=min(rank, 32), order=order)
+    recipe = make_merge(tmp_path, "llama", "hub", rank=rank, order=order)
     merge(recipe, tmp_path / "merged")
     done("lora", recipe, tmp_path / "adapter")
     unloaded = PeftModel.from_pretrained(load(tmp_path / "target"), tmp_path / "adapter").merge_and_unload()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from checkpoints import example_inputs, load, make_source, make_target, read, write
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -150,7 +147,7 @@ def test_merge_equals_numpy(name: str, models: Models, tmp_path: Path) -> None:
         assert torch.equal(mine[stay], old[stay])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", ["all", "dare, all"])
 def test_patch_is_the_merge_byte_for_byte(name: str, rounded: Models, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", rounded.recipe(**VARIANTS[name]))
     merged = merge(recipe, tmp_path / "mergekit" / "out")
@@ -161,7 +158,7 @@ def test_patch_is_the_merge_byte_for_byte(name: str, rounded: Models, tmp_path: 
         assert (tmp_path / "patch" / "out" / file).read_bytes() == (tmp_path / "mergekit" / "out" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if "biases" not in variant.get("top", {})])
+@pytest.mark.parametrize("name", ["dare", "mask-then-svd", "source_base"])
 def test_adapter_equals_the_merge(name: str, models: Models, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS[name]))
     merge(recipe, tmp_path / "merged")
@@ -198,9 +195,8 @@ def test_the_command_itself_and_its_log(models: Models, tmp_path: Path) -> None:
     content["base_model"], content["models"][0]["model"] = "./target", "./source"
     content["parameters"] |= {"masks": "mask.safetensors", "source_base": "./base"}
     recipe = write_recipe(models.folder / "all.yml", content)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [Path(sys.executable).with_name("mergekit-yaml"), recipe, tmp_path / "out", "-v"]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same(read(tmp_path / "out"), merge(models.recipe(**VARIANTS["all"]), tmp_path / "here"))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -314,8 +310,9 @@ def test_plan_names_the_variant(name: str, models: Models, tmp_path: Path) -> No
         assert f"source_base  {models.folder / 'base'} (qwen2_5_vl, " in result.stdout
 
 
-@pytest.mark.parametrize("name", ["mask-then-svd", "source_base", "biases", "dare"])
-@pytest.mark.parametrize("dtype", [None, "float32"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("mask-then-svd", None), ("source_base", "float32"), ("biases", None), ("dare", "float32")]
+)
 def test_certificates_of_a_plan(name: str, dtype: str | None, rounded: Models, tmp_path: Path) -> None:
     recipe = rounded.recipe(**VARIANTS[name]) | ({"dtype": dtype} if dtype else {})
     path = write_recipe(tmp_path / "recipe.yml", recipe)
@@ -417,23 +414,3 @@ def test_a_plan_with_problems_is_not_certified(models: Models, tmp_path: Path) -
     assert result.exit_code == 1
     assert "This merge cannot run:" in result.stdout
     assert "captured" not in result.stdout
-
-
-def test_log_of_a_tensor_is_a_sentence(rounded: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        merge(rounded.recipe(source={"rank": 2}), tmp_path / "out")
-    content = json.loads(planned(rounded, tmp_path, {"source": {"rank": 2}}, "--certify", "--quiet", "--json").stdout)
-    for entry in content["tensors"]["edited"]:
-        (said,) = {r.message for r in caplog.records if r.message.startswith(f"{entry['target']}: ")}
-        certificate, rounding = entry["certificate"], entry["rounding"]
-        assert said == (
-            f"{entry['target']}: gram, rank 2, 1 pass, captures {100 * certificate['captured']:.1f} % of the energy, "
-            f"estimated error {certificate['est']:.0e}, rounding keeps "
-            f"{100 * (1 - rounding['lost'] / rounding['update']):.0f} %"
-        )
-
-
-def test_recipe_text_stays_as_it_was_written(models: Models, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS["all"]))
-    merge(recipe, tmp_path / "out")
-    assert yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text()) == yaml.safe_load(recipe.read_text())

@@ -414,14 +414,6 @@ def test_an_incomplete_cache_asks_the_hub(tmp_path: Path, missing: str) -> None:
         open_checkpoint("owner/model", cache_dir=str(tmp_path))
 
 
-@pytest.mark.usefixtures("offline")
-def test_a_damaged_cache_is_named(tmp_path: Path) -> None:
-    files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors.index.json": index_of(["a"])}
-    folder = cached(tmp_path, files)
-    with pytest.raises(SnrfError, match=rf"^{re.escape(str(folder))}/model\.safetensors\.index\.json: 'weight_map'"):
-        open_checkpoint("owner/model", cache_dir=str(tmp_path))
-
-
 def hub_files(tensors: dict[str, Tensor], **more: bytes) -> dict[str, bytes]:
     small = {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}"}
     small |= {"onnx/config.json": b"{}", "onnx/model.onnx": b""}

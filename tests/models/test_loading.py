@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import make_source, make_target, read, write
-from processors import SOURCE_CHATS, SOURCE_CORPUS, make_tokenizer, processor_missing
+from processors import processor_missing
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models import loading
@@ -119,52 +118,3 @@ def test_a_missing_folder_or_weight_is_named(tmp_path):
     write(folder, tensors)
     with pytest.raises(SnrfError, match=r"model.layers.1.mlp.up_proj.weight"):
         load_model(ref(folder), images=False)
-
-
-def test_gguf(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    values = write_gguf(gguf, tmp_path / "tiny.gguf")
-    model, tokenizer = load_model(ref(tmp_path, gguf_file="tiny.gguf"), images=False)
-    assert type(model).__name__ == "LlamaForCausalLM"
-    weights = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
-    np.testing.assert_array_equal(weights, values["blk.1.ffn_up.weight"])
-    assert tokenizer.chat_template
-
-
-def write_gguf(gguf: Any, path: Path) -> dict[str, np.ndarray]:
-    """Write a Llama of two layers with its tokenizer, as llama.cpp does, and return its tensors."""
-    tokenizer = make_tokenizer(SOURCE_CHATS["llama"], SOURCE_CORPUS, size=300)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(256)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(48)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(8)
-    writer.add_rope_freq_base(1e4)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(vocabulary)
-    writer.add_token_types([1] * len(vocabulary))
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    shapes = {"token_embd": (len(vocabulary), 32), "output_norm": (32,), "output": (len(vocabulary), 32)}
-    block = {"attn_norm": (32,), "ffn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
-    block |= {"attn_output": (32, 32), "ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48)}
-    shapes |= {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in block.items()}
-    draw = np.random.RandomState(0)
-    values = {f"{name}.weight": draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, value in values.items():
-        writer.add_tensor(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values

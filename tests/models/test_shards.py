@@ -215,32 +215,3 @@ def test_fuzzed_bytes_raise_snrf_errors_alone(scratch: Path, data: st.DataObject
     path = scratch / "fuzzed"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
     assert_ranges_inside_or_an_error(path)
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(["F32", "BF16"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-numbers = st.lists(st.sampled_from([0, 1, 2, 3, 8, 16, 24, -1, 2**40]) | json_values, max_size=3)
-
-
-@given(
-    st.dictionaries(
-        st.text(max_size=3),
-        json_values
-        | st.fixed_dictionaries(
-            {
-                "dtype": st.sampled_from([*FLOATS, "I64", "?"]) | json_values,
-                "shape": numbers | json_values,
-                "data_offsets": numbers | json_values,
-            }
-        ),
-        max_size=3,
-    )
-    | json_values
-)
-@settings(max_examples=300)
-def test_fuzzed_headers_raise_snrf_errors_alone(scratch: Path, header: Any) -> None:
-    path = write_raw(scratch / "fuzzed-header", header, bytes(24))
-    assert_ranges_inside_or_an_error(path)

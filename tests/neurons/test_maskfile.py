@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import io
 import json
 import os
 import re
@@ -23,7 +24,6 @@ from mergekit_snrf.neurons.maskfile import (
     Mask,
     ModelProvenance,
     Provenance,
-    provenance_of_operation,
     read_mask,
     write_mask,
 )
@@ -68,13 +68,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("maskfile")
 
 
-@pytest.fixture(scope="module")
-def mask_bytes(folder: Path) -> bytes:
-    path = folder / "mask.safetensors"
-    write_mask(path, MASK, Provenance(seed=3, target=ModelProvenance(path="owner/model")))
-    return path.read_bytes()
-
-
 def crafted(key: str, tensor: dict[str, Any], data: bytes, snrf: str = "{}") -> bytes:
     header = {"__metadata__": {"format": "snrf-mask", "version": "1", "snrf": snrf}, key: tensor}
     text = json.dumps(header).encode()
@@ -93,17 +86,6 @@ def test_round_trip(folder: Path, neurons: NeuronSet, provenance: Provenance) ->
     before = path.read_bytes()
     write_mask(path, mask.neurons, mask.provenance)
     assert path.read_bytes() == before
-
-
-@examples
-@given(neurons=neuron_sets)
-def test_masks_are_plain_safetensors(folder: Path, neurons: NeuronSet) -> None:
-    write_mask(folder / "plain.safetensors", neurons)
-    found = load_file(folder / "plain.safetensors")
-    assert found.keys() == {site.key for site in neurons}
-    for site, member in neurons.items():
-        assert found[f"layers.{site.layer}.{site.projection}"].dtype == torch.bool
-        assert torch.equal(found[f"layers.{site.layer}.{site.projection}"], member)
 
 
 def test_an_empty_mask_is_a_valid_file(tmp_path: Path) -> None:
@@ -130,14 +112,13 @@ print([site.key for site in sites])
 
 
 def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
-    runs = []
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WRITE, str(tmp_path / seed)]
-        runs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    orders = {run.communicate()[0] for run in runs}
-    assert [run.returncode for run in runs] == [0, 0]
-    assert len(orders) == 2
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "1")]
+    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    with contextlib.redirect_stdout(io.StringIO()) as here, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(tmp_path / "2")])
+        exec(WRITE, {})
+    assert here.getvalue() != there
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
@@ -220,56 +201,9 @@ def test_unknown_provenance_does_no_harm(tmp_path: Path, name: str) -> None:
     assert read_mask(path).provenance.model_dump(exclude_none=True) == json.loads(snrf)
 
 
-@settings(examples, max_examples=300)
-@given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_masks_give_a_mask_or_one_error(
-    mask_bytes: bytes, folder: Path, changes: list[tuple[int, int]]
-) -> None:
-    path = folder / "damaged.safetensors"
-    damaged = bytearray(mask_bytes)
-    for position, byte in changes:
-        damaged[position % len(damaged)] = byte
-    path.write_bytes(damaged)
-    mask_or_message = outcome(path)
-    assert isinstance(mask_or_message, Mask) or mask_or_message.startswith(f"{path}: ")
-
-
-def outcome(path: Path) -> Mask | str:
-    """Return the mask, or the message of the one exception that may be raised."""
-    try:
-        return read_mask(path)
-    except SnrfError as error:
-        return str(error)
-
-
-def test_a_failed_write_leaves_the_old_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "mask.safetensors"
-    write_mask(path, MASK)
-    before = path.read_bytes()
-
-    def interrupted(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_mask(path, NeuronSet({}))
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
-
-
 def saved(path: Path, neurons: NeuronSet, **provenance: Any) -> Mask:
     write_mask(path, neurons, Provenance(**provenance))
     return read_mask(path)
-
-
-def test_provenance_of_an_operation(tmp_path: Path) -> None:
-    target, source = ModelProvenance(path="owner/target"), ModelProvenance(path="owner/source")
-    a = saved(tmp_path / "a", MASK, target=target, source=source)
-    b = saved(tmp_path / "b", MASK.random(1), target=target, source=ModelProvenance(path="owner/another"))
-    result = provenance_of_operation("subtract", [a, b, a], seed=9)
-    assert (result.target, result.source, result.operation, result.seed) == (target, None, "subtract", 9)
-    digests = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in "ab"}
-    assert result.inputs == [{"file": name, "sha256": digests[name]} for name in "aba"]
 
 
 def test_read_members_are_independent_of_the_file(tmp_path: Path) -> None:

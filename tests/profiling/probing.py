@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import torch
 from PIL import Image
 
 from mergekit_snrf.models.loading import load_model, load_processor
@@ -30,19 +26,6 @@ QUESTIONS = (
     "The base of a triangle is 3 and its height 4. What is the area?",
 )
 SIZES = ((24, 16), (16, 24), (40, 20), (20, 20), (34, 34), (16, 16))
-
-
-@contextmanager
-def private_cache(folder: Path) -> Iterator[None]:
-    """Let ``datasets`` keep its files in a folder, quietly, and torch use one thread."""
-    threads, cache = torch.get_num_threads(), datasets.config.HF_DATASETS_CACHE
-    torch.set_num_threads(1)
-    datasets.config.HF_DATASETS_CACHE = folder
-    datasets.disable_progress_bars()
-    yield
-    torch.set_num_threads(threads)
-    datasets.config.HF_DATASETS_CACHE = cache
-    datasets.enable_progress_bars()
 
 
 def write_data(folder: Path) -> Path:

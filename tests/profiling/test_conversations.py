@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import make_source, make_target
 from PIL import Image
-from profiling.probing import lines, options, private_cache
+from profiling.probing import lines, options
 from transformers import AutoProcessor, AutoTokenizer
 
 from mergekit_snrf.errors import SnrfError
@@ -36,12 +35,6 @@ THINKING = (
     "{% if add_generation_prompt %}[assistant]"
     "{% if not enable_thinking | default(true) %} <think></think>{% endif %}{% endif %}"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with private_cache(tmp_path_factory.mktemp("datasets")):
-        yield
 
 
 @pytest.fixture(scope="module")

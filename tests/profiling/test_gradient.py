@@ -71,9 +71,6 @@ def slopes(model: nn.Module, batch: Batch, module: nn.Module, probe: int, positi
 
 CASES = [
     ("source", "llama"),
-    ("source", "gemma2"),
-    ("target", "llava"),
-    ("target", "qwen2_5_vl"),
     ("target", "qwen3_vl"),
     ("target", "gemma3"),
 ]

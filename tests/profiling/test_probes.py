@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,28 +13,15 @@ import torch
 from checkpoints import make_source, make_target
 from PIL import Image
 from processors import processor_missing
-from profiling.probing import QUESTIONS, Options, lines, options, private_cache, write_data
+from profiling.probing import QUESTIONS, Options, lines, options, write_data
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.models.loading import load_model
-from mergekit_snrf.profiling.groups import probes_of, rows_of
 from mergekit_snrf.profiling.probes import render
 from mergekit_snrf.profiling.probes.answers import Answer
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.source import RowError
-from mergekit_snrf.profiling.settings import SIDES, load_profile_config
-
-pytest.importorskip("datasets")
-
-BOARD = Path(__file__).parents[2] / "examples" / "board"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with private_cache(tmp_path_factory.mktemp("datasets")):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +194,6 @@ class TestPrompts:
             config.prepare(tokenizer)
         assert (caught.value.where, caught.value.field) == (str(folders["llama"]), "template")
 
-    def test_a_chat_template_that_prints_the_parts_of_a_message_is_refused(
-        self, data: Path, folders: dict[str, Path]
-    ) -> None:
-        config = options(folders["llava"], data / "images.jsonl", images="images")
-        processor = config.processor()
-        processor.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        with pytest.raises(SnrfError, match="the chat template leaves out the question"):
-            config.prepare(processor)
-
     def test_what_fails_on_every_row_is_the_fault_of_the_model(
         self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -351,23 +327,6 @@ class TestBatches:
                     expected = model(**own, use_cache=False).logits[0]
                 torch.testing.assert_close(logits[index][real], expected, rtol=1e-10, atol=1e-10)
 
-    def test_lengths_as_of_real_problems_waste_little_on_padding(
-        self, tmp_path: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
-        generator = np.random.default_rng(0)
-        # Log-normal, as problems and their solutions are: the longest tenth is over twice as long as the median.
-        lengths = generator.lognormal([[3.4, 4.2]], [[0.5, 0.6]], size=(96, 2)).astype(int) + 1
-        lines(tmp_path / "long.jsonl", [{"q": " ".join("x" * q), "a": " ".join("y" * a)} for q, a in lengths.tolist()])
-        config = options(
-            folders["llama"], tmp_path / "long.jsonl", answer={"by": "column", "column": "a"}, batch_size=8
-        )
-        made = config.batches(*llama)
-        tokens = sum(batch.attention_mask.numel() for batch in made)
-        wasted = 1 - sum(int(batch.attention_mask.sum()) for batch in made) / tokens
-        assert sorted(number for batch in made for number in batch.numbers) == list(range(96))
-        assert len(made) <= 16
-        assert 0 < wasted <= 0.1
-
     @pytest.mark.parametrize("case", CASES, indirect=True)
     def test_the_answer_is_the_models_own_greedy_one(self, case: tuple[Options, Any, Any]) -> None:
         config, model, processor = case
@@ -453,24 +412,6 @@ class TestBatches:
         with pytest.raises(SnrfError, match="row 0: the prompt contains a token that stands for an image"):
             config.prepare(config.processor(), llava[0])
 
-    def test_nothing_warns(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any], recwarn: pytest.WarningsRecorder
-    ) -> None:
-        records: list[logging.LogRecord] = []
-        handler = logging.Handler(logging.WARNING)
-        handler.emit = records.append  # type: ignore[method-assign]
-        logger = logging.getLogger("transformers")
-        logger.addHandler(handler)
-        config = options(folders["llava"], data / "images.jsonl", images="images", answer={"max_new_tokens": 3})
-        length, llava[1].tokenizer.model_max_length = llava[1].tokenizer.model_max_length, 8
-        try:
-            config.batches(*llava)
-        finally:
-            logger.removeHandler(handler)
-            llava[1].tokenizer.model_max_length = length
-        assert [record.getMessage() for record in records] == []
-        assert [str(warning.message) for warning in recwarn if "transformers" in warning.filename] == []
-
     def test_groups_are_of_similar_length_and_shards_make_the_same_batches(
         self, tmp_path: Path, folders: dict[str, Path], llama: tuple[Any, Any]
     ) -> None:
@@ -541,15 +482,3 @@ class TestBatches:
 def answer_ids(batch: ProbeBatch) -> dict[int, list[int]]:
     masked = zip(batch.numbers, batch.inputs["input_ids"], batch.answer_mask, strict=True)
     return {number: ids[mask].tolist() for number, ids, mask in masked}
-
-
-def test_the_board_example_makes_batches() -> None:
-    config = load_profile_config(BOARD / "profile.yml").override(limit=8, device="cpu", dtype="float32")
-    for name in SIDES:
-        probes = probes_of(config, config.kind(name), rows_of(config.kind(name), BOARD))
-        model, processor = load_model(config.model_of(name), images=name == "target")
-        found = list(probe_batches(probes, model, processor, rule=config.answer, device="cpu"))
-        assert sum(len(batch.numbers) for batch in found) == 8
-        assert all(flag for batch in found for flag in batch.ended)
-        with torch.no_grad():
-            assert all(bool(model(**batch.inputs).logits.isfinite().all()) for batch in found)

@@ -7,26 +7,19 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from profiling.probing import SIZES, lines, options, private_cache, write_data
+from profiling.probing import SIZES, lines, options, write_data
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.profiling.probes.images import MAX_BYTES, decode, image_folders, read_image
 from mergekit_snrf.profiling.probes.source import RowError
 
 datasets = pytest.importorskip("datasets")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with private_cache(tmp_path_factory.mktemp("datasets")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,8 @@ import functools
 import json
 import logging
 import os
-import shutil
 import signal
-import subprocess
-import sys
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import yaml
 from checkpoints import SOURCE_OF, VLMS, add_tensor, make_source, make_target, read
 from click.testing import CliRunner, Result
+from forked import forked, start_forked
 from processors import PROCESSORS, WITHOUT_TEMPLATE, example_image, processor_missing
 
 from mergekit_snrf.cli.profile import main
@@ -35,15 +34,6 @@ from mergekit_snrf.profiling.run import run
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, SideName, load_profile_config
 
 FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Products of other numbers of threads differ in rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -112,11 +102,7 @@ def contents(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-def command(path: Path, out: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "mergekit_snrf.cli.profile", str(path), str(out / "m.safetensors"), *options]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+ENVIRONMENT = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
 
 
 def invoke(path: Path, out: Path, *options: str) -> Result:
@@ -152,7 +138,12 @@ def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_model
     assert found.count() > 20
 
 
-@pytest.mark.parametrize("family", SOURCE_OF)
+# Every processor that there is here, a model whose processor needs torchvision, both with code of their own, one layer
+# type, and one without a chat template.
+FAMILIES = ("llava", "llava_next", "idefics3", "gemma3", "qwen2_5_vl", "internvl_chat", "minicpmv", "mistral")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_profiles_end_to_end(family, pair, tmp_path):
     folder = pair(family)
     path = write_config(folder, family, limit=2, answer={"by": "model", "max_new_tokens": 2}, trust_remote_code=True)
@@ -210,28 +201,20 @@ def test_command_reports_what_it_found(pair, tmp_path):
     assert "attn.k" in result.output
 
 
-KILLED = """
-import os, signal, sys
-from mergekit_snrf.cli.profile import main
-name, writes, replace = sys.argv[1], int(sys.argv[2]), os.replace
-
-def replace_or_die(written, path):
-    global writes
-    writes -= os.path.basename(path) == name
-    if writes < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(written, path)
-
-os.replace = replace_or_die
-main(sys.argv[3:])
-"""
-
-
 def run_killed_in(journal: str, writes: int, *arguments: str) -> None:
     """Run the command until it has written a journal some times, and SIGKILL it in the middle of the next write."""
-    program = [sys.executable, "-c", KILLED, journal, str(writes), *arguments]
-    done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    left, replace = iter(range(writes)), os.replace
+
+    def replace_or_die(written: Any, path: Any) -> None:
+        if os.path.basename(path) == journal and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(written, path)
+
+    def killed() -> None:
+        os.replace = replace_or_die
+        main([*arguments])
+
+    assert forked(killed) == -signal.SIGKILL
 
 
 def written(journal: Path) -> int:
@@ -243,40 +226,41 @@ def written(journal: Path) -> int:
 def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     make_target(tmp_path / "target", "llama", "hub", dtype=torch.float32)
     make_source(tmp_path / "source", "llama", dtype=torch.float32)
-    write_probes(tmp_path, count=40)
-    path = write_config(tmp_path, batch_size=2, answer={"by": "model", "max_new_tokens": 12})
+    write_probes(tmp_path, count=16)
+    path = write_config(tmp_path, batch_size=2)
     whole = profiled(path, tmp_path / "whole")
     out = tmp_path / "out"
     out.mkdir()
     arguments = [str(path), str(out / "m.safetensors"), "--journal-every", "0"]
-    run_killed_in("m.target.journal-0.safetensors", 5, *arguments)
+    run_killed_in("m.target.journal-0.safetensors", 3, *arguments)
     assert not (out / FILES[1]).exists()
     measured = written(out / "m.target.journal-0.safetensors")
-    run_killed_in("m.source.journal-0.safetensors", 3, *arguments, "--resume")
+    run_killed_in("m.source.journal-0.safetensors", 2, *arguments, "--resume")
     assert (out / FILES[1]).read_bytes() == whole[FILES[1]]
-    assert 10 <= measured < 40
+    assert 6 <= measured < 16
     assert not (out / FILES[0]).exists()
     assert profiled(path, out, resume=True) == whole
 
 
-def test_two_processes_write_the_bytes_of_one(pair, tmp_path):
+def test_two_processes_write_the_bytes_of_one(pair, tmp_path, capfd):
+    """As torchrun starts them."""
     path = write_config(pair("llava"), "llava", batch_size=2)
     whole = profiled(path, tmp_path / "one")
     out = tmp_path / "two"
     out.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
 
-    def run_two(*options: str) -> subprocess.CompletedProcess[str]:
-        words = [*launcher, *command(path, out, *options)[1:]]
-        environment = {**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"}
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    def process(rank: str) -> int:
+        def ranked() -> None:
+            os.environ |= {**place, "RANK": rank, "LOCAL_RANK": rank}
+            main([str(path), str(out / "m.safetensors")])
 
-    done = run_two()
-    if "(SIGABRT)" in done.stderr:
-        # On a busy machine torch has aborted a process, once in some forty runs. Whoever sees that goes on.
-        done = run_two("--resume")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("shared neurons") == 1
+        return start_forked(ranked)
+
+    children = [process(rank) for rank in "01"]
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert capfd.readouterr().out.count("shared neurons") == 1
     assert contents(out) == whole
 
 
@@ -355,19 +339,6 @@ def test_journal_of_another_run_is_an_error(keys, differences, pair, tmp_path, m
         profiled(write_config(folder, name="other.yml", **keys), tmp_path, resume=True)
 
 
-def test_changed_dataset_is_refused_on_resume(pair, tmp_path, monkeypatch):
-    folder = pair("llama")
-    path = write_config(folder)
-    interrupted(path, tmp_path, monkeypatch, after=1)
-    config = yaml.safe_load(path.read_text())
-    rows = (folder / "text.jsonl").read_text().replace("triangle 3", "square 3")
-    (folder / "changed.jsonl").write_text(rows)
-    config["target"]["probes"]["dataset"] = "changed.jsonl"
-    path.with_name("changed.yml").write_text(yaml.safe_dump(config))
-    with pytest.raises(SnrfError, match=r"probes\.dataset was 'text\.jsonl' and is 'changed\.jsonl'"):
-        profiled(path.with_name("changed.yml"), tmp_path, resume=True)
-
-
 def test_dry_run_prints_three_probes_of_each_side_and_loads_no_model(pair, no_model):
     path = write_config(pair("llava"), "llava", answer={"by": "column", "column": "answer"})
     result = CliRunner().invoke(main, [str(path), "--dry-run"])
@@ -398,7 +369,6 @@ def test_profile_measures_batches_of_your_own(pair, tmp_path):
     [
         {"scoring": "released"},
         {"tokens": "answer"},
-        {"weight": "residual"},
         {"weight": "gradient"},
         {"site": "post_o"},
         {"answer": {"by": "column", "column": "answer"}},
@@ -408,26 +378,17 @@ def test_profile_measures_batches_of_your_own(pair, tmp_path):
 )
 def test_every_measure_runs_and_is_written_down(keys, pair, tmp_path):
     folder = pair("llama")
-    plain = profiled(write_config(folder, limit=3), tmp_path / "plain")
+    plain = folder / "plain"
+    if not plain.exists():
+        profiled(write_config(folder, limit=3), plain)
     other = profiled(write_config(folder, name="other.yml", limit=3, **keys), tmp_path / "other")
-    assert plain[FILES[1]] != other[FILES[1]]
+    assert (plain / FILES[1]).read_bytes() != other[FILES[1]]
     provenance = read_profile(tmp_path / "other" / FILES[1]).provenance
     ((name, value),) = keys.items()
     if name == "answer":
         assert provenance.model.probes["answer"].items() >= value.items()
     else:
         assert (provenance.dtype if name == "dtype" else provenance.measure[name]) == value
-
-
-def test_a_backend_changes_no_more_than_rounding_and_the_fingerprint(pair, tmp_path):
-    profiled(write_config(pair("llama"), limit=3), tmp_path / "plain")
-    profiled(write_config(pair("llama"), name="sdpa.yml", limit=3, backend="sdpa"), tmp_path / "sdpa")
-    plain, sdpa = (read_profile(tmp_path / name / FILES[1]) for name in ("plain", "sdpa"))
-    for site, statistics in plain.sites.items():
-        other = sdpa.sites[site].mean_impact
-        torch.testing.assert_close(other, statistics.mean_impact, rtol=1e-4, atol=1e-5 * float(other.max()))
-    assert plain.provenance.measure == sdpa.provenance.measure
-    assert plain.provenance.fingerprint != sdpa.provenance.fingerprint
 
 
 def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
@@ -480,18 +441,6 @@ def test_an_error_names_the_key_of_profile_yml(keys, field, pair, tmp_path, no_m
     result = invoke(write_config(pair("llama"), **keys), tmp_path / "m.safetensors")
     assert result.exit_code == 1
     assert field in result.output
-
-
-def test_a_missing_chat_template_of_the_source_is_found_before_the_target_is_loaded(pair, tmp_path, no_model):
-    shutil.copytree(pair("llama"), tmp_path / "pair")
-    (tmp_path / "pair" / "source" / "chat_template.jinja").unlink(missing_ok=True)
-    path = tmp_path / "pair" / "source" / "tokenizer_config.json"
-    content = json.loads(path.read_text())
-    content.pop("chat_template", None)
-    path.write_text(json.dumps(content))
-    result = invoke(write_config(tmp_path / "pair"), tmp_path / "m.safetensors")
-    assert result.exit_code == 1
-    assert "source: source.template: has no chat template" in result.output
 
 
 @pytest.mark.parametrize("mask", ["missing/m.safetensors", "file/m.safetensors", ".", "m.pt", "taken.safetensors"])
@@ -557,9 +506,3 @@ def test_memory_budget_is_the_size_of_blocks(pair, tmp_path):
     assert small.exit_code == 0, small.output
     wrong = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "many")
     assert "--memory-budget: 'many'" in wrong.output
-
-
-def test_missing_mask_is_a_usage_error(pair):
-    result = CliRunner().invoke(main, [str(write_config(pair("llama")))])
-    assert result.exit_code == 2
-    assert "Missing argument 'MASK.safetensors'" in result.output

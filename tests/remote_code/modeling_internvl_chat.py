@@ -2,98 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_internvl_chat import InternVisionConfig, InternVLChatConfig
-
-
-class Embeddings(nn.Module):
-    def __init__(self, config: InternVisionConfig) -> None:
-        super().__init__()
-        width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
-        self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
-        self.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Parameter(torch.zeros(1, patches + 1, width))
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        first = self.class_embedding.expand(len(patches), -1, -1)
-        return torch.cat([first, patches], dim=1) + self.position_embedding
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        images, tokens, width = hidden.shape
-        query, key, value = self.qkv(hidden).view(images, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(images, tokens, width))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, inner)
-        self.fc2 = nn.Linear(inner, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(hidden)))
+from .embedded_images import EmbeddedImages
 
 
 class Layer(nn.Module):
+    """A layer of the vision tower, whose attention is fused as no text decoder's may be."""
+
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, config.num_attention_heads)
-        self.ls1 = nn.Parameter(torch.ones(width))
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, config.intermediate_size)
-        self.ls2 = nn.Parameter(torch.ones(width))
+        width, self.heads = config.hidden_size, config.num_attention_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        inner = config.intermediate_size
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.ls1 * self.attn(self.norm1(hidden))
-        return hidden + self.ls2 * self.mlp(self.norm2(hidden))
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: InternVisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return hidden
+        fused = self.attn["qkv"](self.norm1(hidden)).unflatten(-1, (3, self.heads, -1))
+        mixed = F.scaled_dot_product_attention(*fused.permute(2, 0, 3, 1, 4))
+        hidden = hidden + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+        return hidden + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(hidden))))
 
 
 class VisionModel(nn.Module):
     def __init__(self, config: InternVisionConfig) -> None:
         super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
+        width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
+        self.embeddings = nn.Module()
+        self.embeddings.patch_embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
+        self.embeddings.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*(Layer(config) for _ in range(2)))})
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.encoder(self.embeddings(pixel_values))
+        patches = self.embeddings.patch_embedding(pixel_values).flatten(2).mT
+        return self.encoder["layers"](patches + self.embeddings.position_embedding)
 
 
-class InternVLChatModel(PreTrainedModel):
+class InternVLChatModel(EmbeddedImages):
     """Images are projected into the token embeddings, at the positions of the image context token."""
 
     config_class = InternVLChatConfig
     main_input_name = "pixel_values"
-    _supports_sdpa = True
 
     def __init__(self, config: InternVLChatConfig) -> None:
         super().__init__(config)
@@ -102,52 +56,16 @@ class InternVLChatModel(PreTrainedModel):
         self.vision_model = VisionModel(config.vision_config)
         self.language_model = AutoModelForCausalLM.from_config(config.llm_config)
         self.mlp1 = nn.Sequential(nn.LayerNorm(joined), nn.Linear(joined, width), nn.GELU(), nn.Linear(width, width))
-        self.img_context_token_id = config.img_context_token_id
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
+    def text_model(self) -> PreTrainedModel:
+        return self.language_model
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.language_model.get_output_embeddings()
+    def image_token_id(self) -> int:
+        return self.config.img_context_token_id
 
-    def extract_feature(self, pixel_values: Tensor) -> Tensor:
-        """Features of images [tiles, 3, height, width] as [tiles, tokens, width of the language model]."""
-        features = self.vision_model(pixel_values)[:, 1:]
-        tiles, patches, width = features.shape
-        side, step = round(patches**0.5), round(1 / self.config.downsample_ratio)
-        grid = features.view(tiles, side // step, step, side // step, step, width)
-        return self.mlp1(grid.transpose(2, 3).reshape(tiles, (side // step) ** 2, step * step * width))
-
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Embeddings [batch, tokens, width] of a prompt and of the images in it."""
-        embeddings = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
-            return embeddings
-        features = self.extract_feature(pixel_values.to(self.dtype)).flatten(0, 1)
-        where = input_ids == self.img_context_token_id
-        if where.sum() != len(features):
-            raise ValueError(f"the prompt has {where.sum()} image context tokens, the images make {len(features)}")
-        return embeddings.masked_scatter(where[..., None], features.to(embeddings.dtype))
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        embeddings = self.embed(input_ids, pixel_values)
-        return self.language_model(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """New tokens only, as the language model returns them for a prompt of embeddings."""
-        embeddings = self.embed(input_ids, pixel_values)
-        return self.language_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+    def features(self, pixel_values: Tensor) -> Tensor:
+        patches = self.vision_model(pixel_values)
+        side, step = round(patches.shape[1] ** 0.5), round(1 / self.config.downsample_ratio)
+        grid = patches.unflatten(1, (side // step, step, side // step, step))
+        return self.mlp1(grid.transpose(2, 3).flatten(3).flatten(1, 2))

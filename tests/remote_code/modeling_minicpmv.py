@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel, SiglipVisionModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_minicpm import MiniCPMVConfig
+from .embedded_images import EmbeddedImages
 
 
 class Resampler(nn.Module):
@@ -32,11 +30,10 @@ class Resampler(nn.Module):
         return self.ln_post(mixed) @ self.proj
 
 
-class MiniCPMV(PreTrainedModel):
+class MiniCPMV(EmbeddedImages):
     """Images are resampled into the token embeddings, at the positions of the image token."""
 
     config_class = MiniCPMVConfig
-    _supports_sdpa = True
 
     def __init__(self, config: MiniCPMVConfig) -> None:
         super().__init__(config)
@@ -47,42 +44,11 @@ class MiniCPMV(PreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.llm.get_input_embeddings()
+    def text_model(self) -> PreTrainedModel:
+        return self.llm
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.llm.get_output_embeddings()
+    def image_token_id(self) -> int:
+        return self.config.img_token_id
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Embeddings [batch, tokens, width] of a prompt and of the images [images, 3, height, width] in it."""
-        embeddings = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
-            return embeddings
-        patches = self.vpm(pixel_values=pixel_values.to(self.dtype)).last_hidden_state
-        features = self.resampler(patches).flatten(0, 1)
-        where = input_ids == self.config.img_token_id
-        if where.sum() != len(features):
-            raise ValueError(f"the prompt has {where.sum()} image tokens, the images make {len(features)}")
-        return embeddings.masked_scatter(where[..., None], features.to(embeddings.dtype))
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        embeddings = self.embed(input_ids, pixel_values)
-        return self.llm(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """New tokens only, as the language model returns them for a prompt of embeddings."""
-        embeddings = self.embed(input_ids, pixel_values)
-        return self.llm.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **kwargs)
+    def features(self, pixel_values: Tensor) -> Tensor:
+        return self.resampler(self.vpm(pixel_values=pixel_values).last_hidden_state)
