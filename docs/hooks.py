@@ -80,8 +80,27 @@ def profile_table() -> str:
     """Keys of profile.yml, from its types."""
     from mergekit_snrf.profiling.settings import ProfileConfig
 
+    return settings_table(ProfileConfig)
+
+
+def domains_table() -> str:
+    """Keys of profile.yml with domains that other runs do not have."""
+    from mergekit_snrf.profiling.domains import DomainsConfig
+    from mergekit_snrf.profiling.settings import RunConfig
+
+    return (
+        f"{settings_table(DomainsConfig, without=RunConfig)}\n\nThe other keys are those of [Profiling](profiling.md)."
+    )
+
+
+def settings_table(config: type[BaseModel], without: type[BaseModel] | None = None) -> str:
+    """Keys of a type of settings: its own, then, unless they are left out, those of the type that it extends."""
+    inherited = {key for base in config.__mro__[1:] if issubclass(base, BaseModel) for key in base.model_fields}
+    found = sorted(keys(config), key=lambda row: row[0].partition(".")[0] in inherited)
     rows = ["| key | values | default | meaning |", "|---|---|---|---|"]
-    for name, field, description in keys(ProfileConfig):
+    for name, field, description in found:
+        if without is not None and name.partition(".")[0] in without.model_fields:
+            continue
         if name.startswith("source."):
             continue
         if name == "source":
@@ -159,4 +178,9 @@ def cell(text: str | None) -> str:
     return " ".join((text or "").replace("``", "`").replace("|", r"\|").split())
 
 
-TABLES: dict[str, Callable[[], str]] = {"recipe": recipe_table, "profile": profile_table, "api": api_reference}
+TABLES: dict[str, Callable[[], str]] = {
+    "recipe": recipe_table,
+    "profile": profile_table,
+    "domains": domains_table,
+    "api": api_reference,
+}

@@ -44,14 +44,15 @@ def ablate(
     from mergekit_snrf.models.decoder import find_decoder
     from mergekit_snrf.neurons.maskfile import load_mask
     from mergekit_snrf.neurons.shape import check_fit
+    from mergekit_snrf.neurons.sites import PROJECTIONS
 
     common.check_outputs(json_file)
     ref = options.construct(ModelRef, {"model": model, **loading})
     checkpoint = open_checkpoint(model, trust_remote_code=ref.trust_remote_code)
-    chosen = load_mask(mask)
+    chosen = load_mask(mask, towers=True)
     if not chosen.neurons.count():
         raise SnrfError(chosen.path, "has no neurons", "give a mask with at least one")
-    check_fit(chosen.neurons, find_decoder(checkpoint).shape, where=chosen.path, model=model)
+    check_fit(chosen.neurons.of(*PROJECTIONS), find_decoder(checkpoint).shape, where=chosen.path, model=model)
     settings: dict[str, Any] = {"dtype": ref.dtype, "config_sha256": checkpoint.config_sha256}
     least = None
     if profile_file is not None:

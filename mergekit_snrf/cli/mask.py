@@ -52,11 +52,11 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
     from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
     from mergekit_snrf.neurons.sets import count_rows
-    from mergekit_snrf.neurons.sites import PROJECTIONS, Site
+    from mergekit_snrf.neurons.sites import Site
 
     check_outputs(json_file)
     path = local_path(mask_file)
-    content, digest = read_mask(path), sha256(path)
+    content, digest = read_mask(path, towers=True), sha256(path)
     counts = content.neurons.by_projection()
     if json_file is not None:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)
@@ -69,8 +69,8 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
     click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
     if layers:
         numbers = sorted({site.layer for site in content.neurons.nonempty()})
-        rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in PROJECTIONS)) for layer in numbers]
-        click.echo("\n" + table(("layer", *PROJECTIONS), rows))
+        rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in counts)) for layer in numbers]
+        click.echo("\n" + table(("layer", *counts), rows))
     facts = [("sha256", digest), *provenance_rows(content)]
     click.echo("\n" + "\n".join(f"{name:<16}  {' '.join(text.split())}" for name, text in facts))
 
@@ -140,11 +140,12 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
 
 
 @mask.command("import")
-@click.argument("json_file", metavar="JSON", type=click.Path(dir_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False))
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option(
     "--model", required=True, help="The model that the neurons were found in; its config and headers are read."
 )
+@click.option("--set", "chosen", metavar="NUMBER|NAME", help="Which set, where FILE has several, such as domains.")
 @click.option(
     "--kv-indices",
     type=click.Choice(["repeated", "rows"]),
@@ -153,15 +154,20 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     help="Whether attn_k and attn_v count heads repeated for grouped-query attention, as the released code does.",
 )
 @command_options
-def import_(json_file: str, out: str, model: str, kv_indices: str) -> None:
-    """Convert the released code's JSON to a mask, with the correct rows for grouped-query attention."""
+def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: str) -> None:
+    """Convert a list of neurons to a mask.
+
+    FILE is the JSON of SNRF's released code, with the correct rows for grouped-query attention; a .pth file of LAPE or
+    MMNeuron, or the same lists as JSON; or names such as fwd.up.L14.N12953, as a JSON list or one a line.
+    """
     from mergekit_snrf.files.references import sha256
+    from mergekit_snrf.neurons.lists import read_neurons
     from mergekit_snrf.neurons.maskfile import Provenance, write_mask
-    from mergekit_snrf.neurons.released import read_released
 
     shape, target = _shape(model)
-    neurons = read_released(json_file, shape, "rows" if kv_indices == "rows" else "repeated")
-    source = {"file": Path(json_file).name, "sha256": sha256(json_file)}
+    with naming({"set": "--set"}):
+        neurons = read_neurons(file, shape, chosen=chosen, kv_indices="rows" if kv_indices == "rows" else "repeated")
+    source = {"file": Path(file).name, "sha256": sha256(file), **({} if chosen is None else {"set": chosen})}
     write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
     click.echo(f"{out}: {neurons.count()} neurons")
 

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from mergekit_snrf import __version__
-from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, table
+from mergekit_snrf.cli.common import command_options, is_quiet, silence_progress, size, table
 from mergekit_snrf.cli.options import run_options
 from mergekit_snrf.errors import SnrfError, naming, option
 
@@ -46,13 +46,15 @@ def main(
 ) -> None:
     """Send the probes of PROFILE.yml through both models and write MASK.safetensors, their shared neurons.
 
-    The two profiles are written beside it. Start it under torchrun or accelerate launch to split the probes over
-    several processes.
+    The two profiles are written beside it. With domains in place of target and source, count instead how often every
+    neuron of one model is active on each domain, for snrf domains. Start it under torchrun or accelerate launch to
+    split the probes over several processes.
     """
     from mergekit_snrf.neurons.sets import count_rows
     from mergekit_snrf.profiling import run as runs
+    from mergekit_snrf.profiling.domains import count_domains, load_config
     from mergekit_snrf.profiling.memory import parse_size
-    from mergekit_snrf.profiling.settings import load_profile_config
+    from mergekit_snrf.profiling.settings import ProfileConfig
 
     if mask is None and not dry_run:
         raise click.UsageError("Missing argument 'MASK.safetensors'.")
@@ -66,12 +68,17 @@ def main(
     silence_progress(quiet=not progress)
     with naming({field: option(field) for field in ("resume", "memory_budget")}):
         given: dict[str, Any] = {"resume": resume, "journal_seconds": journal_every, "progress": progress}
-        given["memory_budget"] = None if memory_budget is None else parse_size(memory_budget)
-        config = load_profile_config(profile).override(**overrides)
+        budget = None if memory_budget is None else parse_size(memory_budget)
+        config = load_config(profile).override(**overrides)
         if mask is None or dry_run:
             click.echo(runs.dry_run(config, folder=folder))
             return
-        result = runs.run(config, mask, folder=folder, **given)
+        if not isinstance(config, ProfileConfig):
+            counts = count_domains(config, mask, folder=folder, **given)
+            if counts is not None:
+                click.echo(f"{mask}: {len(counts.names)} domains, {size(Path(mask).stat().st_size)}")
+            return
+        result = runs.run(config, mask, folder=folder, memory_budget=budget, **given)
     if result is None:
         return
     for side, path in result.profiles.items():

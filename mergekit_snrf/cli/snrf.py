@@ -9,6 +9,7 @@ from mergekit_snrf.cli.ablate import ablate
 from mergekit_snrf.cli.amplify import amplify
 from mergekit_snrf.cli.card import card
 from mergekit_snrf.cli.compare import compare
+from mergekit_snrf.cli.domains import domains
 from mergekit_snrf.cli.examples import add_examples
 from mergekit_snrf.cli.frank import frank
 from mergekit_snrf.cli.init import init
@@ -29,7 +30,7 @@ _SECTIONS = {
     "Make a merge, in this order": (init, profile, moments, plan, merge),
     "Other outputs": (patch, lora, frank),
     "See whether it helps": (compare, sweep, card, report),
-    "Look at neurons": (mask, overlap, ablate, amplify, lens),
+    "Look at neurons": (mask, overlap, ablate, domains, amplify, lens),
 }
 
 

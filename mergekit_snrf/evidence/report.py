@@ -14,9 +14,10 @@ from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, Lens, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, OverlapPairs, Result, Study
 from mergekit_snrf.evidence.sections import (
     amplification_section,
+    domains_section,
     lens_section,
     mask_section,
     overlap_section,
@@ -73,6 +74,8 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
     for result in results:
         if isinstance(result, Study):
             sections.append(study_section(result, digest, mask.neurons))
+        elif isinstance(result, DomainAblation):
+            sections.append(domains_section(result))
         elif isinstance(result, Amplification):
             sections.append(amplification_section(result))
         elif isinstance(result, Lens):

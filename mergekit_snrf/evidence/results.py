@@ -11,9 +11,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.evidence.study_results import STRICT
+from mergekit_snrf.evidence.study_results import Condition as Condition
+from mergekit_snrf.evidence.study_results import Contrast as Contrast
+from mergekit_snrf.evidence.study_results import DomainAblation as DomainAblation
+from mergekit_snrf.evidence.study_results import DomainStudy as DomainStudy
+from mergekit_snrf.evidence.study_results import Interval as Interval
+from mergekit_snrf.evidence.study_results import Measured as Measured
+from mergekit_snrf.evidence.study_results import Study as Study
 from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
@@ -23,79 +31,7 @@ _MAX_BYTES = 50_000_000
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class Interval(_Part):
-    """A number with the bounds of its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-class Measured(_Part):
-    """One metric of one condition: its mean, its paired change to the reference, and its share of malformed answers."""
-
-    mean: Interval
-    change: Interval | None = None
-    malformed: float | None = None
-
-
-class Condition(_Part):
-    """One row of a study: a model as it is, or with ``neurons`` edited, averaged over ``draws`` seeds.
-
-    A point of a sweep has its ``curve``, such as ``linear``, and its ``strength``. ``settings`` says how to repeat it
-    (beta, rank, seeds, ...).
-    """
-
-    name: str
-    role: Literal["reference", "claim", "control"]
-    draws: int = 1
-    neurons: int = 0
-    curve: str | None = None
-    strength: float | None = None
-    settings: dict[str, Any] = {}
-    metrics: dict[str, Measured]
-
-
-class Contrast(_Part):
-    """A paired difference between two conditions of a study on one metric, ``left - right``."""
-
-    left: str
-    right: str
-    metric: str
-    difference: Interval
-
-
-class Study(_Part):
-    """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
-
-    Attributes:
-        neurons_sha256: ``NeuronSet.sha256`` of the mask.
-        items: number of items of each metric.
-        roles: of the metrics: what a merge should improve, and what it should preserve.
-        level: of all intervals.
-        seed: of the bootstrap and the first draw.
-        verdict: sentences that say what the intervals support.
-    """
-
-    format: Literal["snrf-study"] = "snrf-study"
-    version: Literal[1] = 1
-    kind: Literal["ablation", "comparison"]
-    model: str
-    mask: str | None = None
-    mask_sha256: str | None = None
-    neurons_sha256: str | None = None
-    evaluation: str
-    items: dict[str, int]
-    roles: dict[str, Literal["gain", "keep"]] = {}
-    level: float = 0.95
-    seed: int = 0
-    conditions: list[Condition]
-    contrasts: list[Contrast] = []
-    verdict: list[str] = []
-    settings: dict[str, Any] = {}
+    model_config = STRICT
 
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -296,7 +232,7 @@ class Lens(_Part):
         return self
 
 
-Result = Study | Overlap | OverlapPairs | Amplification | Lens | Tuning
+Result = Study | Overlap | OverlapPairs | Amplification | Lens | Tuning | DomainAblation
 _RESULT: TypeAdapter[Result] = TypeAdapter(Annotated[Result, Field(discriminator="format")])
 
 

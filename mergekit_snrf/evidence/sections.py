@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, Lens, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study
 from mergekit_snrf.evidence.tables import (
     Table,
     layers_table,
@@ -139,6 +139,21 @@ def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
     }
     section.tables.append(settings_table("To repeat it", repeat))
     return section
+
+
+def domains_section(result: DomainAblation) -> Section:
+    """Show the ablation of every domain's neurons: a heat map, a table for each module, and how to repeat it."""
+    from mergekit_snrf.evidence.domain_figures import matrix_drawing
+    from mergekit_snrf.evidence.domains import matrix_tables
+
+    study = result.studies[0].study
+    title = f"Each domain's neurons off ({wording.without_folders(study.model)})"
+    tables = [replace(table, caption=f"{table.caption}, 95 % intervals") for table in matrix_tables(result)]
+    repeat = {"model": study.model, "evaluation": study.evaluation, "seed": study.seed, **result.settings}
+    drawings = [matrix_drawing(result)]
+    return Section(
+        "domains", title, list(result.verdict), [], drawings, [*tables, settings_table("To repeat it", repeat)]
+    )
 
 
 def tuning_section(tuning: Tuning) -> Section:

@@ -66,15 +66,18 @@ def run_study(
     evaluation: Evaluation,
     *,
     progress: bool = False,
+    known: Mapping[str, list[Scores]] | None = None,
 ) -> Study:
     """Evaluate a loaded target under every row's edits and return the study.
 
-    The weights are put back bit for bit after every evaluation, including one that fails.
+    The weights are put back bit for bit after every evaluation, including one that fails. Rows whose scores are
+    ``known``, by name, are not evaluated.
     """
-    scores: dict[str, list[Scores]] = {row.name: [] for row in rows}
-    like: Scores | None = None
-    with tqdm(total=sum(max(1, len(row.draws)) for row in rows), unit="evaluation", disable=not progress) as bar:
-        for row in rows:
+    scores: dict[str, list[Scores]] = {row.name: [] for row in rows} | dict(known or {})
+    like = next((found[0] for found in scores.values() if found), None)
+    todo = [row for row in rows if not scores[row.name]]
+    with tqdm(total=sum(max(1, len(row.draws)) for row in todo), unit="evaluation", disable=not progress) as bar:
+        for row in todo:
             bar.set_description(row.name)
             for found in score(row, model, processor, evaluation, like):
                 scores[row.name].append(found)

@@ -12,10 +12,12 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
 from mergekit_snrf.fusion.threads import Memory, look_ahead
+from mergekit_snrf.models.activations import Activation, find_activations
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
@@ -24,7 +26,7 @@ from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weig
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
-from mergekit_snrf.neurons.sites import Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Site
 
 Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
@@ -38,6 +40,7 @@ class Edit:
 
     def __init__(self) -> None:
         self._saved: list[tuple[nn.Parameter, int, Tensor, Tensor]] = []
+        self._silenced: list[RemovableHandle] = []
 
     def write(
         self,
@@ -53,12 +56,22 @@ class Edit:
         self._saved.append((parameter, axis, selected, view[selected]))
         view[selected] = values
 
+    def silence(self, activation: nn.Module, selected: Int[Tensor, " selected"]) -> None:
+        """Let an activation return 0 for some neurons, the last axis of its output."""
+
+        def zeroed(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            return output.index_fill(-1, selected.to(output.device), 0.0)
+
+        self._silenced.append(activation.register_forward_hook(zeroed))
+
     def undo(self) -> None:
         """Put back every value as it was; a second call changes nothing.
 
         Raises:
             SnrfError: the model was cast or moved since, or a later edit of the same weights was not undone before.
         """
+        while self._silenced:
+            self._silenced.pop().remove()
         while self._saved:
             parameter, axis, selected, before = self._saved[-1]
             view = _by_neuron(parameter, axis)
@@ -75,7 +88,8 @@ class Edit:
     def __repr__(self) -> str:
         """Return the size of the edit."""
         rows = sum(len(selected) for _, _, selected, _ in self._saved)
-        return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns>"
+        silenced = f", {len(self._silenced)} activations" if self._silenced else ""
+        return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns{silenced}>"
 
     @classmethod
     @contextmanager
@@ -100,11 +114,18 @@ class Edit:
 def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
     """Zero the weights and biases of neurons in place (Table 3): rows, or columns for fwd.down.
 
+    Neurons of the vision tower and the projector return 0 instead, at all positions.
+
     Raises:
         SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
     """
-    decoder, chosen = _prepared(model, neurons)
+    where = neurons.path if isinstance(neurons, Mask) else None
+    whole = neurons.neurons if isinstance(neurons, Mask) else neurons
+    decoder, chosen = _prepared(model, whole.of(*PROJECTIONS), where)
+    towers = _towers(model, decoder, whole.of(*TOWERS).nonempty(), where)
     with Edit.whole() as edit:
+        for activation, member in towers:
+            edit.silence(activation.act, member.nonzero().flatten())
         for site, member in chosen.items():
             module, selected = decoder.module(site), member.nonzero().flatten()
             edit.write(module.weight, site.axis, selected, 0.0)
@@ -140,7 +161,8 @@ def fuse_model(
         SnrfError: target, source, neurons and moments do not fit together, or a weight is not finite; the model is as
             before.
     """
-    decoder, chosen = _prepared(model, neurons)
+    where = neurons.path if isinstance(neurons, Mask) else None
+    decoder, chosen = _prepared(model, neurons, where)
     filters = None
     if moments is not None:
         found = moments if isinstance(moments, Moments) else read_moments(moments)
@@ -235,10 +257,24 @@ def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
     return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
 
 
-def _prepared(model: nn.Module, neurons: NeuronSet | Mask | None) -> tuple[LiveDecoder, dict[Site, Tensor]]:
+def _towers(
+    model: nn.Module, decoder: LiveDecoder, chosen: Mapping[Site, Tensor], where: str | None
+) -> list[tuple[Activation, Tensor]]:
+    """Return the activations outside of the text decoder with their neurons to deactivate."""
+    found = {one.site: one for one in find_activations(model, decoder)} if chosen else {}
+    for site, member in chosen.items():
+        has = found[site].neurons if site in found else 0
+        if has != len(member):
+            what = f"tensor {site} of shape [{len(member)}] does not fit {decoder.model}, which has {has} neurons there"
+            raise SnrfError(where, what, "use a mask made for this model")
+    return [(found[site], member) for site, member in chosen.items()]
+
+
+def _prepared(
+    model: nn.Module, neurons: NeuronSet | Mask | None, where: str | None
+) -> tuple[LiveDecoder, dict[Site, Tensor]]:
     decoder = find_live_decoder(model)
     chosen = _of(every_neuron(decoder.shape) if neurons is None else neurons)
-    where = neurons.path if isinstance(neurons, Mask) else None
     check_fit(NeuronSet(chosen), decoder.shape, where=where, model=decoder.model)
     for site in chosen:
         parameter = decoder.module(site).weight

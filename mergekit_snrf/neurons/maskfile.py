@@ -21,6 +21,7 @@ from mergekit_snrf.files import container
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.files.references import sha256 as sha256_of
 from mergekit_snrf.neurons.sets import NeuronSet, described
+from mergekit_snrf.neurons.shape import check_decoder_only
 from mergekit_snrf.neurons.sites import Site
 
 MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
@@ -60,8 +61,15 @@ class Mask:
     path: str = "mask"
 
 
-def read_mask(path: str | os.PathLike[str]) -> Mask:
-    """Read and validate a mask file; ``SnrfError`` where it is missing, damaged, or of another format."""
+def read_mask(path: str | os.PathLike[str], *, towers: bool = False) -> Mask:
+    """Read and validate a mask file.
+
+    Args:
+        towers: whether neurons of ``TOWERS`` are allowed.
+
+    Raises:
+        SnrfError: the file is missing, damaged, of another format, or has neurons outside of the text decoder.
+    """
     tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
     members = {}
     for key, tensor in tensors.items():
@@ -71,6 +79,8 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
             what = f"tensor {key!r} must be torch.bool of shape [neurons], got {described(tensor)}"
             raise SnrfError(path, what, "make the mask again")
         members[site] = tensor
+    if not towers:
+        check_decoder_only(NeuronSet(members), path)
     try:
         provenance = Provenance.model_validate(content)
     except ValidationError as error:
@@ -79,18 +89,23 @@ def read_mask(path: str | os.PathLike[str]) -> Mask:
 
 
 def load_mask(
-    reference: str | os.PathLike[str], *, sha256: str | None = None, folders: tuple[str | os.PathLike[str], ...] = ()
+    reference: str | os.PathLike[str],
+    *,
+    sha256: str | None = None,
+    folders: tuple[str | os.PathLike[str], ...] = (),
+    towers: bool = False,
 ) -> Mask:
     """Read a mask from a path, or from ``hf://owner/repo@revision/path``.
 
     Args:
         sha256: raise ``SnrfError`` where the file is another one.
         folders: where to look for a relative path after the working folder.
+        towers: whether neurons outside of the text decoder are allowed, for ``deactivate``.
     """
     path = local_path(reference, folders)
     if sha256 is not None:
         check_sha256(path, sha256)
-    return read_mask(path)
+    return read_mask(path, towers=towers)
 
 
 def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:

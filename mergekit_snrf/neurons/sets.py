@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.markdown import share
-from mergekit_snrf.neurons.sites import PROJECTIONS, Neuron, Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Neuron, Site
 
 
 def described(tensor: Tensor) -> str:
@@ -76,7 +76,8 @@ class NeuronSet(Mapping[Site, Tensor]):
     def by_projection(self) -> dict[str, tuple[int, int, int]]:
         """Return (layers with neurons, neurons, neurons of the layers that the set lists) of every projection."""
         found = {}
-        for name in PROJECTIONS:
+        present = {site.projection for site in self._members}
+        for name in (*PROJECTIONS, *(tower for tower in TOWERS if tower in present)):
             members = [member for site, member in self._members.items() if site.projection == name]
             counts = [int(member.sum()) for member in members]
             found[name] = (sum(map(bool, counts)), sum(counts), sum(map(len, members)))
@@ -85,6 +86,10 @@ class NeuronSet(Mapping[Site, Tensor]):
     def nonempty(self) -> dict[Site, Bool[Tensor, " neurons"]]:
         """Return the sites that have at least one neuron."""
         return {site: member for site, member in self._members.items() if bool(member.any())}
+
+    def of(self, *projections: str) -> NeuronSet:
+        """Return the neurons of some projections, or of ``TOWERS``."""
+        return NeuronSet({site: member for site, member in self._members.items() if site.projection in projections})
 
     def sha256(self) -> str:
         """Return a digest that two sets share if and only if they have the same neurons."""
@@ -138,7 +143,7 @@ class NeuronSet(Mapping[Site, Tensor]):
         """
         if not 0 <= seed < 2**32:
             raise SnrfError(None, f"must be in [0, 2**32), got {seed}", field="seed")
-        order, members = list(PROJECTIONS), {}
+        order, members = [*PROJECTIONS, *TOWERS], {}
         for site, member in self._members.items():
             generator = np.random.RandomState([seed, site.layer, order.index(site.projection)])
             chosen = torch.zeros_like(member)

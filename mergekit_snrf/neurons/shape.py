@@ -10,7 +10,7 @@ import torch
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
+from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, TOWERS, Neuron, Site
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ def every_neuron(shape: DecoderShape) -> NeuronSet:
 
 def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, where: object | None, model: str) -> None:
     """Raise ``SnrfError`` where neurons of a file ``where`` are not those of the decoder of ``model``."""
+    check_decoder_only(neurons, where)
     if not isinstance(neurons, NeuronSet):
         _check_indices(neurons, shape, where, model)
         return
@@ -80,6 +81,15 @@ def check_fit(neurons: NeuronSet | Iterable[Neuron], shape: DecoderShape, *, whe
     further = f" ({len(misfits) - 1} further tensors do not fit either)" if len(misfits) > 1 else ""
     what = f"tensor {site} of shape [{len(neurons[site])}] does not fit {model}, {has}{further}"
     raise SnrfError(where, what, _remedy(neurons, misfits, shape))
+
+
+def check_decoder_only(neurons: NeuronSet | Iterable[Neuron], where: object | None) -> None:
+    """Raise ``SnrfError`` where neurons are not of a text decoder: those can be deactivated, nothing else."""
+    sites = neurons if isinstance(neurons, NeuronSet) else (neuron.site for neuron in neurons)
+    tower = next((site for site in sites if site.projection in TOWERS), None)
+    if tower is not None:
+        what = f"has neurons outside of the text decoder ({tower})"
+        raise SnrfError(where, what, "use them with 'snrf ablate' or 'snrf domains ablate'; nothing else takes them")
 
 
 def _remedy(neurons: NeuronSet, misfits: Sequence[Site], shape: DecoderShape) -> str:

@@ -43,6 +43,10 @@ PROJECTIONS: dict[str, Projection] = {
 
 GROUPED = ("attn.k", "attn.v")  # Several query heads share each of their heads (GQA).
 
+TOWERS = ("vision.mlp", "projector.mlp")
+"""Neurons outside of the text decoder, which can only be deactivated: activations of the MLPs of a vision tower and of
+what projects images into the decoder, in place of a projection. Their layers are numbered in the model's order."""
+
 
 _LAYER = r"(?P<layer>0|[1-9][0-9]{0,4})"
 _NEURON = re.compile(rf"(?P<projection>[a-z]+\.[a-z]+)\.L{_LAYER}\.N(?P<index>0|[1-9][0-9]{{0,9}})")
@@ -61,7 +65,7 @@ class Site:
     projection: str
 
     def __post_init__(self) -> None:
-        if self.projection not in PROJECTIONS:
+        if self.projection not in PROJECTIONS and self.projection not in TOWERS:
             known = f"the projections are {', '.join(PROJECTIONS)}"
             raise SnrfError(None, f"unknown projection {self.projection!r:.60}", known)
         if not 0 <= self.layer < MAX_LAYERS:

@@ -16,7 +16,7 @@ from mergekit_snrf.profiling.distributed import Ranks
 from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
-from mergekit_snrf.profiling.settings import Kind, ProfileConfig
+from mergekit_snrf.profiling.settings import Kind, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class RunOptions:
     ranks: Ranks
 
 
-def checked_device(config: ProfileConfig, ranks: Ranks) -> str | None:
+def checked_device(config: RunConfig, ranks: Ranks) -> str | None:
     """Return the device of this process; an error if there is none."""
     if config.device_map is not None and ranks.world > 1:
         what = f"auto spreads one model over all devices, which {ranks.world} processes cannot share"
@@ -53,7 +53,7 @@ def rows_of(kind: Kind, folder: Path | None) -> Rows:
         return load_rows(kind.source, answers=kind.rule.by == "column", folder=folder)
 
 
-def probes_of(config: ProfileConfig, kind: Kind, rows: Rows) -> Probes:
+def probes_of(config: RunConfig, kind: Kind, rows: Rows) -> Probes:
     """Return rows as prompts, without loading weights; errors name the keys of profile.yml."""
     with naming(kind.model_keys):
         model_config = load_config(kind.model)

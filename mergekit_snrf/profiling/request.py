@@ -26,7 +26,7 @@ from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
 from mergekit_snrf.profiling.probes.source import ProbeColumns, Prompting
 from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
-from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, SideName
+from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, RunConfig, SideName
 
 _PACKAGES = ("mergekit-snrf", "torch", "transformers")
 
@@ -130,7 +130,7 @@ def _content_sha256(checkpoint: Checkpoint) -> str:
 
 
 def request_of(
-    config: ProfileConfig, kind: Kind, model: ModelInfo, rows: Rows, folder: Path | None, **more: Any
+    config: RunConfig, kind: Kind, model: ModelInfo, rows: Rows, folder: Path | None, **more: Any
 ) -> dict[str, Any]:
     """Return everything that the result of one kind of probes depends on, ``more`` among it, as JSON values.
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -30,12 +30,16 @@ from mergekit_snrf.profiling.probes.source import (
 )
 from mergekit_snrf.profiling.result.selection import Selection
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 SideName = Literal["target", "source"]
 SIDES: tuple[SideName, ...] = ("target", "source")
 
 _Columns = TypeVar("_Columns", bound=ProbeColumns)
-_MODEL_FIELDS = ("model", "revision", "gguf_file")
-_ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
+_Config = TypeVar("_Config", bound="RunConfig")
+MODEL_FIELDS = ("model", "revision", "gguf_file")
+ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
 class SideConfig(Prompting):
@@ -77,7 +81,70 @@ class Kind:
     model_keys: dict[str, str]
 
 
-class ProfileConfig(Settings):
+class RunConfig(Settings):
+    """The keys that all runs have: how rows become probes, and how the model is loaded."""
+
+    answer: AnswerRule = Field(default=AnswerRule(), description="What follows every question.")
+    limit: Count | None = Field(default=None, description="Rows drawn from each data set; default: all.")
+    seed: Seed = Field(default=0, description="Seed of the draw of the rows.")
+    template: Template | None = Field(default=None, description="For probes without a template of their own.")
+    batch_size: Count = Field(default=8, description="Probes in a batch.")
+    token_limit: Count | None = Field(
+        default=None,
+        description="A longer probe is left out and counted, never cut; default: the model's limit.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
+        default="auto", description="Dtype of the weights; auto: that of the checkpoint."
+    )
+    device: Name | None = Field(default=None, description="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
+    device_map: Literal["auto"] | None = Field(default=None, description="auto: spread the layers over all devices.")
+    trust_remote_code: bool = Field(default=False, strict=True, description="Run code of the checkpoints.")
+
+    @model_validator(mode="after")
+    def _check_devices_and_answers(self) -> Self:
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("device and device_map exclude each other; device_map: auto uses all devices")
+        if self.answer.by == "column":
+            written = self.written().items()
+            lacking = next((key for key, one in written if not (one.answer or self.answer.column)), None)
+            if lacking is not None:
+                raise ValueError(
+                    f"answer is {{by: column}}, but no column is named for {lacking}; add column to answer, or "
+                    f"answer to {lacking}"
+                )
+        return self
+
+    def written(self) -> dict[str, ProbeColumns]:
+        """Return all probes by the key under which they are written."""
+        raise NotImplementedError
+
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the probes that the run measures, with their models."""
+        raise NotImplementedError
+
+    def located(self, path: Path) -> Self:
+        """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
+        raise NotImplementedError
+
+    def source_of(self, columns: ProbeColumns, prompting: Prompting, limit: int | None = None) -> ProbeSource:
+        """Return where probes come from, with what all probes share."""
+        found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
+        found["answer"] = columns.answer or self.answer.column
+        found |= {field: getattr(prompting, field) for field in Prompting.model_fields}
+        return ProbeSource(**found, limit=limit or self.limit, seed=self.seed)
+
+    def reference(self, written: Any) -> ModelRef:
+        """Return the model that ``written`` names, as it is loaded."""
+        shared = {key: getattr(self, key) for key in ("dtype", "device", "device_map", "trust_remote_code")}
+        return ModelRef(**{key: getattr(written, key) for key in MODEL_FIELDS}, **shared)
+
+    def override(self, **values: Any) -> Self:
+        """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing."""
+        given = {key: value for key, value in values.items() if value is not None}
+        return validated(type(self), {**self.model_dump(exclude_unset=True), **given}, "profile options")
+
+
+class ProfileConfig(RunConfig):
     """A checked profile.yml."""
 
     target: SideConfig = Field(description="The vision-language model and its probes.")
@@ -91,11 +158,7 @@ class ProfileConfig(Settings):
         default=None,
         description="Eigenvectors of the moments; default: dense up to 4096 inputs, 512 eigenvectors beyond.",
     )
-    answer: AnswerRule = Field(default=AnswerRule(), description="What follows every question.")
     select: Selection = Field(default=Selection(top_ratio=0.1), description="The rule of Eq. 5.")
-    limit: Count | None = Field(default=None, description="Rows drawn from each data set; default: all.")
-    seed: Seed = Field(default=0, description="Seed of the draw of the rows.")
-    template: Template | None = Field(default=None, description="For a side without a template of its own.")
     tokens: Tokens = "all"
     scoring: Scoring = "exact"
     weight: Weight = "paper"
@@ -103,17 +166,6 @@ class ProfileConfig(Settings):
     backend: Literal["auto", "blocked", "sdpa"] = Field(
         default="auto", description="Kernel of attn.q and attn.k; the results agree up to rounding."
     )
-    batch_size: Count = Field(default=8, description="Probes in a batch.")
-    token_limit: Count | None = Field(
-        default=None,
-        description="A longer probe is left out and counted, never cut; default: the model's limit.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        default="auto", description="Dtype of the weights; auto: that of the checkpoint."
-    )
-    device: Name | None = Field(default=None, description="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
-    device_map: Literal["auto"] | None = Field(default=None, description="auto: spread the layers over all devices.")
-    trust_remote_code: bool = Field(default=False, strict=True, description="Run code of the checkpoints.")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,22 +184,23 @@ class ProfileConfig(Settings):
         return shared
 
     @model_validator(mode="after")
-    def _check_combinations(self) -> ProfileConfig:
-        if self.device is not None and self.device_map is not None:
-            raise ValueError("device and device_map exclude each other; device_map: auto uses all devices")
-        if self.answer.by == "column":
-            written = {f"{name}.probes": self.side(name).probes for name in self.sides}
-            written |= {f"keep.{index}": kind for index, kind in enumerate(self.keep)}
-            lacking = next((key for key, one in written.items() if not (one.answer or self.answer.column)), None)
-            if lacking is not None:
-                raise ValueError(
-                    f"answer is {{by: column}}, but no column is named for {lacking}; add column to answer, or "
-                    f"answer to {lacking}"
-                )
+    def _check_scoring(self) -> ProfileConfig:
         for key in ("weight", "site", "backend"):
             if self.scoring == "released" and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} has no meaning with scoring: released; remove it")
         return self
+
+    def written(self) -> dict[str, ProbeColumns]:
+        """Return all probes by the key under which they are written."""
+        written: dict[str, ProbeColumns] = {f"{name}.probes": self.side(name).probes for name in self.sides}
+        return written | {f"keep.{index}": kind for index, kind in enumerate(self.keep)}
+
+    def located(self, path: Path) -> ProfileConfig:
+        """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
+        found: dict[str, Any] = {name: _located(self.side(name), path, name) for name in self.sides}
+        kept = enumerate(self.keep)
+        found["keep"] = tuple(located_data(kind, path, f"keep.{index}") for index, kind in kept)
+        return self.model_copy(update=found)
 
     @property
     def sides(self) -> tuple[SideName, ...]:
@@ -161,19 +214,23 @@ class ProfileConfig(Settings):
             raise SnrfError(None, f"key {name!r} is missing", "add it")
         return side
 
+    def kinds(self) -> tuple[Kind, ...]:
+        """Return the probes of both sides, with their models."""
+        return tuple(self.kind(name) for name in SIDES)
+
     def kind(self, name: SideName) -> Kind:
         """Return the probes and the model of a side."""
         side = self.side(name)
         keys = {field: f"{name}.probes.{field}" for field in ProbeColumns.model_fields}
-        keys |= {**{field: f"{name}.{field}" for field in Prompting.model_fields}, **_ANSWER_KEYS}
+        keys |= {**{field: f"{name}.{field}" for field in Prompting.model_fields}, **ANSWER_KEYS}
         return Kind(
             name,
             self.model_of(name),
             side.probes,
-            self._source(side.probes, side, self.limit),
+            self.source_of(side.probes, side),
             self.answer,
             keys,
-            {**{field: f"{name}.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
+            {**{field: f"{name}.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
         )
 
     def kept(self) -> tuple[Kind, ...]:
@@ -187,10 +244,10 @@ class ProfileConfig(Settings):
             kind.name or Path(kind.dataset).stem,
             self.model_of("target"),
             ProbeColumns(**{field: getattr(kind, field) for field in ProbeColumns.model_fields}),
-            self._source(kind, self._prompting(kind), kind.limit or self.limit),
-            rule if tokens is None or rule.by == "column" else AnswerRule(max_new_tokens=tokens),
+            self.source_of(kind, self._prompting(kind), kind.limit),
+            rule if tokens is None or rule.by != "model" else AnswerRule(max_new_tokens=tokens),
             keys,
-            {**{field: f"target.{field}" for field in _MODEL_FIELDS}, "images": keys["images"]},
+            {**{field: f"target.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
         )
 
     def _prompting(self, kind: KeepConfig) -> Prompting:
@@ -199,32 +256,19 @@ class ProfileConfig(Settings):
             return kind
         return kind.model_copy(update={"chat_template_kwargs": self.target.chat_template_kwargs})
 
-    def _source(self, columns: ProbeColumns, prompting: Prompting, limit: int | None) -> ProbeSource:
-        found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
-        found["answer"] = columns.answer or self.answer.column
-        found |= {field: getattr(prompting, field) for field in Prompting.model_fields}
-        return ProbeSource(**found, limit=limit, seed=self.seed)
-
     def model_of(self, name: SideName) -> ModelRef:
         """Return the model of a side."""
-        side = self.side(name)
-        shared = {key: getattr(self, key) for key in ("dtype", "device", "device_map", "trust_remote_code")}
-        return ModelRef(**{key: getattr(side, key) for key in _MODEL_FIELDS}, **shared)
+        return self.reference(self.side(name))
 
     @property
     def measure(self) -> Measure:
         """What counts as the impact of a neuron."""
         return Measure(**{key: getattr(self, key) for key in Measure.model_fields})
 
-    def override(self, **values: Any) -> ProfileConfig:
-        """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing."""
-        given = {key: value for key, value in values.items() if value is not None}
-        return _validated({**self.model_dump(exclude_unset=True), **given}, "profile options")
-
 
 def keep_keys(index: int) -> dict[str, str]:
     """Return the keys of profile.yml that set the fields of one kind of probes to keep, for ``errors.naming``."""
-    return {**_ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
+    return {**ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
 
 
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
@@ -232,27 +276,29 @@ def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
 
     Relative paths of models and data files are looked for in the working folder, then beside the file.
     """
-    path = Path(path)
+    raw = read_settings(path, "target and source")
+    return validated(ProfileConfig, raw, path).located(Path(path))
+
+
+def read_settings(path: str | os.PathLike[str], keys: str) -> dict[str, Any]:
+    """Return the content of a profile.yml, a mapping."""
     raw = load_yaml(path, remedy="use the path of a profile.yml")
     if not isinstance(raw, dict):
-        raise SnrfError(path, "must be a mapping with the keys target and source", "see the examples folder")
-    config = _validated(raw, path)
-    located: dict[str, Any] = {name: _located(config.side(name), path, name) for name in config.sides}
-    kept = enumerate(config.keep)
-    located["keep"] = tuple(_located_data(kind, path, f"keep.{index}") for index, kind in kept)
-    return config.model_copy(update=located)
+        raise SnrfError(path, f"must be a mapping with the keys {keys}", "see the examples folder")
+    return raw
 
 
 def _located(side: SideConfig, path: Path, name: str) -> SideConfig:
-    model = _find(side.model, path, f"{name}.model", "model")
-    return side.model_copy(update={"model": model, "probes": _located_data(side.probes, path, f"{name}.probes")})
+    model = find_beside(side.model, path, f"{name}.model", "model")
+    return side.model_copy(update={"model": model, "probes": located_data(side.probes, path, f"{name}.probes")})
 
 
-def _located_data(columns: _Columns, path: Path, key: str) -> _Columns:
-    return columns.model_copy(update={"dataset": _find(columns.dataset, path, f"{key}.dataset", "dataset")})
+def located_data(columns: _Columns, path: Path, key: str) -> _Columns:
+    """Return probes with their data looked up in the working folder, then beside the file."""
+    return columns.model_copy(update={"dataset": find_beside(columns.dataset, path, f"{key}.dataset", "dataset")})
 
 
-def _find(value: str, path: Path, key: str, what: str) -> str:
+def find_beside(value: str, path: Path, key: str, what: str) -> str:
     """Return ``value`` itself if it is in the working folder or a hub id, else its path beside profile.yml."""
     places = [Path(os.path.expanduser(value))]
     if not places[0].is_absolute():
@@ -268,19 +314,21 @@ def _find(value: str, path: Path, key: str, what: str) -> str:
     return value
 
 
-def _validated(raw: Mapping[str, Any], where: object) -> ProfileConfig:
+def validated(config: type[_Config], raw: Mapping[str, Any], where: object) -> _Config:
+    """Return checked settings; ``SnrfError`` names every key that is unknown, missing or not allowed."""
     try:
-        return ProfileConfig.model_validate(raw)
+        return config.model_validate(raw)
     except ValidationError as error:
-        problems = list({str(problem): problem for problem in map(_problem, error.errors())}.values())
+        found = [_problem(config, entry) for entry in error.errors()]
+        problems = list({str(problem): problem for problem in found}.values())
         if len(problems) == 1:
             raise problems[0].at(where) from None
         raise SnrfError.several(f"{where}: the keys are not valid", problems) from None
 
 
-def _problem(entry: Mapping[str, Any]) -> SnrfError:
+def _problem(config: type[BaseModel], entry: Mapping[str, Any]) -> SnrfError:
     keys = [str(part) for part in entry["loc"]]
-    section: Any = ProfileConfig
+    section: Any = config
     for key in keys[:-1]:
         field = section.model_fields.get(key) if isinstance(section, type) and issubclass(section, BaseModel) else None
         section = None if field is None else field.annotation

@@ -276,7 +276,7 @@ def test_masks_of_another_model_are_not_exported(folder: Path, model: str) -> No
     ("content", "message"),
     [
         ("{", "neurons.json: not valid JSON ("),
-        ("[]", "neurons.json: must be an object"),
+        ("[]", "neurons.json: names no neuron"),
         ('{"attn_x": {}}', "neurons.json: unknown projection 'attn_x'"),
         ('{"attn_q": {"2": [0]}}', "neurons.json: attn_q, layer '2': the model has layers 0 to 1"),
         ('{"attn_k": {"1": [12]}}', "neurons.json: attn_k, layer '1': index 12 is not in [0, 12)"),

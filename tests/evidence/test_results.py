@@ -64,7 +64,7 @@ OVERLAP, STUDY, TUNING = RESULTS["overlap"], RESULTS["ablation"], RESULTS["tunin
         (
             b'{"format": "snrf-mask"}',
             ": key 'format': must be one of 'snrf-study', 'snrf-overlap', 'snrf-overlap-pairs', 'snrf-amplification', "
-            "'snrf-lens', 'snrf-tuning', got 'snrf-mask'; ",
+            "'snrf-lens', 'snrf-tuning', 'snrf-domain-ablation', got 'snrf-mask'; ",
         ),
         (b'{"format": "snrf-study"}', ": key 'kind' is missing; "),
         (changed(STUDY, "version", value=2), ": key 'version': must be 1, got 2; "),

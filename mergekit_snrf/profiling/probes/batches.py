@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,6 +134,8 @@ def prepare(
     for row in rows.rows:
         try:
             probe = _probe(rows, row, renderer, reserved)
+            if rule.by == "none":
+                probe = replace(probe, answer=Answer(()))
             _check_length(probe, rule, *limit)
             probes.append(probe)
         except RowError as error:

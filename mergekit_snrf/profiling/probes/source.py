@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
@@ -121,18 +121,23 @@ def check_prompt(question: str | None, template: str | None) -> None:
 class AnswerRule(Settings):
     """Where the answer that follows a question comes from."""
 
-    by: Literal["model", "column"] = Field(
-        default="model", description="model: generated greedily by the model itself; column: read from the data set."
+    by: Literal["model", "column", "none"] = Field(
+        default="model",
+        description="model: generated greedily by the model itself; column: read from the data set; none: no answer.",
     )
     max_new_tokens: Count = Field(default=512, description="Limit of a generated answer, in tokens.")
     column: Name | None = Field(default=None, description="Column of the answer where the source names none.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"by": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _one_origin(self) -> AnswerRule:
-        if self.by == "model" and self.column is not None:
-            raise ValueError("column goes with by: column, not with by: model; remove one of them")
-        if self.by == "column" and "max_new_tokens" in self.model_fields_set:
-            raise ValueError("max_new_tokens goes with by: model, not with by: column; remove one of them")
+        for key, by in (("column", "column"), ("max_new_tokens", "model")):
+            if self.by != by and key in self.model_fields_set and getattr(self, key) is not None:
+                raise ValueError(f"{key} goes with by: {by}, not with by: {self.by}; remove one of them")
         return self
 
 

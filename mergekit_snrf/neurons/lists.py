@@ -1,0 +1,151 @@
+"""Lists of neurons that other programs write, as masks of a text decoder.
+
+- LAPE (RUCAIBox/Language-Specific-Neurons) and MMNeuron save ``[set][layer]`` tensors of indices of activations with
+  ``torch.save``, a set for each language or domain. Such a neuron is a row of fwd.up and a column of fwd.down.
+- The same nested lists as JSON, or an object of sets by name.
+- Names of neurons, ``fwd.up.L14.N12953``: a JSON list of them, or one a line of text.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_text
+from mergekit_snrf.neurons.released import KvIndices, read_released
+from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import DecoderShape, check_fit
+from mergekit_snrf.neurons.sites import Neuron, Site
+
+_TORCH = (".pth", ".pt", ".bin")
+_SPACES = re.compile(r"[\s,]+")
+_MODEL = "give the model that the file was made from"
+
+
+def read_neurons(
+    path: str | os.PathLike[str], shape: DecoderShape, *, chosen: str | None = None, kv_indices: KvIndices = "repeated"
+) -> NeuronSet:
+    """Read the neurons of a file as a set of neurons of a decoder of this shape.
+
+    Files of ``torch.save`` are read with ``weights_only``, so nothing in them is executed.
+
+    Args:
+        chosen: number or name of a set, where the file has several.
+        kv_indices: as for ``read_released``, whose JSON is read, too.
+
+    Raises:
+        SnrfError: the file cannot be read, is too large or of another kind, has several sets and none is ``chosen``,
+            or a neuron is not in a decoder of this shape.
+    """
+    where = Path(path)
+    if where.suffix in _TORCH or _is_zip(where):
+        return _of_layers(where, _chosen(where, _load_torch(where), chosen), shape)
+    text = read_text(where, DATA_BYTES)
+    if text.lstrip()[:1] not in ("[", "{"):
+        return _of_names(where, [name for name in _SPACES.split(text) if name], shape)
+    content = parse_json(text, where)
+    if isinstance(content, dict) and not any(isinstance(one, list) for one in content.values()):
+        return read_released(where, shape, kv_indices)
+    if isinstance(content, list) and all(isinstance(name, str) for name in content):
+        return _of_names(where, content, shape)
+    return _of_layers(where, _chosen(where, content, chosen), shape)
+
+
+def _is_zip(path: Path) -> bool:
+    with open_regular(path) as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _load_torch(path: Path) -> Any:
+    """Return what ``torch.save`` wrote, where it unpacks to at most 256 MB and holds tensors only."""
+    try:
+        with open_regular(path) as file:
+            with zipfile.ZipFile(file) as archive:
+                size = sum(entry.file_size for entry in archive.infolist())
+            if size > DATA_BYTES:
+                what = f"unpacks to {size} bytes, more than the limit of {DATA_BYTES} for such a file"
+                raise SnrfError(path, what, "it is not a list of neurons")
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except SnrfError:
+        raise
+    except Exception as error:  # The unpickler raises whatever the bytes make it raise.
+        what = f"is not a list of tensors that torch.save wrote ({first_line(error)})"
+        raise SnrfError(path, what, "save it again, as lists of tensors of indices only") from None
+
+
+def _chosen(path: Path, content: Any, chosen: str | None) -> Any:
+    """Return one of several sets, by number or name; content of one depth less is one set alone."""
+    if isinstance(content, Sequence) and not any(_is_layer_list(one) for one in content) and chosen is None:
+        return content
+    sets = dict(content) if isinstance(content, Mapping) else {}
+    if isinstance(content, Sequence):
+        sets = {str(number): one for number, one in enumerate(content)}
+    if not sets:
+        raise SnrfError(path, "holds no sets of neurons", "use a list of layers for each set")
+    if chosen is None and len(sets) > 1:
+        names = ", ".join(str(name) for name in list(sets)[:10])
+        raise SnrfError(path, f"has {len(sets)} sets of neurons ({names})", "choose one", field="set")
+    name = next(iter(sets)) if chosen is None else chosen
+    if name not in sets:
+        raise SnrfError(path, f"has no set {name!r:.40}", f"choose 0 to {len(sets) - 1} or a name", field="set")
+    return sets[name]
+
+
+def _is_layer_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(one, torch.Tensor | list | tuple) for one in value)
+
+
+def _of_layers(path: Path, layers: Any, shape: DecoderShape) -> NeuronSet:
+    """Return indices by layer as rows of fwd.up and columns of fwd.down."""
+    if not isinstance(layers, list | tuple) or len(layers) != shape.layers:
+        found = f"{len(layers)} layers" if isinstance(layers, list | tuple) else type(layers).__name__
+        raise SnrfError(path, f"has {found} in a set, the model has {shape.layers} layers", _MODEL)
+    members: dict[Site, torch.Tensor] = {}
+    for layer, given in enumerate(layers):
+        member = torch.zeros(shape.intermediate_size, dtype=torch.bool)
+        member[_indices(path, layer, given, shape.intermediate_size)] = True
+        members |= {Site(layer, name): member for name in ("fwd.up", "fwd.down")}
+    return NeuronSet(members)
+
+
+def _indices(path: Path, layer: int, given: Any, limit: int) -> torch.Tensor:
+    field = f"layer {layer}"
+    if isinstance(given, list | tuple) and len(given) <= limit and all(type(index) is int for index in given):
+        # An integer of JSON has any length, a tensor's 64 bits.
+        given = torch.tensor([min(max(index, -1), limit) for index in given], dtype=torch.int64)
+    if not isinstance(given, torch.Tensor) or given.ndim != 1 or given.numel() > limit:
+        raise SnrfError(path, f"must be at most {limit} whole numbers", _MODEL, field=field)
+    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
+        raise SnrfError(path, f"must be whole numbers, got {given.dtype}", "save indices", field=field)
+    indices = given.long()
+    if bool(((indices < 0) | (indices >= limit)).any()):
+        raise SnrfError(path, f"an index is not in [0, {limit}), the range in this model", _MODEL, field=field)
+    return indices
+
+
+def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSet:
+    if not names:
+        raise SnrfError(path, "names no neuron", "write one a line, such as fwd.up.L14.N12953")
+    try:
+        neurons = [Neuron.parse(name) for name in names]
+    except SnrfError as error:
+        raise error.at(path) from None
+    check_fit(neurons, shape, where=path, model="the model")
+    members: defaultdict[Site, list[int]] = defaultdict(list)
+    for neuron in neurons:
+        members[neuron.site].append(neuron.index)
+    return NeuronSet(
+        {
+            site: torch.zeros(shape.neurons(site.projection), dtype=torch.bool).index_fill(0, torch.tensor(found), True)
+            for site, found in members.items()
+        }
+    )
