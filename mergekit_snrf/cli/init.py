@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +42,12 @@ _ROLES = ("target", "source", "keep")
 def init(
     target: str, source: str, folder: str, probes: tuple[str, ...], overwrite: bool, trust_remote_code: bool
 ) -> None:
-    """Write profile.yml, snrf.yml, regmean.yml and a README into DIR, to move what SOURCE can do into TARGET.
+    """Write profile.yml, snrf.yml, regmean.yml and MERGE.md into DIR, to move what SOURCE can do into TARGET.
 
     Both are folders or hub ids. Only their configurations and headers are read: whether they pair, and what
     profiling and merging will cost. Probes are by default those of the paper.
     """
-    from mergekit_snrf.files.writing import write_text
+    from mergekit_snrf.files.writing import check_writable, write_text
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.costs import Costs
     from mergekit_snrf.models.decoder import find_decoder
@@ -66,13 +68,15 @@ def init(
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise SnrfError(folder, f"cannot be made ({os_reason(error)})", "choose another DIR") from None
+    for name in files:
+        check_writable(Path(folder) / name)
     for name, text in files.items():
         write_text(Path(folder) / name, text)
     decoder = find_decoder(models["target"])
     click.echo(f"{target} and {source} pair: {decoder.family} decoders of {decoder.shape.layers} layers.")
     click.echo(table(("needs", ""), _needs(costs)))
     click.echo(
-        f"Written to {folder}: {', '.join(files)}. Next: cd {folder} && snrf-profile --dry-run{trust} profile.yml"
+        f"Written to {folder}: {', '.join(files)}. Next: cd {shlex.quote(folder)} && snrf-profile --dry-run{trust} profile.yml"
     )
 
 
@@ -110,6 +114,9 @@ def _chosen(probes: Sequence[str], models: dict[str, Checkpoint]) -> dict[str, l
         del keys["name"]
     for keys in found["keep"]:
         keys["name"] = keys["name"] if keys["name"] in KNOWN else Path(keys["name"]).stem
+    kinds = [keys["name"] for keys in found["keep"]]
+    if twice := next((name for name in kinds if kinds.count(name) > 1), None):
+        raise SnrfError(None, f"two kinds to keep are called {twice}", "rename one of the files", field="--probes")
     return found
 
 
@@ -118,7 +125,7 @@ def _files(
 ) -> dict[str, str]:
     """Return the content of each file to write."""
     paths = {role: _from(folder, model.name) for role, model in models.items()}
-    stem = "--".join(Path(model.name).name.lower() for model in models.values())
+    stem = "--".join(re.sub(r"[^\w.-]+", "-", _short(model).lower()) for model in models.values())
     for keys in (keys for kinds in probes.values() for keys in kinds):
         keys["dataset"] = _from(folder, keys["dataset"])
     recipe = {"merge_method": "snrf", "base_model": paths["target"]}
@@ -136,13 +143,20 @@ def _files(
     files = {"profile.yml": _profile(paths, probes), "snrf.yml": yaml.safe_dump(of_snrf, sort_keys=False)}
     if probes["keep"]:
         files["regmean.yml"] = yaml.safe_dump(of_regmean, sort_keys=False)
-    files["README.md"] = _readme(models, costs, stem, bool(probes["keep"]), trust)
+    files["MERGE.md"] = _readme(models, costs, stem, bool(probes["keep"]), trust)
     return files
 
 
 def _from(folder: Path, path: str) -> str:
     """Return a relative path of this machine as it is from another folder; hub ids and absolute paths stay."""
-    return os.path.relpath(path, folder) if os.path.exists(path) and not os.path.isabs(path) else path
+    if os.path.isabs(path) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def _short(model: Checkpoint) -> str:
+    """Return the name of a model without its owner or folder."""
+    return Path(model.name if model.folder is None else os.path.abspath(model.name)).name
 
 
 def _profile(paths: dict[str, str], probes: dict[str, list[dict[str, Any]]]) -> str:
@@ -151,7 +165,11 @@ def _profile(paths: dict[str, str], probes: dict[str, list[dict[str, Any]]]) -> 
 
     lines = []
     for role, path in paths.items():
-        lines += [f"{role}:", f"  {yaml.safe_dump({'model': path}).strip()}", f"  probes: {flow(probes[role][0])}"]
+        lines += [
+            f"{role}:",
+            f"  {yaml.safe_dump({'model': path}, width=10**6).strip()}",
+            f"  probes: {flow(probes[role][0])}",
+        ]
     if probes["keep"]:
         lines.append("keep:    # what update: regmean must not damage; the model's own answers, so no labels are read")
         lines += [f"  - {flow({**keys, 'max_new_tokens': _KEPT_ANSWER})}" for keys in probes["keep"]]
@@ -173,7 +191,7 @@ def _readme(models: dict[str, Checkpoint], costs: Costs, stem: str, regmean: boo
     if regmean:
         commands.insert(2, f"snrf moments tune{trust} regmean.yml    # chooses keep: without labels")
     rates = "; ".join(f"{one.name}: {one.flops:.2g} FLOP/s, {one.bandwidth:.2g} bytes/s" for one in DEVICES)
-    names = {role: model.name if model.folder is None else Path(model.name).name for role, model in models.items()}
+    names = {role: model.name if model.folder is None else _short(model) for role, model in models.items()}
     return "\n".join(
         [
             f"# {names['target']} from {names['source']}",

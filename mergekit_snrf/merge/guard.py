@@ -18,7 +18,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import DATA_BYTES, parse_yaml, read_text
 
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/")  # Where the shell's <(...) and pipes are found.
-_OURS = re.compile(r"merge_method['\"]?\s*:\s*['\"]?snrf\b")
+_OURS = re.compile(r"^[^#\n]*\bmerge_method['\"]?\s*:\s*['\"]?snrf\b", re.MULTILINE)
 
 
 def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:

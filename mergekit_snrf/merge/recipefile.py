@@ -39,9 +39,12 @@ def recipe_text(path: str | os.PathLike[str]) -> str:
 @lru_cache(maxsize=1)
 def _all_of(stream: TextIO) -> str:
     try:
-        return stream.read(CONFIG_BYTES)
+        text = stream.read(CONFIG_BYTES + 1)
     except UnicodeDecodeError as error:
         raise SnrfError("-", f"is not UTF-8 text (byte {error.start})", "pass a recipe as UTF-8") from None
+    if len(text) > CONFIG_BYTES:
+        raise SnrfError("-", f"has more than {CONFIG_BYTES} characters", "pass a recipe")
+    return text
 
 
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
