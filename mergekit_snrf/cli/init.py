@@ -23,6 +23,8 @@ _RANK, _BETA, _TOP_RATIO, _LIMIT, _BATCH, _ANSWER, _KEPT_ANSWER = 4, 0.5, 0.1, 1
 _TARGET = {"image-text-to-text": "geometry3k", "text-generation": "gsm8k"}
 _KEEP = {"image-text-to-text": ("vqa", "ocr", "count", "objects"), "text-generation": ("instructions", "code")}
 _ROLES = ("target", "source", "keep")
+_MARK = "| needs |  |"
+"""Only the pages that this command writes have it."""
 
 
 @click.command()
@@ -42,11 +44,12 @@ _ROLES = ("target", "source", "keep")
 def init(
     target: str, source: str, folder: str, probes: tuple[str, ...], overwrite: bool, trust_remote_code: bool
 ) -> None:
-    """Write profile.yml, snrf.yml, regmean.yml and MERGE.md into DIR, to move what SOURCE can do into TARGET.
+    """Write profile.yml, snrf.yml, regmean.yml and a README into DIR, to move what SOURCE can do into TARGET.
 
     Both are folders or hub ids. Only their configurations and headers are read: whether they pair, and what
     profiling and merging will cost. Probes are by default those of the paper.
     """
+    from mergekit_snrf.files.reading import read_text
     from mergekit_snrf.files.writing import check_writable, write_text
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.costs import Costs
@@ -70,14 +73,16 @@ def init(
         raise SnrfError(folder, f"cannot be made ({os_reason(error)})", "choose another DIR") from None
     for name in files:
         check_writable(Path(folder) / name)
+    page = Path(folder) / "README.md"
+    if page.exists() and _MARK not in read_text(page):
+        raise SnrfError(page, "is not a page of snrf init", "choose another DIR")
     for name, text in files.items():
         write_text(Path(folder) / name, text)
     decoder = find_decoder(models["target"])
     click.echo(f"{target} and {source} pair: {decoder.family} decoders of {decoder.shape.layers} layers.")
     click.echo(table(("needs", ""), _needs(costs)))
-    click.echo(
-        f"Written to {folder}: {', '.join(files)}. Next: cd {shlex.quote(folder)} && snrf-profile --dry-run{trust} profile.yml"
-    )
+    click.echo(f"Written to {folder}: {', '.join(files)}.")
+    click.echo(f"Next: cd {shlex.quote(folder)} && snrf-profile --dry-run{trust} profile.yml")
 
 
 def _check_pair(target: Checkpoint, source: Checkpoint) -> None:
@@ -143,7 +148,7 @@ def _files(
     files = {"profile.yml": _profile(paths, probes), "snrf.yml": yaml.safe_dump(of_snrf, sort_keys=False)}
     if probes["keep"]:
         files["regmean.yml"] = yaml.safe_dump(of_regmean, sort_keys=False)
-    files["MERGE.md"] = _readme(models, costs, stem, bool(probes["keep"]), trust)
+    files["README.md"] = _readme(models, costs, stem, bool(probes["keep"]), trust)
     return files
 
 
@@ -182,23 +187,26 @@ def _readme(models: dict[str, Checkpoint], costs: Costs, stem: str, regmean: boo
     from mergekit_snrf.models.costs import DEVICES, PROBE_TOKENS
 
     recipe = "regmean.yml" if regmean else "snrf.yml"
-    commands = [
-        f"snrf-profile --dry-run{trust} profile.yml    # shows three rendered probes of each side",
-        f"snrf-profile{trust} profile.yml {stem}.safetensors",
-        f"snrf plan{trust} {recipe}                    # what the merge will change; nothing is written",
-        f"mergekit-yaml{trust} {recipe} merged/",
-    ]
+    commands = {
+        f"snrf-profile --dry-run{trust} profile.yml": "shows three rendered probes of each side",
+        f"snrf-profile{trust} profile.yml {stem}.safetensors": "writes the mask" + (" and moments" if regmean else ""),
+        f"snrf plan{trust} {recipe}": "what the merge will change; nothing is written",
+        f"mergekit-yaml{trust} {recipe} merged/": "or snrf patch: the same tensors, faster",
+        f"snrf compare{trust} {recipe} --eval EVAL": "against simpler merges, on your own evaluation",
+    }
     if regmean:
-        commands.insert(2, f"snrf moments tune{trust} regmean.yml    # chooses keep: without labels")
+        tune = {f"snrf moments tune{trust} regmean.yml": "chooses keep: without labels"}
+        commands = {**dict(list(commands.items())[:2]), **tune, **dict(list(commands.items())[2:])}
+    width = max(map(len, commands))
     rates = "; ".join(f"{one.name}: {one.flops:.2g} FLOP/s, {one.bandwidth:.2g} bytes/s" for one in DEVICES)
     names = {role: model.name if model.folder is None else _short(model) for role, model in models.items()}
     return "\n".join(
         [
             f"# {names['target']} from {names['source']}",
             "",
-            *(f"    {command}" for command in commands),
+            *(f"    {command:{width}}    # {meaning}" for command, meaning in commands.items()),
             "",
-            "| needs |  |",
+            _MARK,
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in _needs(costs)),
             "",

@@ -133,13 +133,15 @@ def _swept(
     betas = numbers(given["linear_betas"], "--linear-betas", 1)
     opened = _opened(recipe, found, loading, caches)
     evaluation = load_evaluation(reference)
-    like = {"recipe": content, "loading": loading, **opened[0].settings}
+    # What the update is depends on the combination.
+    models = {name: value for name, value in opened[0].settings.items() if name != "update"}
+    like = {"recipe": content, "loading": loading, **models}
     key = grid.sweep_key(like, evaluation.name, (opened[0].target, opened[0].source))
     started = grid.Sweep(key=key)
     if json_file not in (None, "-"):
         started = grid.read_sweep(json_file, key)
     silence_progress()
-    made: dict[str, Any] = {"recipe": recipe, **opened[0].settings}
+    made: dict[str, Any] = {"recipe": recipe, **models}
     model, processor = loaded(construct(ModelRef, {"model": str(opened[0].target_folder), **loading}), made)
     rows = _rows(found, opened, betas, model)
 
@@ -149,7 +151,8 @@ def _swept(
         if not is_quiet():
             row = so_far.rows[-1]
             means = "  ".join(f"{metric} {items.mean:.3f}" for metric, items in row.scores.items())
-            click.echo(f"{len(so_far.rows):3}/{len(rows)}  {row.name}: {means}", err=True)
+            done = len({one.name for one in so_far.rows} & {one.name for one in rows})
+            click.echo(f"{done:3}/{len(rows)}  {row.name}: {means}", err=True)
 
     with naming({"dtype": "--dtype"}):
         scores = grid.run_sweep(rows, model, processor, evaluation, started, visit)

@@ -172,7 +172,7 @@ def run_sweep(
     settings = {row.name: dict(row.settings) for row in rows}
     usable = [row for row in started.rows if row.settings == settings.get(row.name)]
     # Rows of another grid on the same file stay in it.
-    others = [row for row in started.rows if row not in usable]
+    others = [row for row in started.rows if row.name not in settings]
     sweep = started.model_copy(update={"rows": (*others, *usable), "best": None, "study": None})
     scores: dict[str, list[Scores]] = {row.name: [row.scores] for row in usable}
     like = next((found[0] for found in scores.values()), None)

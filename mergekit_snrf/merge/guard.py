@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TextIO
@@ -27,6 +28,8 @@ def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:
     Raises:
         click.ClickException: it is missing, not UTF-8 text, or a device or FIFO that may never end.
     """
+    if path == "-":
+        return io.StringIO(sys.stdin.read())
     if path.startswith(_STREAMS):
         return open(path, *args, **options)
     try:
