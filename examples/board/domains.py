@@ -7,7 +7,9 @@ writes 64 pictures of each color with the question for it, and runs what a user 
     snrf-profile colors.yml colors.safetensors
     snrf domains show colors.safetensors --top 0.1 --tokens prompt --figures .
     snrf domains select colors.safetensors masks --top 0.1 --tokens prompt
-    snrf domains ablate target colors.safetensors --top 0.1 --tokens prompt --eval "domains.py:colors?n=200" --json ...
+    snrf domains ablate target colors.safetensors --top 0.1 --tokens prompt --eval "domains.py:colors?n=100" --draws 3
+
+and prints a section for the page of the example, which story.py writes. What is in the folder is not made again.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from board_task import COLORS, Problem, distinct_problems, render
 from mergekit_snrf.evidence.items import Items
 
 HERE = Path(__file__).resolve().parent
-PROBES = 64
+PROBES, ITEMS, DRAWS = 64, 100, 3
 CHOICE = ("--top", "0.1", "--tokens", "prompt")
 
 
@@ -47,7 +49,7 @@ def problems_of(color: str, n: int, seed: int, split: str) -> list[Problem]:
     return [problem for problem in drawn if problem.board.color == color][:n]
 
 
-def colors(model: PreTrainedModel, processor: Any, *, n: int = 200, seed: int = 0) -> dict[str, Items]:
+def colors(model: PreTrainedModel, processor: Any, *, n: int = 100, seed: int = 0) -> dict[str, Items]:
     """Return the accuracy of a VLM on held-out boards of each color, ``n`` a color."""
     found = {}
     for color in COLORS:
@@ -73,29 +75,62 @@ def write_probes(folder: Path) -> None:
     (folder / "colors.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def measured(run: Callable[..., None], folder: Path, items: int, draws: int) -> dict[str, Any]:
+def measured(folder: Path, run: Callable[..., None]) -> dict[str, Any]:
     """Run all commands in a folder with ``run(folder, *words)``; return the result of the ablation."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_probes(folder)
-    evaluation = f"{HERE / 'domains.py'}:colors?n={items}"
-    run(folder, "snrf-profile", "colors.yml", "colors.safetensors", "--quiet")
-    run(folder, "snrf", "domains", "show", "colors.safetensors", *CHOICE, "--figures", ".")
-    run(folder, "snrf", "domains", "select", "colors.safetensors", "masks", *CHOICE)
-    words = ("snrf", "domains", "ablate", HERE / "target", "colors.safetensors", *CHOICE, "--eval", evaluation)
-    run(folder, *words, "--draws", str(draws), "--json", "domains.json", "--figures", ".", "--quiet")
+    if not (folder / "domains.json").exists():
+        write_probes(folder)
+        run(folder, "snrf-profile", "colors.yml", "colors.safetensors", "--quiet")
+        run(folder, "snrf", "domains", "show", "colors.safetensors", *CHOICE, "--figures", ".")
+        run(folder, "snrf", "domains", "select", "colors.safetensors", "masks", *CHOICE)
+        evaluation = ("--eval", f"{HERE / 'domains.py'}:colors?n={ITEMS}", "--draws", str(DRAWS))
+        words = ("snrf", "domains", "ablate", HERE / "target", "colors.safetensors", *CHOICE, *evaluation)
+        run(folder, *words, "--json", "domains.json", "--figures", ".", "--quiet")
     return json.loads((folder / "domains.json").read_text())
 
 
+def section(folder: Path, run: Callable[..., None]) -> list[str]:
+    """Return the lines of the example's page: every number is from the result of the commands."""
+    result = measured(folder, run)
+    rows, shown, open_ = [], [], []
+    for one in result["studies"]:
+        _, claim, random = one["study"]["conditions"]
+        name = f"{one['domain']}, {one['module']}"
+        worst = max(abs(100 * random["metrics"][color]["change"]["estimate"]) for color in COLORS)
+        cells = [spoken(claim["metrics"][color]["change"]) for color in COLORS]
+        rows.append([name, str(claim["neurons"]), *cells, f"{worst:.1f}"])
+        own = next(each["difference"] for each in one["study"]["contrasts"] if each["metric"] == one["domain"])
+        (shown if own["high"] < 0 else open_).append(name)
+    header = ["without the neurons of", "neurons", *COLORS, "random neurons, at most"]
+    rows = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+    return [
+        "### Do some neurons see one color only?",
+        "",
+        f"[Domain-specific neurons](../../docs/domains.md) of the target, with colors as domains ({PROBES} pictures a "
+        f"color, prompt tokens, top 10 %), deactivated. Changes of the accuracy on {ITEMS} held-out boards of each "
+        f"color; beside them the largest mean change after deactivating as many random neurons ({DRAWS} draws).",
+        "",
+        *rows,
+        "",
+        f"- Lower on the color itself than with random neurons off, zero excluded: {'; '.join(shown) or 'none'}.",
+        f"- Not shown: {'; '.join(open_) or 'none'}.",
+        "- The numbers of neurons differ, sets overlap, and the neurons of one color can carry another.",
+    ]
+
+
+def spoken(interval: dict[str, float]) -> str:
+    """Return an interval in percentage points."""
+    estimate, low, high = (f"{round(100 * interval[key], 1) + 0.0:+.1f}" for key in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
+
+
 @click.command()
-@click.option("-n", "items", default=200, show_default=True, help="Held-out problems of each color.")
-@click.option("--draws", default=10, show_default=True, help="Sets of random neurons.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("out/colors"), show_default=True)
-def main(items: int, draws: int, out: Path) -> None:
-    """Count, choose and deactivate the neurons of the colors."""
+def main(out: Path) -> None:
+    """Count, choose and deactivate the neurons of the colors, and print the section of the page."""
     from story import run
 
-    result = measured(run, out.resolve(), items, draws)
-    click.echo("\n".join(result["verdict"]))
+    click.echo("\n".join(section(out.resolve(), run)))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import click
 # Siblings are found when this file is run as a script; this line is for when it is loaded by its path.
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from domains import section
 from story_page import ABLATED, page
 
 from mergekit_snrf.evidence.drawing import INK
@@ -132,7 +133,7 @@ def main(pairs: str, items: int, draws: int, workers: int, out: Path, write: boo
             pair: pool.submit(one_pair, out.resolve() / f"pair-{pair}", pair, items, draws) for pair in order
         }
         results = {pair: futures[pair].result() for pair in names}
-    lines = page(results, items, draws)
+    lines = [*page(results, items, draws), "", *section(out.resolve() / "colors", run)]
     click.echo("\n".join(lines))
     if write:
         draw(out / f"pair-{names[0]}" / "figures" / "R-against-P.svg")
