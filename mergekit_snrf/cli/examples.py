@@ -21,6 +21,18 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "snrf compare snrf.yml --eval evaluation.yml --draws 10 --json comparison.json",
         "snrf compare regmean.yml --eval evaluation.yml --base BASE --figures figures/",
     ),
+    "domains ablate": (
+        "snrf domains ablate MODEL domains.safetensors --eval evaluation.yml",
+        "snrf domains ablate MODEL domains.safetensors --eval evaluation.yml --module vision --json matrix.json",
+    ),
+    "domains select": (
+        "snrf domains select domains.safetensors masks/ --top 0.01",
+        "snrf domains select domains.safetensors masks/ --top 0.01 --percentile 0.95 --tokens image --assign exclusive",
+    ),
+    "domains show": (
+        "snrf domains show domains.safetensors",
+        "snrf domains show domains.safetensors --figures figures/",
+    ),
     "frank": (
         "snrf frank BASE TARGET SOURCE -o frank.yml",
         "snrf frank BASE TARGET SOURCE --lens lens.json --mask mask.safetensors -o frank.yml",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,8 @@ _RANK, _BETA, _TOP_RATIO, _LIMIT, _BATCH, _ANSWER, _KEPT_ANSWER = 4, 0.5, 0.1, 1
 _TARGET = {"image-text-to-text": "geometry3k", "text-generation": "gsm8k"}
 _KEEP = {"image-text-to-text": ("vqa", "ocr", "count", "objects"), "text-generation": ("instructions", "code")}
 _ROLES = ("target", "source", "keep")
+_MARK = "| needs |  |"
+"""Only the pages that this command writes have it."""
 
 
 @click.command()
@@ -45,7 +49,8 @@ def init(
     Both are folders or hub ids. Only their configurations and headers are read: whether they pair, and what
     profiling and merging will cost. Probes are by default those of the paper.
     """
-    from mergekit_snrf.files.writing import write_text
+    from mergekit_snrf.files.reading import read_text
+    from mergekit_snrf.files.writing import check_writable, write_text
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.costs import Costs
     from mergekit_snrf.models.decoder import find_decoder
@@ -66,14 +71,18 @@ def init(
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise SnrfError(folder, f"cannot be made ({os_reason(error)})", "choose another DIR") from None
+    for name in files:
+        check_writable(Path(folder) / name)
+    page = Path(folder) / "README.md"
+    if page.exists() and _MARK not in read_text(page):
+        raise SnrfError(page, "is not a page of snrf init", "choose another DIR")
     for name, text in files.items():
         write_text(Path(folder) / name, text)
     decoder = find_decoder(models["target"])
     click.echo(f"{target} and {source} pair: {decoder.family} decoders of {decoder.shape.layers} layers.")
     click.echo(table(("needs", ""), _needs(costs)))
-    click.echo(
-        f"Written to {folder}: {', '.join(files)}. Next: cd {folder} && snrf-profile --dry-run{trust} profile.yml"
-    )
+    click.echo(f"Written to {folder}: {', '.join(files)}.")
+    click.echo(f"Next: cd {shlex.quote(folder)} && snrf-profile --dry-run{trust} profile.yml")
 
 
 def _check_pair(target: Checkpoint, source: Checkpoint) -> None:
@@ -110,6 +119,9 @@ def _chosen(probes: Sequence[str], models: dict[str, Checkpoint]) -> dict[str, l
         del keys["name"]
     for keys in found["keep"]:
         keys["name"] = keys["name"] if keys["name"] in KNOWN else Path(keys["name"]).stem
+    kinds = [keys["name"] for keys in found["keep"]]
+    if twice := next((name for name in kinds if kinds.count(name) > 1), None):
+        raise SnrfError(None, f"two kinds to keep are called {twice}", "rename one of the files", field="--probes")
     return found
 
 
@@ -118,7 +130,7 @@ def _files(
 ) -> dict[str, str]:
     """Return the content of each file to write."""
     paths = {role: _from(folder, model.name) for role, model in models.items()}
-    stem = "--".join(Path(model.name).name.lower() for model in models.values())
+    stem = "--".join(re.sub(r"[^\w.-]+", "-", _short(model).lower()) for model in models.values())
     for keys in (keys for kinds in probes.values() for keys in kinds):
         keys["dataset"] = _from(folder, keys["dataset"])
     recipe = {"merge_method": "snrf", "base_model": paths["target"]}
@@ -142,7 +154,14 @@ def _files(
 
 def _from(folder: Path, path: str) -> str:
     """Return a relative path of this machine as it is from another folder; hub ids and absolute paths stay."""
-    return os.path.relpath(path, folder) if os.path.exists(path) and not os.path.isabs(path) else path
+    if os.path.isabs(path) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+
+
+def _short(model: Checkpoint) -> str:
+    """Return the name of a model without its owner or folder."""
+    return Path(model.name if model.folder is None else os.path.abspath(model.name)).name
 
 
 def _profile(paths: dict[str, str], probes: dict[str, list[dict[str, Any]]]) -> str:
@@ -151,7 +170,11 @@ def _profile(paths: dict[str, str], probes: dict[str, list[dict[str, Any]]]) -> 
 
     lines = []
     for role, path in paths.items():
-        lines += [f"{role}:", f"  {yaml.safe_dump({'model': path}).strip()}", f"  probes: {flow(probes[role][0])}"]
+        lines += [
+            f"{role}:",
+            f"  {yaml.safe_dump({'model': path}, width=10**6).strip()}",
+            f"  probes: {flow(probes[role][0])}",
+        ]
     if probes["keep"]:
         lines.append("keep:    # what update: regmean must not damage; the model's own answers, so no labels are read")
         lines += [f"  - {flow({**keys, 'max_new_tokens': _KEPT_ANSWER})}" for keys in probes["keep"]]
@@ -164,23 +187,26 @@ def _readme(models: dict[str, Checkpoint], costs: Costs, stem: str, regmean: boo
     from mergekit_snrf.models.costs import DEVICES, PROBE_TOKENS
 
     recipe = "regmean.yml" if regmean else "snrf.yml"
-    commands = [
-        f"snrf-profile --dry-run{trust} profile.yml    # shows three rendered probes of each side",
-        f"snrf-profile{trust} profile.yml {stem}.safetensors",
-        f"snrf plan{trust} {recipe}                    # what the merge will change; nothing is written",
-        f"mergekit-yaml{trust} {recipe} merged/",
-    ]
+    commands = {
+        f"snrf-profile --dry-run{trust} profile.yml": "shows three rendered probes of each side",
+        f"snrf-profile{trust} profile.yml {stem}.safetensors": "writes the mask" + (" and moments" if regmean else ""),
+        f"snrf plan{trust} {recipe}": "what the merge will change; nothing is written",
+        f"mergekit-yaml{trust} {recipe} merged/": "or snrf patch: the same tensors, faster",
+        f"snrf compare{trust} {recipe} --eval EVAL": "against simpler merges, on your own evaluation",
+    }
     if regmean:
-        commands.insert(2, f"snrf moments tune{trust} regmean.yml    # chooses keep: without labels")
+        tune = {f"snrf moments tune{trust} regmean.yml": "chooses keep: without labels"}
+        commands = {**dict(list(commands.items())[:2]), **tune, **dict(list(commands.items())[2:])}
+    width = max(map(len, commands))
     rates = "; ".join(f"{one.name}: {one.flops:.2g} FLOP/s, {one.bandwidth:.2g} bytes/s" for one in DEVICES)
-    names = {role: model.name if model.folder is None else Path(model.name).name for role, model in models.items()}
+    names = {role: model.name if model.folder is None else _short(model) for role, model in models.items()}
     return "\n".join(
         [
             f"# {names['target']} from {names['source']}",
             "",
-            *(f"    {command}" for command in commands),
+            *(f"    {command:{width}}    # {meaning}" for command, meaning in commands.items()),
             "",
-            "| needs |  |",
+            _MARK,
             "|---|---|",
             *(f"| {name} | {value} |" for name, value in _needs(costs)),
             "",

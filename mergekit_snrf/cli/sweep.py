@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,9 @@ from mergekit_snrf.cli.options import (
     seed_option,
 )
 from mergekit_snrf.errors import SnrfError, naming, option
+
+_OF_LINEAR = ("biases", "source_base", "allow_family_mismatch")
+"""Parameters that the linear merge takes from the recipe; with several values, the first."""
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.grid import Combination, Sweep
@@ -81,27 +86,31 @@ def sweep(
 
     figures, drop = options.pop("figures"), options["keep_drop"]
     check_outputs(json_file, figures)
+    content = load_yaml(recipe)
+    checked_recipe(content, recipe)
     best = best or str(Path(recipe).with_suffix(".best.yml"))
+    if Path(best).suffix not in (".yml", ".yaml"):
+        raise SnrfError(best, "is not the name of a recipe", "end it in .yml", field="--best")
+    if os.path.realpath(best) == os.path.realpath(recipe):
+        raise SnrfError(best, "is RECIPE itself", "choose another name", field="--best")
     if Path(best).resolve().parent != Path(recipe).resolve().parent:
         raise SnrfError(
             best, "is in another folder", "write it beside RECIPE, whose paths are relative", field="--best"
         )
     check_writable(best)
-    content = load_yaml(recipe)
-    checked_recipe(content, recipe)
     with naming(option):
         found = combinations(content, settings)
     done, enough = _swept(recipe, content, found, reference, json_file, **options)
     assert done.study is not None
-    say(study_text(done.study))
-    if json_file not in (None, "-"):
-        write_sweep(json_file, done)
-    write_outputs(done, "-" if json_file == "-" else None, figures, study_drawings(done.study))
     chosen = next(one for one in found if one.name == done.best)
     write_text(best, yaml.safe_dump(chosen.recipe, sort_keys=False))
+    if json_file not in (None, "-"):
+        write_sweep(json_file, done)
+    say(study_text(done.study))
     if not enough:
         say(f"No combination keeps within {drop:g}: this one keeps most. Set values of a weaker merge.")
     say(f"{best}: {done.best}")
+    write_outputs(done, "-" if json_file == "-" else None, figures, study_drawings(done.study))
 
 
 def _swept(
@@ -124,12 +133,15 @@ def _swept(
     betas = numbers(given["linear_betas"], "--linear-betas", 1)
     opened = _opened(recipe, found, loading, caches)
     evaluation = load_evaluation(reference)
-    like = {"recipe": content, "evaluation": evaluation.name, "dtype": loading["dtype"], **opened[0].settings}
-    started = grid.Sweep(key=grid.sweep_key(like))
+    # What the update is depends on the combination.
+    models = {name: value for name, value in opened[0].settings.items() if name != "update"}
+    like = {"recipe": content, "loading": loading, **models}
+    key = grid.sweep_key(like, evaluation.name, (opened[0].target, opened[0].source))
+    started = grid.Sweep(key=key)
     if json_file not in (None, "-"):
-        started = grid.read_sweep(json_file, started.key)
+        started = grid.read_sweep(json_file, key)
     silence_progress()
-    made: dict[str, Any] = {"recipe": recipe, **opened[0].settings}
+    made: dict[str, Any] = {"recipe": recipe, **models}
     model, processor = loaded(construct(ModelRef, {"model": str(opened[0].target_folder), **loading}), made)
     rows = _rows(found, opened, betas, model)
 
@@ -139,7 +151,8 @@ def _swept(
         if not is_quiet():
             row = so_far.rows[-1]
             means = "  ".join(f"{metric} {items.mean:.3f}" for metric, items in row.scores.items())
-            click.echo(f"{len(so_far.rows):3}/{len(rows)}  {row.name}: {means}", err=True)
+            done = len({one.name for one in so_far.rows} & {one.name for one in rows})
+            click.echo(f"{done:3}/{len(rows)}  {row.name}: {means}", err=True)
 
     with naming({"dtype": "--dtype"}):
         scores = grid.run_sweep(rows, model, processor, evaluation, started, visit)
@@ -148,10 +161,11 @@ def _swept(
     target, mask = opened[0].target.name, opened[0].mask
     setup = Setup("comparison", target, evaluation.name, mask, seed=given["seed"], settings=made)
     study = grid.swept_study(setup, rows, scores, roles, best, len(found))
-    scored = tuple(
+    others = [row for row in started.rows if row.name not in {one.name for one in rows}]
+    scored = [
         grid.ScoredRow(name=row.name, settings=dict(row.settings), scores=dict(scores[row.name][0])) for row in rows
-    )
-    return grid.Sweep(key=started.key, rows=scored, best=best, study=study), enough
+    ]
+    return grid.Sweep(key=key, rows=(*others, *scored), best=best, study=study), enough
 
 
 def _opened(
@@ -183,10 +197,12 @@ def _rows(
     from mergekit_snrf.files.references import sha256
 
     reference, _, *linear = comparison_rows(opened[0].merge, model, Controls(("linear",), linear_betas=betas))
-    points, rows = curves(found), [reference]
+    shared = {key: value for key, value in found[0].values.items() if key in _OF_LINEAR}
+    linear = [replace(row, settings={**row.settings, **shared}) for row in linear]
+    points, rows, digest = curves(found), [reference], cache(sha256)
     for one, recipe in zip(found, opened, strict=True):
         files = {"mask": recipe.mask, "moments": recipe.merge.moments and recipe.merge.moments.path}
-        digests = {f"{name}_sha256": sha256(path) for name, path in files.items() if path}
+        digests = {f"{name}_sha256": digest(path) for name, path in files.items() if path}
         curve, strength = points.get(one.name, (None, None))
         neurons, settings = recipe.merge.neurons.count(), {**one.values, **digests}
         rows.append(

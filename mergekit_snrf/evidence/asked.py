@@ -81,7 +81,11 @@ def _of_profile(path: Path, model: ModelRef, given: dict[str, Any], tokens: int 
         model = model.model_copy(update={"revision": own.model.revision, "gguf_file": own.model.gguf_file})
     if tokens is None and "max_new_tokens" in config.answer.model_fields_set:
         tokens = config.answer.max_new_tokens
-    asked = ProbeSource(**{**own.source.model_dump(), **given})
+    written = own.source.model_dump()
+    if "template" in given:
+        # It replaces the chat template, and with it what that is given.
+        written |= {"system": None, "chat_template_kwargs": None}
+    asked = ProbeSource(**{**written, **given})
     rule = AnswerRule(max_new_tokens=tokens or NEW_TOKENS)
     return Asked(model, asked, rule, size or config.batch_size, config.token_limit)
 

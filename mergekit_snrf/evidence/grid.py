@@ -5,25 +5,29 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
-from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, invalid
+from mergekit_snrf.errors import SnrfError, did_you_mean, invalid
 from mergekit_snrf.evidence.evaluation import Evaluation
 from mergekit_snrf.evidence.items import Items, Role, Scores
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study, score
 from mergekit_snrf.evidence.sweep import Curve
-from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
+from mergekit_snrf.files.reading import DATA_BYTES, load_yaml, parse_yaml, read_bytes
+from mergekit_snrf.files.references import sha256
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.files.writing import write_text
-from mergekit_snrf.merge.parameters import SPEC
+from mergekit_snrf.merge.recipe import SPEC
+from mergekit_snrf.models.checkpoint import Checkpoint
+from mergekit_snrf.profiling.request import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,25 +92,35 @@ def combinations(recipe: Mapping[str, Any], settings: Sequence[str]) -> list[Com
         if name not in _PARAMETERS:
             raise SnrfError(None, f"{name!r} is not a parameter", did_you_mean(name, _PARAMETERS), field="set")
         try:
-            values = yaml.safe_load(f"[{text}]")
-        except (yaml.YAMLError, ValueError) as error:
-            raise SnrfError(None, f"{setting!r} ({first_line(error)})", "write beta=0.25,0.5", field="set") from None
+            values = [_number(name, value) for value in parse_yaml(f"[{text}]", None)]
+        except SnrfError as error:
+            raise SnrfError(None, f"{setting!r} is {error.what}", "write beta=0.25,0.5", field="set") from None
         if not values or name in swept:
             what = f"{setting!r} has no values" if not values else f"{name} is set twice"
             raise SnrfError(None, what, f"write {name}=VALUE,VALUE once", field="set")
+        if name in _STRENGTHS and all(type(value) in (int, float) for value in values):
+            # A curve runs from the weakest merge to the strongest.
+            values = sorted(values, reverse=name == "keep")
         swept[name] = values
+    count = math.prod(map(len, swept.values()))
+    if count > _MOST:
+        raise SnrfError(None, f"makes {count} combinations, more than {_MOST}", "leave values out", field="set")
     found = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
-    names = [_named(values) for values in found]
-    if len(set(names)) < len(names) or len(found) > _MOST:
-        what = f"makes {len(found)} combinations, more than {_MOST}" if len(found) > _MOST else "repeats a value"
-        raise SnrfError(None, what, "leave values out", field="set")
+    if len({_named(values) for values in found}) < count:
+        raise SnrfError(None, "repeats a value", "leave it out", field="set")
     return [Combination(values, _with(recipe, values)) for values in found]
 
 
+def _number(name: str, value: Any) -> Any:
+    """Return ``1e-1``, which is text in YAML, as a number where a strength is one."""
+    try:
+        return float(value) if isinstance(value, str) and name in _STRENGTHS else value
+    except ValueError:
+        return value
+
+
 def _named(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:g}" if type(value) is float else f"{name} {value}" for name, value in values.items()
-    )
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _with(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +130,9 @@ def _with(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
     for name, value in values.items():
         own = [entry["parameters"] for entry in entries if name in (entry.get("parameters") or {})]
-        for place in own or [changed.setdefault("parameters", {})]:
+        if not own and not changed.get("parameters"):
+            changed["parameters"] = {}
+        for place in own or [changed["parameters"]]:
             place[name] = value
     return changed
 
@@ -154,8 +170,10 @@ def run_sweep(
         SnrfError: an edit does not fit the model, the evaluation fails, or its items changed since the start.
     """
     settings = {row.name: dict(row.settings) for row in rows}
-    usable = tuple(row for row in started.rows if row.settings == settings.get(row.name))
-    sweep = started.model_copy(update={"rows": usable})
+    usable = [row for row in started.rows if row.settings == settings.get(row.name)]
+    # Rows of another grid on the same file stay in it.
+    others = [row for row in started.rows if row.name not in settings]
+    sweep = started.model_copy(update={"rows": (*others, *usable), "best": None, "study": None})
     scores: dict[str, list[Scores]] = {row.name: [row.scores] for row in usable}
     like = next((found[0] for found in scores.values()), None)
     for row in rows:
@@ -213,9 +231,35 @@ def swept_study(
     return study.model_copy(update={"verdict": [*study.verdict, chosen]})
 
 
-def sweep_key(content: Mapping[str, Any]) -> str:
-    """Return the sha256 of what the scores of a sweep depend on."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+def sweep_key(content: Mapping[str, Any], evaluation: str, models: Sequence[Checkpoint]) -> str:
+    """Return the sha256 of what the scores of a sweep depend on.
+
+    Args:
+        content: the recipe, and how the target is loaded.
+        evaluation: a reference, whose files are read.
+        models: whose weights are known by their sizes and times, not read.
+    """
+    files = {str(path): sha256(path) for path in _evaluation_files(evaluation)}
+    weights = [
+        [name, os.stat(model.folder / name).st_size, os.stat(model.folder / name).st_mtime_ns]
+        for model in models
+        if model.folder is not None
+        for name in sorted({tensor.file for tensor in model.tensors.values()})
+    ]
+    facts = {"evaluation": [evaluation, files], "weights": weights, "versions": versions(), **content}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _evaluation_files(reference: str) -> list[Path]:
+    """Return the file that an evaluation is in, and the data files of a built-in one."""
+    place = reference.partition("?")[0]
+    path = Path(place if place.endswith((".yml", ".yaml")) else place.rpartition(":")[0])
+    if not path.is_file():
+        return []
+    if path.suffix == ".py":
+        return [path]
+    metrics = load_yaml(path).get("metrics", {})
+    return [path, *(path.parent / Path(metric["data"]).expanduser() for metric in metrics.values())]
 
 
 def read_sweep(path: str | os.PathLike[str], key: str) -> Sweep:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import DATA_BYTES, parse_yaml, read_text
 
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/")  # Where the shell's <(...) and pipes are found.
-_OURS = re.compile(r"merge_method['\"]?\s*:\s*['\"]?snrf\b")
+_OURS = re.compile(r"^[^#\n]*\bmerge_method['\"]?\s*:\s*['\"]?snrf\b", re.MULTILINE)
 
 
 def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:
@@ -27,6 +28,8 @@ def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:
     Raises:
         click.ClickException: it is missing, not UTF-8 text, or a device or FIFO that may never end.
     """
+    if path == "-":
+        return io.StringIO(sys.stdin.read())
     if path.startswith(_STREAMS):
         return open(path, *args, **options)
     try:

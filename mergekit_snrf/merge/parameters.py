@@ -5,6 +5,7 @@ Needs no more of mergekit than the types of its registry, so it can be imported 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -60,3 +61,5 @@ SPEC = MergeMethodSpec(
         *(_of_fusion(name, known) for name, known in settings().items()),
     ),
 )
+
+sys.modules[__name__.rpartition(".")[0]].install()

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -39,9 +40,12 @@ def recipe_text(path: str | os.PathLike[str]) -> str:
 @lru_cache(maxsize=1)
 def _all_of(stream: TextIO) -> str:
     try:
-        return stream.read(CONFIG_BYTES)
+        text = stream.read(CONFIG_BYTES + 1)
     except UnicodeDecodeError as error:
         raise SnrfError("-", f"is not UTF-8 text (byte {error.start})", "pass a recipe as UTF-8") from None
+    if len(text) > CONFIG_BYTES:
+        raise SnrfError("-", f"has more than {CONFIG_BYTES} characters", "pass a recipe")
+    return text
 
 
 def load_recipe(path: str | os.PathLike[str]) -> MergeConfiguration:
@@ -68,6 +72,35 @@ def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
 
     Where the recipe has no ``keep``, it is written behind ``update: regmean``. ``SnrfError``: it is not one number.
     """
+    changed, (before, _) = _with_keep(text, keep, path), _keeps_of(parse_yaml(text, path))
+    with suppress(SnrfError):
+        if _keeps_of(parse_yaml(changed, path)) == (before, [float(f"{keep:.10g}")]):
+            return changed
+    raise _no_place(keep, path)
+
+
+def _keeps_of(content: Any) -> tuple[Any, list[Any]]:
+    """Return a recipe without ``keep`` in its blocks of parameters, and its values."""
+    if isinstance(content, list):
+        parts = [_keeps_of(one) for one in content]
+        return [part for part, _ in parts], [value for _, found in parts for value in found]
+    if not isinstance(content, dict):
+        return content, []
+    rest, values = {}, []
+    for key, value in content.items():
+        if key == "parameters" and isinstance(value, dict) and "keep" in value:
+            values.append(value["keep"])
+            value = {name: one for name, one in value.items() if name != "keep"}
+        rest[key], found = _keeps_of(value)
+        values += found
+    return rest, values
+
+
+def _no_place(keep: float, path: object) -> SnrfError:
+    return SnrfError(path, "has no place for it", f"write keep: {keep:.10g} below update: regmean", field="keep")
+
+
+def _with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
     scalars = [
         (key, value)
         for block in _parameter_blocks(yaml.compose(text, Loader=yaml.SafeLoader))
@@ -84,7 +117,7 @@ def with_keep(text: str, keep: float, path: str | os.PathLike[str]) -> str:
         raise SnrfError(path, what, f"write keep: {number} once", field="keep")
     updates = [(key, value) for key, value in scalars if key.value == "update"]
     if len(updates) != 1:
-        raise SnrfError(path, "has no place for it", f"write keep: {number} below update: regmean", field="keep")
+        raise _no_place(keep, path)
     key, value = updates[0]
     start, end = key.start_mark.index, value.end_mark.index
     line = text[text.rfind("\n", 0, start) + 1 : start]

@@ -79,7 +79,7 @@ class Costs:
             download=sum(model.bytes for model in models if model.folder is None),
             merged=target.bytes,
             adapter=4 * rank * sum(sum(tensor.shape) for tensor in edited),
-            read=sum(tensor.bytes for tensor in edited),
+            read=sum(source.tensors[find_decoder(source).weight_name(site)].bytes for site in shape.sites()),
             memory=max(model.bytes for model in models) + STATISTICS_BYTES * neurons,
             moments=_moments_bytes(decoder),
             flop=2.0 * passes * limit * PROBE_TOKENS,

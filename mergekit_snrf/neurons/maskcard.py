@@ -75,7 +75,8 @@ def _side_rows(role: str, side: ModelProvenance | None) -> list[tuple[str, str]]
         facts.append(f"config.json {side.config_sha256[:12]}…")
     rows = [(role, ", ".join(fact for fact in facts if fact))]
     if side.probes:
-        kept = ("dataset", "config", "split", "count", "question", "images", "template", "answer", "sha256")
+        kept: tuple[str, ...] = ("dataset", "config", "split", "count", "question", "images", "template")
+        kept += ("system", "chat_template_kwargs", "answer", "sha256")
         rows.append((f"{role}'s probes", _plain({key: side.probes[key] for key in kept if key in side.probes})))
     return rows
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from checkpoints import make_source, make_target
 from click.testing import CliRunner, Result
@@ -26,7 +27,7 @@ STEM = "vlm--llm"
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     make_target(folder / "vlm", "qwen2_5_vl", "hub")
-    make_source(folder / "llm", "qwen2")
+    make_source(folder / "llm", "qwen2", dtype=torch.float32)
     make_source(folder / "tuned", "qwen2")
     make_source(folder / "llama", "llama")
     return folder
@@ -81,6 +82,10 @@ def test_llm_into_llm_with_own_probes(models: Path, tmp_path: Path, monkeypatch:
     assert len(written["keep"]) == 2
     again = init(models, "llm", "tuned", str(tmp_path / "merge"), where=monkeypatch)
     assert "already holds profile.yml, snrf.yml, regmean.yml, README.md" in again.output
+    (tmp_path / "merge/README.md").write_text("my project")
+    foreign = init(models, "llm", "tuned", str(tmp_path / "merge"), "--overwrite", where=monkeypatch)
+    assert "README.md: is not a page of snrf init" in foreign.output
+    (tmp_path / "merge/README.md").unlink()
     none = init(models, "llm", "tuned", str(tmp_path / "merge"), "--overwrite", "--probes", "keep=", where=monkeypatch)
     assert none.exit_code == 0
     assert load_profile_config(tmp_path / "merge/profile.yml").keep == ()
@@ -96,6 +101,7 @@ def test_llm_into_llm_with_own_probes(models: Path, tmp_path: Path, monkeypatch:
         (["vlm", "llm", "--probes", "source=gsm8k", "--probes", "source=code"], r"is not ROLE=PROBES"),
         (["vlm", "llm", "--probes", "source=ocr"], r"ocr: asks about pictures"),
         (["vlm", "llm", "--probes", "keep=ocrr"], r"ocrr: is neither .*; did you mean 'ocr'\?"),
+        (["vlm", "llm", "--probes", "keep=code", "--probes", "keep=code"], r"two kinds to keep are called code"),
         (["vlm", "llm", "--probes", "keep=odd.csv"], r"odd.csv: has no column called .* its columns are a, b"),
         (["vlm", "llm", "odd.csv/merge"], r"odd.csv/merge: cannot be made"),
     ],

@@ -73,7 +73,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(planning, "check_outputs", interrupted)
     result = CliRunner().invoke(snrf, ["plan", str(BOARD / "snrf.yml")])
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted.\n")
-    monkeypatch.setattr("mergekit_snrf.profiling.settings.load_profile_config", interrupted)
+    monkeypatch.setattr("mergekit_snrf.profiling.domains.load_config", interrupted)
     result = CliRunner().invoke(snrf, ["profile", str(BOARD / "profile.yml"), str(tmp_path / "mask.safetensors")])
     assert (result.exit_code, result.stderr) == (130, "\nInterrupted; continue with --resume.\n")
 
@@ -100,4 +100,9 @@ def test_merge_is_mergekits_command(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     result = CliRunner().invoke(snrf, ["merge", "snrf.yml", str(tmp_path / "out"), "--quiet", "--no-write-model-card"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out/model.safetensors").exists()
+    piped = CliRunner().invoke(
+        snrf, ["merge", "-", str(tmp_path / "piped"), "--quiet"], input=Path("snrf.yml").read_text()
+    )
+    assert piped.exit_code == 0, piped.output
+    assert (tmp_path / "piped/README.md").exists()
     assert not (tmp_path / "out/README.md").exists()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,61 @@ def test_rows_are_those_of_merged_folders(folder: Path) -> None:
     assert gains[done.best] == max(gains.values())
 
 
+def test_order_of_the_values_does_not_matter(folder: Path) -> None:
+    """Curves run from the weakest merge to the strongest, whatever the order in which the strengths are typed."""
+    studies = []
+    for order in ("beta=0.1,0.5,1", "beta=1,0.1,0.5"):
+        out = folder / f"{order[5]}.json"
+        result = sweep(folder, "--set", order, "--set", "order=svd-then-mask,mask-then-svd", "--json", str(out))
+        assert result.exit_code == 0, result.output
+        studies.append(Sweep.model_validate_json(out.read_text()).study)
+    assert studies[0] == studies[1]
+
+
+@pytest.mark.parametrize("changed", ["evaluation", "weights", "mask"])
+def test_stale_scores_are_not_used(folder: Path, changed: str) -> None:
+    out, grid = folder / "sweep.json", ["--set", "beta=0.25,1"]
+    assert sweep(folder, *grid, "--json", str(out)).exit_code == 0
+    if changed == "evaluation":
+        (folder / "evaluation.py").write_text(EVALUATION.replace("> 0", ">= 0.01"))
+    elif changed == "weights":
+        make_source(folder / "source", "llama", seed=9)
+    else:
+        mask = ["mask", "random", "--model", str(folder / "target"), "--ratio", "0.5", str(folder / "mask.safetensors")]
+        assert CliRunner().invoke(snrf, mask).exit_code == 0
+    again = sweep(folder, *grid, "--json", str(out))
+    if changed == "mask":
+        # The target and the linear merge do not depend on it.
+        assert again.exit_code == 0
+        assert "3/4  beta 0.25" in again.stderr
+        assert "target:" not in again.stderr
+    else:
+        assert again.exit_code == 1
+        assert "is the sweep of another recipe, evaluation or model" in again.output
+
+
+def test_another_grid_on_the_same_file_keeps_the_rows(folder: Path) -> None:
+    out = folder / "sweep.json"
+    assert sweep(folder, "--set", "beta=0.25,1", "--json", str(out)).exit_code == 0
+    (folder / "calls").unlink()
+    another = sweep(folder, "--set", "beta=0.5", "--json", str(out))
+    assert another.exit_code == 0, another.output
+    assert (folder / "calls").read_text() == "x"
+    done = Sweep.model_validate_json(out.read_text())
+    assert {row.name for row in done.rows} == {"target", "beta 0.25", "beta 1", "beta 0.5", "linear, beta 0.5"}
+    assert done.best == "beta 0.5"
+
+
+def test_imports_in_a_process_of_its_own() -> None:
+    """Without mergekit imported before, and warnings as errors: the plugin registers itself."""
+    program = (
+        "import importlib, sys; importlib.import_module(sys.argv[1]); "
+        "from mergekit.merge_methods import registry; assert 'snrf' in registry._METHODS"
+    )
+    for module in ("mergekit_snrf.evidence.grid", "mergekit_snrf.merge.parameters"):
+        subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", program, module], check=True)
+
+
 def test_interrupted_sweep_continues(folder: Path) -> None:
     out, grid = folder / "sweep.json", ["--set", "beta=0.25,0.5,1"]
     stopped = sweep(folder, *grid, "--json", str(out), stop=3)
@@ -121,6 +178,12 @@ def test_interrupted_sweep_continues(folder: Path) -> None:
         (["--set", "masks=mask.safetensors,none.safetensors"], r"masks none.safetensors: .*none.safetensors"),
         (["--set", "seed=" + ",".join(map(str, range(1001)))], r"1001 combinations, more than 1000"),
         (["--set", "beta=1", "--best", "/tmp/other/best.yml"], r"is in another folder"),
+        (["--set", "beta=1", "--best", "mask.safetensors"], r"is not the name of a recipe"),
+        (["--set", "beta=!!timestamp x"], r"--set: 'beta=!!timestamp x'"),
+        (
+            ["--set", "seed=" + ",".join(map(str, range(999))), "--set", "rank=" + ",".join(map(str, range(999)))],
+            "998001",
+        ),
     ],
 )
 def test_mistakes_before_a_model_is_loaded(folder: Path, options: list[str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,29 @@ def test_columns_of_images(llava: Path, tmp_path: Path) -> None:
         renderer.render(rows.rows[2])
 
 
+def test_messages_around_the_last_question() -> None:
+    user, empty = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
+    assert read_conversation(
+        [user, {"role": "system", "content": "n"}, {"role": "assistant", "content": "b"}], "c"
+    ) == (
+        (("user", "a"),),
+        "b",
+    )
+    assert read_conversation([{"role": "system", "content": ""}, user, empty], "c") == ((("user", "a"),), "")
+    assert read_conversation([user], "c") == ((("user", "a"),), None)
+
+
+def test_own_system_prompt_replaces_that_of_a_conversation(llama: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", [{"q": MESSAGES}] * 2)
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    # As templates of reasoning models do, this one leaves out earlier thoughts.
+    tokenizer.chat_template = THINKING.replace("message['content'] }}", "message['content'].split('</think>')[-1] }}")
+    row = options(llama, path).rows().rows[0]
+    row = replace(row, turns=tuple((r, f"<think>hm</think>{t}" if r == "assistant" else t) for r, t in row.turns))
+    prompt = Renderer(tokenizer, ProbeSource(dataset=str(path), question="q", system="Mine.")).render(row)
+    assert prompt == "[system] Mine.\n[user] What is 2 + 2?\n[assistant] 4\n[user] And 3 + 3?\n[assistant]"
+
+
 def test_settings_reach_the_probes(llama: Path, tmp_path: Path) -> None:
     data = lines(tmp_path / "rows.jsonl", [{"q": "What is 2 + 2?"}] * 2)
     side = {"model": str(llama), "probes": {"dataset": str(data), "question": "q"}}
@@ -133,7 +157,9 @@ def test_settings_reach_the_probes(llama: Path, tmp_path: Path) -> None:
         ([{"role": "assistant", "content": "6"}], "has no message of the user"),
         ([{"role": "tool", "content": "6"}], "a message of 'tool'"),
         ([{"role": "user", "content": None}], "without text"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "without text"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "a part of type 'audio'"),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}], "type 'image_url'"),
+        ({"role": ["user"], "content": ["a", "b"]}, "lists of different lengths"),
         ([{"from": 3}], "a message of '3'"),
     ],
 )

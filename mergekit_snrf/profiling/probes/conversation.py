@@ -31,29 +31,46 @@ def read_conversation(value: Any, column: str) -> tuple[tuple[Turn, ...], str | 
     """
     if isinstance(value, Mapping):
         lists = {name: entries for name, entries in value.items() if isinstance(entries, list | tuple)}
+        if len(set(map(len, lists.values()))) > 1:
+            raise RowError(None, f"the conversation in column {column!r} has lists of different lengths")
         value = [dict(zip(lists, message, strict=True)) for message in zip(*lists.values(), strict=True)]
-    turns = [_turn(message, column) for message in value]
-    asked = [index for index, (role, _) in enumerate(turns) if role == "user"]
-    if not asked:
+    roles = [_role(message, column) for message in value]
+    if "user" not in roles:
         raise RowError(None, f"the conversation in column {column!r} has no message of the user")
-    reply = turns[asked[-1] + 1 : asked[-1] + 2]
-    return tuple(turns[: asked[-1] + 1]), reply[0][1] if reply else None
+    last = len(roles) - 1 - roles[::-1].index("user")
+    written = list(zip(roles, value, strict=True))
+    turns = [(role, _text(message, role, column)) for role, message in written[: last + 1]]
+    reply = next((_content(message) for role, message in written[last + 1 :] if role == "assistant"), None)
+    # An empty system message says nothing, and some data sets have one in every conversation.
+    return tuple(turn for turn in turns if turn != ("system", "")), reply
 
 
-def _turn(message: Mapping[str, Any], column: str) -> Turn:
-    role, content = message.get("role") or message.get("from"), message.get("content") or message.get("value")
-    role = _ROLES.get(str(role), str(role))
+def _role(message: Mapping[str, Any], column: str) -> str:
+    role = str(message.get("role") or message.get("from"))
+    role = _ROLES.get(role, role)
     if role not in _KNOWN:
         raise RowError(None, f"the conversation in column {column!r} has a message of {role!r}")
-    if isinstance(content, list | tuple):
-        content = "".join(_part(part) for part in content)
-    if not isinstance(content, str) or not content.strip():
+    return role
+
+
+def _text(message: Mapping[str, Any], role: str, column: str) -> str:
+    text = _content(message)
+    if not isinstance(text, str) or (not text.strip() and role != "system"):
         raise RowError(None, f"the conversation in column {column!r} has a message of {role!r} without text")
-    return role, content
+    return text if text.strip() else ""
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list | tuple):
+        return "".join(map(_part, content))
+    return "" if content is None else content
 
 
 def _part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image":
         return IMAGE
-    return str(part.get("text") or "") if kind == "text" else ""
+    if kind != "text":
+        raise RowError(None, f"a message has a part of type {kind!r}", "use parts of type text and image")
+    return str(part.get("text") or "")

@@ -20,7 +20,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 """The keys of ``profile.yml`` for each name."""
 
-_QUESTIONS = ("question", "problem", "prompt", "query", "instruction")
+_QUESTIONS = ("question", "problem", "prompt", "query", "instruction", "messages", "conversations")
 _IMAGES = ("images", "image", "decoded_image")
 
 

@@ -68,7 +68,8 @@ class Renderer:
         return prompt
 
     def _fill(self, row: Row) -> str:
-        prompt = fill_template(self.source.template or "", row.fields)
+        fields = {name: _MARK.sub(IMAGE, text) if row.images else text for name, text in row.fields.items()}
+        prompt = fill_template(self.source.template or "", fields)
         if prompt.count(IMAGE) != len(row.images):
             what = f"the template has {prompt.count(IMAGE)} {IMAGE} for {len(row.images)} image(s) of the row"
             raise RowError(None, what, "write one for each image", field="template")
@@ -77,8 +78,10 @@ class Renderer:
     def _chat(self, row: Row) -> str:
         messages = _messages(row)
         if self.source.system is not None:
-            messages.insert(0, ("system", [self.source.system]))
-        texts = [text for _, content in messages for text in content if text is not None]
+            messages = [("system", [self.source.system]), *(one for one in messages if one[0] != "system")]
+        # Templates of reasoning models shorten earlier answers.
+        asked = [content for role, content in messages if role != "assistant"]
+        texts = [text for content in asked for text in content if text is not None]
         # Templates of text models take a string, those of vision-language models a list of parts; many take both.
         forms: list[list[dict[str, Any]]] = [
             [{"role": role, "content": [_part(text) for text in content]} for role, content in messages]
@@ -95,17 +98,20 @@ class Renderer:
             forms.append([{"role": role, "content": "".join(map(str, content))} for role, content in messages])
         if tokenizer_of(self.processor) is self.processor:
             forms.reverse()
-        failed: RowError | None = None
+        failed, left_out = None, False
         for form in forms:
             try:
                 prompt = self._apply(form)
             except RowError as error:
                 failed = failed or error
                 continue
+            left_out = True
             if all(text.strip() in prompt for text in texts) and _SHOWN_PART not in prompt:
                 return prompt
         what = "the question or its images" if row.images else "the question"
-        raise failed or self._template_error(f"the chat template leaves out {what}")
+        if failed is not None and not left_out:
+            raise failed
+        raise self._template_error(f"the chat template leaves out {what}")
 
     def _apply(self, messages: list[dict[str, Any]]) -> str:
         """Return messages as the chat template writes them, up to where the answer begins."""

@@ -18,7 +18,7 @@ from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, os_reason
 from mergekit_snrf.files.reading import open_regular
 from mergekit_snrf.profiling.probes.conversation import Turn, is_conversation, read_conversation
 from mergekit_snrf.profiling.probes.images import decode, image_folders, read_image
-from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, ProbeSource, RowError, template_fields
+from mergekit_snrf.profiling.probes.source import DATA_SUFFIXES, IMAGE, ProbeSource, RowError, template_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -246,6 +246,8 @@ def _read_row(
     reply, answer = None, columns.get("answer")
     if source.question is not None and is_conversation(values[source.question]):
         turns, reply = read_conversation(values[source.question], source.question)
+        if not images and any(IMAGE in text for _, text in turns):
+            raise RowError(None, f"the conversation has {IMAGE}, but no column of images is named", field="images")
         values = {**values, source.question: turns[-1][1]}
     shown = [column for key, column in columns.items() if not key.startswith(("images", "answer"))]
     fields = {column: _text(values[column], column) for column in shown}
