@@ -231,7 +231,7 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(mask: Path, evaluat
 def test_an_interrupted_command_says_so_and_writes_nothing(mask: Path, evaluations: Path, tmp_path: Path) -> None:
     options = ["--mask", mask, "--eval", f"{evaluations}:interrupted", "--quiet", "--json", tmp_path / "s.json"]
     done = run(BOARD / "target", *options)
-    assert (done.exit_code, done.output) == (1, "\nAborted!\n")
+    assert (done.exit_code, done.output) == (130, "\nInterrupted.\n")
     assert not (tmp_path / "s.json").exists()
 
 
