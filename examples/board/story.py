@@ -25,6 +25,7 @@ import click
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from domains import section
+from lens import lens_section
 from story_page import ABLATED, page
 
 from mergekit_snrf.evidence.drawing import INK
@@ -134,6 +135,8 @@ def main(pairs: str, items: int, draws: int, workers: int, out: Path, write: boo
         }
         results = {pair: futures[pair].result() for pair in names}
     lines = [*page(results, items, draws), "", *section(out.resolve() / "colors", run)]
+    (out / "lens").mkdir(exist_ok=True)
+    lines += ["", lens_section(out.resolve() / "lens")]
     click.echo("\n".join(lines))
     if write:
         draw(out / f"pair-{names[0]}" / "figures" / "R-against-P.svg")
