@@ -61,12 +61,12 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
     if json_file is not None:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)
         by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
-        summary = {name: dict(zip(("tensors", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
+        summary = {name: dict(zip(("layers", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
         shown = {"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}
         write_json(json_file, shown)
     if json_file == "-":
         return
-    click.echo(table(("projection", "tensors", "neurons", "of", "share"), count_rows(counts)))
+    click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
     if layers:
         numbers = sorted({site.layer for site in content.neurons.nonempty()})
         rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in counts)) for layer in numbers]

@@ -61,12 +61,15 @@ def test_missing_local_paths_name_where_was_looked(tmp_path: Path, monkeypatch: 
     with pytest.raises(SnrfError) as caught:
         local_path("m.safetensors", (tmp_path / "recipes", tmp_path))
     places = f"{tmp_path}/m.safetensors and {tmp_path}/recipes/m.safetensors"
-    assert str(caught.value) == f"m.safetensors: no such file, looked for {places}; correct the path"
+    assert (
+        str(caught.value)
+        == f"m.safetensors: no such file, looked for {places}; correct the path, or make the file first"
+    )
 
 
 @pytest.mark.parametrize("reference", ["x" * 300, "x/" * 3000, "a\0b", "~no-such-user/m.safetensors"])
 def test_paths_that_name_no_file(reference: str) -> None:
-    with pytest.raises(SnrfError, match=r"no such file, looked for .*; correct the path"):
+    with pytest.raises(SnrfError, match=r"no such file, looked for .*; correct the path, or make the file first"):
         local_path(reference)
 
 
