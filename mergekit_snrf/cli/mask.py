@@ -61,7 +61,7 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
     if json_file is not None:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)
         by_layer = {site.key: content.neurons.count(site) for site in content.neurons}
-        summary = {name: dict(zip(("layers", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
+        summary = {name: dict(zip(("tensors", "neurons", "of"), row, strict=True)) for name, row in counts.items()}
         shown = {"sha256": digest, "counts": summary, "layers": by_layer, "provenance": provenance}
         write_json(json_file, shown)
     if json_file == "-":
