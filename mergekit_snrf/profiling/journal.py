@@ -143,7 +143,7 @@ class Journals:
             groups = {group for group in range(done.bit_length()) if done >> group & 1}
             statistics.restore(tensors, int(content["probes"]))
             return Progress(statistics, Tally(**tally), groups)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, SnrfError) and error.where:
                 raise
             reason = error if isinstance(error, SnrfError) else repr(error)
