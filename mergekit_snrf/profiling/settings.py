@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +115,17 @@ class RunConfig(Settings):
                 )
         return self
 
+    @abstractmethod
     def written(self) -> dict[str, ProbeColumns]:
         """Return all probes by the key under which they are written."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kinds(self) -> tuple[Kind, ...]:
         """Return the probes that the run measures, with their models."""
-        raise NotImplementedError
 
+    @abstractmethod
     def located(self, path: Path) -> Self:
         """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
-        raise NotImplementedError
 
     def source_of(self, columns: ProbeColumns, prompting: Prompting, limit: int | None = None) -> ProbeSource:
         """Return where probes come from, with what all probes share."""
