@@ -41,6 +41,9 @@ def lora(
     reading: dict[str, Any],
 ) -> None:
     """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
+    from mergekit_snrf.merge.imports import import_recipe_types
+
+    import_recipe_types()
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 

@@ -104,9 +104,9 @@ def gram(matrix: Float[Tensor, "rows columns"], *, scale: float = 1.0) -> Float[
     """Return the float64 Gram matrix of the shorter side of A = scale * matrix, A A^T or A^T A."""
     tall = _tall(matrix)
     total = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for part in tall.split(max(1, len(total) // 4, _PANEL // len(total))):
+    for part in tall.split(max(1, len(total) // 4, _PANEL // 4 // len(total))):
         check_not_stopped()
-        block = part.to(torch.float64) * scale
+        block = part.to(torch.float64, copy=True).mul_(scale)
         total.addmm_(block.mT, block)
     return total
 
@@ -239,7 +239,9 @@ def _judge(
 
 def _dense(problem: _Problem) -> _Solution:
     """Solve through the float64 Gram matrix."""
-    values, vectors = torch.linalg.eigh(gram(problem.matrix, scale=problem.scale))
+    total = gram(problem.matrix, scale=problem.scale)
+    # In the place of the matrix, which is its own transpose, as LAPACK lays it out.
+    values, vectors = torch.linalg.eigh(total.mT, out=(total.new_empty(0), total.mT))
     values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
     residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
     return _judge(problem, leading, values, residuals.expand(len(values)), 1, None)
