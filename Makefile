@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
+PICTURES := .venv-pictures
 # The versions that CI tests; `make CONSTRAINTS= demo` takes the newest instead.
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo story test lint families bench docs clean
+.PHONY: demo story test lint families bench pictures docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# Pairs of three base seeds with all controls, two of which are trained first; an interrupted run continues.
+# Four pairs of three base seeds with all controls, three of which are trained first; an interrupted run continues.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
@@ -39,6 +40,17 @@ bench: $(VENV)/.installed
 			| tee build/bench/patch-$$size.txt || exit 1; \
 	done
 
+# Processors that need torchvision, which belongs to one release of torch: an environment of their own.
+pictures: $(PICTURES)/.installed
+	OMP_NUM_THREADS=1 $(PICTURES)/bin/python -m pytest tests/test_pictures.py
+
+$(PICTURES)/.installed: pyproject.toml requirements/ci.txt
+	$(PYTHON) -m venv $(PICTURES)
+	grep -v '^torch==' requirements/ci.txt > $(PICTURES)/constraints.txt
+	$(PICTURES)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PICTURES)/constraints.txt \
+		torch==2.14.1 torchvision==0.29.1 -e ".[dev]"
+	touch $@
+
 # The tools of the documentation have a .venv of their own and import the package from the tests' one.
 docs: $(VENV)/.installed $(DOCS)/.installed
 	PYTHONPATH=.:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
@@ -55,4 +67,4 @@ $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) build out site
+	rm -rf $(VENV) $(DOCS) $(PICTURES) build out site

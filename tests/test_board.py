@@ -353,7 +353,7 @@ class TestScripts:
         shares = {"calc3": 1.0, "calc4": 1.0, "read": 1.0, "find": 1.0, "color": 0.5}
         perfect = TestScores.result(shares)
         assert train.missed(perfect, perfect, perfect) == [
-            "15 <= target R <= 55",
+            "15 <= target R <= 60",
             "target color >= 90",
             "target P >= 90",
         ]

@@ -220,7 +220,7 @@ def test_mask_of_the_converted_internvl_fits_the_checkpoint_of_the_hub(tmp_path:
     make_target(converted, "internvl", "nested", tied=False, decoder=INTERNVL.tiny)
     made = invoke("mask", "random", "--model", str(converted), "--ratio", "0.3", str(example / INTERNVL.mask))
     assert made.exit_code == 0, made.output
-    result = invoke("plan", "--json", *INTERNVL.trust, str(example / "snrf.yml"))
+    result = invoke("plan", *INTERNVL.trust, str(example / "snrf.yml"), "--json")
     plan = json.loads(result.stdout)
     assert len(plan["tensors"]["edited"]) == 5 * INTERNVL.decoder.layers
     assert plan["problems"] == []
@@ -247,7 +247,7 @@ def test_regmean_recipe_reads_the_moments_of_the_profile(pair: Pair, tmp_path: P
     moments = moments_path(example / pair.mask)
     sizes = sizes_of(pair.decoder.layers, pair.tiny["hidden_size"], pair.tiny["intermediate_size"])
     write_random_moments(moments, sizes, tokens=8, sketches=dict.fromkeys(("attn", "up", "down"), 4))
-    result = invoke("plan", "--json", *pair.trust, str(example / "regmean.yml"))
+    result = invoke("plan", *pair.trust, str(example / "regmean.yml"), "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["problems"], plan["warnings"]) == ([], [])

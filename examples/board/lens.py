@@ -39,7 +39,7 @@ def lens_section(folder: Path, target: Path = HERE / "target", probes: Path = HE
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(
         [
-            "## Layer by layer",
+            "### What does each layer see?",
             "",
             f"The [logit lens](../../docs/lens.md) of the target on {lens['count']} calc probes. Layer 0 is before "
             "the first layer.",

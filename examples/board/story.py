@@ -25,6 +25,7 @@ import click
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from domains import section
+from lens import lens_section
 from story_page import ABLATED, page
 
 from mergekit_snrf.evidence.drawing import INK
@@ -116,7 +117,7 @@ def draw(figure: Path) -> None:
 
 
 @click.command()
-@click.option("--pairs", default="1,4,8", show_default=True, help="Base seeds, or 1+SEED: a target on base 1.")
+@click.option("--pairs", default="1,4,8,1+11", show_default=True, help="Base seeds, or 1+SEED: a target on base 1.")
 @click.option("-n", "items", default=200, show_default=True, help="Held-out problems a task.")
 @click.option("--draws", default=5, show_default=True, help="Sets of random neurons, and of DARE's draws.")
 @click.option("--workers", default=2, show_default=True, help="Pairs at a time, each on one thread.")
@@ -134,6 +135,8 @@ def main(pairs: str, items: int, draws: int, workers: int, out: Path, write: boo
         }
         results = {pair: futures[pair].result() for pair in names}
     lines = [*page(results, items, draws), "", *section(out.resolve() / "colors", run)]
+    (out / "lens").mkdir(exist_ok=True)
+    lines += ["", lens_section(out.resolve() / "lens")]
     click.echo("\n".join(lines))
     if write:
         draw(out / f"pair-{names[0]}" / "figures" / "R-against-P.svg")

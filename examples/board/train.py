@@ -298,7 +298,7 @@ def missed(base: Result, source: Result, target: Result) -> list[str]:
     gates = {
         "base R >= 98": base.reasoning >= 98.0,
         "source R >= 98": source.reasoning >= 98.0,
-        "15 <= target R <= 55": 15.0 <= target.reasoning <= 55.0,
+        "15 <= target R <= 60": 15.0 <= target.reasoning <= 60.0,
         "target color >= 90": target.mean(["color"]) >= 90.0,
         "target P >= 90": target.perception >= 90.0,
     }

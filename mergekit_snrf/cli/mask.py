@@ -66,7 +66,7 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
         write_json(json_file, shown)
     if json_file == "-":
         return
-    click.echo(table(("projection", "layers", "neurons", "of", "share"), count_rows(counts)))
+    click.echo(table(("projection", "tensors", "neurons", "of", "share"), count_rows(counts)))
     if layers:
         numbers = sorted({site.layer for site in content.neurons.nonempty()})
         rows = [(layer, *(content.neurons.count(Site(layer, name)) for name in counts)) for layer in numbers]

@@ -40,7 +40,8 @@ def _found(reference: str, folders: tuple[str | os.PathLike[str], ...]) -> Path:
     if other := next(filter(os.path.exists, candidates), None):
         what = "is a folder" if os.path.isdir(other) else "is not a regular file"
         raise SnrfError(reference, f"{what} ({other})", "give the path of a file")
-    raise SnrfError(reference, f"no such file, looked for {' and '.join(map(str, candidates))}", "correct the path")
+    what = f"no such file, looked for {' and '.join(map(str, candidates))}"
+    raise SnrfError(reference, what, "correct the path, or make the file first")
 
 
 def _downloaded(reference: str) -> Path:

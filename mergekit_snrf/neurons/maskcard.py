@@ -39,7 +39,7 @@ def mask_card(mask: Mask, *, sha256: str, fusion: Mapping[str, float]) -> str:
         f"A mask of {mask.neurons.count()} neurons for [Shared Neuron Low-Rank Fusion]({PAPER}), a safetensors file of "
         f"booleans for mergekit-snrf.",
         markdown.table(
-            ("projection", "layers", "neurons", "of", "share"), count_rows(mask.neurons.by_projection())[:-1]
+            ("projection", "tensors", "neurons", "of", "share"), count_rows(mask.neurons.by_projection())[:-1]
         ),
         markdown.table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",

@@ -89,7 +89,7 @@ def inputs(mask: Mask) -> list[tuple[str, str]]:
 
 def test_show_prints_counts_shares_and_provenance(folder: Path) -> None:
     assert done("show", "a").splitlines() == [
-        "projection  layers  neurons  of    share",
+        "projection  tensors  neurons  of    share",
         "attn.q           0        0   0        -",
         "attn.k           1        3   8  37.50 %",
         "attn.v           0        0   0        -",

@@ -504,5 +504,5 @@ def test_memory_budget_is_the_size_of_blocks(pair, tmp_path):
     path = write_config(pair("llama"))
     small = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "40MB", "--quiet")
     assert small.exit_code == 0, small.output
-    wrong = invoke(path, tmp_path / "m.safetensors", "--memory-budget", "many")
+    wrong = invoke(path, tmp_path / "m.safetensors", "--overwrite", "--memory-budget", "many")
     assert "--memory-budget: 'many'" in wrong.output
