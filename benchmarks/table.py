@@ -75,8 +75,8 @@ def main(folder: Path) -> None:
     text = "\n\n".join(
         [
             f"Measured on {machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB, torch "
-            f"{machine['packages']['torch']}, mergekit {machine['packages']['mergekit']}; two bf16 checkpoints, a tenth "
-            "of all neurons (`regmean`: all), cold cache, medians.",
+            f"{machine['packages']['torch']}, mergekit {machine['packages']['mergekit']}; two bf16 checkpoints, a "
+            "tenth of all neurons (`regmean`: all), cold cache, medians.",
             table(["target", "measured", "benchmark"], bars),
             commands(files, sizes),
             "By the number of tensors that are fused at once (`--num-threads`):",

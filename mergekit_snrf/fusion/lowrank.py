@@ -20,8 +20,7 @@ logger = logging.getLogger(__name__)
 # Up to this side the Gram matrix is about as fast as Lanczos, and exact.
 _DENSE_SIDE = 512
 # Elements converted to float64 at a time: they stay in a processor's cache.
-_PANEL = 2**19
-_CHUNK = 1024
+_PANEL, _CHUNK = 2**19, 1024
 # Vectors of a Lanczos block: wider ones need fewer passes and more work.
 _WIDTH = 16
 # Lanczos vectors before a restart: more save no passes on flat spectra, and cost memory.
@@ -92,7 +91,9 @@ class _Solution:
 def frobenius_norm(matrix: Float[Tensor, "rows columns"]) -> float:
     """Return ||matrix||_F, summed in float64 (a flat float32 sum of 7e7 squares is .3 % off); NaN and inf pass."""
     by_row = matrix if matrix.stride(-1) == 1 else matrix.mT
-    scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
+    scale = 1.0  # No square of a float32 number is out of float64's range.
+    if matrix.dtype == torch.float64:
+        scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
     total = matrix.new_zeros((), dtype=torch.float64)
     for part in by_row.split(max(1, _PANEL // 4 // by_row.shape[1])):
         flat = part.to(torch.float64).flatten() * scale
@@ -240,8 +241,7 @@ def _judge(
 def _dense(problem: _Problem) -> _Solution:
     """Solve through the float64 Gram matrix."""
     total = gram(problem.matrix, scale=problem.scale)
-    # In the place of the matrix, which is its own transpose, as LAPACK lays it out.
-    values, vectors = torch.linalg.eigh(total.mT, out=(total.new_empty(0), total.mT))
+    values, vectors = torch.linalg.eigh(total.mT, out=(total.new_empty(0), total.mT))  # In place.
     values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
     residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
     return _judge(problem, leading, values, residuals.expand(len(values)), 1, None)
@@ -308,10 +308,8 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
 
 def _distance(certificate: Certificate, tolerance: float) -> float:
     """Return the logarithm of how many times too large the estimate or the deficit is."""
-    if tolerance == 0:
-        return math.inf
     deficit = 1.0 if certificate.deficit is None else certificate.deficit
-    return math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
+    return math.inf if tolerance == 0 else math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
 
 
 def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int:
