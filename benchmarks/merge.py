@@ -69,8 +69,9 @@ def main(
             "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None)
         }
         commands |= {name: ([*mergekit, str(recipe), str(out), *options], out) for name, recipe in recipes.items()}
-        words = [*mergekit, str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads"]
-        commands |= {f"snrf, rank {ranks[0]}, {n} workers": ([*words, str(n)], out) for n in workers}
+        for n in workers:
+            words = [str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads", str(n)]
+            commands[f"snrf, rank {ranks[0]}, {n} workers"] = ([*mergekit, *words], out)
         runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
         size_mb = open_checkpoint(str(folder / "base")).bytes / 1e6
     finally:

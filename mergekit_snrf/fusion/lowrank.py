@@ -17,8 +17,7 @@ from mergekit_snrf.fusion.threads import check_not_stopped
 
 logger = logging.getLogger(__name__)
 
-# Up to this side the Gram matrix is about as fast as Lanczos, and exact.
-_DENSE_SIDE = 512
+_DENSE_SIDE = 512  # Up to it the Gram matrix is about as fast as Lanczos, and exact.
 # Elements converted to float64 at a time: they stay in a processor's cache.
 _PANEL, _CHUNK = 2**19, 1024
 # Vectors of a Lanczos block: wider ones need fewer passes and more work.
@@ -323,14 +322,15 @@ def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int
 
 
 def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
-    """Return scale * block A^T A and write block A^T to ``images``."""
-    step = len(tall) if tall.dtype == block.dtype else max(1, _PANEL // tall.shape[1])
+    """Return scale * block A^T A and write block A^T to ``images``; a panel of rows is read once for both."""
+    by_row, same = tall.stride(-1) == 1, tall.dtype == block.dtype
+    step = len(tall) if same and not by_row else max(1, (1 + same) * _PANEL // tall.shape[1])
     applied = torch.zeros_like(block)
     for begin in range(0, len(tall), step):
         part = tall[begin : begin + step].to(block.dtype)
-        image = block @ part.mT
+        image = (part @ block.mT).mT if by_row else block @ part.mT
         images[:, begin : begin + step] = image
-        applied += (image * scale) @ part
+        applied.addmm_(image, part, alpha=scale)
     return applied
 
 
