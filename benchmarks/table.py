@@ -58,7 +58,8 @@ def workers(files: dict[tuple[str, str], dict[str, Any]], sizes: list[str]) -> s
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(folder: Path) -> None:
+@click.option("--page", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=PAGE)
+def main(folder: Path, page: Path) -> None:
     """Replace the generated part of docs/speed.md."""
     loaded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     whole = [one for one in loaded if one["benchmark"] in ("merge", "patch") and not one.get("sketch")]
@@ -83,9 +84,8 @@ def main(folder: Path) -> None:
             workers(files, sizes),
         ]
     )
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(START)
-    PAGE.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    page.write_text(f"{before}{START}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def _of(one: dict[str, Any]) -> str:
