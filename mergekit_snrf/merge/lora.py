@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +225,7 @@ def _is_plain_text(checkpoint: Checkpoint) -> bool:
 
 def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> str:
     """Return the content of adapter_config.json, as PEFT reads it; importing PEFT imports all of transformers."""
-    content = {
+    content: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model or target.name,
