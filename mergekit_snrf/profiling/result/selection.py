@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -15,7 +16,7 @@ from jaxtyping import Bool
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, did_you_mean
+from mergekit_snrf.errors import SnrfError, did_you_mean, unexpected
 from mergekit_snrf.files.settings import Settings, construct
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS
@@ -152,7 +153,11 @@ def select(profiles: Sequence[AnyProfile] | AnyProfile, selection: Selection | N
     Raises:
         SnrfError: a value is not allowed, the profiles are of different shapes, or one was screened.
     """
-    read = [profile_of(one) for one in (profiles if isinstance(profiles, list | tuple) else [profiles])]
+    if isinstance(profiles, Profile | str | os.PathLike):
+        profiles = [profiles]
+    if not isinstance(profiles, Sequence):
+        raise unexpected("profiles", profiles, "profiles or their paths")
+    read = [profile_of(one) for one in profiles]
     if not read:
         raise SnrfError(None, "a selection needs at least one profile")
     selection = selection or Selection.of(**rule)
