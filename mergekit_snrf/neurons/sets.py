@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.files.markdown import share
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Neuron, Site
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def count_rows(counts: Mapping[str, tuple[int, int, int]]) -> list[tuple[object,
     return [(name, *row, share(*row[1:])) for name, row in {**counts, "all": sums}.items()]
 
 
-class NeuronSet(Mapping[Site, "Tensor"]):
+class NeuronSet(Plotted, Mapping[Site, "Tensor"]):
     """A set of neurons: for every site one boolean tensor [neurons]; an absent site is an empty set.
 
     To be counted, the neurons may also be arrays of numpy: this module does not import torch. Immutable by convention.
@@ -120,6 +121,8 @@ class NeuronSet(Mapping[Site, "Tensor"]):
                 yield Neuron(site, index)
 
     def _combined(self, other: NeuronSet, operation: Callable[[Tensor, Tensor], Tensor]) -> NeuronSet:
+        if not isinstance(other, NeuronSet):
+            raise unexpected("neurons", other, "a NeuronSet", "use .neurons of a mask")
         members: dict[Site, Tensor] = {}
         for site in {*self, *other}:
             mine, theirs = self.get(site), other.get(site)
