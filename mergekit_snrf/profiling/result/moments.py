@@ -34,6 +34,14 @@ def _directions(size: int, width: int, seed: int) -> Float[Tensor, "size width"]
     return torch.randn(size, width, generator=generator) / math.sqrt(width)
 
 
+@lru_cache(maxsize=4)
+def _moved(
+    directions: Float[Tensor, "size width"], device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "size width"]:
+    """Return directions on a device: one copy for all inputs, not one for each."""
+    return directions.to(device, dtype)
+
+
 @dataclass
 class InputSum:
     """The running second moment of one input.
@@ -73,24 +81,41 @@ class InputSum:
         return [part.view(panel) for part, panel in zip(parts, panels, strict=True)]
 
     def add(self, rows: Float[Tensor, "tokens d"]) -> None:
-        """Add inputs, clipped."""
+        """Add inputs, clipped; nothing here waits for a device that has room for the sum."""
+        self._join(rows.device)
         norms = rows.norm(dim=1)
-        if len(rows):
-            self.largest.clamp_(min=float(norms.max()))
         long = norms > self.clip
-        clipped = int(long.sum())
-        if self.clip and clipped:
+        if len(rows):
+            torch.maximum(self.largest, norms.max().to(self.largest), out=self.largest)
+        # To ask whether any is too long is to wait for a device, and cheaper than a pass over them on a CPU.
+        if self.clip and (rows.device.type != "cpu" or bool(long.any())):
             rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
             norms = norms.clamp_max(self.clip)
-        self.counts += torch.tensor([float(norms.double().square().sum()), len(rows), clipped], dtype=torch.float64)
+        self.counts[0] += norms.double().square().sum().to(self.counts)
+        self.counts[1] += len(rows)
+        self.counts[2] += long.sum().to(self.counts)
         if self.directions is not None:
-            self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
+            directions = _moved(self.directions, rows.device, rows.dtype)
+            self.total.add_((rows.mT @ (rows @ directions)).to(self.total.device))
             return
         for panel in self._split():
             height, width = panel.shape
             right = rows[:, self.size - width :]
             # Added as float32, without a float64 copy of the product.
             panel.add_((right[:, :height].mT @ right).to(panel.device))
+
+    def _join(self, device: torch.device) -> None:
+        """Move the sums to a CUDA device; the large one only if a quarter of the memory stays free."""
+        if device.type != "cuda" or self.total.device == device:
+            return
+        self.counts, self.largest = self.counts.to(device), self.largest.to(device)
+        free, memory = torch.cuda.mem_get_info(device)
+        if free - self.total.nbytes > memory / 4:
+            self.total = self.total.to(device)
+
+    def leave(self) -> None:
+        """Move the sums to the CPU."""
+        self.total, self.counts, self.largest = self.total.cpu(), self.counts.cpu(), self.largest.cpu()
 
     def normalise(self) -> None:
         """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
@@ -152,9 +177,10 @@ class MomentSums(Sums):
         return min(self._sketch, size)
 
     def parts(self) -> dict[str, tuple[Tensor, str]]:
-        """Return the tensors of every input."""
+        """Return the tensors of every input, on the CPU."""
         found = {}
         for site, one in self.sums.items():
+            one.leave()
             found[f"{site.key}.total"] = one.total, "sum"
             found[f"{site.key}.counts"] = one.counts, "sum"
             found[f"{site.key}.largest"] = one.largest, "max"
