@@ -31,7 +31,7 @@ def test_a_layer_never_waits_for_the_device_and_launches_no_more_than_it_did() -
     launches = {part: len(counted.operations) for part, counted in counts.items()}
     # 4 query heads and 2 key heads, each of one batch of neurons.
     assert 20 < launches["forward pass"] < 60
-    assert 100 < launches["impacts"] <= 230
+    assert 100 < launches["impacts"] <= 240
     assert 30 < launches["moments"] <= 75
     # A probe of three times the tokens needs no more of them.
     assert {part: len(counted.operations) for part, counted in count_layer(TINY, 120).items()} == launches

@@ -299,5 +299,4 @@ def head_groups(
 
 def energy(change: Float[Tensor, "*dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, "*dims"]:
     """Return ``sum_i w_i ||change_i||^2``, float64."""
-    # One pass over the changes, where squares and their sum take three.
-    return (torch.linalg.vector_norm(change, dim=-1).square_() @ weights).double()
+    return (change.square().sum(-1) @ weights).double()
