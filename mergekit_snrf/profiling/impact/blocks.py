@@ -146,10 +146,10 @@ class Positions:
             start += len(rows)
             begin, places = kept[1][0], torch.arange(tokens)
             causal &= not biased and torch.equal(visible, (places >= begin) & (places <= rows[:, None]))
-        rows, range_ = torch.cat(kept), seen.nonzero().flatten()
-        keys = slice(int(range_[0]), int(range_[-1]) + 1) if len(range_) else slice(0, 0)
-        causal &= len(rows) == keys.stop - keys.start
-        return Attended(rows.to(device), spans, seen.to(device), keys, causal)
+        rows, places = torch.cat(kept), seen.nonzero().flatten()
+        first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        causal &= len(rows) == last - first
+        return Attended(rows.to(device), spans, seen.to(device), slice(first, last), causal)
 
 
 class Visibility(NamedTuple):

@@ -24,8 +24,9 @@ DEFAULT_SKETCH = 512
 OVERSAMPLING = 2
 """Random directions of a sketch for every eigenvector that is kept."""
 
-# Rows of a panel of a symmetric sum: left of it nothing is computed or kept.
-_PANEL = 192
+# Rows of a panel of a symmetric sum, left of which nothing is computed or kept: narrow ones waste less, wide ones
+# multiply faster where the inputs outgrow the cache.
+_NARROW, _WIDE, _NARROW_SIDE = 96, 256, 1024
 
 
 @lru_cache(maxsize=4)
@@ -73,7 +74,8 @@ class InputSum:
 
     def _panels(self) -> list[tuple[int, int]]:
         """Return height and width of every panel of a dense sum."""
-        return [(min(_PANEL, self.size - start), self.size - start) for start in range(0, self.size, _PANEL)]
+        step = _NARROW if self.size <= _NARROW_SIDE else _WIDE
+        return [(min(step, self.size - start), self.size - start) for start in range(0, self.size, step)]
 
     def _split(self) -> list[Float[Tensor, "height width"]]:
         panels = self._panels()
