@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mergekit_snrf.profiling.result.moments import InputSum
 
 BENCHMARKS = str(Path(__file__).resolve().parents[2] / "benchmarks")
 sys.path.append(BENCHMARKS)
@@ -63,3 +66,14 @@ def test_whatever_waits_for_the_device_is_seen(wait: object) -> None:
     with Counted() as counted:
         wait(torch.ones(3))  # type: ignore[operator]
     assert sum(counted.waits.values()) == 1
+
+
+@pytest.mark.parametrize(("free", "where"), [(900, "cuda"), (200, "cpu")])
+def test_sums_of_moments_live_on_a_device_that_has_room(free: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**20, 1000 * 2**20))
+    with FakeTensorMode():
+        one = InputSum(4, 1.0, torch.randn(4, 2))
+        one.add(torch.randn(3, 4, device="cuda"))
+        assert (one.total.device.type, one.counts.device.type, one.largest.device.type) == (where, "cuda", "cuda")
+        one.leave()
+        assert (one.total.device.type, one.counts.device.type, one.largest.device.type) == ("cpu", "cpu", "cpu")

@@ -91,11 +91,11 @@ class InputSum:
             torch.maximum(self.largest, norms.max().to(self.largest), out=self.largest)
         # To ask whether any is too long is to wait for a device, and cheaper than a pass over them on a CPU.
         if self.clip and (rows.device.type != "cpu" or bool(long.any())):
-            rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
+            rows = rows * torch.where(long, self.clip / norms, 1.0).unsqueeze(1)
             norms = norms.clamp_max(self.clip)
-        self.counts[0] += norms.double().square().sum().to(self.counts)
-        self.counts[1] += len(rows)
-        self.counts[2] += long.sum().to(self.counts)
+        squared = norms.double().square().sum()
+        added = torch.stack([squared, torch.full_like(squared, len(rows)), long.sum().to(squared)])
+        self.counts += added.to(self.counts)
         if self.directions is not None:
             directions = _moved(self.directions, rows.device, rows.dtype)
             self.total.add_((rows.mT @ (rows @ directions)).to(self.total.device))
