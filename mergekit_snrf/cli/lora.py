@@ -40,7 +40,10 @@ def lora(
     workers: int | None,
     reading: dict[str, Any],
 ) -> None:
-    """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
+    """Write the update of RECIPE as a PEFT adapter into OUT.
+
+    The adapter is for the recipe's base_model, in place of a whole model.
+    """
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 

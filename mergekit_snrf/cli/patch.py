@@ -29,9 +29,10 @@ def patch(
     reading: dict[str, Any],
     write_model_card: bool,
 ) -> None:
-    """Merge RECIPE into OUT by copying the target's shards and rewriting only the bytes that change.
+    """Merge RECIPE into OUT faster: rewrite only what changes.
 
-    The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
+    The target's shards are copied, and only the bytes of the masked neurons written again. The tensors are
+    bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
     from mergekit_snrf.merge.imports import import_recipe_types
 
