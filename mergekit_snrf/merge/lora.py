@@ -169,7 +169,7 @@ def _matrices(
         return Memory(tensors.memory(edit).working, rank * sum(edit.shape) * dtype.itemsize)
 
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
-    with progress, look_ahead(plan.edits, matrices, memory, workers=workers) as ahead:
+    with progress, look_ahead(plan.edits, matrices, memory, workers=tensors.workers(workers)) as ahead:
         for _, pair in ahead:
             unmoved += not all(bool(matrix.any()) for matrix in pair)
             yield pair

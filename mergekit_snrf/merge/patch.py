@@ -137,7 +137,7 @@ def _write_shards(
             _copy(original, copy, stop, rewritten[shard])
 
     progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
-    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=workers)
+    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=tensors.workers(workers))
     with progress, ThreadPoolExecutor(1) as copier, _set_after(stop), ahead as fused_edits:
         copies = {shard: copier.submit(take_over, shard) for shard in shards}
         for edit, fused in fused_edits:

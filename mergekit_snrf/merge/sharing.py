@@ -58,23 +58,21 @@ def add_kit(folder: Path, card: str, path: Path) -> list[str]:
         raise SnrfError(folder / "README.md", "has no recipe", "give the folder of a merge or an adapter")
     with safetensors.safe_open(path, framework="pt") as file:
         is_mask = file.metadata().get("format") != MOMENTS_FORMAT
-    kit, commands = folder / KIT, ["mergekit-yaml snrf.yml merged/"]
+    kit, commands = folder / KIT, {"mergekit-yaml snrf.yml merged/": "makes this model again"}
     texts = {"snrf.yml": recipe["recipe"]}
     if (profile := path.with_name("profile.yml")).is_file():
         texts["profile.yml"] = portable(read_text(profile))
-        mask = path.name if is_mask else path.name.replace(".moments.", ".")
-        commands.insert(0, f"snrf-profile profile.yml {mask}")
-    made = "the mask" if is_mask else "the moments, which are not in this folder"
-    texts["README.md"] = f"What makes this model again; the first of two commands makes {made}:\n\n" + "".join(
-        f"    {command}\n" for command in commands
-    )
+        mask, made = (path.name, "mask") if is_mask else (path.name.replace(".moments.", "."), "moments")
+        commands = {f"snrf-profile profile.yml {mask}": f"makes the {made} again", **commands}
+    texts["README.md"] = "".join(f"    {command}    # {meaning}\n" for command, meaning in commands.items())
     kit.mkdir(exist_ok=True)
     for name, text in texts.items():
         write_text(kit / name, text)
     if not is_mask:
         return sorted(texts)
-    written = PurePath(str(parse_yaml(recipe["recipe"], None).get("parameters", {}).get("masks", "")))
-    name = written.name if ".." in written.parts or written.is_absolute() or not written.name else str(written)
+    written = str(parse_yaml(recipe["recipe"], None).get("parameters", {}).get("masks", path.name))
+    plain = "://" not in written and ".." not in PurePath(written).parts and not os.path.isabs(written)
+    name = written if plain else PurePath(written).name
     (kit / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(path, kit / name)
     return sorted([*texts, name])

@@ -44,7 +44,7 @@ def mask_card(mask: Mask, *, sha256: str, fusion: Mapping[str, float]) -> str:
         ),
         markdown.table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",
-        f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
+        f"    pip install ./mergekit-snrf    # a clone, version {__version__}\n    mergekit-yaml snrf.yml merged/",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
     ]
     models = [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)]
