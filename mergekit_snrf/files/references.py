@@ -8,7 +8,7 @@ import re
 from pathlib import Path, PurePath
 from urllib.parse import unquote
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, unexpected
 from mergekit_snrf.files.reading import open_regular
 
 # As in huggingface_hub's file system: a slash in a revision is %2F, except in its own refs/pr/N and refs/convert/NAME.
@@ -32,6 +32,8 @@ def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLi
 
     A relative path is looked for in the working folder, then in ``folders``. ``SnrfError``: there is no such file.
     """
+    if not isinstance(reference, str | os.PathLike):
+        raise unexpected("path", reference, f"a path, or {_FORM}")
     reference = os.fspath(reference)
     if not reference:
         raise SnrfError(None, "the path of a file is empty", f"give a path, or {_FORM}")

@@ -22,8 +22,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.errors import SnrfError, invalid, unexpected
 from mergekit_snrf.files import container
+from mergekit_snrf.files.references import local_path
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 
@@ -168,6 +169,15 @@ def read_moments(path: str | os.PathLike[str]) -> Moments:
     except ValidationError as error:
         raise invalid(where, error.errors(), remedy=_AGAIN) from None
     return Moments(sizes, sketches, provenance, where)
+
+
+def moments_of(moments: str | os.PathLike[str] | Moments) -> Moments:
+    """Return moments, read from a path or ``hf://owner/repo@revision/path`` if need be."""
+    if isinstance(moments, Moments):
+        return moments
+    if not isinstance(moments, str | os.PathLike):
+        raise unexpected("moments", moments, "the path of a moments file")
+    return read_moments(local_path(moments))
 
 
 def _parts(site: InputSite, size: int, sketch: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from jaxtyping import Float32, Int32
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, did_you_mean, invalid
+from mergekit_snrf.errors import SnrfError, did_you_mean, invalid, unexpected
 from mergekit_snrf.files import container
+from mergekit_snrf.files.references import local_path
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.neurons.sites import Site
 
@@ -106,7 +109,7 @@ class SiteProfile:
 
 
 @dataclass(frozen=True, repr=False)
-class Profile:
+class Profile(Plotted):
     """What a model uses on a corpus of ``count`` probes, and where that was measured.
 
     Attributes:
@@ -121,7 +124,7 @@ class Profile:
     path: str = "profile"
 
     def __repr__(self) -> str:
-        return f"<Profile {self.path}: {self.count} probes, {len(self.sites)} layers and projections>"
+        return f"<Profile {Path(self.path).name}: {self.count} probes, {len(self.sites)} layers and projections>"
 
     def __post_init__(self) -> None:
         try:
@@ -156,6 +159,19 @@ def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     content = profile.provenance.model_dump(mode="json", exclude_none=True)
     content |= {"count": profile.count, "edges": list(profile.edges)}
     container.write(path, tensors, file_format=PROFILE_FORMAT, version=PROFILE_VERSION, content=content)
+
+
+AnyProfile = Profile | str | os.PathLike[str]
+"""A profile, or where its file is."""
+
+
+def profile_of(profile: AnyProfile) -> Profile:
+    """Return a profile, read from a path or ``hf://owner/repo@revision/path`` if need be."""
+    if isinstance(profile, Profile):
+        return profile
+    if not isinstance(profile, str | os.PathLike):
+        raise unexpected("profile", profile, "a Profile, or the path of one")
+    return read_profile(local_path(profile))
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:
