@@ -67,7 +67,8 @@ $(FLOORS)/.installed: pyproject.toml
 	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	$(FLOORS)/bin/uv pip compile --quiet --python $(FLOORS)/bin/python --resolution lowest-direct \
 		--extra profile --extra analysis -o $(FLOORS)/floors.txt pyproject.toml
-	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOORS)/floors.txt pytest hypothesis -e .
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOORS)/floors.txt \
+		torchvision pytest hypothesis -e .
 	touch $@
 
 # The tools of the documentation have a .venv of their own and import the package from the tests' one.

@@ -27,6 +27,8 @@ Framework = Literal["pt", "np"]
 
 _MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
 _DAMAGED = "the file is damaged, get it again"
+# AttributeError: of a dtype that this torch lacks.
+_READING = (safetensors.SafetensorError, OSError, AttributeError, TypeError, KeyError, RuntimeError, MemoryError)
 _DTYPES = {
     **{"torch.bool": "BOOL", "torch.int32": "I32", "torch.int64": "I64"},
     **{"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"},
@@ -80,7 +82,7 @@ def opened(
             metadata = file.metadata() or {}
             _check_format(path, metadata, file_format, version)
             yield file, _content(path, metadata)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+    except _READING as error:
         what = f"not a readable safetensors file ({first_line(error)})"
         raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 
