@@ -1,4 +1,4 @@
-"""Deterministic, validated safetensors files: what mask, profile and journal files have in common.
+"""Deterministic, validated safetensors files: what masks, profiles, moments, counts and journals have in common.
 
 The safetensors library reads; the header is written here, because the library writes ``__metadata__`` in hash
 order, and equal inputs must give equal bytes.
@@ -11,15 +11,20 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, invalid
 from mergekit_snrf.files.writing import replacing
+
+_Content = TypeVar("_Content", bound=BaseModel)
+_Path = str | os.PathLike[str]
 
 _MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
 _DAMAGED = "the file is damaged, get it again"
@@ -29,65 +34,96 @@ _DTYPES = {
 }
 
 
-def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    *,
-    file_format: str,
-    version: int,
-    content: Mapping[str, Any],
-) -> None:
-    """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
-    snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    header: dict[str, Any] = {"__metadata__": {"format": file_format, "version": str(version), "snrf": snrf}}
-    end = 0
-    # Wide dtypes first keeps every tensor aligned to its element size.
-    order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
-    for key in order:
-        tensor = tensors[key]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+@dataclass(frozen=True)
+class Format:
+    """One kind of file, by its ``name`` and ``version`` in the metadata.
+
+    Attributes:
+        made: how to make one, for messages.
+        again: what to do with a damaged one.
+    """
+
+    name: str
+    version: int
+    made: str
+    again: str
+
+    def write(self, path: _Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
+        snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        metadata = {"format": self.name, "version": str(self.version), "snrf": snrf}
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        # Wide dtypes first keeps every tensor aligned to its element size.
+        order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
         for key in order:
-            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            tensor = tensors[key]
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+        text += b" " * (-len(text) % 8)
+        with replacing(path) as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for key in order:
+                flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
 
+    @contextmanager
+    def opened(self, path: _Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Open a file: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
-@contextmanager
-def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file written by ``write``: safetensors' reader, whose tensors are not read yet, and the JSON object.
+        ``SnrfError``: it is missing, damaged, or of another format or version.
+        """
+        path = Path(path)
+        if not os.path.isfile(path):
+            reason = "is not a file" if os.path.exists(path) else "does not exist"
+            raise SnrfError(path, reason, f"give the path of a {self.name} file")
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                self._check(path, metadata)
+                yield file, _content(path, metadata)
+        except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+            what = f"not a readable safetensors file ({first_line(error)})"
+            raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 
-    ``SnrfError``: it is missing, damaged, or of another format or version.
-    """
-    path = Path(path)
-    if not os.path.isfile(path):
-        reason = "is not a file" if os.path.exists(path) else "does not exist"
-        raise SnrfError(path, reason, f"give the path of a {file_format} file")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata, file_format, version)
-            yield file, _content(path, metadata)
-    except (safetensors.SafetensorError, OSError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        what = f"not a readable safetensors file ({first_line(error)})"
-        raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
+    def read(self, path: _Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of a file and its JSON object; ``SnrfError`` as ``opened``.
 
+        Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+        """
+        with self.opened(path) as (file, content):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key, tensor in tensors.items():
+            if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+                raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
+        return tensors, content
 
-def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by ``write``: its tensors and its JSON object; ``SnrfError`` as ``opened``.
+    def parsed(self, path: _Path, content: Mapping[str, Any], of: type[_Content]) -> _Content:
+        """Return the JSON object of a file as a pydantic model; ``SnrfError`` names the key at fault."""
+        try:
+            return of.model_validate(content)
+        except ValidationError as error:
+            raise invalid(path, error.errors(), remedy=self.again) from None
 
-    Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
-    """
-    with opened(path, file_format=file_format, version=version) as (file, content):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for key, tensor in tensors.items():
-        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
-            raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
-    return tensors, content
+    def check_replaceable(self, path: _Path) -> None:
+        """Raise ``SnrfError`` where a file would replace one of another kind, such as a model's weights."""
+        if not os.path.isfile(path):
+            return
+        try:
+            with self.opened(path):
+                pass
+        except SnrfError:
+            what = f"already exists and is not a {self.name} file"
+            raise SnrfError(path, what, "choose another path, or delete it") from None
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if (found := metadata.get("format")) != self.name:
+            raise SnrfError(path, f"a {self.name} file is needed, but its metadata says format={found!r}", self.made)
+        if metadata.get("version") != str(self.version):
+            what = f"{self.name} version {metadata.get('version')!r} is not supported, only {self.version}"
+            raise SnrfError(path, what, "update mergekit-snrf")
 
 
 def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -105,19 +141,3 @@ def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, inner), default=0)
-
-
-def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
-    if (found := metadata.get("format")) != file_format:
-        what = f"a {file_format} file is needed, but its metadata says format={found!r}"
-        raise SnrfError(path, what, _MAKERS.get(file_format, "give another file"))
-    if metadata.get("version") != str(version):
-        what = f"{file_format} version {metadata.get('version')!r} is not supported, only {version}"
-        raise SnrfError(path, what, "update mergekit-snrf")
-
-
-_MAKERS = {
-    "snrf-mask": "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
-    "snrf-profile": "make one with snrf-profile",
-    "snrf-moments": "make one with snrf-profile and keep: in profile.yml, or with 'snrf moments'",
-}

@@ -44,7 +44,7 @@ def profile(
             statistics.update(meter.impacts(batch))
             bar.update(len(batch.numbers))
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.") or None
-    provenance = ProfileProvenance(measure=measure.provenance(), dtype=dtype, versions=versions())
+    provenance = ProfileProvenance(measure=measure.model_dump(), dtype=dtype, versions=versions())
     return statistics.profile(provenance)
 
 
