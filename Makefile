@@ -8,7 +8,7 @@ PICTURES := .venv-pictures
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo story test lint families bench pictures docs clean
+.PHONY: demo story test tests lint families bench pictures docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
@@ -17,7 +17,9 @@ demo: $(VENV)/.installed
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
-test: lint
+test: lint tests
+
+tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
 
 lint: $(VENV)/.installed
