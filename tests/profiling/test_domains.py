@@ -15,6 +15,7 @@ import torch
 import yaml
 from checkpoints import LAYERS, example_inputs, load, make_source, make_target
 from click.testing import CliRunner
+from forked import forked_ranks
 from safetensors.torch import load_file
 from test_run import write_probes
 from torch import Tensor, nn

@@ -217,10 +217,10 @@ def test_padding_and_batches_do_not_count(tmp_path: Path) -> None:
 
 
 def test_profiling_writes_the_same_moments_in_its_own_passes(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path, "llava")
-    make_source(folder / "source", SOURCE_OF["llava"], dtype=torch.float32)
+    folder = make_folder(tmp_path, "idefics3")
+    make_source(folder / "source", SOURCE_OF["idefics3"], dtype=torch.float32)
     source = {"model": "source", "probes": {"dataset": "text.jsonl", "question": "question"}}
-    path = write_config(folder, "llava", source=source, select={"top_ratio": 0.5})
+    path = write_config(folder, "idefics3", source=source, select={"top_ratio": 0.5})
     result = CliRunner().invoke(snrf_profile, [str(path), str(tmp_path / "mask.safetensors")])
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(snrf, ["moments", str(path), str(tmp_path / "alone.safetensors")]).exit_code == 0
@@ -233,10 +233,10 @@ def test_profiling_writes_the_same_moments_in_its_own_passes(tmp_path: Path) -> 
 
 
 def test_from_profile_yml_to_a_loaded_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_folder(tmp_path, "llava")
-    make_source(folder / "source", SOURCE_OF["llava"], dtype=torch.float32)
+    folder = make_folder(tmp_path, "idefics3")
+    make_source(folder / "source", SOURCE_OF["idefics3"], dtype=torch.float32)
     source = {"model": "source", "probes": {"dataset": "text.jsonl", "question": "question"}}
-    path = write_config(folder, "llava", source=source, dtype="auto")
+    path = write_config(folder, "idefics3", source=source, dtype="auto")
     recipe = folder / "regmean.yml"
     recipe.write_text(
         "merge_method: snrf\nbase_model: target\nmodels: [{model: source}]\n"

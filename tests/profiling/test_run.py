@@ -121,9 +121,9 @@ def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any
 
 
 def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_models(pair, tmp_path):
-    folder = pair("llava")
+    folder = pair("idefics3")
     ratios = {"attn": 0.5, "attn.v": 0.25, "fwd": 0.3}
-    path = write_config(folder, "llava", select={"top_ratio": ratios})
+    path = write_config(folder, "idefics3", select={"top_ratio": ratios})
     profiled(path, tmp_path)
     config = load_profile_config(path)
     expected: dict[Site, set[int]] = {}
@@ -245,14 +245,10 @@ def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     assert profiled(path, out, resume=True) == whole
 
 
-def test_two_processes_write_the_bytes_of_one(pair, tmp_path, capfd):
-    path = write_config(pair("llava"), "llava", batch_size=2)
-    whole = profiled(path, tmp_path / "one")
-    out = tmp_path / "two"
-    out.mkdir()
-    assert forked_ranks(lambda: main([str(path), str(out / "m.safetensors")])) == [0, 0]
+def test_two_processes_write_the_bytes_of_one(plain, tmp_path, capfd):
+    assert forked_ranks(lambda: main([str(plain[0]), str(tmp_path / "m.safetensors")])) == [0, 0]
     assert capfd.readouterr().out.count("shared neurons") == 1
-    assert contents(out) == whole
+    assert contents(tmp_path) == contents(plain[1])
 
 
 def test_resume_skips_a_finished_side_and_does_not_load_its_model(plain, tmp_path, no_model):
