@@ -13,7 +13,7 @@ JOBS ?= 2
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
 
-# Four pairs of three base seeds with all controls, three of which are trained first; an interrupted run continues.
+# Five pairs of four base seeds with all controls, four of which are trained first; an interrupted run continues.
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 

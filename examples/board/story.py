@@ -117,7 +117,7 @@ def draw(figure: Path) -> None:
 
 
 @click.command()
-@click.option("--pairs", default="1,4,8,1+11", show_default=True, help="Base seeds, or 1+SEED: a target on base 1.")
+@click.option("--pairs", default="1,3,4,8,1+11", show_default=True, help="Base seeds, or 1+SEED: a target on base 1.")
 @click.option("-n", "items", default=200, show_default=True, help="Held-out problems a task.")
 @click.option("--draws", default=5, show_default=True, help="Sets of random neurons, and of DARE's draws.")
 @click.option("--workers", default=2, show_default=True, help="Pairs at a time, each on one thread.")
