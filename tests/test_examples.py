@@ -240,15 +240,15 @@ def test_recipe_has_the_settings_of_the_paper(pair: Pair) -> None:
         assert recipe == {**same, "models": [{"model": pair.source}], "parameters": parameters}
 
 
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair.decoder is QWEN_3B], ids=lambda pair: pair.folder)
-def test_regmean_recipe_reads_the_moments_of_the_profile(pair: Pair, tmp_path: Path) -> None:
+def test_regmean_recipe_reads_the_moments_of_the_profile(tmp_path: Path) -> None:
+    pair = PAIRS[1]
     example = copied(pair, tmp_path)
     replaced(example / "regmean.yml", pair.target, str(tmp_path / "target"))
     replaced(example / "regmean.yml", pair.source, str(tmp_path / "source"))
     moments = moments_path(example / pair.mask)
     sizes = sizes_of(pair.decoder.layers, pair.tiny["hidden_size"], pair.tiny["intermediate_size"])
     write_random_moments(moments, sizes, tokens=8, sketches=dict.fromkeys(("attn", "up", "down"), 4))
-    result = invoke("plan", *pair.trust, str(example / "regmean.yml"), "--json")
+    result = invoke("plan", str(example / "regmean.yml"), "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert (plan["problems"], plan["warnings"]) == ([], [])
