@@ -22,8 +22,7 @@ from mergekit_snrf.evidence.asked import Asked
 from mergekit_snrf.evidence.lens_positions import ANSWER, Positions
 from mergekit_snrf.evidence.results import KINDS, Lens, LensAnswer, LensKind
 from mergekit_snrf.evidence.tokens import token_text
-from mergekit_snrf.models.head import LiveHead, find_live_head
-from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.live import LiveDecoder, LiveHead, find_live_decoder, find_live_head
 from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.profiling.impact.layer import attention_output
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
