@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mergekit_snrf.errors import SnrfError as SnrfError
+    from mergekit_snrf.evidence.ablate import ablate as ablate
+    from mergekit_snrf.evidence.comparison import compare as compare
     from mergekit_snrf.evidence.evaluation import evaluation as evaluation
+    from mergekit_snrf.evidence.overlap import overlap as overlap
+    from mergekit_snrf.evidence.results import Overlap as Overlap
+    from mergekit_snrf.evidence.results import Study as Study
+    from mergekit_snrf.evidence.results import read_result as read_result
+    from mergekit_snrf.evidence.sweeps import sweep as sweep
+    from mergekit_snrf.evidence.swept import Sweep as Sweep
     from mergekit_snrf.fusion.fuse import Fusion as Fusion
     from mergekit_snrf.models.checkpoint import open_checkpoint as open_checkpoint
     from mergekit_snrf.models.edits import Edit as Edit
@@ -33,7 +41,13 @@ __version__ = "0.2.0"
 
 _MODULES = {
     "errors": ("SnrfError",),
+    "evidence.ablate": ("ablate",),
+    "evidence.comparison": ("compare",),
     "evidence.evaluation": ("evaluation",),
+    "evidence.overlap": ("overlap",),
+    "evidence.results": ("Overlap", "Study", "read_result"),
+    "evidence.sweeps": ("sweep",),
+    "evidence.swept": ("Sweep",),
     "fusion.fuse": ("Fusion",),
     "models.checkpoint": ("open_checkpoint",),
     "models.edits": ("Edit", "deactivate", "fuse_model", "fuse_state_dict"),

@@ -98,6 +98,23 @@ def naming(name: Mapping[str, str] | Callable[[str], str], where: object | None 
         raise error.at(error.where or where, field=typed) from error.__cause__
 
 
+@contextmanager
+def keys_of_file() -> Iterator[None]:
+    """Make the field of errors in the block part of their place: it is a key of a file, which no option is named as."""
+    try:
+        yield
+    except SnrfError as error:
+        place = ": ".join(part for part in (error.where, error.field) if part)
+        moved = SnrfError(place or None, error.what, error.remedy)
+        moved.problems = error.problems
+        raise moved from error.__cause__
+
+
+def unexpected(field: str, value: object, expected: str, remedy: str | None = None) -> SnrfError:
+    """Return the error of an argument of a wrong type."""
+    return SnrfError(None, f"must be {expected}, got {type(value).__name__}", remedy, field=field)
+
+
 def option(field: str) -> str:
     """Return the command line option of a field: ``max_new_tokens`` is ``--max-new-tokens``."""
     return f"--{field.replace('_', '-')}"

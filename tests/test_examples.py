@@ -152,6 +152,7 @@ PAIRS = (
     ),
 )  # fmt: skip
 MINICPM, INTERNVL = PAIRS[-1], PAIRS[2]
+LLM_PAIR = "qwen2.5-7b-instruct--qwen2.5-math-7b"
 every_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.folder)
 
 
@@ -180,9 +181,25 @@ def copied(pair: Pair, folder: Path) -> Path:
 
 def test_every_pair_of_the_paper_has_its_folder() -> None:
     folders = {path.name for path in EXAMPLES.iterdir() if "--" in path.name}
-    assert folders == {pair.folder for pair in PAIRS}
+    assert folders == {pair.folder for pair in PAIRS} | {LLM_PAIR}
     for pair in PAIRS:
         assert {path.name for path in pair.path.iterdir()} >= {"README.md", "profile.yml", "snrf.yml"}
+
+
+def test_an_llm_into_an_llm_is_what_init_writes_and_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = EXAMPLES / LLM_PAIR
+    models = ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-Math-7B")
+    for model in models:
+        make_source(tmp_path / model, "qwen2", decoder=QWEN_7B.tiny())
+    monkeypatch.chdir(tmp_path)
+    assert invoke("init", *models, ".").exit_code == 0
+    for name in ("profile.yml", "snrf.yml", "regmean.yml"):
+        assert (tmp_path / name).read_text() == (example / name).read_text(), name
+    mask = yaml.safe_load((example / "snrf.yml").read_text())["parameters"]["masks"]
+    assert invoke("mask", "random", "--model", models[0], "--ratio", "0.1", mask).exit_code == 0
+    result = invoke("plan", "snrf.yml", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["problems"] == []
 
 
 @every_pair

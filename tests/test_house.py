@@ -38,14 +38,17 @@ MANY_ARGUMENTS = {
     "mergekit_snrf/profiling/side.py::Side": _RECORD,
     "mergekit_snrf/profiling/measure/capture.py::AttentionInputs": _RECORD,
 }
-# Names that no code of ours uses but others do: mergekit's and click's interfaces, pydantic's hooks.
+# Names that no code of ours uses but others do: mergekit's and click's interfaces, pydantic's hooks, notebooks.
 USED_ELSEWHERE = {
     "model_config",
     "__class__",
     "__path__",
+    "__signature__",
     "__snrf__",
     "__spec__",
     "_execute",
+    "_repr_html_",
+    "_repr_png_",
     "config_yaml",
     "done_event",
     "epilog",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,9 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from mergekit_snrf.evidence.drawing import Drawing
-    from mergekit_snrf.evidence.recipes import OpenedRecipe
     from mergekit_snrf.evidence.results import Study
-    from mergekit_snrf.merge.recipefile import MergeOptions
+    from mergekit_snrf.files.settings import Settings
     from mergekit_snrf.models.reference import ModelRef
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -96,9 +94,9 @@ def write_outputs(
     result: BaseModel,
     json_file: str | None,
     figures: str | None = None,
-    drawings: Iterable[tuple[str, Drawing]] = (),
+    drawings: Iterable[tuple[str, Drawing]] | None = None,
 ) -> list[Path]:
-    """Write a result as JSON, and its drawings with the names of their files; return the paths of the figures."""
+    """Write a result as JSON, and its drawings, or others, with the names of their files; return the figures' paths."""
     from mergekit_snrf.evidence.drawing import save
     from mergekit_snrf.evidence.results import result_text, write_result
 
@@ -108,6 +106,10 @@ def write_outputs(
         write_result(json_file, result)
     if figures is None:
         return []
+    if drawings is None:
+        from mergekit_snrf.evidence import views
+
+        drawings = views.drawings(result).items()
     return [path for name, one in drawings for path in save(one.figure, figures, name, one.caption, one.text)]
 
 
@@ -145,12 +147,10 @@ def size(count: int) -> str:
 
 def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = None) -> tuple[PreTrainedModel, Any]:
     """Load a model with its processor, and write into ``settings`` how it was loaded."""
-    from mergekit_snrf.models import loading
+    from mergekit_snrf.evidence import analysis
 
     with naming(option):
-        model, processor = loading.load_model(ref, images=images)
-    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
-    return model, processor
+        return analysis.loaded(ref, settings, images=images)
 
 
 def study_text(study: Study) -> str:
@@ -162,37 +162,9 @@ def study_text(study: Study) -> str:
         one = study_table(study, metric)
         parts.append(table((one.caption, *one.header[1:]), one.rows))
     intervals = f"[{100 * study.level:g} % intervals]: paired bootstrap over items and draws, seed {study.seed}."
-    return "\n\n".join([*parts, "\n".join([intervals, *study.verdict])])
+    return "\n\n".join([*parts, "\n".join([intervals, *study.verdict, *study.notes])])
 
 
-def opened_recipe(path: str, loading: dict[str, Any], caches: dict[str, Any]) -> tuple[OpenedRecipe, MergeOptions]:
-    """Return a recipe whose models are here, and mergekit's options; ``loading`` gets its dtype if it has none."""
-    from mergekit_snrf.evidence.recipes import open_recipe
-    from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe
-
-    trust = loading.get("trust_remote_code", False)
-    options = MergeOptions(**caches, trust_remote_code=trust, quiet=is_quiet())
-    opened = open_recipe(load_recipe(path), options, os.path.dirname(os.path.realpath(path)))
-    if loading.get("dtype", "auto") == "auto":
-        loading["dtype"] = opened.dtype
-    return opened, options
-
-
-def numbers(text: str, name: str, most: float) -> list[float]:
-    """Return the rising numbers above 0 and up to ``most`` of an option ``name``."""
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        raise SnrfError(None, f"{text!r} is not a list of numbers", "write 0.25,0.5,1.0", field=name) from None
-    if not all(0 < number <= most for number in numbers):
-        what = f"{text!r} has a number that is not above 0 and at most {most:g}"
-        raise SnrfError(None, what, "write 0.25,0.5,1.0", field=name)
-    return numbers
-
-
-def study_drawings(study: Study) -> Iterator[tuple[str, Drawing]]:
-    """Yield the figures of a study by the names of their files."""
-    from mergekit_snrf.evidence.curves import tradeoff_drawings
-    from mergekit_snrf.evidence.sections import metric_drawings
-
-    yield from {**tradeoff_drawings(study), **metric_drawings(study)}.items()
+def options_of(*types: type[Settings], **more: str) -> dict[str, str]:
+    """Return the options of the fields of some types, for ``naming``: other fields are keys of files."""
+    return {field: option(field) for of in types for field in of.model_fields} | more

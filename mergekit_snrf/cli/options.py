@@ -8,11 +8,11 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
-from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from mergekit_snrf.errors import SnrfError, invalid, naming, option
-from mergekit_snrf.files.settings import Settings
+from mergekit_snrf.errors import SnrfError, naming, option
+from mergekit_snrf.files import settings
+from mergekit_snrf.files.settings import Settings, own_first
 from mergekit_snrf.models.reference import ModelRef
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -21,6 +21,7 @@ SEEDS = click.IntRange(0, 2**32 - 1)
 
 mask_option = click.option("--mask", required=True, metavar="MASK", help="A file, or hf://owner/repo@revision/path.")
 eval_help = "file.yml (exact match), path/file.py:name, package.module:name, or an entry point."
+eval_option = click.option("--eval", "reference", required=True, metavar="EVAL", help=eval_help)
 seed_option = click.option(
     "--seed", type=SEEDS, default=0, show_default=True, help="Seed of the first draw, and of the intervals."
 )
@@ -42,13 +43,6 @@ json_option = click.option(
 recipe_argument = click.argument("recipe", metavar="RECIPE.yml", type=click.Path(dir_okay=False, allow_dash=True))
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
-)
-linear_betas_option = click.option(
-    "--linear-betas",
-    default="0.1,0.25,0.5,0.75,1.0",
-    show_default=True,
-    metavar="BETAS",
-    help="Strengths of the linear merge of all neurons.",
 )
 _caches = (
     click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
@@ -74,8 +68,26 @@ def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], 
 recipe_options = _bundle("reading", ("transformers_cache", "lora_merge_cache", "trust_remote_code"), (*_caches, _trust))
 """How the models of a recipe are read: one argument ``reading``, for ``MergeOptions``."""
 
-cache_options = _bundle("caches", ("transformers_cache", "lora_merge_cache"), _caches)
-"""One argument ``caches``, for a command that has ``--trust-remote-code`` already."""
+
+def device_options(function: _F) -> _F:
+    """Give a command ``--device`` and ``--cuda``: an available ``device`` in its argument ``reading``."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, device: str | None, cuda: bool, reading: dict[str, Any], **given: Any) -> Any:
+        device = device or ("cuda" if cuda else None)
+        if device is not None:
+            from mergekit_snrf.models.loading import find_device
+
+            try:
+                with naming(option):
+                    find_device(device)
+            except SnrfError as error:
+                raise click.ClickException(str(error)) from None
+        return function(*args, reading={**reading, "device": device}, **given)
+
+    add = click.option("--device", metavar="NAME", help="Where tensors are computed, such as cuda:1; default: the CPU.")
+    return add(click.option("--cuda", is_flag=True, help="Short for --device cuda.")(wrapper))  # type: ignore[return-value]
+
 
 selection_options = _bundle(
     "rule",
@@ -94,12 +106,12 @@ def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_
 
     With all fields the argument is an instance, with some of them the dictionary to construct one.
     """
-    chosen = fields or tuple(of.model_fields)
+    chosen = fields or own_first(of)
 
     def decorate(function: _F) -> _F:
         @functools.wraps(function)
         def wrapper(*args: Any, **options: Any) -> Any:
-            given = {field: value for field in chosen if (value := options.pop(field)) is not None}
+            given = {field: value for field in chosen if (value := options.pop(field)) not in (None, ())}
             try:
                 options[name] = given if fields else construct(of, given)
             except SnrfError as error:
@@ -129,10 +141,7 @@ def run_options(function: _F) -> _F:
 def construct(of: type[Settings], given: dict[str, Any]) -> Any:
     """Return an instance of a type; ``SnrfError`` names the option of a value that is not allowed."""
     with naming(option):
-        try:
-            return of(**given)
-        except ValidationError as error:
-            raise invalid(None, error.errors()) from None
+        return settings.construct(of, given)
 
 
 def _option(name: str, field: FieldInfo, note: str | None = None) -> Callable[[_F], _F]:
@@ -146,16 +155,21 @@ def _option(name: str, field: FieldInfo, note: str | None = None) -> Callable[[_
     help_text = f"{field.description} {note}" if note else field.description
     if kind is bool:
         return click.option(option(name), is_flag=True, default=None, help=help_text)
-    shown = field.default if isinstance(field.default, str | int | float) else None
-    if shown is not None and note is None:
+    many = isinstance(field.default, tuple)
+    shown = ",".join(map(str, field.default)) if many else field.default
+    if isinstance(shown, str | int | float) and shown != "" and note is None:
         help_text = f"{help_text} [default: {shown}]"
-    return click.option(option(name), type=_type(kind, metadata), help=help_text)
+    # A list that is empty by default is an option to repeat, another one is separated by commas.
+    repeats = many and not field.default
+    return click.option(option(name), type=_type(kind, metadata), multiple=repeats, metavar=field.title, help=help_text)
 
 
 def _type(kind: Any, metadata: list[Any]) -> click.ParamType:
     if get_origin(kind) is Literal:
         return click.Choice(list(map(str, get_args(kind))))
+    limits = {bound: getattr(part, bound) for part in metadata for bound in ("ge", "lt") if hasattr(part, bound)}
+    if kind is float and limits:
+        return click.FloatRange(limits.get("ge"), limits.get("lt"), max_open=True)
     if kind is not int:
         return click.FLOAT if kind is float else click.STRING
-    limits = {bound: getattr(part, bound) for part in metadata for bound in ("ge", "lt") if hasattr(part, bound)}
     return click.IntRange(limits.get("ge"), limits["lt"] - 1 if "lt" in limits else None)

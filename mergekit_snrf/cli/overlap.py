@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +12,6 @@ from mergekit_snrf.cli.options import figures_option, json_option, selection_opt
 from mergekit_snrf.errors import naming, option, printable
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Counts, Overlap
 
 _NOTE = (
@@ -39,27 +37,17 @@ def overlap(
     json_file: str | None,
     figures: str | None,
 ) -> None:
-    """Print which neurons the models of two profiles share, and what chance would give (Fig. 3, 4, 8).
+    """Show which neurons the models of two profiles share.
 
-    More than two profiles are compared two by two. No model is loaded.
+    Beside what chance would give (Fig. 3, 4, 8). More than two profiles are compared two by two. No model is loaded.
     """
-    from mergekit_snrf.evidence.overlap import overlaps
-    from mergekit_snrf.evidence.results import OverlapPairs
-    from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.profiling.result.profilefile import read_profile
-    from mergekit_snrf.profiling.result.selection import Selection
+    from mergekit_snrf.evidence.overlap import overlap as overlapping
+    from mergekit_snrf.evidence.results import Overlap
 
-    if len(profiles) < 2:
-        raise click.UsageError("give at least two profiles")
-    if rule["top_ratio"] is not None and rule["sigma"] is not None:
-        raise click.UsageError("give either --top-ratio or --sigma")
-    if rule["sigma"] is None:
-        rule["top_ratio"] = rule["top_ratio"] or "0.1"
     check_outputs(json_file, figures)
-    contents = [read_profile(local_path(reference)) for reference in profiles]
     with naming(option):
-        selection = Selection.of(**rule)
-        pairs = overlaps(contents, selection, curve=curve)
+        result = overlapping(*profiles, curve=curve, **rule)
+    pairs = [result] if isinstance(result, Overlap) else result.pairs
     if len(pairs) == 1:
         say(_pair_text(pairs[0]))
     else:
@@ -68,8 +56,7 @@ def overlap(
         for pair in pairs:
             say(_details(pair, layers, named=len(pairs) > 1))
     say(f"\n{_NOTE}")
-    result = pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs)
-    for path in write_outputs(result, json_file, figures, _drawings(pairs)):
+    for path in write_outputs(result, json_file, figures):
         say(path)
 
 
@@ -114,12 +101,3 @@ def _details(pair: Overlap, layers: bool, named: bool) -> str:
         shown = set(points if "at_least" in pair.curve[0].rule else _SHOWN_RATIOS)
         parts.append(f"\n{_counts('top ratio', [(ratio, points[ratio]) for ratio in points if ratio in shown])}")
     return "\n".join(parts)
-
-
-def _drawings(pairs: list[Overlap]) -> Iterator[tuple[str, Drawing]]:
-    from mergekit_snrf.evidence.sections import overlap_drawings
-
-    for number, pair in enumerate(pairs, 1):
-        for kind, drawing in overlap_drawings(pair).items():
-            name = kind if len(pairs) == 1 else f"{kind}-{number}"
-            yield name, replace(drawing, caption=f"Overlap of {_name(pair)}")

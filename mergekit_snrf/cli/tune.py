@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,9 @@ import click
 
 from mergekit_snrf.cli import common, options
 from mergekit_snrf.errors import SnrfError, naming, option
+from mergekit_snrf.evidence.options import Reading
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
 
 
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
 )
 @click.option("--eval", "reference", metavar="EVAL", help=f"Scores every strength, too: {options.eval_help}")
 @click.option("--dry-run", is_flag=True, help="Do not write the number into RECIPE.")
-@options.loading_options
-@options.cache_options
+@options.settings_options("reading", Reading)
 @options.json_option
 @options.figures_option
 @common.command_options
@@ -46,12 +44,13 @@ def tune(
     dry_run: bool,
     json_file: str | None,
     figures: str | None,
-    **reading: Any,
+    reading: Reading,
 ) -> None:
-    """Find the smallest keep of RECIPE whose merge stays close to its target, and write it into RECIPE.
+    """Choose keep, the strength of regmean, without labels.
 
-    RECIPE has update: regmean. The merge is made in memory; how far it moves is measured on held-out probes to keep,
-    the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
+    It is the smallest whose merge stays close to its target, and is written into RECIPE, which has update: regmean. The
+    merge is made in memory; how far it moves is measured on held-out probes to keep, the rows behind those of the
+    moments, on the target's own answers. No label is used; --eval only shows more.
     """
     from mergekit_snrf.evidence.tables import tuning_table
     from mergekit_snrf.evidence.wording import tuning_sentences
@@ -66,49 +65,35 @@ def tune(
         # A recipe that has no place for the number is found before hours of work.
         with_keep(text, 1.0, recipe)
         writing.check_writable(recipe)
-    tuning = _tuned(recipe, max_kl, profile, reference, **reading)
+    tuning = _tuned(recipe, max_kl, profile, reference, reading)
     tried = tuning_table(tuning)
     common.say("\n".join([common.table(tried.header, tried.rows), "", *tuning_sentences(tuning)]))
-    common.write_outputs(tuning, json_file, figures, _drawings(tuning))
+    common.write_outputs(tuning, json_file, figures)
     if not dry_run:
         with writing.replacing(recipe) as file:
             file.write(with_keep(text, tuning.keep, recipe).encode())
         common.say(f"{recipe}: keep: {tuning.keep:g}")
 
 
-def _drawings(tuning: Tuning) -> Iterator[tuple[str, Drawing]]:
-    from mergekit_snrf.evidence.curves import tuning_drawing
-
-    yield "keep", tuning_drawing(tuning)
-
-
-def _tuned(
-    recipe: str,
-    max_kl: float,
-    profile: str | None,
-    reference: str | None,
-    *,
-    loading: dict[str, Any],
-    caches: dict[str, Any],
-) -> Tuning:
+def _tuned(recipe: str, max_kl: float, profile: str | None, reference: str | None, reading: Reading) -> Tuning:
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
     from mergekit_snrf.evidence.heldout import held_out, kinds_of
+    from mergekit_snrf.evidence.recipes import load_recipe_at, merge_options, open_recipe
     from mergekit_snrf.evidence.tune import tune as bisect
-    from mergekit_snrf.models.reference import ModelRef
     from mergekit_snrf.profiling.settings import load_profile_config
 
-    opened, _ = common.opened_recipe(recipe, loading, caches)
+    config, folder = load_recipe_at(recipe)
+    opened = open_recipe(config, merge_options(reading, quiet=common.is_quiet()), folder)
     moments = opened.merge.moments
     if moments is None:
         raise SnrfError(recipe, "does not use moments", "tune a recipe with update: regmean", field="update")
-    config = None if profile is None else load_profile_config(profile)
+    of_profile = None if profile is None else load_profile_config(profile)
     with naming(option):
-        kinds = kinds_of(moments, config)
+        kinds = kinds_of(moments, of_profile)
     evaluation = None if reference is None else load_evaluation(reference)
     common.silence_progress()
     settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
-    ref = options.construct(ModelRef, {"model": str(opened.target_folder), **loading})
-    model, processor = common.loaded(ref, settings)
+    model, processor = common.loaded(opened.ref(reading), settings)
     folders = [Path(os.path.realpath(place)).parent for place in (profile, moments.path, recipe) if place is not None]
     found = held_out(kinds, model, processor, folders)
 

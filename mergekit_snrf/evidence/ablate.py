@@ -1,20 +1,76 @@
-"""The rows of an ablation (Table 3): a model without the neurons of a mask, and without as many others.
+"""Ablations (Table 3): a model without the neurons of a mask, and without as many others.
 
 The claim is that the masked neurons carry a skill. Controls have the same counts at every layer and projection.
 """
 
 from __future__ import annotations
 
+import os
 from functools import partial
+from typing import Any
 
-from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.study import Draw, Row
+from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.evidence.analysis import digest, loaded, of_mask
+from mergekit_snrf.evidence.evaluation import AnyEvaluation, load_evaluation
+from mergekit_snrf.evidence.least import least_important, read_profile_of
+from mergekit_snrf.evidence.options import AblationOptions, takes
+from mergekit_snrf.evidence.results import Study
+from mergekit_snrf.evidence.study import Draw, Row, Setup, run_study
 from mergekit_snrf.evidence.verdict import Words
+from mergekit_snrf.files.settings import construct
+from mergekit_snrf.models.checkpoint import open_checkpoint
+from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.edits import deactivate
+from mergekit_snrf.models.reference import ModelRef
+from mergekit_snrf.neurons.maskfile import AnyNeurons, mask_of
 from mergekit_snrf.neurons.sets import NeuronSet
+from mergekit_snrf.neurons.shape import check_fit
 from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Site
 
 REFERENCE, CLAIM, RANDOM, LEAST = "as it is", "masked neurons", "random neurons", "least important neurons"
+
+
+@takes(AblationOptions)
+def ablate(
+    model: str | os.PathLike[str], mask: AnyNeurons, eval: AnyEvaluation, *, progress: bool = False, **options: Any
+) -> Study:
+    """Deactivate neurons of a model, and as many random and least important ones, and evaluate it (Table 3).
+
+    Weights and biases are zeroed in memory. Options are those of ``snrf ablate``; ``profile`` may also be a Profile.
+
+    Args:
+        model: a folder or a hub id.
+        mask: the neurons, or the path of a mask.
+        eval: a function of a model and its processor, or a reference to one.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        SnrfError: an option or a file is wrong, which is found before the model is loaded; or the evaluation fails.
+    """
+    how = construct(AblationOptions, options)
+    place = how.model_dump(include={"device", "dtype", "trust_remote_code"})
+    ref = construct(ModelRef, {"model": os.fspath(model), **place})
+    checkpoint = open_checkpoint(ref.model, trust_remote_code=ref.trust_remote_code)
+    with naming({"neurons": "mask"}):
+        chosen = mask_of(mask, towers=True)
+    if not chosen.neurons.count():
+        raise SnrfError(chosen.path, "has no neurons", "give a mask with at least one")
+    check_fit(chosen.neurons.of(*PROJECTIONS), find_decoder(checkpoint).shape, where=chosen.path, model=ref.model)
+    settings: dict[str, Any] = {"dtype": ref.dtype, "config_sha256": checkpoint.config_sha256}
+    least, notes = None, []
+    if how.profile is None:
+        notes.append("Left out: the least important neurons, which need the option profile, a profile of the model.")
+    else:
+        profile = read_profile_of(checkpoint, how.profile)
+        least = least_important([profile], chosen.neurons)
+        settings |= {"profile": profile.path, "profile_sha256": digest(profile.path)}
+    rows = ablation_rows(chosen.neurons, least=least, draws=how.draws, seed=how.seed)
+    evaluation = load_evaluation(eval)
+    subject, processor = loaded(ref, settings)
+    more: dict[str, Any] = {**of_mask(chosen), "seed": how.seed, "settings": settings}
+    setup = Setup("ablation", ref.model, evaluation.name, **more)
+    study = run_study(setup, rows, subject, processor, evaluation, progress=progress)
+    return study.model_copy(update={"notes": notes})
 
 
 def ablation_rows(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.evidence.controls import Merge, dare, frank, is_regmean, linear, regmean, rescaled
+from mergekit_snrf.evidence.options import KEEPS, LINEAR_BETAS, ROWS
 from mergekit_snrf.evidence.study import Row
 from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN, Curve
 from mergekit_snrf.evidence.verdict import Words
@@ -23,7 +24,6 @@ from mergekit_snrf.neurons.shape import every_neuron
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = ("random", "equal-norm", "least", "linear", "regmean", "dare", "frank", "base")
 TARGET, CLAIM = "target", "SNRF"
 _NONE = Words()
 
@@ -42,10 +42,10 @@ class Controls:
     seed: int = 0
     least: NeuronSet | None = None
     base: Weights | None = None
-    linear_betas: Sequence[float] = (0.1, 0.25, 0.5, 0.75, 1.0)
+    linear_betas: Sequence[float] = LINEAR_BETAS
     drop_rate: float = 0.5
     moments: Moments | None = None
-    keeps: Sequence[float] = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0)
+    keeps: Sequence[float] = KEEPS
     rivals: Mapping[str, Merge] = field(default_factory=dict)
     frank: Sequence[float] | None = None
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from xml.etree import ElementTree
@@ -104,8 +104,18 @@ def new_figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    # Notebooks show the figure also where pyplot, whose state is left alone, was never imported.
+    figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, panel + 1) for panel in range(rows * columns)]
+
+
+@styled
+def png(figure: Figure, **options: Any) -> bytes:
+    """Return a figure as PNG, transparent."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", **{"dpi": 150, **options})
+    return image.getvalue()
 
 
 @styled
@@ -148,10 +158,9 @@ def svg(figure: Figure, title: str, text: str, prefix: str = "figure", ink: str 
 @styled
 def save(figure: Figure, folder: str | os.PathLike[str], name: str, title: str, text: str) -> list[Path]:
     """Write ``name.svg`` and ``name.png`` (200 pixels an inch, transparent); return the paths."""
-    image = io.BytesIO()
     metadata = {"Software": None, "Title": printable(title), "Description": printable(text)}
-    figure.savefig(image, format="png", dpi=200, metadata=metadata)
-    contents = {".svg": f"{svg(figure, title, text, name)}\n".encode(), ".png": image.getvalue()}
+    image = png(figure, dpi=200, metadata=metadata)
+    contents = {".svg": f"{svg(figure, title, text, name)}\n".encode(), ".png": image}
     paths = {Path(folder) / f"{name}{suffix}": content for suffix, content in contents.items()}
     for path, content in paths.items():
         with replacing(path) as file:

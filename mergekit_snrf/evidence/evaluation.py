@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl
 import torch
 import yaml
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, unexpected
 from mergekit_snrf.evidence.items import Items, Role, Scores, as_items, check_alike
 
 if TYPE_CHECKING:
@@ -76,12 +76,25 @@ def evaluation(*, roles: Mapping[str, Role]) -> Callable[[_F], _F]:
     return mark
 
 
-def load_evaluation(reference: str) -> Evaluation:
+AnyEvaluation = Evaluation | Callable[[Any, Any], Any] | str | os.PathLike[str]
+"""An evaluation, a function of a model and its processor, or a reference to one."""
+
+
+def load_evaluation(reference: AnyEvaluation) -> Evaluation:
     """Find an evaluation, and check what can be checked without a model.
 
     Values of arguments are written as in YAML. A callable's attribute ``roles``, which ``evaluation`` sets, says what a
     merge should gain and what it should keep. Python is imported, so it runs with the user's rights.
     """
+    if isinstance(reference, Evaluation):
+        return reference
+    if isinstance(reference, os.PathLike):
+        reference = os.fspath(reference)
+    if not isinstance(reference, str):
+        if not callable(reference):
+            raise unexpected("eval", reference, "a function of a model and its processor, or a reference to one")
+        name = f"{getattr(reference, '__module__', '')}:{getattr(reference, '__qualname__', type(reference).__name__)}"
+        return _called(name, reference, {})
     if not reference:
         raise SnrfError(None, "is empty", "name an evaluation", field="eval")
     if reference.endswith(_YAML):
@@ -91,10 +104,13 @@ def load_evaluation(reference: str) -> Evaluation:
         return Evaluation(reference, exact_match, exact_match.roles)
     place, _, query = reference.partition("?")
     found = _attribute(place) if ":" in place else _from_entry_point(reference, place)
+    return _called(reference, found, _arguments(reference, query) if query else {})
+
+
+def _called(reference: str, found: Any, arguments: dict[str, Any]) -> Evaluation:
     if not callable(found):
         what = f"is {type(found).__name__}, not callable"
         raise SnrfError(reference, what, "name a function of a model and its processor")
-    arguments = _arguments(reference, query) if query else {}
     try:
         inspect.signature(found).bind(None, None, **arguments)
     except TypeError as error:

@@ -7,24 +7,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, ValidationError
-
-from mergekit_snrf.errors import SnrfError, did_you_mean, invalid
+from mergekit_snrf.errors import SnrfError, did_you_mean
 from mergekit_snrf.evidence.evaluation import Evaluation
-from mergekit_snrf.evidence.items import Items, Role, Scores
+from mergekit_snrf.evidence.items import Role, Scores
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study, score
 from mergekit_snrf.evidence.sweep import Curve
-from mergekit_snrf.files.reading import DATA_BYTES, load_yaml, parse_yaml, read_bytes
+from mergekit_snrf.evidence.swept import ScoredRow, Sweep
+from mergekit_snrf.files.reading import load_yaml, parse_yaml
 from mergekit_snrf.files.references import sha256
-from mergekit_snrf.files.settings import Settings
-from mergekit_snrf.files.writing import write_text
 from mergekit_snrf.merge.recipe import SPEC
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.profiling.request import versions
@@ -50,51 +47,24 @@ class Combination:
         return _named(self.values)
 
 
-class ScoredRow(Settings):
-    """What one row of a sweep scored; ``settings`` are those of its row."""
-
-    name: str
-    settings: dict[str, Any] = Field(default_factory=dict)
-    scores: dict[str, Items]
+Values = Sequence[str] | Mapping[str, Any]
+"""Texts such as ``beta=0.25,0.5``, whose values are written as in YAML, or lists of values by parameter."""
 
 
-class Sweep(Settings):
-    """A sweep, whether complete or interrupted.
-
-    Attributes:
-        key: sha256 of what the scores depend on; an interrupted sweep continues only with the same.
-        rows: what was scored.
-        best: name of the chosen row; None until all rows are scored.
-        study: the rows as a comparison with the best one as its claim.
-    """
-
-    format: Literal["snrf-sweep"] = "snrf-sweep"
-    version: Literal[1] = 1
-    key: str
-    rows: tuple[ScoredRow, ...] = ()
-    best: str | None = None
-    study: Study | None = None
-
-
-def combinations(recipe: Mapping[str, Any], settings: Sequence[str]) -> list[Combination]:
+def combinations(recipe: Mapping[str, Any], settings: Values) -> list[Combination]:
     """Return the recipe with every combination of the values, the last parameter changing fastest.
 
     Args:
         recipe: the parsed content of a recipe file.
-        settings: such as ``beta=0.25,0.5``; values are written as in YAML.
+        settings: the values of every parameter.
 
     Raises:
         SnrfError: a parameter is unknown, named twice or without values, or there are too many combinations.
     """
     swept: dict[str, list[Any]] = {}
-    for setting in settings:
-        name, _, text = setting.partition("=")
+    for setting, name, values in _values(settings):
         if name not in _PARAMETERS:
             raise SnrfError(None, f"{name!r} is not a parameter", did_you_mean(name, _PARAMETERS), field="set")
-        try:
-            values = [_number(name, value) for value in parse_yaml(f"[{text}]", None)]
-        except SnrfError as error:
-            raise SnrfError(None, f"{setting!r} is {error.what}", "write beta=0.25,0.5", field="set") from None
         if not values or name in swept:
             what = f"{setting!r} has no values" if not values else f"{name} is set twice"
             raise SnrfError(None, what, f"write {name}=VALUE,VALUE once", field="set")
@@ -111,6 +81,21 @@ def combinations(recipe: Mapping[str, Any], settings: Sequence[str]) -> list[Com
     return [Combination(values, _with(recipe, values)) for values in found]
 
 
+def _values(settings: Values) -> Iterator[tuple[str, str, list[Any]]]:
+    """Yield every setting as it was given, its parameter and its values."""
+    if isinstance(settings, Mapping):
+        for name, given in settings.items():
+            values = list(given) if isinstance(given, list | tuple) else [given]
+            yield f"{name}={given}", str(name), values
+        return
+    for setting in [settings] if isinstance(settings, str) else settings:
+        name, _, text = setting.partition("=")
+        try:
+            yield setting, name, [_number(name, value) for value in parse_yaml(f"[{text}]", None)]
+        except SnrfError as error:
+            raise SnrfError(None, f"{setting!r} is {error.what}", "write beta=0.25,0.5", field="set") from None
+
+
 def _number(name: str, value: Any) -> Any:
     """Return ``1e-1``, which is text in YAML, as a number where a strength is one."""
     try:
@@ -120,7 +105,11 @@ def _number(name: str, value: Any) -> Any:
 
 
 def _named(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _with(recipe: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,7 +162,7 @@ def run_sweep(
     usable = [row for row in started.rows if row.settings == settings.get(row.name)]
     # Rows of another grid on the same file stay in it.
     others = [row for row in started.rows if row.name not in settings]
-    sweep = started.model_copy(update={"rows": (*others, *usable), "best": None, "study": None})
+    sweep = started.model_copy(update={"rows": (*others, *usable), "best": None, "recipe": None, "study": None})
     scores: dict[str, list[Scores]] = {row.name: [row.scores] for row in usable}
     like = next((found[0] for found in scores.values()), None)
     for row in rows:
@@ -260,26 +249,3 @@ def _evaluation_files(reference: str) -> list[Path]:
         return [path]
     metrics = load_yaml(path).get("metrics", {})
     return [path, *(path.parent / Path(metric["data"]).expanduser() for metric in metrics.values())]
-
-
-def read_sweep(path: str | os.PathLike[str], key: str) -> Sweep:
-    """Return the sweep of a file, or a new one if there is no file.
-
-    Raises:
-        SnrfError: it is not a sweep, or one of another recipe, evaluation or model.
-    """
-    if not os.path.exists(path):
-        return Sweep(key=key)
-    try:
-        found = Sweep.model_validate_json(read_bytes(path, DATA_BYTES))
-    except ValidationError as error:
-        raise invalid(path, error.errors(), remedy="choose another file, or remove it") from None
-    if found.key != key:
-        what = "is the sweep of another recipe, evaluation or model"
-        raise SnrfError(path, what, "choose another file, or remove it")
-    return found
-
-
-def write_sweep(path: str | os.PathLike[str], sweep: Sweep) -> None:
-    """Write a sweep as JSON, as a whole or not at all."""
-    write_text(path, json.dumps(sweep.model_dump(mode="json"), indent=1, ensure_ascii=False) + "\n")

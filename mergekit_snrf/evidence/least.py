@@ -10,22 +10,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files.references import local_path
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import Site
-from mergekit_snrf.profiling.result.profilefile import Profile, read_profile
+from mergekit_snrf.profiling.result.profilefile import AnyProfile, Profile, profile_of
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.checkpoint import Checkpoint
 
 
-def read_profile_of(checkpoint: Checkpoint, reference: str) -> Profile:
-    """Read the profile of a model from a file, or hf://owner/repo@revision/path; ``SnrfError``: it is of another model.
+def read_profile_of(checkpoint: Checkpoint, reference: AnyProfile) -> Profile:
+    """Return the profile of a model, read from its file if need be; ``SnrfError``: it is of another model.
 
     A profile without the sha256 of its model's config.json is accepted; other weights of an equal config.json, such as
     those of a fine-tune and its parent, are not noticed.
     """
-    profile = read_profile(local_path(reference))
+    profile = profile_of(reference)
     model = profile.provenance.model
     if model is not None and model.config_sha256 not in (None, checkpoint.config_sha256):
         what = f"is the profile of another model than {checkpoint.name} ({model.path})"

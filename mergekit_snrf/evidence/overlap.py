@@ -13,10 +13,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from mergekit_snrf.evidence.results import Overlap, OverlapPoint, SiteOverlap
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.evidence.results import Overlap, OverlapPairs, OverlapPoint, SiteOverlap
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS
-from mergekit_snrf.profiling.result.profilefile import Profile
+from mergekit_snrf.profiling.result.profilefile import AnyProfile, Profile, profile_of
 from mergekit_snrf.profiling.result.selection import Selection, check_same_sites, select
 
 CURVE_RATIOS: tuple[float, ...] = tuple(percent / 100 for percent in range(1, 51))
@@ -89,6 +90,29 @@ def by_projection(overlap: Overlap) -> dict[str, OverlapPoint]:
     """Return the sums over layers by projection, and under ``all`` those over everything."""
     groups = {**_grouped(overlap.sites), "all": overlap.sites}
     return {name: total(group, overlap.rule) for name, group in groups.items()}
+
+
+def overlap(*profiles: AnyProfile, curve: bool = False, **rule: Any) -> Overlap | OverlapPairs:
+    """Return which neurons the models of two profiles share, and what chance would give (Fig. 3, 4, 8).
+
+    More than two profiles are compared two by two. No model is loaded.
+
+    Args:
+        profiles: two or more, or the paths of their files.
+        curve: add top ratios from 0.01 to 0.5.
+        rule: the fields of a ``Selection``; none: ``top_ratio=0.1``.
+
+    Raises:
+        SnrfError: a file or a value of the rule is wrong, or the models differ in shape.
+    """
+    if len(profiles) < 2:
+        raise SnrfError(
+            None, f"an overlap needs at least two profiles, got {len(profiles)}", "give those of both models"
+        )
+    if rule.get("sigma") is None and rule.get("top_ratio") is None:
+        rule["top_ratio"] = 0.1
+    pairs = overlaps([profile_of(profile) for profile in profiles], curve=curve, **rule)
+    return pairs[0] if len(pairs) == 1 else OverlapPairs(pairs=pairs)
 
 
 def overlaps(

@@ -10,12 +10,22 @@ from typing import Any
 
 import torch
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, keys_of_file, unexpected
 from mergekit_snrf.evidence.controls import Merge, planned
+from mergekit_snrf.evidence.options import Reading
+from mergekit_snrf.files.reading import parse_yaml
+from mergekit_snrf.files.settings import construct
 from mergekit_snrf.merge.draft import draft_merge
-from mergekit_snrf.merge.recipefile import MergeConfiguration, MergeOptions, dtype_from_name, load_recipe
+from mergekit_snrf.merge.recipefile import (
+    MergeConfiguration,
+    MergeOptions,
+    checked_recipe,
+    dtype_from_name,
+    recipe_text,
+)
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder, pairing_problems
+from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.models.weights import Weights, bias_name, stored_weights
 
 
@@ -33,13 +43,46 @@ class OpenedRecipe:
     warnings: Sequence[str]
     settings: Mapping[str, Any]
 
+    def ref(self, reading: Reading) -> ModelRef:
+        """Return how the target is loaded, in the recipe's dtype unless another was chosen."""
+        dtype = self.dtype if reading.dtype == "auto" else reading.dtype
+        place = {"device": reading.device, "trust_remote_code": reading.trust_remote_code}
+        return construct(ModelRef, {"model": str(self.target_folder), "dtype": dtype, **place})
+
+
+Recipe = str | os.PathLike[str] | Mapping[str, Any]
+"""A recipe file, ``-`` for standard input, or the content of one."""
+
+
+def merge_options(reading: Reading, *, quiet: bool) -> MergeOptions:
+    """Return mergekit's options."""
+    caches = {"transformers_cache": reading.transformers_cache, "lora_merge_cache": reading.lora_merge_cache}
+    return MergeOptions(**caches, trust_remote_code=reading.trust_remote_code, quiet=quiet)
+
+
+def recipe_content(recipe: Recipe) -> tuple[dict[str, Any], str, str | None]:
+    """Return the content of a recipe, its name in messages, and the folder that its relative paths may be in."""
+    if isinstance(recipe, Mapping):
+        return dict(recipe), "recipe", None
+    if not isinstance(recipe, str | os.PathLike):
+        raise unexpected("recipe", recipe, "the path of a recipe, or its content as a mapping")
+    path = os.fspath(recipe)
+    return parse_yaml(recipe_text(path), path), path, os.path.dirname(os.path.realpath(path))
+
+
+def load_recipe_at(recipe: Recipe) -> tuple[MergeConfiguration, str | None]:
+    """Return a recipe, and the folder that its relative paths may be in."""
+    content, where, folder = recipe_content(recipe)
+    return checked_recipe(content, where), folder
+
 
 def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder: str | None) -> OpenedRecipe:
     """Check a recipe as a merge would, and open its models, all safetensors, without loading one.
 
     Relative paths are looked for in the working folder, then in ``recipe_folder``.
     """
-    plan = draft_merge(config, options, recipe_folder=recipe_folder).finish()
+    with keys_of_file():
+        plan = draft_merge(config, options, recipe_folder=recipe_folder).finish()
     target, source = plan.target.checkpoint, plan.source.checkpoint
     name = plan.recipe.working_dtype(plan.edits[0].dtype if plan.edits else "F32")
     dtype: torch.dtype | None = dtype_from_name(name)
@@ -75,7 +118,8 @@ def open_rivals(paths: Sequence[str], opened: OpenedRecipe, options: MergeOption
     """
     merges: dict[str, Merge] = {}
     for path in paths:
-        other = open_recipe(load_recipe(path), options, os.path.dirname(os.path.realpath(path)))
+        config, folder = load_recipe_at(path)
+        other = open_recipe(config, options, folder)
         if other.target_folder != opened.target_folder:
             what = f"merges into {other.target.name}, not into {opened.target.name}"
             raise SnrfError(path, what, "give a recipe of the same target", field="rival")

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from mergekit_snrf.errors import SnrfError, invalid
+from mergekit_snrf.errors import SnrfError, invalid, printable
 from mergekit_snrf.evidence.study_results import STRICT
 from mergekit_snrf.evidence.study_results import Condition as Condition
 from mergekit_snrf.evidence.study_results import Contrast as Contrast
@@ -25,6 +25,7 @@ from mergekit_snrf.evidence.study_results import Study as Study
 from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
 
 _MAX_BYTES = 50_000_000
@@ -99,7 +100,7 @@ class OverlapPoint(Counts):
     projections: dict[str, tuple[int, int, int]]
 
 
-class Overlap(_Part):
+class Overlap(Plotted, _Part):
     """How much two profiles share (Fig. 3, 4, 8, 9, 10): ``sites`` under ``rule``, ``curve`` over top ratios."""
 
     format: Literal["snrf-overlap"] = "snrf-overlap"
@@ -109,6 +110,10 @@ class Overlap(_Part):
     sites: list[SiteOverlap]
     curve: list[OverlapPoint] = []
 
+    def __repr__(self) -> str:
+        shared, union = sum(site.shared for site in self.sites), sum(site.union for site in self.sites)
+        return f"<Overlap of {printable(' and '.join(self.names))}: {shared} of {union} neurons shared>"
+
     @field_validator("curve")
     @classmethod
     def _over_ratios(cls, points: list[OverlapPoint]) -> list[OverlapPoint]:
@@ -117,12 +122,15 @@ class Overlap(_Part):
         return points
 
 
-class OverlapPairs(_Part):
+class OverlapPairs(Plotted, _Part):
     """The overlaps of every two of several profiles."""
 
     format: Literal["snrf-overlap-pairs"] = "snrf-overlap-pairs"
     version: Literal[1] = 1
     pairs: list[Overlap]
+
+    def __repr__(self) -> str:
+        return f"<OverlapPairs: {len(self.pairs)}>"
 
 
 class TokenOdds(_Part):

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mergekit_snrf.files.shown import Plotted
+
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 """Of all parts of results: unknown fields are errors."""
 
@@ -56,7 +58,7 @@ class Contrast(_Part):
     difference: Interval
 
 
-class Study(_Part):
+class Study(Plotted, _Part):
     """Conditions compared on the same items: an ablation (Table 3) or a comparison of merges (Tables 1 and 2).
 
     Attributes:
@@ -66,6 +68,7 @@ class Study(_Part):
         level: of all intervals.
         seed: of the bootstrap and the first draw.
         verdict: sentences that say what the intervals support.
+        notes: sentences on what was left out, and why.
     """
 
     format: Literal["snrf-study"] = "snrf-study"
@@ -83,7 +86,12 @@ class Study(_Part):
     conditions: list[Condition]
     contrasts: list[Contrast] = []
     verdict: list[str] = []
+    notes: list[str] = []
     settings: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        items = ", ".join(f"{metric} ({count} items)" for metric, count in self.items.items())
+        return f"<Study: {self.kind} of {len(self.conditions)} conditions on {items}>"
 
 
 class DomainStudy(_Part):

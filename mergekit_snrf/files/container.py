@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +41,14 @@ class Format:
     Attributes:
         made: how to make one, for messages.
         again: what to do with a damaged one.
+        instead: by the name of another format, what to do with such a file where this one is needed.
     """
 
     name: str
     version: int
     made: str
     again: str
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, path: _Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
@@ -120,7 +122,8 @@ class Format:
 
     def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
         if (found := metadata.get("format")) != self.name:
-            raise SnrfError(path, f"a {self.name} file is needed, but its metadata says format={found!r}", self.made)
+            what = f"a {self.name} file is needed, but its metadata says format={found!r}"
+            raise SnrfError(path, what, self.instead.get(str(found), self.made))
         if metadata.get("version") != str(self.version):
             what = f"{self.name} version {metadata.get('version')!r} is not supported, only {self.version}"
             raise SnrfError(path, what, "update mergekit-snrf")

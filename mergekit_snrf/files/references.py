@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, unexpected
 from mergekit_snrf.files.reading import open_regular
 
 # As in huggingface_hub's file system: a slash in a revision is %2F, except in its own refs/pr/N and refs/convert/NAME.
@@ -17,6 +17,14 @@ _HUB = re.compile(
     re.ASCII,
 )
 _FORM = "hf://owner/repo@revision/path"
+_CACHED = re.compile(r"(?:.*/)?models--(?P<repo>[^/]+)/snapshots/(?P<revision>[^/]+)(?:/(?P<file>.+))?")
+
+
+def cached_place(path: str | os.PathLike[str]) -> tuple[str, str, str | None] | None:
+    """Return (repository, revision, file or None) of a path in the hub's cache, None for any other path."""
+    match = _CACHED.fullmatch(PurePath(path).as_posix())
+    # No name on the hub has two dashes in a row.
+    return match and (match["repo"].replace("--", "/", 1), match["revision"], match["file"])
 
 
 def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:
@@ -24,6 +32,8 @@ def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLi
 
     A relative path is looked for in the working folder, then in ``folders``. ``SnrfError``: there is no such file.
     """
+    if not isinstance(reference, str | os.PathLike):
+        raise unexpected("path", reference, f"a path, or {_FORM}")
     reference = os.fspath(reference)
     if not reference:
         raise SnrfError(None, "the path of a file is empty", f"give a path, or {_FORM}")

@@ -17,6 +17,7 @@ from typing import Any
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import DATA_BYTES, open_regular, read_bytes
+from mergekit_snrf.files.shown import Shown
 from mergekit_snrf.models import hub
 from mergekit_snrf.models.headers import TensorHeader, parse_object, read_headers, weight_map
 
@@ -37,7 +38,7 @@ _AGAIN = "get the file again"
 
 
 @dataclass(frozen=True, repr=False)
-class Checkpoint:
+class Checkpoint(Shown):
     """The headers and the configuration of one model.
 
     Attributes:

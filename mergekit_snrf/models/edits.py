@@ -14,16 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
+from mergekit_snrf.files.shown import Shown
 from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.models.activations import Activation, find_activations
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.moments import Moments, read_moments
+from mergekit_snrf.models.moments import Moments, moments_of
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
-from mergekit_snrf.neurons.maskfile import Mask
+from mergekit_snrf.neurons.maskfile import AnyNeurons, mask_of
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
 from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Site
@@ -32,7 +33,7 @@ Source = nn.Module | Mapping[str, Tensor] | Checkpoint | Weights
 """Where weights come from: a loaded model, a state dict, or a checkpoint, of which one tensor at a time is read."""
 
 
-class Edit:
+class Edit(Shown):
     """Neurons of a loaded model that were changed in place; undone by ``undo`` or at the end of a ``with`` block.
 
     Several edits of one model are undone in reverse order.
@@ -111,7 +112,7 @@ class Edit:
         self.undo()
 
 
-def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
+def deactivate(model: nn.Module, neurons: AnyNeurons) -> Edit:
     """Zero the weights and biases of neurons in place (Table 3): rows, or columns for fwd.down.
 
     Neurons of the vision tower and the projector return 0 instead, at all positions.
@@ -119,8 +120,7 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
     Raises:
         SnrfError: the neurons are not the model's, or its weights are not in memory; nothing was changed.
     """
-    where = neurons.path if isinstance(neurons, Mask) else None
-    whole = neurons.neurons if isinstance(neurons, Mask) else neurons
+    whole, where = _of(neurons, towers=True)
     decoder, chosen = _prepared(model, whole.of(*PROJECTIONS), where)
     towers = _towers(model, decoder, whole.of(*TOWERS).nonempty(), where)
     with Edit.whole() as edit:
@@ -137,7 +137,7 @@ def deactivate(model: nn.Module, neurons: NeuronSet | Mask) -> Edit:
 def fuse_model(
     model: nn.Module,
     source: Source,
-    neurons: NeuronSet | Mask | None = None,
+    neurons: AnyNeurons | None = None,
     fusion: Fusion | Callable[[Site], Fusion] | None = None,
     *,
     source_base: Source | None = None,
@@ -151,7 +151,7 @@ def fuse_model(
     Args:
         model: the target.
         source: of the same decoder shape.
-        neurons: S; None: all neurons of the five projections.
+        neurons: S, or the path of a mask; None: all neurons of the five projections.
         fusion: one for all tensors, or by site; None is ``Fusion()``.
         source_base: Delta is taken from it instead of from the target.
         biases: the neurons' biases move, too.
@@ -161,11 +161,11 @@ def fuse_model(
         SnrfError: target, source, neurons and moments do not fit together, or a weight is not finite; the model is as
             before.
     """
-    where = neurons.path if isinstance(neurons, Mask) else None
-    decoder, chosen = _prepared(model, neurons, where)
+    whole, where = (None, None) if neurons is None else _of(neurons)
+    decoder, chosen = _prepared(model, whole, where)
     filters = None
     if moments is not None:
-        found = moments if isinstance(moments, Moments) else read_moments(moments)
+        found = moments_of(moments)
         check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
     changes = _fused(decoder, source, chosen, fusion, source_base, biases, filters)
@@ -181,7 +181,7 @@ def fuse_model(
 def fuse_state_dict(
     target: Mapping[str, Tensor],
     source: Source,
-    neurons: NeuronSet | Mask,
+    neurons: AnyNeurons,
     fusion: Fusion | Callable[[Site], Fusion] | None = None,
     *,
     source_base: Source | None = None,
@@ -194,9 +194,11 @@ def fuse_state_dict(
     Raises:
         SnrfError: target, source and neurons do not fit together, or a weight is not finite.
     """
+    if not isinstance(target, Mapping):
+        raise unexpected("target", target, "a state dict", "call fuse_model for a loaded model")
     weights = state_weights(target)
     result = dict(target)
-    chosen = _of(neurons)
+    chosen = _of(neurons)[0].nonempty()
     with closing(_fused(weights, source, chosen, fusion, source_base, biases)) as changes:
         for site, fused, fused_bias in changes:
             name = weights.name(site)
@@ -217,6 +219,8 @@ def _fused(
     filters: Filters | None = None,
 ) -> Generator[tuple[Site, Tensor, Tensor | None]]:
     """Yield the fused neurons of each site, and of its bias; None where that stays. Fused ahead on the CPU."""
+    if fusion is not None and not callable(fusion) and not isinstance(fusion, Fusion):
+        raise unexpected("fusion", fusion, "a Fusion, or a function from a Site to one")
     donors = {"source": weights_of(source)}
     if source_base is not None:
         donors["source_base"] = weights_of(source_base)
@@ -253,8 +257,10 @@ def _bias(weights: Weights, site: Site, like: Tensor, name: str, role: str) -> T
     return bias.to(like.device)
 
 
-def _of(neurons: NeuronSet | Mask) -> dict[Site, Tensor]:
-    return (neurons.neurons if isinstance(neurons, Mask) else neurons).nonempty()
+def _of(neurons: AnyNeurons, *, towers: bool = False) -> tuple[NeuronSet, str | None]:
+    """Return neurons, and the file that they are from."""
+    mask = mask_of(neurons, towers=towers)
+    return mask.neurons, None if isinstance(neurons, NeuronSet) else mask.path
 
 
 def _towers(
@@ -270,11 +276,9 @@ def _towers(
     return [(found[site], member) for site, member in chosen.items()]
 
 
-def _prepared(
-    model: nn.Module, neurons: NeuronSet | Mask | None, where: str | None
-) -> tuple[LiveDecoder, dict[Site, Tensor]]:
+def _prepared(model: nn.Module, neurons: NeuronSet | None, where: str | None) -> tuple[LiveDecoder, dict[Site, Tensor]]:
     decoder = find_live_decoder(model)
-    chosen = _of(every_neuron(decoder.shape) if neurons is None else neurons)
+    chosen = (every_neuron(decoder.shape) if neurons is None else neurons).nonempty()
     check_fit(NeuronSet(chosen), decoder.shape, where=where, model=decoder.model)
     for site in chosen:
         parameter = decoder.module(site).weight

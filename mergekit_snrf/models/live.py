@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
@@ -56,6 +56,8 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
 
     ``SnrfError``: there is none, there are several, or it is not of ``shape``, which the checkpoint's headers gave.
     """
+    if not isinstance(model, nn.Module):
+        raise unexpected("model", model, "a loaded model", "load it with from_pretrained")
     name = name or str(getattr(getattr(model, "config", None), "name_or_path", "")) or type(model).__name__
     stacks = [
         (path, tuple(module))

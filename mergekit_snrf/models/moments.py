@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.files.container import Format
+from mergekit_snrf.files.references import local_path
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.neurons.maskfile import RunProvenance
 
@@ -31,6 +32,7 @@ MOMENTS = Format(
     1,
     "make one with snrf-profile and keep: in profile.yml, or with 'snrf moments'",
     "take the moments again",
+    {"snrf-mask": "give a mask as masks: FILE, without update: regmean"},
 )
 SETS = ("gain", "keep")
 INPUTS = {"attn": "self_attn.q_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
@@ -160,6 +162,15 @@ def read_moments(path: str | os.PathLike[str]) -> Moments:
         if wanted != got:
             raise SnrfError(where, f"tensor {key!r} must be {wanted}, and is {got}", MOMENTS.again)
     return Moments(sizes, sketches, MOMENTS.parsed(where, content, MomentsProvenance), where)
+
+
+def moments_of(moments: str | os.PathLike[str] | Moments) -> Moments:
+    """Return moments, read from a path or ``hf://owner/repo@revision/path`` if need be."""
+    if isinstance(moments, Moments):
+        return moments
+    if not isinstance(moments, str | os.PathLike):
+        raise unexpected("moments", moments, "the path of a moments file")
+    return read_moments(local_path(moments))
 
 
 def _parts(site: InputSite, size: int, sketch: int | None) -> dict[str, tuple[str, tuple[int, ...]]]:

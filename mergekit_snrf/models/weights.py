@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import complete_stacks, find_decoder, main_stacks
 from mergekit_snrf.models.live import find_live_decoder
@@ -111,4 +111,8 @@ def weights_of(model: nn.Module | Mapping[str, Tensor] | Checkpoint | Weights) -
         return stored_weights(model)
     if isinstance(model, str | Path):
         raise SnrfError(model, "is a path", "give open_checkpoint(path), a loaded model or a state dict")
-    return state_weights(model) if isinstance(model, Mapping) else model
+    if isinstance(model, Mapping):
+        return state_weights(model)
+    if not hasattr(model, "weight"):
+        raise unexpected("source", model, "a loaded model, a state dict or open_checkpoint(path)")
+    return model

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.errors import SnrfError, naming, printable, unexpected
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.files.references import sha256 as sha256_of
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.sets import NeuronSet, described
 from mergekit_snrf.neurons.shape import check_decoder_only
 from mergekit_snrf.neurons.sites import Site
@@ -29,6 +30,11 @@ MASK = Format(
     1,
     "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
     "make the mask again",
+    {
+        "snrf-profile": "select a mask from two such profiles: snrf mask select A B OUT",
+        "snrf-moments": "give moments as moments: FILE, with update: regmean",
+        "snrf-domains": "select masks from such a file: snrf domains select FILE DIR",
+    },
 )
 
 
@@ -68,13 +74,21 @@ class Provenance(BaseModel):
     versions: dict[str, str] | None = None
 
 
-@dataclass(frozen=True)
-class Mask:
+@dataclass(frozen=True, repr=False)
+class Mask(Plotted):
     """A set of neurons, where it comes from, and the file it was read from."""
 
     neurons: NeuronSet
     provenance: Provenance = field(default_factory=Provenance)
     path: str = "mask"
+
+    def __repr__(self) -> str:
+        name = printable(Path(self.path).name)
+        return f"<Mask {name}: {self.neurons.count()} neurons at {len(self.neurons.nonempty())} sites>"
+
+
+AnyNeurons = NeuronSet | Mask | str | os.PathLike[str]
+"""Neurons, or where the mask file of some is."""
 
 
 def read_mask(path: str | os.PathLike[str], *, towers: bool = False) -> Mask:
@@ -120,12 +134,26 @@ def load_mask(
     return read_mask(path, towers=towers)
 
 
-def write_mask(path: str | os.PathLike[str], neurons: NeuronSet, provenance: Provenance | None = None) -> None:
-    """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all."""
+def mask_of(neurons: AnyNeurons, *, towers: bool = False) -> Mask:
+    """Return a mask as it is, a set of neurons as one without a file, or the mask that ``load_mask`` finds."""
+    if isinstance(neurons, Mask):
+        return neurons
+    if isinstance(neurons, NeuronSet):
+        return Mask(neurons)
+    if isinstance(neurons, str | os.PathLike):
+        return load_mask(neurons, towers=towers)
+    raise unexpected("neurons", neurons, "a Mask, a NeuronSet or the path of a mask")
+
+
+def write_mask(path: str | os.PathLike[str], neurons: NeuronSet | Mask, provenance: Provenance | None = None) -> None:
+    """Write a mask file; equal arguments give equal bytes, and an existing mask is replaced at once or not at all.
+
+    Without ``provenance``, a mask keeps its own.
+    """
+    mask = mask_of(neurons)
     MASK.check_replaceable(path)
-    content = (provenance or Provenance()).model_dump(mode="json", exclude_none=True)
-    tensors = {site.key: member for site, member in neurons.items()}
-    MASK.write(path, tensors, content)
+    content = (provenance or mask.provenance).model_dump(mode="json", exclude_none=True)
+    MASK.write(path, {site.key: member for site, member in mask.neurons.items()}, content)
 
 
 def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.files.markdown import share
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Neuron, Site
 
 
@@ -27,7 +28,7 @@ def count_rows(counts: Mapping[str, tuple[int, int, int]]) -> list[tuple[object,
     return [(name, *row, share(*row[1:])) for name, row in {**counts, "all": sums}.items()]
 
 
-class NeuronSet(Mapping[Site, Tensor]):
+class NeuronSet(Plotted, Mapping[Site, Tensor]):
     """A set of neurons: for every site one boolean tensor [neurons]; an absent site is an empty set.
 
     Immutable by convention. Two sets combine when the sites both have are of one length; otherwise they
@@ -106,6 +107,8 @@ class NeuronSet(Mapping[Site, Tensor]):
                 yield Neuron(site, index)
 
     def _combined(self, other: NeuronSet, operation: Callable[[Tensor, Tensor], Tensor]) -> NeuronSet:
+        if not isinstance(other, NeuronSet):
+            raise unexpected("neurons", other, "a NeuronSet", "use .neurons of a mask")
         members: dict[Site, Tensor] = {}
         for site in {*self, *other}:
             mine, theirs = self.get(site), other.get(site)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.errors import SnrfError, unexpected
+from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.profiling.measure.meter import Measure, Meter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 from mergekit_snrf.profiling.request import versions
@@ -19,7 +20,7 @@ from mergekit_snrf.profiling.result.statistics import Statistics
 
 def profile(
     model: nn.Module,
-    batches: Iterable[ProbeBatch | Mapping[str, Any]],
+    batches: Iterable[ProbeBatch | Mapping[str, Any]] | Mapping[str, Any],
     *,
     measure: Measure | None = None,
     progress: bool = False,
@@ -44,14 +45,21 @@ def profile(
             statistics.update(meter.impacts(batch))
             bar.update(len(batch.numbers))
     dtype = str(getattr(model, "dtype", "")).removeprefix("torch.") or None
-    provenance = ProfileProvenance(measure=measure.model_dump(), dtype=dtype, versions=versions())
+    config = getattr(model, "config", None)
+    known = {"path": getattr(config, "name_or_path", None), "model_type": getattr(config, "model_type", None)}
+    named = ModelProvenance(**{key: value or None for key, value in known.items()})
+    provenance = ProfileProvenance(model=named, measure=measure.model_dump(), dtype=dtype, versions=versions())
     return statistics.profile(provenance)
 
 
-def _as_batches(batches: Iterable[ProbeBatch | Mapping[str, Any]], measure: Measure) -> Iterator[ProbeBatch]:
+def _as_batches(
+    batches: Iterable[ProbeBatch | Mapping[str, Any]] | Mapping[str, Any], measure: Measure
+) -> Iterator[ProbeBatch]:
     count = 0
-    for batch in batches:
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
         if not isinstance(batch, Mapping):
+            if not hasattr(batch, "answer_mask"):
+                raise unexpected("batches", batch, "what a processor or tokenizer returns")
             yield batch
             continue
         if measure.tokens == "answer":

@@ -120,7 +120,7 @@ def test_the_built_in_evaluation_runs_without_a_profile(mask: Path, tmp_path: Pa
     out = tmp_path / "s.json"
     done = run(BOARD / "target", "--mask", mask, "--eval", BOARD / "exact_match.yml", "--draws", "1", "--json", out)
     assert done.exit_code == 0, done.output
-    assert "The least important neurons were left out: they need --profile" in done.stdout
+    assert "Left out: the least important neurons, which need the option profile" in done.stdout
     assert "calc in %, 64 items" in done.stdout
     names = [condition["name"] for condition in json.loads(out.read_text())["conditions"]]
     assert names == ["as it is", "masked neurons", "random neurons"]

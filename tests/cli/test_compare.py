@@ -16,10 +16,10 @@ from click.testing import CliRunner, Result
 from made_profiles import impact_profile
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_snrf.cli import compare as command
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.evidence import compare as evidence
+from mergekit_snrf.evidence.compare import Controls
 from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
+from mergekit_snrf.evidence.options import ComparisonOptions
 from mergekit_snrf.evidence.results import Study, read_result
 from mergekit_snrf.merge import install
 from mergekit_snrf.models.loading import load_model
@@ -168,8 +168,8 @@ def test_everything_is_checked_before_a_model_is_loaded(tmp_path: Path) -> None:
         ((recipe, "--eval", EVAL, "--base", tmp_path / "none"), f"{tmp_path}/none"),
         ((recipe, "--eval", EVAL, "--base", other), f"{other}: --base: does not fit in place of the source: "),
         ((recipe, "--eval", EVAL, "--json", tmp_path / "none" / "x"), f"{tmp_path}/none/x: cannot be written"),
-        ((recipe, "--eval", EVAL, "--keep", "P"), "--keep: has an effect with --from only"),
-        ((tmp_path, tmp_path, "--from", "--draws", "2"), "--draws: has an effect with a recipe only"),
+        ((recipe, "--eval", EVAL, "--keep", "P"), "--keep: has an effect on samples of evaluation tools only"),
+        ((tmp_path, tmp_path, "--from", "--draws", "2"), "--draws: has an effect on a recipe only"),
     ):
         message = refused(*words)
         assert message.startswith(text), message
@@ -184,26 +184,23 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     def without_roles(reference: str) -> Any:
         return type(load(reference))(reference, load(reference).function)
 
-    monkeypatch.setattr("mergekit_snrf.evidence.evaluation.load_evaluation", without_roles)
+    monkeypatch.setattr("mergekit_snrf.evidence.comparison.load_evaluation", without_roles)
     words = ["compare", str(BOARD / "snrf.yml"), "--eval", gains, "--quiet", "--linear-betas", "1.0", "--draws", "1"]
     result = CliRunner().invoke(snrf, words)
     assert result.exit_code == 0, result.output
     assert result.stdout.count("Left out: ") == 4
-    assert "Left out: the least important neurons, which need --profile" in result.stdout
-    assert "Left out: the common base as source and FRANK, which need --base" in result.stdout
-    assert "Left out: RegMean, which needs --moments" in result.stdout
+    assert "Left out: the least important neurons, which need the option profile" in result.stdout
+    assert "Left out: the common base as source and FRANK, which need the option base" in result.stdout
+    assert "Left out: RegMean, which needs the option moments" in result.stdout
     assert "Left out: linear at equal perception, which needs a metric of the role keep" in result.stdout
     assert "linear, beta 1" in result.stdout
-    for row, needed in (("least", "--profile"), ("base", "--base"), ("regmean", "--moments")):
+    for row, needed in (("least", "profile"), ("base", "base"), ("regmean", "moments")):
         result = CliRunner().invoke(snrf, [*words, "--rows", row])
         assert result.exit_code == 1
-        assert f"--rows: the row {row} needs {needed}" in result.output
+        assert f"--rows: the row {row} needs the option {needed}" in result.output
 
 
-def test_the_defaults_are_those_of_the_module() -> None:
-    options = {option.name: option.default for option in command.compare.params}
-    defaults = evidence.Controls()
-    assert options["rows"] == ",".join(evidence.ROWS) == ",".join(command._ROWS)
-    assert tuple(float(beta) for beta in options["linear_betas"].split(",")) == defaults.linear_betas
-    assert tuple(float(keep) for keep in options["keeps"].split(",")) == defaults.keeps
-    assert (options["draws"], options["drop_rate"]) == (defaults.draws, defaults.drop_rate)
+def test_defaults_of_the_options_are_those_of_the_controls() -> None:
+    options, defaults = ComparisonOptions(), Controls()
+    for name in ("rows", "draws", "seed", "linear_betas", "keeps", "drop_rate"):
+        assert getattr(options, name) == getattr(defaults, name)

@@ -267,11 +267,11 @@ def test_figures_of_the_command_are_reproducible(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["target.profile"], 2, "at least two profiles"),
+        (["target.profile"], 1, "at least two profiles"),
         (
             ["target.profile", "source.profile", "--top-ratio", "0.1", "--sigma", "1"],
-            2,
-            "either --top-ratio or --sigma",
+            1,
+            "give exactly one of top_ratio and sigma",
         ),
         (["target.profile", "nothing.profile"], 1, "nothing.profile: no such file"),
         (["target.profile", "small.profile"], 1, "has 0 neurons at layers.2.attn.k"),

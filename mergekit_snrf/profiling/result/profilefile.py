@@ -23,18 +23,27 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float32, Int32
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, did_you_mean
+from mergekit_snrf.errors import SnrfError, did_you_mean, unexpected
 from mergekit_snrf.files.container import Format
+from mergekit_snrf.files.references import local_path
+from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.maskfile import RunProvenance
 from mergekit_snrf.neurons.sites import Site
 
-PROFILE = Format("snrf-profile", 1, "make one with snrf-profile", "make the profile again")
+PROFILE = Format(
+    "snrf-profile",
+    1,
+    "make one with snrf-profile",
+    "make the profile again",
+    {"snrf-mask": "a mask is made from profiles, which snrf-profile writes beside it"},
+)
 
 EDGES: tuple[str, ...] = (
     "0.001", "0.0015", "0.002", "0.003", "0.005", "0.007",
@@ -97,7 +106,7 @@ class SiteProfile:
 
 
 @dataclass(frozen=True, repr=False)
-class Profile:
+class Profile(Plotted):
     """What a model uses on a corpus of ``count`` probes, and where that was measured.
 
     Attributes:
@@ -112,7 +121,7 @@ class Profile:
     path: str = "profile"
 
     def __repr__(self) -> str:
-        return f"<Profile {self.path}: {self.count} probes, {len(self.sites)} layers and projections>"
+        return f"<Profile {Path(self.path).name}: {self.count} probes, {len(self.sites)} layers and projections>"
 
     def __post_init__(self) -> None:
         try:
@@ -147,6 +156,19 @@ def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     content = profile.provenance.model_dump(mode="json", exclude_none=True)
     content |= {"count": profile.count, "edges": list(profile.edges)}
     PROFILE.write(path, tensors, content)
+
+
+AnyProfile = Profile | str | os.PathLike[str]
+"""A profile, or where its file is."""
+
+
+def profile_of(profile: AnyProfile) -> Profile:
+    """Return a profile, read from a path or ``hf://owner/repo@revision/path`` if need be."""
+    if isinstance(profile, Profile):
+        return profile
+    if not isinstance(profile, str | os.PathLike):
+        raise unexpected("profile", profile, "a Profile, or the path of one")
+    return read_profile(local_path(profile))
 
 
 def read_profile(path: str | os.PathLike[str]) -> Profile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
@@ -12,14 +13,14 @@ from operator import and_
 from typing import Any
 
 from jaxtyping import Bool
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, did_you_mean
-from mergekit_snrf.files.settings import Settings
+from mergekit_snrf.errors import SnrfError, did_you_mean, unexpected
+from mergekit_snrf.files.settings import Settings, construct
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS
-from mergekit_snrf.profiling.result.profilefile import Profile, SiteProfile, edge_ranks
+from mergekit_snrf.profiling.result.profilefile import AnyProfile, Profile, SiteProfile, edge_ranks, profile_of
 
 GROUPS = tuple(dict.fromkeys(name.partition(".")[0] for name in PROJECTIONS))
 """``attn`` and ``fwd``: what a projection's name begins with."""
@@ -112,12 +113,7 @@ class Selection(Settings):
     @classmethod
     def of(cls, **rule: Any) -> Selection:
         """Return the selection with these fields, without those that are None; ``SnrfError`` names a field at fault."""
-        try:
-            return cls(**{name: value for name, value in rule.items() if value is not None})
-        except ValidationError as error:
-            entry = error.errors()[0]
-            message = str(entry["msg"]).removeprefix("Value error, ")
-            raise SnrfError(None, message, field=str(entry["loc"][0]) if entry["loc"] else None) from None
+        return construct(cls, {name: value for name, value in rule.items() if value is not None})
 
     @property
     def rule(self) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def top_rank(ratio: float | str, neurons: int) -> int:
     return math.floor(Fraction(str(ratio)) * neurons)
 
 
-def select(profiles: Sequence[Profile], selection: Selection | None = None, **rule: Any) -> NeuronSet:
+def select(profiles: Sequence[AnyProfile] | AnyProfile, selection: Selection | None = None, **rule: Any) -> NeuronSet:
     """Return the neurons that every profile finds active (Eq. 5 for each profile, Eq. 6 over all of them).
 
     With ``at_least`` the probes are counted from the hits, which hold ranks up to the edges of their bins only: a top
@@ -151,17 +147,22 @@ def select(profiles: Sequence[Profile], selection: Selection | None = None, **ru
     >>> select([profile], top_ratio={"attn": 0.3, "fwd": 0.1}, at_least=0.9)          # doctest: +SKIP
 
     Args:
-        profiles: of models with the same decoder shape.
+        profiles: of models with the same decoder shape, or their paths; one or several.
         rule: the fields of a ``Selection``, in place of one.
 
     Raises:
         SnrfError: a value is not allowed, the profiles are of different shapes, or one was screened.
     """
-    if not profiles:
+    if isinstance(profiles, Profile | str | os.PathLike):
+        profiles = [profiles]
+    if not isinstance(profiles, Sequence):
+        raise unexpected("profiles", profiles, "profiles or their paths")
+    read = [profile_of(one) for one in profiles]
+    if not read:
         raise SnrfError(None, "a selection needs at least one profile")
     selection = selection or Selection.of(**rule)
-    check_same_sites(profiles)
-    return reduce(and_, [_of_profile(profile, selection) for profile in profiles])
+    check_same_sites(read)
+    return reduce(and_, [_of_profile(profile, selection) for profile in read])
 
 
 def check_same_sites(profiles: Sequence[Profile]) -> None:
