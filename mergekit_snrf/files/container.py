@@ -13,24 +13,27 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import safetensors
-import torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line, invalid
 from mergekit_snrf.files.writing import replacing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Framework = Literal["pt", "np"]
 _Content = TypeVar("_Content", bound=BaseModel)
 _Path = str | os.PathLike[str]
 
 _MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
 _DAMAGED = "the file is damaged, get it again"
 _DTYPES = {
-    **{torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"},
-    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"},
+    **{"torch.bool": "BOOL", "torch.int32": "I32", "torch.int64": "I64"},
+    **{"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"},
 }
 
 
@@ -52,6 +55,8 @@ class Format:
 
     def write(self, path: _Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
+        from torch import uint8
+
         snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         metadata = {"format": self.name, "version": str(self.version), "snrf": snrf}
         header: dict[str, Any] = {"__metadata__": metadata}
@@ -61,7 +66,8 @@ class Format:
         for key in order:
             tensor = tensors[key]
             start, end = end, end + tensor.numel() * tensor.element_size()
-            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            dtype = _DTYPES[str(tensor.dtype)]
+            header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
         # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
         text += b" " * (-len(text) % 8)
@@ -69,10 +75,10 @@ class Format:
             file.write(struct.pack("<Q", len(text)) + text)
             for key in order:
                 flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
+                file.write(flat.view(uint8).numpy().data)
 
     @contextmanager
-    def opened(self, path: _Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def opened(self, path: _Path, framework: Framework = "pt") -> Iterator[tuple[Any, dict[str, Any]]]:
         """Open a file: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
         ``SnrfError``: it is missing, damaged, or of another format or version.
@@ -82,7 +88,7 @@ class Format:
             reason = "is not a file" if os.path.exists(path) else "does not exist"
             raise SnrfError(path, reason, f"give the path of a {self.name} file")
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
+            with safetensors.safe_open(path, framework=framework) as file:
                 metadata = file.metadata() or {}
                 self._check(path, metadata)
                 yield file, _content(path, metadata)
@@ -90,15 +96,17 @@ class Format:
             what = f"not a readable safetensors file ({first_line(error)})"
             raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 
-    def read(self, path: _Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def read(self, path: _Path, framework: Framework = "pt") -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the tensors of a file and its JSON object; ``SnrfError`` as ``opened``.
 
-        Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+        With ``framework="np"`` the tensors are arrays of numpy, and torch is not imported. Nothing in the file is
+        executed or unpickled; boolean bytes other than 0 and 1 are refused.
         """
-        with self.opened(path) as (file, content):
+        with self.opened(path, framework) as (file, content):
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         for key, tensor in tensors.items():
-            if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+            boolean = str(tensor.dtype).removeprefix("torch.") == "bool"
+            if boolean and len(flat := np.asarray(tensor).reshape(-1)) and int(flat.view(np.uint8).max()) > 1:
                 raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
         return tensors, content
 
@@ -114,7 +122,7 @@ class Format:
         if not os.path.isfile(path):
             return
         try:
-            with self.opened(path):
+            with self.opened(path, "np"):
                 pass
         except SnrfError:
             what = f"already exists and is not a {self.name} file"
