@@ -20,7 +20,13 @@ from mergekit_snrf.files.container import Format
 from mergekit_snrf.neurons.maskfile import MASK
 
 FORMAT, VERSION = "snrf-profile", 3
-KIND = Format(FORMAT, VERSION, "make one with snrf-profile", "make it again")
+KIND = Format(
+    FORMAT,
+    VERSION,
+    "make one with snrf-profile",
+    "make it again",
+    {"snrf-mask": "a mask is made from profiles, which snrf-profile writes"},
+)
 
 examples = settings(max_examples=40)
 
