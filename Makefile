@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
 PICTURES := .venv-pictures
+FLOORS := .venv-floors
 # The versions that CI tests; `make CONSTRAINTS= demo` takes the newest instead.
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo story test lint families bench pictures docs clean
+.PHONY: demo story test lint families bench pictures floors docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
@@ -51,6 +52,21 @@ $(PICTURES)/.installed: pyproject.toml requirements/ci.txt
 		torch==2.14.1 torchvision==0.29.1 -e ".[dev]"
 	touch $@
 
+# The lowest versions that pyproject.toml allows (PYTHON=python3.10), and tests of every room; torch's wheels are large.
+floors: $(FLOORS)/.installed
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest tests/neurons/test_maskfile.py tests/fusion/test_fusion.py \
+		tests/fusion/test_regmean.py tests/files/test_container.py tests/models/test_loading.py tests/merge/test_lora.py \
+		tests/merge/test_session.py tests/merge/test_sharing.py tests/profiling/test_run.py tests/profiling/test_probes.py \
+		tests/evidence/test_figures.py tests/cli/test_init.py
+
+$(FLOORS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(FLOORS)/bin/uv pip compile --quiet --python $(FLOORS)/bin/python --resolution lowest-direct \
+		--extra profile --extra analysis -o $(FLOORS)/floors.txt pyproject.toml
+	$(FLOORS)/bin/python -m pip install --quiet --disable-pip-version-check -r $(FLOORS)/floors.txt pytest hypothesis -e .
+	touch $@
+
 # The tools of the documentation have a .venv of their own and import the package from the tests' one.
 docs: $(VENV)/.installed $(DOCS)/.installed
 	PYTHONPATH=.:$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') \
@@ -67,4 +83,4 @@ $(VENV)/.installed: pyproject.toml requirements/ci.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DOCS) $(PICTURES) build out site
+	rm -rf $(VENV) $(DOCS) $(PICTURES) $(FLOORS) build out site

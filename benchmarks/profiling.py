@@ -10,6 +10,10 @@ forward pass, so every ratio to them is stated to their advantage:
   weights without it, as [heads, dim, tokens, tokens]; timed on a few layers and scaled to all;
 - brute force: zero one row of q_proj or k_proj and run the attention module again; timed on a few neurons of one layer
   and scaled to all of them.
+
+The limit is the forward pass and what no exact method can leave out: for every neuron and attended pair an exponential
+and a product with V, each at the rate that this machine reaches on blocks of the size that the impacts use. Everything
+else (changing the scores, sums, masks, the other projections) is on top of it.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ import torch
 import transformers
 from machine import bar, bars_text, describe, write_json
 
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, block_size, product
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.notebook import profile
@@ -210,7 +215,7 @@ def measure_time(
 
     # The first batch of a meter also checks every layer, and the first call of each method fills buffers.
     impacts()
-    names = ("forward", "impacts", "released", "brute_force")
+    names = ("forward", "impacts", "limit", "released", "brute_force")
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with torch.no_grad():
         released()
@@ -219,10 +224,29 @@ def measure_time(
         for _ in range(rounds):
             seconds["forward"].append(cpu_seconds(plain, 3))
             seconds["impacts"].append(cpu_seconds(impacts))
+            seconds["limit"].append(seconds["forward"][-1] + limit_seconds(config, tokens))
             seconds["released"].append(cpu_seconds(released) * depth / layers)
             # The one run of the whole module counts as one more neuron.
             seconds["brute_force"].append(cpu_seconds(brute) * total / (neurons + 1))
     return seconds
+
+
+def limit_seconds(config: Any, tokens: int) -> float:
+    """Return the CPU seconds of a probe's exponentials and products with V, at this machine's rates."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = max(16, tokens // 2)
+    dims = max(1, min(head_dim, block_size(torch.device("cpu"), None) // (4 * QUERY_ROWS * keys)))
+    scores, values = torch.rand(dims, QUERY_ROWS, keys), torch.rand(head_dim, keys)
+    weights = torch.empty_like(scores)
+
+    def rate(function: Callable[[], object]) -> float:
+        calls = 1 + 2**26 // scores.numel()
+        return cpu_seconds(lambda: [function() for _ in range(calls)], 3) / (calls * scores.numel())
+
+    one = rate(lambda: torch.exp(scores, out=weights)) + rate(lambda: product(scores, values))
+    # Neurons of q, and those of k once for each query head that reads them.
+    neurons = 2 * config.num_attention_heads * head_dim * config.num_hidden_layers
+    return one * neurons * tokens * (tokens + 1) / 2
 
 
 def peak_mb(function: Callable[[], object]) -> float:
@@ -273,6 +297,40 @@ def fresh_memory(folder: str | None, tokens: int, probes: int, threads: int) -> 
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def wall_of_impacts(folder: str | None, tokens: int) -> float:
+    """Return the wall seconds of the impacts of one probe, after all who measure with this process are ready."""
+    model = load(folder)
+    meter, batch = Meter(model), probe(0, tokens, model.config.vocab_size)
+    meter.impacts(batch)
+    click.echo("ready")
+    sys.stdin.readline()
+    start = time.perf_counter()
+    meter.impacts(batch)
+    return time.perf_counter() - start
+
+
+def scaling(folder: str | None, tokens: int, processes: int) -> float:
+    """Return how many times as many probes that many processes of one thread measure at once as one of them alone."""
+    command = [sys.executable, __file__, "--wall-only", "--tokens", str(tokens), "--threads", "1"]
+    command += [] if folder is None else ["--model", folder]
+
+    def slowest(count: int) -> float:
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
+        for process in running:
+            assert process.stdout is not None
+            process.stdout.readline()
+        # communicate() starts each in turn; they are all loaded by now.
+        for process in running:
+            assert process.stdin is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        return max(float(process.communicate()[0]) for process in running)
+
+    return statistics.median(processes * slowest(1) / slowest(processes) for _ in range(3))
+
+
 def exactness() -> dict[str, dict[str, float]]:
     """Return by family the largest error against zeroed float64 modules, relative to the largest of the projection."""
     oracle = load_file("brute_force", BRUTE_FORCE)
@@ -302,15 +360,19 @@ def bars(
     single: dict[int, dict[str, float] | None],
     growth_mb: float | None,
     errors: dict[str, dict[str, float]],
+    scaled: float | None,
 ) -> list[dict[str, Any]]:
     """Return the promises that this run can judge; those of time and memory are made for 512 tokens."""
     found = []
     if 512 in ratios:
         found += [
             bar("impacts / forward pass at 512 tokens", ratios[512]["impacts_per_forward"], 12),
+            bar("impacts / limit of this machine at 512 tokens", ratios[512]["impacts_per_limit"], 1.3),
             bar("released / impacts at 512 tokens", ratios[512]["released_per_impacts"], 3, least=True),
             bar("brute force / impacts at 512 tokens", ratios[512]["brute_force_per_impacts"], 20, least=True),
         ]
+    if scaled is not None:
+        found.append(bar("probes at once in two processes / in one", scaled, 1.8, least=True))
     memory = single.get(512)
     if memory is not None:
         found.append(bar("extra MB at 512 tokens", memory["extra_mb"], 100))
@@ -332,7 +394,9 @@ def bars(
 @click.option("--released-mb", default=1000, show_default=True, type=click.IntRange(1), help="Limit of its tensor.")
 @click.option("--growth-tokens", default=64, show_default=True, help="Length of the probes that are counted up.")
 @click.option("--memory/--no-memory", default=True, show_default=True)
+@click.option("--scaling/--no-scaling", "scales", default=True, show_default=True, help="Of two processes.")
 @click.option("--memory-only", "probes", type=int, hidden=True)
+@click.option("--wall-only", is_flag=True, hidden=True)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(
     folder: str | None,
@@ -344,7 +408,9 @@ def main(
     released_mb: int,
     growth_tokens: int,
     memory: bool,
+    scales: bool,
     probes: int | None,
+    wall_only: bool,
     json_path: Path | None,
 ) -> None:
     """Print CPU seconds, extra memory and errors, and the ratios that the project promises."""
@@ -354,6 +420,9 @@ def main(
             click.echo(json.dumps(extra_memory(load(folder), lengths[0], probes)))
         except OSError:
             click.echo("null")
+        return
+    if wall_only:
+        click.echo(wall_of_impacts(folder, lengths[0]))
         return
     machine = describe(threads)
     click.echo(
@@ -371,7 +440,10 @@ def main(
         f"released: scaled from {layers} layers, q and k; brute force: scaled from {neurons} neurons, q and k"
     )
     click.echo("impacts include their forward pass; net are the same without it")
-    click.echo("tokens  forward  impacts   released  brute force  impacts/fwd (net)  released/imp  brute/imp  extra MB")
+    click.echo(
+        "tokens  forward  impacts    limit   released  brute force  impacts/fwd (net)  impacts/limit  released/imp  "
+        "brute/imp  extra MB"
+    )
     seconds, ratios = {}, {}
     figures: dict[str, list[float]] = {}
     for tokens in lengths:
@@ -381,14 +453,17 @@ def main(
         row = ratios[tokens] = {
             "impacts_per_forward": found["impacts"] / found["forward"],
             "net_impacts_per_forward": found["impacts"] / found["forward"] - 1,
+            "impacts_per_limit": found["impacts"] / found["limit"],
             "released_per_impacts": found["released"] / found["impacts"],
             "brute_force_per_impacts": found["brute_force"] / found["impacts"],
         }
         need = single.get(tokens)
         click.echo(
-            f"{tokens:6d}  {found['forward']:7.2f}  {found['impacts']:7.2f}  {found['released']:9.2f}  "
+            f"{tokens:6d}  {found['forward']:7.2f}  {found['impacts']:7.2f}  {found['limit']:7.2f}  "
+            f"{found['released']:9.2f}  "
             f"{found['brute_force']:11.1f}  {row['impacts_per_forward']:10.2f} ({row['net_impacts_per_forward']:.2f})"
-            f"  {row['released_per_impacts']:11.2f}x  {row['brute_force_per_impacts']:8.1f}x  "
+            f"  {row['impacts_per_limit']:13.2f}  {row['released_per_impacts']:11.2f}x"
+            f"  {row['brute_force_per_impacts']:8.1f}x  "
             f"{'-' if need is None else format(need['extra_mb'], '.1f'):>8}"
         )
     few, many = growth or (None, None)
@@ -403,7 +478,8 @@ def main(
     errors = exactness()
     for name, error in errors.items():
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
-    verdicts = bars(ratios, single, growth_mb, errors)
+    scaled = scaling(folder, lengths[0], 2) if scales and (machine["cores"] or 1) > 1 else None
+    verdicts = bars(ratios, single, growth_mb, errors, scaled)
     click.echo(f"\n{bars_text(verdicts)}")
     if json_path:
         write_json(

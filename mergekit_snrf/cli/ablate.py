@@ -19,9 +19,10 @@ from mergekit_snrf.evidence.options import AblationOptions
 @options.json_option
 @common.command_options
 def ablate(model: str, mask: str, reference: str, given: AblationOptions, json_file: str | None) -> None:
-    """Deactivate the neurons of MASK in MODEL, and as many random and least important ones (Table 3).
+    """Deactivate the neurons of MASK in MODEL, and random ones.
 
-    Weights and biases are zeroed in memory. An evaluation named in Python runs with your rights; read it first.
+    As many random and as many least important ones are deactivated for comparison (Table 3). Weights and biases are
+    zeroed in memory. An evaluation named in Python runs with your rights; read it first.
     """
     from mergekit_snrf.evidence.ablate import ablate as ablated
 

@@ -86,10 +86,11 @@ def amplify(
     figures: str | None,
     **named: Any,
 ) -> None:
-    """Multiply a neuron's activation while MODEL answers PROBES, and rank the tokens that become more frequent.
+    """Show which tokens a neuron of MODEL makes more frequent.
 
-    Every neuron is amplified by itself (Eq. 7, 8). Tokens are ranked by their log-odds against the plain answers. Math
-    tokens are numbers, signs, LaTeX commands and words of a list that comes with this package.
+    Its activation is multiplied while MODEL answers PROBES. Every neuron is amplified by itself (Eq. 7, 8). Tokens are
+    ranked by their log-odds against the plain answers. Math tokens are numbers, signs, LaTeX commands and words of a
+    list that comes with this package.
     """
     if not (named["names"] or named["names_file"] or named["mask"]):
         raise click.UsageError("name neurons with --neuron, --neurons or --mask")

@@ -43,7 +43,9 @@ _modules_option = click.option(
 
 @click.group()
 def domains() -> None:
-    """Choose neurons that are specific to domains, and see what a model loses without them.
+    """Find neurons that are specific to domains.
+
+    And see what a model loses without them.
 
     FILE holds the counts that snrf-profile takes with domains: in place of target and source.
     """
@@ -55,7 +57,10 @@ def domains() -> None:
 @figures_option
 @command_options
 def show(file: str, choice: Choice, figures: str | None) -> None:
-    """Print the tokens that were counted, how many neurons are specific, where they are, and what domains share."""
+    """Print how many neurons are specific, and where they are.
+
+    Beside the tokens that were counted, and what domains share.
+    """
     check_outputs(None, figures)
     found, chosen = _chosen(file, choice)
     click.echo(_tokens_text(found))
@@ -71,7 +76,9 @@ def show(file: str, choice: Choice, figures: str | None) -> None:
 @figures_option
 @command_options
 def select(file: str, outdir: str, choice: Choice, figures: str | None) -> None:
-    """Write into OUTDIR one mask for every domain, with its neurons of the text decoder (fwd.up and fwd.down).
+    """Write one mask for every domain into OUTDIR.
+
+    It has the domain's neurons of the text decoder (fwd.up and fwd.down).
 
     The vision tower's and the projector's neurons are in DOMAIN.vision.safetensors and DOMAIN.projector.safetensors;
     they can be deactivated, and nothing else.
@@ -116,7 +123,9 @@ def select(file: str, outdir: str, choice: Choice, figures: str | None) -> None:
 @figures_option
 @command_options
 def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple[str, ...], **options: Any) -> None:
-    """Deactivate the neurons of each domain in MODEL, and as many random ones, and measure every metric of EVAL.
+    """Deactivate each domain's neurons in MODEL.
+
+    And as many random ones; every metric of EVAL is measured.
 
     A metric with the name of a domain has its items. Weights are zeroed in memory. An evaluation named in Python runs
     with your rights; read it first.

@@ -15,7 +15,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "card": (
         "snrf card merged/ --result comparison.json",
-        "snrf card adapter/ --result reasoning.json --result perception.json",
+        "snrf card merged/",
     ),
     "compare": (
         "snrf compare snrf.yml --eval evaluation.yml --draws 10 --json comparison.json",

@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 def frank(
     base: str, target: str, source: str, lens: str | None, masks: str, out: str | None, trust_remote_code: bool
 ) -> None:
-    """Print how far TARGET and SOURCE moved from BASE in each layer, and FRANK's strength of the source.
+    """Compute FRANK's strength of the source in each layer.
 
-    BASE is the language model that both were trained from. The checkpoints are read tensor by tensor. The recipe moves
-    the five projections of snrf by lambda_R of their layer.
+    It follows from how far TARGET and SOURCE moved from BASE, which is printed, too. BASE is the language model that
+    both were trained from. The checkpoints are read tensor by tensor. The recipe moves the five projections of snrf by
+    lambda_R of their layer.
     """
     from tqdm import tqdm
 

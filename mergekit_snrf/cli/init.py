@@ -44,10 +44,11 @@ _MARK = "| needs |  |"
 def init(
     target: str, source: str, folder: str, probes: tuple[str, ...], overwrite: bool, trust_remote_code: bool
 ) -> None:
-    """Write profile.yml, snrf.yml, regmean.yml and a README into DIR, to move what SOURCE can do into TARGET.
+    """Begin a merge: write profile.yml, recipes and a README.
 
-    Both are folders or hub ids. Only their configurations and headers are read: whether they pair, and what
-    profiling and merging will cost. Probes are by default those of the paper.
+    DIR gets profile.yml, snrf.yml and regmean.yml, to move what SOURCE can do into TARGET. Both are folders or hub ids.
+    Only their configurations and headers are read: whether they pair, and what profiling and merging will cost. Probes
+    are by default those of the paper.
     """
     from mergekit_snrf.files.reading import read_text
     from mergekit_snrf.files.writing import check_writable, write_text

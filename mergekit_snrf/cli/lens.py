@@ -45,11 +45,11 @@ def lens(
     loading: dict[str, Any],
     figures: str | None,
 ) -> None:
-    """Read MODEL layer by layer on PROBES that it answers itself (the logit lens).
+    """Read MODEL layer by layer on PROBES (the logit lens).
 
-    The stream after each layer goes through the model's final norm and head. Printed by layer and kind of position
-    (image, prompt, answer): entropy, KL to the last layer, agreement of the top token; rank and probability of the
-    answer's tokens; the share of the text's attention that goes to images.
+    It answers PROBES itself. The stream after each layer goes through the model's final norm and head. Printed by layer
+    and kind of position (image, prompt, answer): entropy, KL to the last layer, agreement of the top token; rank and
+    probability of the answer's tokens; the share of the text's attention that goes to images.
     """
     from mergekit_snrf.evidence import lens as lenses
     from mergekit_snrf.evidence import lens_tokens as grids

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, size
-from mergekit_snrf.cli.options import recipe_argument, recipe_options, workers_option
+from mergekit_snrf.cli.options import device_options, recipe_argument, recipe_options, workers_option
 from mergekit_snrf.errors import naming
 
 
@@ -29,6 +29,7 @@ from mergekit_snrf.errors import naming
 @click.option("--overwrite", is_flag=True, help="Replace an earlier adapter in OUT when the new one is complete.")
 @workers_option
 @recipe_options
+@device_options
 @command_options
 def lora(
     recipe: str,
@@ -40,7 +41,10 @@ def lora(
     workers: int | None,
     reading: dict[str, Any],
 ) -> None:
-    """Write the update of RECIPE as a PEFT adapter for its base_model into OUT, in place of a whole model."""
+    """Write the update of RECIPE as a PEFT adapter into OUT.
+
+    The adapter is for the recipe's base_model, in place of a whole model.
+    """
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 

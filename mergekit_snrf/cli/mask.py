@@ -47,7 +47,7 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
 @json_option
 @command_options
 def show(mask_file: str, layers: bool, json_file: str | None) -> None:
-    """Print counts and shares per projection, and where MASK comes from."""
+    """Print counts by projection, and where MASK comes from."""
     from mergekit_snrf.files.references import local_path, sha256
     from mergekit_snrf.neurons.maskcard import provenance_rows
     from mergekit_snrf.neurons.maskfile import read_mask
@@ -94,7 +94,7 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
 
 _combination("intersect", operator.and_, "Write to OUT the neurons that are in every MASK.")
 _combination("union", operator.or_, "Write to OUT the neurons that are in any MASK.")
-_combination("subtract", operator.sub, "Write to OUT the neurons of the first MASK that are in none of the others.")
+_combination("subtract", operator.sub, "Write to OUT the neurons that only the first MASK has.")
 
 
 @mask.command()
@@ -107,7 +107,9 @@ _combination("subtract", operator.sub, "Write to OUT the neurons of the first MA
 @click.option("--disjoint", is_flag=True, help="Draw among the neurons that are not in MASK.")
 @command_options
 def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | None, disjoint: bool) -> None:
-    """Write to OUT as many random neurons as MASK has in each layer and projection, the control of the paper's Table 3.
+    """Draw as many random neurons as MASK has.
+
+    In each layer and projection, the control of the paper's Table 3.
 
     The draw may contain neurons of MASK, unless --disjoint is given. With --model and --ratio, draw the same share of
     every layer and projection of a model.
@@ -194,7 +196,9 @@ def export(mask_file: str, json_file: str, model: str) -> None:
 @click.option("-o", "--out", type=click.Path(dir_okay=False), help="Write it to this file instead of printing it.")
 @command_options
 def card(mask_file: str, out: str | None) -> None:
-    """Print a model card for MASK: what it holds, where it comes from, its sha256, and a recipe that uses it.
+    """Print a model card for MASK.
+
+    It says what MASK holds, where it comes from, its sha256, and has a recipe that uses it.
 
     Everything is read from the file.
     """
@@ -221,7 +225,9 @@ def card(mask_file: str, out: str | None) -> None:
 @selection_options
 @command_options
 def select(profiles: tuple[str, ...], out: str, rule: dict[str, Any]) -> None:
-    """Write to OUT the neurons that every PROFILE finds active (Eq. 5 and 6); give --top-ratio or --sigma.
+    """Write to OUT the neurons that every PROFILE finds active.
+
+    Give --top-ratio or --sigma (Eq. 5 and 6).
 
     One profile gives the neurons of one model, the profiles of target and source the shared ones.
     """

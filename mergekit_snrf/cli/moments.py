@@ -30,7 +30,9 @@ class _Group(click.Group):
 
 @click.group(cls=_Group)
 def moments() -> None:
-    """Take second moments of a target's inputs on probes to gain and to keep, for update: regmean.
+    """Take, show and tune moments, for update: regmean.
+
+    They are second moments of a target's inputs on probes to gain and to keep.
 
     snrf moments PROFILE.yml OUT.safetensors is short for snrf moments take.
     """
@@ -42,7 +44,9 @@ def moments() -> None:
 @run_options
 @command_options
 def take(profile: str, out: str, resume: bool, overrides: dict[str, Any]) -> None:
-    """Send the target's probes and those under keep: through the target and write the moments of its inputs.
+    """Write the moments of a target's inputs on its probes.
+
+    The target's probes, and those under keep:, are sent through the target.
 
     snrf-profile writes the same file beside the mask. Start it under torchrun to split the probes over processes.
     """
@@ -62,7 +66,9 @@ def take(profile: str, out: str, resume: bool, overrides: dict[str, Any]) -> Non
 @click.option("--layers", is_flag=True, help="Print a line for every input of every layer.")
 @command_options
 def show(file: str, layers: bool) -> None:
-    """Print what MOMENTS holds: probes, tokens for each dimension, clipped tokens, and the share of the sketches.
+    """Print what MOMENTS holds.
+
+    Probes, tokens for each dimension, clipped tokens, and the share of the sketches.
 
     MOMENTS is a file, or hf://owner/repo@revision/path.
     """

@@ -68,6 +68,27 @@ def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], 
 recipe_options = _bundle("reading", ("transformers_cache", "lora_merge_cache", "trust_remote_code"), (*_caches, _trust))
 """How the models of a recipe are read: one argument ``reading``, for ``MergeOptions``."""
 
+
+def device_options(function: _F) -> _F:
+    """Give a command ``--device`` and ``--cuda``: an available ``device`` in its argument ``reading``."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, device: str | None, cuda: bool, reading: dict[str, Any], **given: Any) -> Any:
+        device = device or ("cuda" if cuda else None)
+        if device is not None:
+            from mergekit_snrf.models.loading import find_device
+
+            try:
+                with naming(option):
+                    find_device(device)
+            except SnrfError as error:
+                raise click.ClickException(str(error)) from None
+        return function(*args, reading={**reading, "device": device}, **given)
+
+    add = click.option("--device", metavar="NAME", help="Where tensors are computed, such as cuda:1; default: the CPU.")
+    return add(click.option("--cuda", is_flag=True, help="Short for --device cuda.")(wrapper))  # type: ignore[return-value]
+
+
 selection_options = _bundle(
     "rule",
     ("top_ratio", "sigma", "at_least"),

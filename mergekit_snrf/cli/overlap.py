@@ -37,9 +37,9 @@ def overlap(
     json_file: str | None,
     figures: str | None,
 ) -> None:
-    """Print which neurons the models of two profiles share, and what chance would give (Fig. 3, 4, 8).
+    """Show which neurons the models of two profiles share.
 
-    More than two profiles are compared two by two. No model is loaded.
+    Beside what chance would give (Fig. 3, 4, 8). More than two profiles are compared two by two. No model is loaded.
     """
     from mergekit_snrf.evidence.overlap import overlap as overlapping
     from mergekit_snrf.evidence.results import Overlap

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mergekit_snrf.cli.common import command_options, is_quiet, size
-from mergekit_snrf.cli.options import recipe_argument, recipe_options, workers_option
+from mergekit_snrf.cli.options import device_options, recipe_argument, recipe_options, workers_option
 
 
 @click.command()
@@ -18,6 +18,7 @@ from mergekit_snrf.cli.options import recipe_argument, recipe_options, workers_o
 @click.option("--overwrite", is_flag=True, help="Replace an earlier merge in OUT when the new one is complete.")
 @workers_option
 @recipe_options
+@device_options
 @click.option("--write-model-card/--no-write-model-card", default=True, help="Output README.md with the recipe.")
 @command_options
 def patch(
@@ -29,9 +30,10 @@ def patch(
     reading: dict[str, Any],
     write_model_card: bool,
 ) -> None:
-    """Merge RECIPE into OUT by copying the target's shards and rewriting only the bytes that change.
+    """Merge RECIPE into OUT faster: rewrite only what changes.
 
-    The tensors are bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
+    The target's shards are copied, and only the bytes of the masked neurons written again. The tensors are
+    bit-identical to those of mergekit-yaml; a recipe that sets dtype is refused.
     """
     from mergekit_snrf.merge.imports import import_recipe_types
 

@@ -38,7 +38,7 @@ _CERTIFIED = ("tensor", "method", "rank", "passes", "captured", "error", "defici
 @json_option
 @command_options
 def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, Any], json_file: str | None) -> None:
-    """Show what merging RECIPE will change and read, and every problem at once.
+    """Show what merging RECIPE will change, and every problem.
 
     Only configurations and headers are read, no weights, unless --certify is given. Exit code 1 if the merge cannot
     run.

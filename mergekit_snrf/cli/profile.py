@@ -44,8 +44,9 @@ def main(
     journal_every: float,
     overwrite: bool,
 ) -> None:
-    """Send the probes of PROFILE.yml through both models and write MASK.safetensors, their shared neurons.
+    """Find the neurons that both models of PROFILE.yml use.
 
+    The probes are sent through both models, and the neurons that are strongest in both written to MASK.safetensors.
     The two profiles are written beside it. With domains in place of target and source, count instead how often every
     neuron of one model is active on each domain, for snrf domains. Start it under torchrun or accelerate launch to
     split the probes over several processes.

@@ -21,9 +21,10 @@ from mergekit_snrf.cli.common import command_options
 )
 @command_options
 def report(mask_file: str, out: str, profiles: tuple[str, ...], results: tuple[str, ...]) -> None:
-    """Write a report about MASK to OUT.html, one file that loads nothing: figures, tables and provenance.
+    """Write a report about MASK to OUT.html.
 
-    --profile and --result may be given several times.
+    It is one file that loads nothing: figures, tables and provenance. --profile and --result may be given several
+    times.
     """
     from mergekit_snrf.evidence import report as html
     from mergekit_snrf.evidence.results import read_result

@@ -40,10 +40,9 @@ class _Ordered(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write a section for each step."""
         names = {command: name for name, command in self.commands.items()}
-        limit = formatter.width - 6 - max(map(len, self.commands))
         for title, commands in _SECTIONS.items():
             with formatter.section(title):
-                formatter.write_dl([(names[command], command.get_short_help_str(limit)) for command in commands])
+                formatter.write_dl([(names[command], command.get_short_help_str(200)) for command in commands])
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -46,10 +46,11 @@ def tune(
     figures: str | None,
     reading: Reading,
 ) -> None:
-    """Find the smallest keep of RECIPE whose merge stays close to its target, and write it into RECIPE.
+    """Choose keep, the strength of regmean, without labels.
 
-    RECIPE has update: regmean. The merge is made in memory; how far it moves is measured on held-out probes to keep,
-    the rows behind those of the moments, on the target's own answers. No label is used; --eval only shows more.
+    It is the smallest whose merge stays close to its target, and is written into RECIPE, which has update: regmean. The
+    merge is made in memory; how far it moves is measured on held-out probes to keep, the rows behind those of the
+    moments, on the target's own answers. No label is used; --eval only shows more.
     """
     from mergekit_snrf.evidence.tables import tuning_table
     from mergekit_snrf.evidence.wording import tuning_sentences

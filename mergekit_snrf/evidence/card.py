@@ -27,14 +27,19 @@ def with_evaluation(card: str, studies: Sequence[Study], where: str) -> str:
     Raises:
         SnrfError: the card is not of this package, or a study is not a comparison of this merge.
     """
-    if f"\n{AGAIN}\n" not in card or "\n- snrf\n" not in card:
-        raise SnrfError(where, "is not a model card of mergekit-snrf", "give the folder of a merge or an adapter")
+    check_card(card, where)
     for study in studies:
         _check(card, study, where)
     section = "\n\n".join([_TITLE, *(part for study in studies for part in _parts(study))])
     emptied = _SECTION.sub("", card, count=1)
     before, _, after = emptied.partition(f"\n{AGAIN}\n")
     return f"{before}\n{section}\n\n{AGAIN}\n{after}"
+
+
+def check_card(card: str, where: str) -> None:
+    """Raise ``SnrfError`` where a page is not a card of this package."""
+    if f"\n{AGAIN}\n" not in card or "\n- snrf\n" not in card:
+        raise SnrfError(where, "is not a model card of mergekit-snrf", "give the folder of a merge or an adapter")
 
 
 def _check(card: str, study: Study, where: str) -> None:

@@ -110,12 +110,20 @@ def _depth(value: object) -> int:
 def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
     if (found := metadata.get("format")) != file_format:
         what = f"a {file_format} file is needed, but its metadata says format={found!r}"
-        raise SnrfError(path, what, _MAKERS.get(file_format, "give another file"))
+        instead = _INSTEAD.get((file_format, str(found))) or _MAKERS.get(file_format, "give another file")
+        raise SnrfError(path, what, instead)
     if metadata.get("version") != str(version):
         what = f"{file_format} version {metadata.get('version')!r} is not supported, only {version}"
         raise SnrfError(path, what, "update mergekit-snrf")
 
 
+_INSTEAD = {
+    ("snrf-mask", "snrf-profile"): "select a mask from two such profiles: snrf mask select A B OUT",
+    ("snrf-mask", "snrf-moments"): "give moments as moments: FILE, with update: regmean",
+    ("snrf-mask", "snrf-domains"): "select masks from such a file: snrf domains select FILE DIR",
+    ("snrf-profile", "snrf-mask"): "a mask is made from profiles, which snrf-profile writes beside it",
+    ("snrf-moments", "snrf-mask"): "give a mask as masks: FILE, without update: regmean",
+}
 _MAKERS = {
     "snrf-mask": "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
     "snrf-profile": "make one with snrf-profile",

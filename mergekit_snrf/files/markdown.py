@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.reading import parse_yaml
+
 _MAX_CELL = 300
 # Backslash first: the others are written with it. Hubs make links of bare addresses.
 _ESCAPED = {"\\": "\\\\", "|": "\\|", "<": "&lt;", "[": "\\[", "!": "\\!", "://": "&#58;//", "www.": "www&#46;"}
@@ -41,3 +44,15 @@ def document(title: str, parts: Iterable[str], front: Mapping[str, Any]) -> str:
     """Return a page with the front matter that hubs read, without its empty values."""
     kept = {key: value for key, value in front.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False)}---\n" + "\n\n".join([f"# {title}", *parts]) + "\n"
+
+
+def front_matter(page: str) -> dict[str, Any]:
+    """Return the front matter of a page; empty where it has none that is a mapping."""
+    head, separator, _ = page.removeprefix("---\n").partition("\n---")
+    if not page.startswith("---\n") or not separator:
+        return {}
+    try:
+        found = parse_yaml(head, None)
+    except SnrfError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from urllib.parse import unquote
 
 from mergekit_snrf.errors import SnrfError, first_line, unexpected
@@ -17,6 +17,14 @@ _HUB = re.compile(
     re.ASCII,
 )
 _FORM = "hf://owner/repo@revision/path"
+_CACHED = re.compile(r"(?:.*/)?models--(?P<repo>[^/]+)/snapshots/(?P<revision>[^/]+)(?:/(?P<file>.+))?")
+
+
+def cached_place(path: str | os.PathLike[str]) -> tuple[str, str, str | None] | None:
+    """Return (repository, revision, file or None) of a path in the hub's cache, None for any other path."""
+    match = _CACHED.fullmatch(PurePath(path).as_posix())
+    # No name on the hub has two dashes in a row.
+    return match and (match["repo"].replace("--", "/", 1), match["revision"], match["file"])
 
 
 def local_path(reference: str | os.PathLike[str], folders: tuple[str | os.PathLike[str], ...] = ()) -> Path:

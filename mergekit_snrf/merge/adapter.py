@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import re
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, bu
 from mergekit_snrf.merge.parameters import SPEC
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.planner import SessionPlanner
+from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession, find_session
 from mergekit_snrf.models import hub
@@ -107,6 +109,10 @@ def run_session(
     finally:
         # Another merge in this process may find other files in the same folders.
         LoaderCache.loaders.clear()
+    # An intermediate stage of mergekit-multi is not what was asked for.
+    if context is not None and not options.quiet and context.params.get("out_path") == out_path:
+        folder = shlex.quote(str(out_path))
+        click.echo(f"Merged into {folder}. Before you share it: snrf card {folder}", err=True)
 
 
 @contextmanager
@@ -140,7 +146,7 @@ def _open_session(
     if not os.path.isdir(target.name):
         # mergekit's own download leaves some of the small files out, such as chat_template.jinja.
         hub.download(target.name, target.revision, target.side_files(), options.transformers_cache)
-    return MergeSession(plan, config_source or config.to_yaml(), os.path.basename(out_path) or "merged")
+    return MergeSession(plan, config_source or config.to_yaml())
 
 
 def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfiguration:
@@ -234,7 +240,13 @@ def _tagalong_files(plan: MergePlan, config: MergeConfiguration, options: MergeO
 
 
 def _complete(plan: MergePlan, out_path: Path, options: MergeOptions) -> None:
-    """Add what mergekit does not write: side files in sub-folders, and the base's own configuration."""
+    """Add what mergekit does not write: side files in sub-folders, and the base's own configuration.
+
+    The recipe beside the weights, which may be shared with them, loses its local folders.
+    """
+    recipe = out_path / "mergekit_config.yml"
+    if recipe.exists():
+        recipe.write_text(portable(recipe.read_text(encoding="utf-8"), plan.inputs), encoding="utf-8")
     nested = [name for name in plan.target.checkpoint.side_files() if "/" in name]
     if nested:
         copy_files(nested, plan.target.checkpoint.local(options.transformers_cache), out_path)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from mergekit.common import ModelReference
-
 from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown, references
+from mergekit_snrf.merge.origins import Origin, common_license, origins
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.moments import Moments
@@ -20,54 +18,118 @@ from mergekit_snrf.neurons.sets import count_rows
 
 AGAIN = "## To make it again"
 """The heading behind what a card says of the model; an evaluation goes before it."""
+NO_LICENSE = "**This model: no license is stated.** State one with `snrf card FOLDER --license ID`."
+THIS_LICENSE = "This model: `{}`."
+_LOADERS = {"image-text-to-text": "AutoModelForImageTextToText", "text-generation": "AutoModelForCausalLM"}
+_ASK = {
+    "image-text-to-text": """content = [{"type": "text", "text": "What is 12 * 7?"}]  # {"type": "image", "url": URL}
+print(pipe(text=[{"role": "user", "content": content}], max_new_tokens=64))""",
+    "text-generation": 'print(pipe([{"role": "user", "content": "What is 12 * 7?"}], max_new_tokens=64))',
+}
+_Origins = Mapping[str, Sequence[Origin]]
 
 
-def merge_card(plan: MergePlan, name: str, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
+def merge_card(plan: MergePlan, recipe: str, *, cast: str | None = None, changed: int | None = None) -> str:
     """Return the README of a merged folder; ``recipe`` is its text.
 
     ``cast`` is the dtype that every tensor was cast to, if the recipe sets one; ``changed`` how many of the covered
     weights differ from the target's, where that is known.
     """
+    found = origins(plan)
     differ = "" if changed is None else f", {changed} of which differ from the target's after rounding"
     intro = (
-        f"{_model(plan.target.reference)} with an update from {_model(plan.source.reference)} on chosen neurons, "
+        f"{_linked(found['target'])} with an update from {_linked(found['source'])} on chosen neurons, "
         f"merged by [Shared Neuron Low-Rank Fusion]({PAPER}) with [mergekit](https://github.com/arcee-ai/mergekit) and "
         f"mergekit-snrf. The update covers {plan.parameters_touched} weights of the text decoder{differ}; all others "
         f"are the target's{f', cast to {cast}' if cast else ''}."
     )
-    parts = [intro, *_description(plan), *_reproduction(plan, recipe, "mergekit-yaml snrf.yml merged/")]
-    front = _front(plan, "merge", "transformers", ["merge", "snrf"])
-    return markdown.document(markdown.cell(name), parts, front)
+    task = plan.target.checkpoint.pipeline_tag
+    use = f'from transformers import pipeline\n\npipe = pipeline("{task}", model=".")  # this folder\n{_ASK[task]}'
+    again = _reproduction(plan, found, recipe, "mergekit-yaml snrf.yml merged/")
+    front = {"base_model_relation": "merge", "library_name": "transformers", "tags": ["mergekit", "merge", "snrf"]}
+    return _page(plan, found, _title(found), [intro, *_body(plan, found, use), *again], front)
 
 
-def adapter_card(
-    plan: MergePlan, name: str, recipe: str, modules: int, rank: int, base_model: str | None = None
-) -> str:
+def adapter_card(plan: MergePlan, recipe: str, modules: int, rank: int, base_model: str | None = None) -> str:
     """Return the README of an adapter; ``base_model`` is the target's hub id, if not that of the plan."""
+    found = origins(plan)
     intro = (
-        f"A LoRA adapter for {_model(plan.target.reference)}: the update beta * M_S(Delta_r) that [Shared Neuron "
-        f"Low-Rank Fusion]({PAPER}) adds to it from {_model(plan.source.reference)}, in {modules} modules of the text "
+        f"A LoRA adapter for {_linked(found['target'])}: the update beta * M_S(Delta_r) that [Shared Neuron "
+        f"Low-Rank Fusion]({PAPER}) adds to it from {_linked(found['source'])}, in {modules} modules of the text "
         f"decoder, rank {rank}. Made with mergekit-snrf."
     )
-    use = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(target, "this folder")'
-    again = _reproduction(plan, recipe, "snrf lora snrf.yml adapter/", "peft")
-    parts = [intro, _fenced("python", use), *_description(plan), *again]
-    front = _front(plan, "adapter", "peft", ["snrf", "lora"], base_model)
-    return markdown.document(markdown.cell(name), parts, front)
+    loader = _LOADERS[plan.target.checkpoint.pipeline_tag]
+    use = f'from transformers import {loader}\n\nmodel = {loader}.from_pretrained(".")  # this folder; needs PEFT'
+    again = _reproduction(plan, found, recipe, "snrf lora snrf.yml adapter/", "peft")
+    front = {"base_model_relation": "adapter", "library_name": "peft", "tags": ["mergekit", "snrf", "lora"]}
+    title = f"{_title(found)} (LoRA adapter)"
+    return _page(plan, found, title, [intro, *_body(plan, found, use), *again], front, base_model)
 
 
-def _front(
-    plan: MergePlan, relation: str, library: str, tags: list[str], base_model: str | None = None
-) -> dict[str, object]:
-    paths = [path.path for model in plan.references for path in (model.model, model.lora) if path is not None]
-    ids = [*([base_model] if base_model else []), *(path for path in paths if not os.path.isabs(path))]
-    return {
-        "base_model": list(dict.fromkeys(ids)),
-        "base_model_relation": relation,
-        "library_name": library,
-        "pipeline_tag": plan.target.checkpoint.pipeline_tag,
-        "tags": ["mergekit", *tags],
-    }
+def _page(
+    plan: MergePlan,
+    found: _Origins,
+    title: str,
+    parts: Iterable[str],
+    front: Mapping[str, object],
+    base_model: str | None = None,
+) -> str:
+    models = [one for of_role in found.values() for one in of_role]
+    ids = list(dict.fromkeys(filter(None, [base_model, *(one.hub_id for one in models)])))
+    task = {"pipeline_tag": plan.target.checkpoint.pipeline_tag}
+    page = markdown.document(
+        markdown.cell(title), parts, {**common_license(models), "base_model": ids, **task, **front}
+    )
+    for one in models:
+        # Cards have no key for the revision of a base model, and may have comments.
+        if one.hub_id and one.exact and one.revision:
+            page = page.replace(f"\n- {one.hub_id}\n", f"\n- {one.hub_id}  # revision {one.revision}\n", 1)
+    return page
+
+
+def _title(found: _Origins) -> str:
+    target, source = (_name(found[role]).rpartition("/")[2] for role in ("target", "source"))
+    return f"{target} with an update from {source}"
+
+
+def _linked(models: Sequence[Origin]) -> str:
+    """Return the name of a model, as a link where its files are those of the hub."""
+    if len(models) == 1 and models[0].exact:
+        return f"[{models[0].name}](https://huggingface.co/{models[0].name})"
+    return "`" + markdown.line(_name(models)).replace("`", "'") + "`"
+
+
+def _name(models: Sequence[Origin]) -> str:
+    return " + ".join(one.name for one in models)
+
+
+def _body(plan: MergePlan, found: _Origins, code: str) -> Iterable[str]:
+    """Yield what the model is for, what was changed, what may be wrong with it, and its license."""
+    pictures = plan.target.checkpoint.pipeline_tag == "image-text-to-text"
+    yield "## Intended use"
+    yield (
+        f"Questions about {'pictures and text' if pictures else 'text'}, with the target's chat template"
+        f"{' and processor' if pictures else ''}. The update is meant for questions like those that its neurons were "
+        "measured on; only an evaluation says whether it helps."
+    )
+    yield _fenced("python", code)
+    yield from _description(plan)
+    protected = (
+        "Nothing is protected on purpose: the update is limited to few neurons and a low rank."
+        if plan.moments is None
+        else "Only what the probes to keep show is protected."
+    )
+    yield "## Limitations"
+    yield (
+        f"{protected} Whatever else the target does can get worse, so measure what you need. The update restores what "
+        "the target lost of its base more than it adds new skills of the source. Errors and biases of both remain."
+    )
+    models = [one for of_role in found.values() for one in of_role]
+    license = common_license(models).get("license")
+    stated = ((one.name, one.license.get("license_name") or one.license.get("license", "not stated")) for one in models)
+    yield "## License"
+    yield markdown.table(("model", "license"), dict.fromkeys(stated))
+    yield THIS_LICENSE.format(license) if license else NO_LICENSE
 
 
 def _description(plan: MergePlan) -> Iterable[str]:
@@ -97,26 +159,23 @@ def _moments(moments: Moments) -> Iterable[str]:
     yield "## Moments"
     yield f"`{Path(moments.path).name}`, sha256 `{references.sha256(moments.path)}`."
     yield markdown.table(("probes", "data set", "count", "tokens"), rows)
-    yield (
-        "Only what the probes to keep show is protected. The update restores what the target lost of its base more "
-        "than it adds new skills of the source."
-    )
 
 
-def _reproduction(plan: MergePlan, recipe: str, command: str, *packages: str) -> Iterable[str]:
+def _reproduction(plan: MergePlan, found: _Origins, recipe: str, command: str, *packages: str) -> Iterable[str]:
     # A local version, such as 2.13.0+cpu, is on no index.
     names = ("mergekit", "torch", "transformers", *packages)
     pins = " ".join(f"{name}=={version(name).partition('+')[0]}" for name in names)
     models = [
-        (_name(one.reference), one.reference.model.revision or "as of the merge", f"`{one.checkpoint.config_sha256}`")
-        for one in plan.models
+        (_name(found[role]), found[role][0].revision or "as of the merge", f"`{checkpoint.config_sha256}`")
+        for role, checkpoint in plan.checkpoints.items()
     ]
     shared = portable(recipe, plan.inputs)
-    cut = "" if shared == recipe else ", its local paths cut to their last part"
+    cut = "" if shared == recipe else " (local paths are cut to their last part)"
     yield AGAIN
-    yield f"    pip install mergekit-snrf=={__version__} {pins}\n    {command}"
-    yield f"with this as `snrf.yml`{cut}, and the files of the sha256 above where it says:"
+    yield f"Save this as `snrf.yml`{cut}, beside the files of the sha256 above:"
     yield _fenced("yaml", shared.rstrip())
+    yield f"Then run, where mergekit-snrf {__version__} is cloned:"
+    yield _fenced("sh", f"pip install ./mergekit-snrf {pins}\n{command}")
     yield markdown.table(("model", "revision", "sha256 of config.json"), models)
 
 
@@ -124,16 +183,3 @@ def _fenced(language: str, text: str) -> str:
     """Return a block of code that no line of the text can end."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
-
-
-def _model(reference: ModelReference) -> str:
-    path = reference.model.path
-    if os.path.isabs(path) or reference.lora is not None:
-        return "`" + markdown.line(_name(reference)).replace("`", "'") + "`"
-    return f"[{path}](https://huggingface.co/{path})"
-
-
-def _name(reference: ModelReference) -> str:
-    """Return hub ids, or the last parts of folders: the rest of their paths is private."""
-    paths = [path.path for path in (reference.model, reference.lora) if path is not None]
-    return " + ".join(Path(path).name if os.path.isabs(path) else path for path in paths)

@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.references import cached_place
 from mergekit_snrf.merge.folders import is_merged_weights, left_by_killed_run, path_problem
 from mergekit_snrf.merge.plan import PlanDraft
 from mergekit_snrf.merge.recipe import Recipe
@@ -137,14 +138,18 @@ def _same(one: Checkpoint, other: Checkpoint) -> bool:
     return (one.name, one.revision) == (other.name, other.revision)
 
 
-def check_roles(draft: PlanDraft) -> None:
-    """Warn where target and source look exchanged."""
+def check_roles(draft: PlanDraft, *, allowed: bool) -> None:
+    """Refuse target and source that look exchanged, or warn of it where that is allowed."""
     target, source = draft.checkpoints["target"], draft.checkpoints["source"]
-    if source.pipeline_tag != target.pipeline_tag == "text-generation":
-        draft.warnings.append(
-            f"{target.name}: the base_model, which the output is made from, is a text-only model, and the source "
-            f"{source.name} reads images; exchange them unless this is intended"
-        )
+    if source.pipeline_tag == target.pipeline_tag or target.pipeline_tag != "text-generation":
+        return
+    what = f"is a text-only model, and the source {source.name} reads images: target and source look exchanged"
+    remedy = "exchange them: base_model is what the output is made from (or set allow_family_mismatch: true)"
+    problem = SnrfError(target.name, what, None if allowed else remedy, field="base_model")
+    if allowed:
+        draft.warnings.append(str(problem))
+    else:
+        draft.problems.append(problem)
 
 
 def check_pairing(draft: PlanDraft, *, any_family: bool) -> None:
@@ -188,10 +193,15 @@ def compare_provenance(draft: PlanDraft, mask: Mask) -> None:
                 contradictions.append(
                     f"config.json of sha256 {recorded.config_sha256[:12]}... against {checkpoint.config_sha256[:12]}..."
                 )
-        elif recorded.path and Path(recorded.path).name != Path(checkpoint.name).name:
+        elif recorded.path and _last_part(recorded.path) != _last_part(checkpoint.name):
             contradictions.append(f"{recorded.path!r} against {checkpoint.name!r}")
         if contradictions:
             draft.warnings.append(f"{mask.path}: was made for another {role}: {'; '.join(contradictions)}")
+
+
+def _last_part(path: str) -> str:
+    place = cached_place(path)
+    return Path(place[0] if place else path).name
 
 
 def check_names(draft: PlanDraft) -> None:

@@ -75,8 +75,9 @@ def draft_merge(
         checks.compare_provenance(draft, draft.mask)
     if "source" in draft.models:
         checks.check_distinct(draft, recipe)
-        checks.check_roles(draft)
-        checks.check_pairing(draft, any_family=bool(recipe.value("allow_family_mismatch")))
+        any_family = bool(recipe.value("allow_family_mismatch"))
+        checks.check_roles(draft, allowed=any_family)
+        checks.check_pairing(draft, any_family=any_family)
         if draft.mask is not None and not draft.problems:
             _plan_edits(draft, recipe, draft.mask, target)
     return draft

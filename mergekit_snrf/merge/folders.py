@@ -20,7 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from mergekit_snrf.errors import SnrfError, os_reason
-from mergekit_snrf.files.reading import load_yaml, parse_yaml, read_text
+from mergekit_snrf.files.markdown import front_matter
+from mergekit_snrf.files.reading import load_yaml, read_text
 from mergekit_snrf.models.checkpoint import Checkpoint
 
 try:
@@ -45,6 +46,8 @@ TOKENIZER_FILES = CHAT_TEMPLATE_FILES | {
     "merges.txt",
 }
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+KIT = "snrf"
+"""The folder that ``snrf card --with-mask`` writes into an output."""
 _MERGE_FILES = {"mergekit_config.yml", "README.md", "config.json", "generation_config.json"}
 _MERGED_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
@@ -127,10 +130,9 @@ def _not_of_a_merge(target: Checkpoint | None, folder: str) -> str | None:
 def _not_of_an_adapter(folder: str) -> str | None:
     """Return how a folder differs from the output of an earlier ``snrf lora``, or None."""
     try:
-        front = parse_yaml(read_text(Path(folder, "README.md")).split("\n---\n")[0], None)
+        tags = front_matter(read_text(Path(folder, "README.md"))).get("tags")
     except SnrfError:
-        front = None
-    tags = front.get("tags") if isinstance(front, dict) else None
+        tags = None
     if not isinstance(tags, list) or not {"snrf", "lora"} <= set(map(str, tags)):
         return "holds no README.md of an earlier 'snrf lora'"
     return _foreign(folder, _ADAPTER_FILES)
@@ -140,6 +142,8 @@ def _foreign(folder: str, known: set[str]) -> str | None:
     parents = {str(parent) for name in known for parent in PurePosixPath(name).parents}
     for entry in sorted(Path(folder).rglob("*")):
         name, is_folder = entry.relative_to(folder).as_posix(), entry.is_dir() and not entry.is_symlink()
+        if name.split("/")[0] == KIT:
+            continue
         if name not in (parents if is_folder else known) or not (is_folder or entry.is_file()):
             return f"holds {name}, which does not belong to an earlier run"
     return None

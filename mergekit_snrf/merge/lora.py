@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.files.references import cached_place
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.cards import adapter_card
@@ -116,7 +116,7 @@ def export_adapter(
         }
         # safetensors' save_file would make the file readable for its owner alone.
         (building / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-        card = adapter_card(plan, Path(out_path).absolute().name, recipe, len(modules), rank, settings.base_model)
+        card = adapter_card(plan, recipe, len(modules), rank, settings.base_model)
         (building / "README.md").write_text(card, encoding="utf-8")
         size = (building / "adapter_model.safetensors").stat().st_size
         _config(plan.target.checkpoint, modules, rank, settings.base_model).save_pretrained(building)
@@ -169,7 +169,7 @@ def _matrices(
         return Memory(tensors.memory(edit).working, rank * sum(edit.shape) * dtype.itemsize)
 
     progress = tqdm.tqdm(total=len(plan.edits), desc="Exporting", unit="tensor", disable=options.quiet)
-    with progress, look_ahead(plan.edits, matrices, memory, workers=workers) as ahead:
+    with progress, look_ahead(plan.edits, matrices, memory, workers=tensors.workers(workers)) as ahead:
         for _, pair in ahead:
             unmoved += not all(bool(matrix.any()) for matrix in pair)
             yield pair
@@ -206,9 +206,12 @@ def live_prefix(checkpoint: Checkpoint) -> str:
 def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> Any:
     from peft import LoraConfig
 
+    name, revision, _ = cached_place(target.name) or (target.name, target.revision, None)
+    if base_model:
+        name, revision = base_model, None
     config = LoraConfig(
-        base_model_name_or_path=base_model or target.name,
-        revision=None if base_model else target.revision,
+        base_model_name_or_path=name,
+        revision=revision,
         task_type="CAUSAL_LM",
         inference_mode=True,
         # alpha = rank makes PEFT's factor alpha / r one: beta is inside B.

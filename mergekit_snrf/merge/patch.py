@@ -30,6 +30,7 @@ from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
 from mergekit_snrf.merge.plan import MergePlan, PlanDraft
+from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors
 from mergekit_snrf.models.shards import ByteRange, overwrite_neurons
@@ -88,9 +89,9 @@ def patch_merge(
     with built_aside(out_path, "merge", overwrite=overwrite) as building:
         patched = _write_shards(plan, tensors, building, hard_links, workers, options.quiet, tally)
         if options.write_model_card:
-            card = merge_card(plan, Path(out_path).absolute().name, config_source, changed=tally.changed)
+            card = merge_card(plan, config_source, changed=tally.changed)
             (building / "README.md").write_text(card, encoding="utf-8")
-            (building / "mergekit_config.yml").write_text(config_source, encoding="utf-8")
+            (building / "mergekit_config.yml").write_text(portable(config_source, plan.inputs), encoding="utf-8")
         index = "model.safetensors.index.json"
         names = [*side_files, *([index] if (folder / index).is_file() else [])]
         copy_files(sorted(names, key=lambda name: name == LAST["merge"]), folder, building)
@@ -136,7 +137,7 @@ def _write_shards(
             _copy(original, copy, stop, rewritten[shard])
 
     progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
-    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=workers)
+    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=tensors.workers(workers))
     with progress, ThreadPoolExecutor(1) as copier, _set_after(stop), ahead as fused_edits:
         copies = {shard: copier.submit(take_over, shard) for shard in shards}
         for edit, fused in fused_edits:

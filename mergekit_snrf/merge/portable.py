@@ -10,6 +10,8 @@ from pathlib import PurePath
 
 import yaml
 
+from mergekit_snrf.files.references import cached_place
+
 # A name that YAML reads as the same text without quotes.
 _PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][\w.+@-]*", re.ASCII | re.IGNORECASE)
 
@@ -17,6 +19,7 @@ _PLAIN = re.compile(r"(?!(?:true|false|yes|no|on|off|null|y|n)$)[A-Za-z][\w.+@-]
 def portable(recipe: str, inputs: Collection[str] = ()) -> str:
     """Return a recipe's text with local paths cut to their last part, or to as many as tell them apart.
 
+    A path in the hub's cache becomes the hub's name of what lies there, with its revision.
     ``inputs`` are absolute paths of what the recipe reads, to which its relative paths lead.
     """
     scalars = [token for token in yaml.scan(recipe, yaml.SafeLoader) if isinstance(token, yaml.ScalarToken)]
@@ -67,4 +70,13 @@ def _names(paths: dict[str, PurePath]) -> dict[str, str]:
         ends = (of[-count:] for count in range(1, len(of) + 1))
         return str(PurePath(*next(end for end in ends if sum(other[-len(end) :] == end for other in distinct) == 1)))
 
-    return {written: name(path.parts) for written, path in paths.items()}
+    return {written: _on_hub(path) or name(path.parts) for written, path in paths.items()}
+
+
+def _on_hub(path: PurePath) -> str | None:
+    """Return the hub's name of a model or file in the hub's cache, None for other paths."""
+    place = cached_place(path)
+    if place is None:
+        return None
+    repository, revision, file = place
+    return f"{repository}@{revision}" if file is None else f"hf://{repository}@{revision}/{file}"

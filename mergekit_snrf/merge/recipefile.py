@@ -31,9 +31,13 @@ _EXPECTED = {
     "ModelReference": "the name of a model, a folder or a hub id",
 }
 
+_OTHER_FILES = {"a profile.yml": ("target", "probes", "domains"), "an evaluation": ("metrics",)}
+
 
 def recipe_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a recipe file; ``-`` is standard input, which is read once."""
+    if os.fspath(path).endswith(".safetensors"):
+        raise SnrfError(path, "is a mask or other safetensors file, not a recipe", "give the YAML file that names it")
     return _all_of(sys.stdin) if os.fspath(path) == "-" else read_text(path)
 
 
@@ -57,6 +61,10 @@ def checked_recipe(parsed: Any, path: str | os.PathLike[str]) -> MergeConfigurat
     """Return the parsed content of a recipe file ``path`` as mergekit's type; errors are as of ``load_recipe``."""
     if not isinstance(parsed, dict):
         raise SnrfError(path, "is not a recipe", "begin it with merge_method: snrf")
+    if "merge_method" not in parsed:
+        for kind, keys in _OTHER_FILES.items():
+            if any(key in parsed for key in keys):
+                raise SnrfError(path, f"is {kind}, not a recipe", "give a file that begins with merge_method: snrf")
     if strays := stray_keys(parsed):
         raise SnrfError.several(f"{path}: the recipe cannot be used", [stray.at(path) for stray in strays])
     try:

@@ -49,14 +49,13 @@ class MergeSession:
 
     Args:
         recipe: its text, for the card.
-        name: of the merged model, for the card.
     """
 
-    def __init__(self, plan: MergePlan, recipe: str, name: str = "merged") -> None:
+    def __init__(self, plan: MergePlan, recipe: str) -> None:
         self.plan = plan
         self.key = f"session {uuid.uuid4()}"
         self.tally = Tally(len(plan.edits), allow_noop=bool(plan.recipe.value("allow_noop")))
-        self._recipe, self._name = recipe, name
+        self._recipe = recipe
         self._filters = None if plan.moments is None else Filters(plan.moments)
         self._edits: dict[str, PlannedEdit] = {edit.target_name: edit for edit in plan.edits}
         self._ahead: LookAhead[str, Fused] | None = None
@@ -144,7 +143,7 @@ class MergeSession:
         recipe = self.plan.recipe
         # What mergekit rounds after the method has returned was not counted.
         changed = None if recipe.out_dtype else self.tally.changed
-        return merge_card(self.plan, self._name, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
+        return merge_card(self.plan, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
 
 
 _SESSIONS: dict[str, MergeSession] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,16 +63,20 @@ def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
 class _CastTensor(StoredTensor):
     """A stored tensor that is read in the recipe's dtype; raises as ``check_cast``."""
 
-    def __init__(self, where: ByteRange, dtype: torch.dtype | None, name: str) -> None:
+    def __init__(self, where: ByteRange, dtype: torch.dtype | None, name: str, device: torch.device) -> None:
         super().__init__(where)
-        self._dtype, self._name = dtype or where.dtype, name
+        self._dtype, self._name, self._device = dtype or where.dtype, name, device
 
     @property
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def __getitem__(self, rows: slice) -> Tensor:
-        panel = super().__getitem__(rows)
+        panel = super().__getitem__(rows).to(self._device)
         try:
             return cast(panel, self._dtype, self._name)
         except SnrfError:
@@ -84,7 +89,7 @@ class Tensors:
     """The tensors of a plan's edits, of target, source and the source's base, and their fusion.
 
     Each byte is read once. At most the target's tensor and a difference in float32 (float64 where a tensor is) are in
-    memory for an edit.
+    memory for an edit. The device of the options computes; what is returned is on the CPU.
 
     Attributes:
         filters: of the plan's moments, for ``update: regmean``; None: it has none.
@@ -102,8 +107,12 @@ class Tensors:
         }
         folders = {role: one.local(options.transformers_cache) for role, one in plan.checkpoints.items()}
         self.target_folder = folders["target"]
-        self._recipe = plan.recipe
+        self._recipe, self._device = plan.recipe, torch.device(options.device or "cpu")
         self._ranges = {role: stored_ranges(one, folders[role], names[role]) for role, one in plan.checkpoints.items()}
+
+    def workers(self, wanted: int | None) -> int | None:
+        """Return how many tensors are computed at once: by default one on an accelerator, None on the CPU."""
+        return wanted or (None if self._device.type == "cpu" else 1)
 
     def place(self, edit: PlannedEdit) -> ByteRange:
         """Return where the target's tensor lies."""
@@ -116,12 +125,15 @@ class Tensors:
             SnrfError: a shard ends early, a weight is not finite, or a dtype of the recipe cannot hold it.
         """
         target, source, base = self._matrices(edit)
-        return masked_update(target, source, **kernel_options(edit, base, self.filters))
+        update = masked_update(target, source, **kernel_options(edit, base, self.filters))
+        left = None if update.left is None else update.left.cpu()
+        return replace(update, selected=update.selected.cpu(), left=left, right=update.right.cpu())
 
     def neurons(self, edit: PlannedEdit) -> Fused:
         """Return the fused neurons of an edit, [selected, ...]; raises as ``update``, or where they overflow."""
         target, source, base = self._matrices(edit)
-        return fuse_neurons(target, source, **kernel_options(edit, base, self.filters))
+        fused = fuse_neurons(target, source, **kernel_options(edit, base, self.filters))
+        return fused._replace(tensor=fused.tensor.cpu())
 
     def whole(self, edit: PlannedEdit) -> Fused:
         """Return the whole fused tensor of an edit; raises as ``neurons``."""
@@ -134,7 +146,8 @@ class Tensors:
         dtype = dtype_from_name(self._recipe.working_dtype(edit.dtype))
         names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
         target, source, base = (
-            None if name is None else _CastTensor(self._ranges[role][name], dtype, name) for role, name in names.items()
+            None if name is None else _CastTensor(self._ranges[role][name], dtype, name, self._device)
+            for role, name in names.items()
         )
         assert target is not None and source is not None  # noqa: PT018
         return target, source, base

@@ -13,6 +13,7 @@ import yaml
 
 from mergekit_snrf import __version__
 from mergekit_snrf.files import markdown
+from mergekit_snrf.files.references import cached_place
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance, Provenance
 from mergekit_snrf.neurons.sets import count_rows
 
@@ -43,7 +44,7 @@ def mask_card(mask: Mask, *, sha256: str, fusion: Mapping[str, float]) -> str:
         ),
         markdown.table(("", ""), [("sha256", f"`{sha256}`"), *provenance_rows(mask)]),
         "## Use",
-        f"    pip install mergekit-snrf=={__version__}\n    mergekit-yaml snrf.yml merged/",
+        f"    pip install ./mergekit-snrf    # a clone, version {__version__}\n    mergekit-yaml snrf.yml merged/",
         f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False).rstrip()}\n```",
     ]
     models = [path for path in (target, source) if _HUB_ID.fullmatch(path) and not os.path.exists(path)]
@@ -99,7 +100,9 @@ def without_folders(mask: Mask) -> Mask:
 
 
 def _last_part(path: str) -> str:
-    """Return the name of what lies at a local path; hub ids and ``hf://`` stay."""
+    """Return the name of what lies at a local path, in the hub's cache its id; hub ids and ``hf://`` stay."""
+    if place := cached_place(path):
+        return "/".join(filter(None, (place[0], place[2])))
     of_hub = path.startswith("hf://") or (_HUB_ID.fullmatch(path) and not _DATA_FILE.fullmatch(path))
     # A drive or a backslash is of a path on Windows, and slashes separate there, too.
     return path if of_hub else PureWindowsPath(path).name or path

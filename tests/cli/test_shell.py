@@ -97,12 +97,15 @@ def test_misspelled_method(tmp_path: Path) -> None:
 
 def test_merge_is_mergekits_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(BOARD)
-    result = CliRunner().invoke(snrf, ["merge", "snrf.yml", str(tmp_path / "out"), "--quiet", "--no-write-model-card"])
+    out = tmp_path / "my out"
+    result = CliRunner().invoke(snrf, ["merge", "snrf.yml", str(out), "--no-write-model-card"])
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "out/model.safetensors").exists()
+    assert result.stderr.endswith(f"Merged into '{out}'. Before you share it: snrf card '{out}'\n")
+    assert (out / "model.safetensors").exists()
     piped = CliRunner().invoke(
         snrf, ["merge", "-", str(tmp_path / "piped"), "--quiet"], input=Path("snrf.yml").read_text()
     )
     assert piped.exit_code == 0, piped.output
+    assert "Merged into" not in piped.output
     assert (tmp_path / "piped/README.md").exists()
-    assert not (tmp_path / "out/README.md").exists()
+    assert not (out / "README.md").exists()

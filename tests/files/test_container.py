@@ -180,6 +180,7 @@ def test_damaged_bytes_give_values_or_one_error(
         ({}, r"its metadata says format=None; make one with snrf-profile"),
         ({"format": "pt"}, r"a snrf-profile file is needed, but its metadata says format='pt'"),
         ({"format": "snrf-mask", "version": "3"}, r"its metadata says format='snrf-mask'"),
+        ({"format": "snrf-mask", "version": "1"}, r"; a mask is made from profiles, which snrf-profile writes"),
         ({"format": FORMAT}, r"snrf-profile version None is not supported, only 3; update mergekit-snrf"),
         ({"format": FORMAT, "version": "4"}, r"snrf-profile version '4' is not supported, only 3"),
         ({"format": FORMAT, "version": 3}, r"not a readable safetensors file"),

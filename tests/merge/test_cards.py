@@ -110,7 +110,7 @@ def test_absolute_paths_are_cut_in_cards(name: str, merged: Path, tmp_path: Path
     card = make(name, tmp_path / "snrf.yml", tmp_path / "out")
     assert str(merged) not in card
     assert str(tmp_path) not in card
-    assert "with this as `snrf.yml`, its local paths cut to their last part" in card
+    assert "Save this as `snrf.yml` (local paths are cut to their last part)" in card
     written = card.split("```yaml\n")[1].split("```")[0]
     assert written.startswith(f"merge_method: snrf  # {name}\nbase_model: target\n")
     recipe = yaml.safe_load(written)
@@ -119,7 +119,7 @@ def test_absolute_paths_are_cut_in_cards(name: str, merged: Path, tmp_path: Path
     assert ["target", "target"] in rows_of(card)
     assert ["target's probes", "dataset probes.jsonl, count 7"] in rows_of(card)
     if name != "lora":
-        assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+        assert (tmp_path / "out" / "mergekit_config.yml").read_text() == written
 
 
 def test_relative_paths_are_cut_in_cards(merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     target = replace(plan.target, reference=ModelReference.parse("owner/vlm@abc"))
     source = replace(plan.source, reference=ModelReference.parse("owner/llm+owner/adapter"))
     plan = replace(plan, target=target, source=source)
-    card = merge_card(plan, "merged", "recipe: 1", cast="float16")
+    card = merge_card(plan, "recipe: 1", cast="float16")
     assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm", "owner/adapter"]
     assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card
     assert "with an update from `owner/llm + owner/adapter`" in card

@@ -377,11 +377,11 @@ def test_side_files_and_configuration(pair: Pair, tmp_path: Path) -> None:
     assert names == {file.name for file in target.iterdir()} - set(left)
     for name in names - set(own):
         assert (tmp_path / "out" / name).read_bytes() == (target / name).read_bytes(), name
-    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == recipe
     card = (tmp_path / "out" / "README.md").read_text()
     shared = recipe
     for path, name in ((target, target.name), (pair.source, pair.source.name), (f"'{pair.mask}'", pair.mask.name)):
         shared = shared.replace(str(path), name)
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == shared
     assert shared.strip() in card
     assert "[Shared Neuron Low-Rank Fusion](https://arxiv.org/abs/2602.19058)" in card
 

@@ -12,7 +12,9 @@ from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_targe
 from outputs import assert_refused, done, run
 from pair import merge
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from mergekit_snrf.fusion.fuse import ORDERS
 from mergekit_snrf.fusion.updates import Update
@@ -59,6 +61,46 @@ def test_adapter_equals_merge(family: str, layout: str, tmp_path: Path) -> None:
     unloaded = adapted.merge_and_unload().state_dict()
     for name, tensor in merged.state_dict().items():
         torch.testing.assert_close(unloaded[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_one_line_loads_it_beta_is_live_and_adapters_mix(tmp_path: Path) -> None:
+    """What the documentation says of transformers and PEFT, against merges of other strengths."""
+    recipe = make_merge(tmp_path, "qwen2_5_vl", "hub")
+    done("lora", recipe, tmp_path / "adapter")
+    make_source(tmp_path / "other", "qwen2", seed=9, dtype=torch.float32)
+    texts = {"merged": recipe.read_text(), "half": recipe.read_text().replace("beta: 0.7", "beta: 0.35")}
+    texts["second"] = texts["merged"].replace("model: source", "model: other")
+    for name, text in texts.items():
+        recipe.write_text(text)
+        merge(recipe, tmp_path / name)
+    done("lora", recipe, tmp_path / "second-adapter")
+    inputs = example_inputs(tmp_path / "target")
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    with torch.no_grad():
+        expected = {name: load(tmp_path / name)(**inputs).logits for name in ("target", *texts)}
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+        torch.testing.assert_close(model(**inputs).logits, expected["merged"], **close)
+        with rescale_adapter_scale(model, 0.5):
+            torch.testing.assert_close(model(**inputs).logits, expected["half"], **close)
+        torch.testing.assert_close(model(**inputs).logits, expected["merged"], **close)
+
+        mixed = PeftModel.from_pretrained(load(tmp_path / "target"), tmp_path / "adapter", adapter_name="one")
+        mixed.load_adapter(tmp_path / "second-adapter", "two")
+        sums = {}
+        for combination in ("cat", "linear"):
+            mixed.add_weighted_adapter(["one", "two"], [1.0, 0.5], combination, combination_type=combination)
+            mixed.set_adapter(combination)
+            sums[combination] = mixed(**inputs).logits
+        weights = {name: load(tmp_path / name).state_dict() for name in ("target", "merged", "second")}
+        both = load(tmp_path / "target")
+        both.load_state_dict(
+            {
+                key: weights["merged"][key] + 0.5 * (weights["second"][key] - plain)
+                for key, plain in weights["target"].items()
+            }
+        )
+        torch.testing.assert_close(sums["cat"], both(**inputs).logits, **close)
+        assert not torch.allclose(sums["linear"], both(**inputs).logits, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize(("rank", "order"), [(0, ORDERS[0]), (1, ORDERS[1]), (32, ORDERS[0])])

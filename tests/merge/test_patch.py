@@ -22,7 +22,7 @@ from forked import forked, start_forked
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from outputs import assert_refused, done, hashes, run, tree
-from pair import Pair, assert_same, make_pair, merge, source_name, target_name, write_recipe
+from pair import Pair, assert_same, make_pair, merge, plan, source_name, target_name, write_recipe
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
@@ -30,6 +30,8 @@ from mergekit_snrf.fusion import threads as threads_module
 from mergekit_snrf.merge import folders
 from mergekit_snrf.merge import patch as patch_module
 from mergekit_snrf.merge.patch import patch_merge
+from mergekit_snrf.merge.portable import portable
+from mergekit_snrf.merge.tensors import Tensors
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
@@ -119,7 +121,7 @@ def test_dtypes(dtype: torch.dtype, source_dtype: torch.dtype, pair: Pair, tmp_p
 
 def test_card(pair: Pair, tmp_path: Path) -> None:
     out = done("patch", pair.recipe(), tmp_path / "patched-model")
-    assert "\n# patched-model\n" in (out / "README.md").read_text()
+    assert "\n# target with an update from source\n" in (out / "README.md").read_text()
     out = done("patch", pair.recipe(), tmp_path / "out", "--no-write-model-card")
     assert not {"README.md", "mergekit_config.yml"} & set(os.listdir(out))
 
@@ -268,7 +270,7 @@ def test_output_folder_that_exists_or_not(pair: Pair, tmp_path: Path) -> None:
     for name in ("link", "dangling"):
         assert_same(read(done("patch", pair.recipe(), tmp_path / name)), expected)
         assert (tmp_path / name).is_symlink()
-    assert "\n# link\n" in (tmp_path / "folder" / "README.md").read_text()
+    assert (tmp_path / "folder" / "README.md").exists()
     mode = stat.S_IMODE(os.stat(tmp_path / "folder" / "model.safetensors").st_mode)
     (tmp_path / "plain").write_text("")
     assert mode == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
@@ -430,9 +432,29 @@ def test_killed_run(sharded: Pair, tmp_path: Path) -> None:
 
 def test_python_api(pair: Pair, tmp_path: Path) -> None:
     recipe = pair.recipe()
-    config, text = MergeConfiguration.model_validate(recipe), yaml.safe_dump(recipe)
+    config, text = MergeConfiguration.model_validate(recipe), f"# A comment.\n{yaml.safe_dump(recipe)}"
     done = patch_merge(config, text, MergeOptions(quiet=True), str(tmp_path / "out"))
     assert (done.copied, done.linked) == (1, 0)
-    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == text
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == portable(text)
     with pytest.raises(SnrfError, match="is not empty"):
         patch_merge(MergeConfiguration.model_validate(recipe), text, MergeOptions(), str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["patch", "lora"])
+def test_devices(command: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not there is an error before anything is written; the tensors are moved to another."""
+    for flags, said in (
+        (["--cuda"], "--device: 'cuda' is not available, torch "),
+        (["--device", "cuda:7"], "--device: 'cuda:7' is not available, torch "),
+        (["--device", "gpu"], "--device: 'gpu' is not a torch device"),
+    ):
+        assert_refused(run(command, pair.recipe(), tmp_path / "out", *flags), said)
+        assert not (tmp_path / "out").exists()
+    done(command, pair.recipe(), tmp_path / "plain")
+    files = hashes(tmp_path / "plain")
+    done(command, pair.recipe(), tmp_path / "plain", "--device", "cpu", "--overwrite")
+    assert hashes(tmp_path / "plain") == files
+    tensors = Tensors(plan(pair.recipe()).finish(), MergeOptions(device="meta"))
+    edit = plan(pair.recipe()).edits[0]
+    assert {matrix[:1].device.type for matrix in tensors._matrices(edit) if matrix is not None} == {"meta"}
+    assert (tensors.workers(None), tensors.workers(3)) == (1, 3)

@@ -253,11 +253,16 @@ def test_base_model_is_no_source(pair: Pair, tmp_path: Path) -> None:
     merge(pair.recipe(models=entries), tmp_path / "out")
 
 
-def test_exchanged_models_are_a_warning(pair: Pair) -> None:
+def test_exchanged_models_are_an_error_unless_allowed(pair: Pair) -> None:
     exchanged = pair.recipe(base_model=str(pair.source), models=[{"model": str(pair.target)}])
-    (warning,) = plan(exchanged).warnings
-    assert warning.startswith(f"{pair.source}: the base_model, ")
-    assert f"the source {pair.target} reads images" in warning
+    found = problem(exchanged)
+    assert (found.where, found.field) == (str(pair.source), "base_model")
+    assert f"the source {pair.target} reads images" in found.what
+    assert "exchange them" in str(found)
+    exchanged["parameters"]["allow_family_mismatch"] = True
+    draft = plan(exchanged)
+    assert draft.problems == []
+    assert [f"the source {pair.target} reads images" in warning for warning in draft.warnings] == [True]
     assert plan(pair.recipe()).warnings == []
 
 

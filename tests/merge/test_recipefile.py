@@ -50,6 +50,8 @@ def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
         ("", "is not a recipe; begin it with merge_method: snrf"),
         ("[]", "is not a recipe; begin it with merge_method: snrf"),
         ("models: []", "key 'merge_method' is missing; add it"),
+        ("target: {model: a}\nlimit: 3", "is a profile.yml, not a recipe; give a file that begins with merge_method"),
+        ("metrics: {math: {}}", "is an evaluation, not a recipe; give a file that begins with merge_method: snrf"),
         ("merge_method: snrf", "Exactly one of 'models', 'slices', or 'modules' must be present"),
         ("merge_method: snrf\nmodels: 3", "key 'models': must be a list, got 3"),
         ("merge_method: snrf\nmodels: [{model: a+b+c}]", "Can't parse a+b+c"),

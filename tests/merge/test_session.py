@@ -23,10 +23,11 @@ from pair import Pair, assert_same, merge, one, run, source_name, target_name, w
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge import install, session
+from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.neurons.sites import Site
 
 
-def test_the_callers_configuration_stays_as_it_is(pair: Pair, tmp_path: Path) -> None:
+def test_the_callers_configuration_stays_as_it_is(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MergeConfiguration.model_validate(pair.recipe())
     before = config.model_copy(deep=True)
     for name in ("first", "second"):
@@ -34,7 +35,9 @@ def test_the_callers_configuration_stays_as_it_is(pair: Pair, tmp_path: Path) ->
         assert config == before
     assert_same(read(tmp_path / "first"), read(tmp_path / "second"))
     assert session._SESSIONS == {}
-    # What it wrote beside the weights is a recipe.
+    # What it wrote beside the weights is a recipe, without the folders of this machine.
+    assert str(pair.folder) not in (tmp_path / "first" / "mergekit_config.yml").read_text()
+    monkeypatch.chdir(pair.folder)
     again = merge(tmp_path / "first" / "mergekit_config.yml", tmp_path / "again")
     assert_same(again, read(tmp_path / "first"))
     assert_same(again, merge(pair.recipe(), tmp_path / "command"))
@@ -89,7 +92,7 @@ def test_names_and_anchors_of_a_recipe_are_allowed(pair: Pair, tmp_path: Path) -
     recipe = tmp_path / "snrf.yml"
     recipe.write_text(text.replace("rank: 4", "rank: 4\n    beta: *beta"))
     assert_same(merge(recipe, tmp_path / "out"), merge(pair.recipe(), tmp_path / "expected"))
-    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == recipe.read_text()
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == portable(recipe.read_text())
 
 
 @pytest.fixture

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs
@@ -60,30 +61,130 @@ def block_size(device: torch.device, block_bytes: int | None) -> int:
     return block_bytes
 
 
-def row_blocks(
-    inputs: AttentionInputs, item: int, weights: Float[Tensor, " tokens"], size: int
-) -> tuple[Int[Tensor, " rows"], list[Block], Bool[Tensor, " tokens"]]:
-    """Return the counted rows of a probe, their blocks of at most ``size``, and which keys any of them attends to.
+class Span(NamedTuple):
+    """Counted query rows start:stop, and the range first:last of the keys that any of them attends to.
 
-    Rows of weight 0 and rows that attend to nothing are left out.
+    ``biased``: an additive mask changes scores there.
     """
-    blocks, kept, seen = [], [], torch.zeros_like(weights, dtype=torch.bool)
-    start = 0
-    for rows in weights.nonzero().flatten().split(size):
-        visible, extra = _visible(inputs, item, rows)
-        attends = visible.any(1)
-        rows, visible = rows[attends], visible[attends]
-        keys = visible.any(0)
-        if not len(rows):
-            continue
-        seen |= keys
-        span = keys.nonzero()
-        first, last = _widened(int(span[0]), int(span[-1]) + 1, len(keys))
-        extra = None if extra is None else extra[attends, first:last]
-        blocks.append(Block(start, start + len(rows), first, last, ~visible[:, first:last], extra))
-        kept.append(rows)
-        start += len(rows)
-    return torch.cat(kept) if kept else weights.new_empty(0, dtype=torch.long), blocks, seen
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    biased: bool
+
+
+@dataclass(frozen=True)
+class Attended:
+    """The counted rows of a probe that attend to any key, in ``spans``, and which keys any of them attends to.
+
+    ``keys`` is the range of those keys; ``causal``: each row attends to itself and all keys of the range before it.
+    """
+
+    rows: Int[Tensor, " rows"]
+    spans: list[Span]
+    seen: Bool[Tensor, " tokens"]
+    keys: slice
+    causal: bool
+
+    def blocks(self, inputs: AttentionInputs, item: int) -> list[Block]:
+        """Return the spans with the mask of a layer."""
+        visibility = Visibility.of(inputs, item, self.rows.device)
+        blocks = []
+        for start, stop, first, last, biased in self.spans:
+            visible, extra = visibility.at(self.rows[start:stop])
+            bias = extra[:, first:last] if biased and extra is not None else None
+            blocks.append(Block(start, stop, first, last, ~visible[:, first:last], bias))
+        return blocks
+
+
+class Positions:
+    """The counted positions of a batch, and what follows from them and the mask of a layer.
+
+    What decides about shapes is found on the CPU and kept for all layers with the same mask, so that a device is
+    waited for once a batch and not in every layer.
+    """
+
+    def __init__(self, counted: Shaped[Tensor, "batch tokens"]) -> None:
+        self.counted = (counted != 0).cpu()
+        self._rows: dict[tuple[int, torch.device], Tensor] = {}
+        self._attended: dict[tuple[Any, ...], tuple[Any, Attended]] = {}
+
+    def rows(self, item: int, device: torch.device) -> Int[Tensor, " rows"]:
+        """Return the counted positions of a probe."""
+        if (item, device) not in self._rows:
+            self._rows[item, device] = self.counted[item].nonzero().flatten().to(device)
+        return self._rows[item, device]
+
+    def attended(self, inputs: AttentionInputs, item: int, size: int) -> Attended:
+        """Return the counted rows of a probe that attend to any key, in spans of at most ``size``."""
+        masks, device = (inputs.mask, inputs.key_mask), inputs.query.device
+        key = (item, size, device, inputs.causal, inputs.window, *map(id, masks))
+        if key not in self._attended:
+            # The masks are kept as well: an id is only good as long as its object.
+            self._attended[key] = masks, self._find(inputs, item, size)
+        return self._attended[key][1]
+
+    def _find(self, inputs: AttentionInputs, item: int, size: int) -> Attended:
+        device, visibility = inputs.query.device, Visibility.of(inputs, item, torch.device("cpu"))
+        tokens = self.counted.shape[1]
+        spans, kept, seen = [], [self.counted.new_empty(0, dtype=torch.long)], torch.zeros(tokens, dtype=torch.bool)
+        start, causal = 0, True
+        for rows in self.counted[item].nonzero().flatten().split(size):
+            visible, extra = visibility.at(rows)
+            attends = visible.any(1)
+            rows, visible = rows[attends], visible[attends]
+            if not len(rows):
+                continue
+            keys = visible.any(0)
+            seen |= keys
+            span = keys.nonzero()
+            first, last = _widened(int(span[0]), int(span[-1]) + 1, tokens)
+            biased = extra is not None and bool((extra[attends, first:last] != 0).any())
+            spans.append(Span(start, start + len(rows), first, last, biased))
+            kept.append(rows)
+            start += len(rows)
+            begin, places = kept[1][0], torch.arange(tokens)
+            causal &= not biased and torch.equal(visible, (places >= begin) & (places <= rows[:, None]))
+        rows, places = torch.cat(kept), seen.nonzero().flatten()
+        first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+        causal &= len(rows) == last - first
+        return Attended(rows.to(device), spans, seen.to(device), slice(first, last), causal)
+
+
+class Visibility(NamedTuple):
+    """Which keys the positions of one probe attend to, in one layer; fields as in ``AttentionInputs``."""
+
+    tokens: int
+    causal: bool
+    window: int | None
+    key_mask: Shaped[Tensor, " tokens"] | None
+    mask: Shaped[Tensor, "tokens tokens"] | None
+
+    @staticmethod
+    def of(inputs: AttentionInputs, item: int, device: torch.device) -> Visibility:
+        """Return that of probe ``item``, on a device."""
+        key_mask = None if inputs.key_mask is None else inputs.key_mask[item].to(device)
+        mask = None if inputs.mask is None else inputs.mask[item % len(inputs.mask), 0].to(device)
+        return Visibility(inputs.query.shape[1], inputs.causal, inputs.window, key_mask, mask)
+
+    def at(self, rows: Int[Tensor, " rows"]) -> tuple[Bool[Tensor, "rows tokens"], Float[Tensor, "rows tokens"] | None]:
+        """Return which keys each row attends to, and the finite part of an additive mask."""
+        if self.mask is not None:
+            mask = self.mask[rows]
+            if not mask.is_floating_point():
+                return mask.bool(), None
+            visible = mask > torch.finfo(mask.dtype).min / 2
+            return visible, torch.where(visible, mask, 0.0)
+        keys = torch.arange(self.tokens, device=rows.device)
+        visible = torch.ones(len(rows), self.tokens, dtype=torch.bool, device=rows.device)
+        if self.causal:
+            visible &= keys <= rows[:, None]
+        if self.window is not None:
+            visible &= keys > rows[:, None] - self.window
+        if self.key_mask is not None:
+            visible &= self.key_mask != 0
+        return visible, None
 
 
 def _widened(first: int, last: int, tokens: int) -> tuple[int, int]:
@@ -91,28 +192,6 @@ def _widened(first: int, last: int, tokens: int) -> tuple[int, int]:
     missing = -(last - first) % key_step(last - first)
     below = min(missing, first)
     return first - below, min(tokens, last + missing - below)
-
-
-def _visible(
-    inputs: AttentionInputs, item: int, rows: Int[Tensor, " rows"]
-) -> tuple[Bool[Tensor, "rows tokens"], Float[Tensor, "rows tokens"] | None]:
-    """Return which keys each row attends to, and the finite part of an additive mask if it is not all zero."""
-    if inputs.mask is not None:
-        mask = inputs.mask[item % len(inputs.mask), 0].to(rows.device)[rows]
-        if not mask.is_floating_point():
-            return mask.bool(), None
-        visible = mask > torch.finfo(mask.dtype).min / 2
-        extra = torch.where(visible, mask, 0.0)
-        return visible, extra if bool((extra != 0).any()) else None
-    keys = torch.arange(inputs.query.shape[1], device=rows.device)
-    visible = torch.ones(len(rows), len(keys), dtype=torch.bool, device=rows.device)
-    if inputs.causal:
-        visible &= keys <= rows[:, None]
-    if inputs.window is not None:
-        visible &= keys > rows[:, None] - inputs.window
-    if inputs.key_mask is not None:
-        visible &= inputs.key_mask[item].to(rows.device) != 0
-    return visible, None
 
 
 def product(weights: Float[Tensor, "*dims rows keys"], values: Float[Tensor, "width keys"]) -> Tensor:

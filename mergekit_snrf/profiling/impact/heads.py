@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, block_size, product, row_blocks
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, Positions, block_size, product
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, working_dtype
 
 
@@ -113,6 +113,7 @@ class HeadGroup:
     Attributes:
         index: the key head.
         rows: positions of the counted query rows, with ``weights`` w_i, in ``blocks``.
+        keys: the range of the keys that any row attends to.
         query: n query heads at the counted rows.
         key: the key head at all tokens.
         values: the value head less its mean, transposed. A' and A both sum to 1, so the mean drops out of
@@ -124,6 +125,7 @@ class HeadGroup:
     rows: Int[Tensor, " rows"]
     weights: Float[Tensor, " rows"]
     blocks: list[Block]
+    keys: slice
     scaling: float
     softcap: float | None
     query: Side
@@ -245,18 +247,29 @@ class HeadGroup:
 
 
 def head_groups(
-    inputs: AttentionInputs, item: int, weights: Float[Tensor, " tokens"], block_bytes: int | None = None
+    inputs: AttentionInputs,
+    item: int,
+    weights: Float[Tensor, " tokens"],
+    positions: Positions,
+    block_bytes: int | None = None,
+    *,
+    fused: bool = False,
 ) -> Iterator[HeadGroup]:
-    """Yield the groups of heads of probe ``item``; rows of weight 0, and those that attend to nothing, are left out."""
+    """Yield the groups of heads of probe ``item``; rows that do not count or attend to nothing are left out.
+
+    ``fused``: for fused attention, which takes all rows in one block, or none where the mask is causal.
+    """
     dtype = working_dtype(inputs.query)
     tokens, head_dim, kv_heads = len(weights), inputs.head_dim, inputs.kv_heads
     elements = max(tokens, block_size(inputs.query.device, block_bytes) // dtype.itemsize)
-    size = min(QUERY_ROWS, 1 << ((elements // tokens).bit_length() - 1))
-    rows, blocks, seen = row_blocks(inputs, item, weights, size)
-    if not blocks:
+    size = tokens if fused else min(QUERY_ROWS, 1 << ((elements // tokens).bit_length() - 1))
+    attended = positions.attended(inputs, item, size)
+    if not attended.spans:
         return
+    blocks = [] if fused and attended.causal else attended.blocks(inputs, item)
+    rows, seen = attended.rows, attended.seen
     weights = weights[rows].to(dtype)
-    buffer = weights.new_empty(max(elements, max(block.hidden.numel() for block in blocks)))
+    buffer = weights.new_empty(max([elements, *(block.hidden.numel() for block in blocks)]))
     rotary = Rotary.of(inputs.cos, inputs.sin, item, head_dim, weights)
     rotary_rows = rotary.at(rows)
     for index in range(kv_heads):
@@ -272,6 +285,7 @@ def head_groups(
             rows=rows,
             weights=weights,
             blocks=blocks,
+            keys=attended.keys,
             scaling=inputs.scaling,
             softcap=inputs.softcap,
             query=Side.of(query[rows].unflatten(-1, (-1, head_dim)), inputs.query_norm, inputs.norm_eps, rotary_rows),
@@ -283,6 +297,6 @@ def head_groups(
         )
 
 
-def energy(change: Float[Tensor, "dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, " dims"]:
+def energy(change: Float[Tensor, "*dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, "*dims"]:
     """Return ``sum_i w_i ||change_i||^2``, float64."""
     return (change.square().sum(-1) @ weights).double()

@@ -148,8 +148,13 @@ def position_weights(
     weights: Shaped[Tensor, "batch tokens"] | None,
     default: Shaped[Tensor, "batch tokens"] | None,
     like: Float[Tensor, "batch tokens width"],
+    *,
+    trusted: bool = False,
 ) -> Float[Tensor, "batch tokens"]:
-    """Return w_i >= 0 of every position of ``like`` in its working dtype, by default 1 where ``default`` is nonzero."""
+    """Return w_i >= 0 of every position of ``like`` in its working dtype, by default 1 where ``default`` is nonzero.
+
+    ``trusted`` weights are known to be finite and not negative: to check them is to wait for the device.
+    """
     dtype = working_dtype(like)
     if weights is None:
         if default is None:
@@ -158,7 +163,7 @@ def position_weights(
     if weights.shape != like.shape[:2]:
         raise ValueError(f"weights must have shape {list(like.shape[:2])}, got {list(weights.shape)}")
     weights = weights.to(like.device, dtype)
-    if not bool(((weights >= 0) & weights.isfinite()).all()):
+    if not trusted and not bool(((weights >= 0) & weights.isfinite()).all()):
         raise ValueError("weights must be finite and not negative")
     return weights
 
@@ -169,7 +174,9 @@ def full_precision(device_type: str) -> Iterator[None]:
 
     An impact is a difference of nearly equal outputs; shorter products would leave nothing of it.
     """
-    with torch.autocast(device_type, enabled=False), ExitStack() as stack:
+    with ExitStack() as stack:
+        if torch.amp.is_autocast_available(device_type):
+            stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
             before = torch.get_float32_matmul_precision()
         except RuntimeError:

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import block_size
+from mergekit_snrf.profiling.impact.blocks import Positions, block_size
 from mergekit_snrf.profiling.impact.heads import HeadGroup, head_groups
 from mergekit_snrf.profiling.impact.inputs import (
     AttentionInputs,
@@ -42,6 +42,7 @@ def attention_impact(
     readout: Readout | None = None,
     block_bytes: int | None = None,
     *,
+    positions: Positions | None = None,
     backend: Backend = "auto",
 ) -> AttentionScores:
     """Return the impact of every attn.q, attn.k and attn.v neuron on each probe (Eq. 14), exact up to rounding.
@@ -55,6 +56,7 @@ def attention_impact(
             nothing. None counts the positions of ``inputs.key_mask``, or all.
         readout: measure after o_proj (site post_o); None measures before it (site pre_o).
         block_bytes: size of a block of changed scores. Results agree for all sizes up to rounding.
+        positions: those with a weight, found before; then ``weights`` are not checked again.
         backend: ``blocked`` for the kernel of ``heads``, ``sdpa`` for fused attention, ``auto`` for the one that
             suits the device.
     """
@@ -64,7 +66,7 @@ def attention_impact(
         found = f"the inputs have {inputs.heads} of size {inputs.value_dim}"
         raise ValueError(f"readout is for {heads} heads of size {size}, {found}")
     of_group = sdpa_squares if sdpa else HeadGroup.impact_squares
-    squares = sums_of(inputs, weights, block_bytes, lambda group: of_group(group, readout))
+    squares = sums_of(inputs, weights, block_bytes, positions, lambda group: of_group(group, readout), fused=sdpa)
     return AttentionScores(*(square.sqrt().to(working_dtype(inputs.query)) for square in squares))
 
 
@@ -75,17 +77,21 @@ def sums_of(
     inputs: AttentionInputs,
     weights: Float[Tensor, "batch tokens"] | None,
     block_bytes: int | None,
+    positions: Positions | None,
     sums: Callable[[HeadGroup], GroupSums],
+    *,
+    fused: bool = False,
 ) -> AttentionScores:
     """Return what ``sums`` gives for the query, key and value neurons of every group of heads, float64."""
-    weights = position_weights(weights, inputs.key_mask, inputs.query)
+    weights = position_weights(weights, inputs.key_mask, inputs.query, trusted=positions is not None)
+    positions = positions or Positions(weights)
     query, key, value = (
         projection.new_zeros(projection.shape[::2], dtype=torch.float64)
         for projection in (inputs.query, inputs.key, inputs.value)
     )
     with full_precision(inputs.query.device.type):
         for item, counted in enumerate(weights):
-            for group in head_groups(inputs, item, counted, block_bytes):
+            for group in head_groups(inputs, item, counted, positions, block_bytes, fused=fused):
                 q, k, v = sums(group)
                 query[item].view(inputs.kv_heads, -1)[group.index] = q.flatten()
                 key[item].view(inputs.kv_heads, -1)[group.index] = k
@@ -102,13 +108,14 @@ def attention_output(
     Where it differs from what the model gave to o_proj, the inputs do not describe the layer, nor would the impacts.
     """
     weights = position_weights(weights, inputs.key_mask, inputs.query)
+    positions = Positions(weights)
     batch, tokens, _ = inputs.query.shape
     output = inputs.query.new_zeros(
         batch, tokens, inputs.kv_heads, inputs.heads // inputs.kv_heads, inputs.value_dim, dtype=weights.dtype
     )
     with full_precision(inputs.query.device.type):
         for item, counted in enumerate(weights):
-            for group in head_groups(inputs, item, counted):
+            for group in head_groups(inputs, item, counted, positions):
                 for block in group.blocks:
                     attended = torch.stack([group.attend(block, base) for base in group.base_scores(block)], 1)
                     output[item, group.rows[block.rows], group.index] = attended + group.value_mean
@@ -120,6 +127,7 @@ def ffn_impact(
     hidden: Float[Tensor, "batch tokens intermediate"],
     down: Float[Tensor, "hidden intermediate"] | Float[Tensor, " intermediate"],
     weights: Float[Tensor, "batch tokens"] | None = None,
+    positions: Positions | None = None,
 ) -> Float[Tensor, "batch intermediate"]:
     """Return the impact of every FFN neuron on each probe, ``||H[:, k]|| ||W_down[:, k]||`` (Eq. 14, 17).
 
@@ -129,7 +137,7 @@ def ffn_impact(
     Args:
         hidden: H = act(gate) * up, the input of down_proj.
         down: ``down_proj.weight``, or the norms of its columns from ``column_norms``, made once a layer.
-        weights: as for ``attention_impact``; None counts all.
+        weights, positions: as for ``attention_impact``; None counts all.
     """
     if hidden.ndim != 3 or down.ndim not in (1, 2) or down.shape[-1] != hidden.shape[2]:
         wanted = (
@@ -137,7 +145,7 @@ def ffn_impact(
         )
         raise ValueError(f"{wanted}, got {list(hidden.shape)} and {list(down.shape)}")
     norms = column_norms(down) if down.ndim == 2 else down
-    squares = sum_over_positions(hidden, weights, torch.square)
+    squares = sum_over_positions(hidden, weights, positions, torch.square)
     return (squares.sqrt() * norms.to(squares)).to(working_dtype(hidden))
 
 
@@ -152,13 +160,15 @@ def column_norms(down: Float[Tensor, "hidden intermediate"]) -> Float[Tensor, " 
 def sum_over_positions(
     tensor: Float[Tensor, "batch tokens width"],
     weights: Float[Tensor, "batch tokens"] | None,
+    positions: Positions | None,
     function: Callable[[Tensor], Tensor],
 ) -> Float[Tensor, "batch width"]:
     """Return ``sum_i w_i f(x_i)`` for every probe, in float64, over blocks of the counted positions."""
-    weights = position_weights(weights, None, tensor)
+    weights = position_weights(weights, None, tensor, trusted=positions is not None)
+    positions = positions or Positions(weights)
     total = tensor.new_zeros(tensor.shape[::2], dtype=torch.float64)
     step = max(1, block_size(tensor.device, None) // (8 * tensor.shape[2]))
     for item, counted in enumerate(weights):
-        for rows in counted.nonzero().flatten().split(step):
+        for rows in positions.rows(item, tensor.device).split(step):
             total[item] += counted[rows].double() @ function(tensor[item, rows].double())
     return total

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import product
+from mergekit_snrf.profiling.impact.blocks import Positions, product
 from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, energy
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, working_dtype
 from mergekit_snrf.profiling.impact.layer import AttentionScores, GroupSums, sum_over_positions, sums_of
@@ -17,6 +17,7 @@ def released_attention_scores(
     inputs: AttentionInputs,
     weights: Float[Tensor, "batch tokens"] | None = None,
     block_bytes: int | None = None,
+    positions: Positions | None = None,
 ) -> AttentionScores:
     """Return what the paper's released code ranks attention neurons by, which is not Eq. 14; as ``attention_impact``.
 
@@ -26,18 +27,20 @@ def released_attention_scores(
     - attn.k: the same numbers, summed over the query heads that read the key row.
     - attn.v: sum over positions of |attention output|, summed over the query heads that read the value row.
     """
-    sums = sums_of(inputs, weights, block_bytes, _group_sums)
+    sums = sums_of(inputs, weights, block_bytes, positions, _group_sums)
     return AttentionScores(*(one.to(working_dtype(inputs.query)) for one in sums))
 
 
 @torch.no_grad()
 def released_ffn_scores(
-    up: Float[Tensor, "batch tokens intermediate"], weights: Float[Tensor, "batch tokens"] | None = None
+    up: Float[Tensor, "batch tokens intermediate"],
+    weights: Float[Tensor, "batch tokens"] | None = None,
+    positions: Positions | None = None,
 ) -> Float[Tensor, "batch intermediate"]:
     """Return the released code's score of fwd.up and fwd.down alike: sum over positions of ``|up_proj(x)|``."""
     if up.ndim != 3:
         raise ValueError(f"up must have shape [batch, tokens, intermediate], got {list(up.shape)}")
-    return sum_over_positions(up, weights, torch.abs).to(working_dtype(up))
+    return sum_over_positions(up, weights, positions, torch.abs).to(working_dtype(up))
 
 
 def _group_sums(group: HeadGroup) -> GroupSums:

@@ -42,16 +42,18 @@ def sdpa_squares(
     for head in range(heads):
         for dims in attention.batches(neurons, 1):
             changed = _without(group.query, head, dims, group.partner)
-            change = attention(changed[:, None], attention.key[None, None])[:, 0] - outputs[head]
+            change = attention(changed[:, None], attention.key[None, None])[:, 0].sub_(outputs[head])
             if readout is not None:
                 change = change @ readout.heads[group.index * heads + head].to(change).mT
             query[head, dims] = energy(change, group.weights)
     for dims in attention.batches(neurons, heads):
         changed = _without(group.key, 0, dims, group.partner)[:, attention.keys]
-        change = (attention(queries[None], changed[:, None]) - outputs).transpose(1, 2).flatten(2)
-        if readout is not None:
-            change = change @ readout.groups[group.index].to(change).mT
-        key[dims] = energy(change, group.weights)
+        change = attention(queries[None], changed[:, None]).sub_(outputs)
+        if readout is None:
+            key[dims] = energy(change, group.weights).sum(-1)
+        else:
+            joint = change.transpose(1, 2).flatten(2) @ readout.groups[group.index].to(change).mT
+            key[dims] = energy(joint, group.weights)
     return query, key, group.value_squares(list(outputs), group.weights, readout)
 
 
@@ -59,20 +61,19 @@ class _Attention:
     """Fused attention of the counted rows of a group to the keys that any of them attends to."""
 
     def __init__(self, group: HeadGroup) -> None:
-        mask = group.values.new_full((len(group.rows), group.values.shape[1]), -torch.inf)
-        for block in group.blocks:
-            mask[block.rows, block.keys] = block.bias(group.values)
-        seen = (mask > -torch.inf).any(0).nonzero()
-        self.keys = slice(int(seen[0]), int(seen[-1]) + 1)
-        mask = mask[:, self.keys]
+        self.keys = group.keys
         self.key = group.key.rotated[self.keys, 0]
         self._values = group.values[:, self.keys].mT.contiguous()
         self._scaling = group.scaling
-        self._batch = group.buffer.numel() // (max(mask.shape) * (self.key.shape[1] + len(group.values)))
-        later = torch.ones_like(mask, dtype=torch.bool).triu_(1)
-        causal = mask.shape[0] == mask.shape[1] and torch.equal(mask, mask.new_zeros(()).masked_fill(later, -torch.inf))
+        longest = max(len(group.rows), len(self.key))
+        self._batch = group.buffer.numel() // (longest * (self.key.shape[1] + len(group.values)))
         # Flash attention has no mask of its own.
-        self._mask: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": mask}
+        self._mask: dict[str, Any] = {"is_causal": True}
+        if group.blocks:
+            mask = group.values.new_full((len(group.rows), group.values.shape[1]), -torch.inf)
+            for block in group.blocks:
+                mask[block.rows, block.keys] = block.bias(group.values)
+            self._mask = {"attn_mask": mask[:, self.keys]}
 
     def __call__(
         self, query: Float[Tensor, "#batch n rows head_dim"], key: Float[Tensor, "#batch #n keys head_dim"]

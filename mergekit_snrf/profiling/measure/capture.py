@@ -66,6 +66,7 @@ def run_layers(
         up: capture the output of up_proj as well.
     """
     visited: list[int] = []
+    norms = [_norms(decoder, index) for index in range(len(decoder.layers))]
 
     def finished(index: int, seen: dict[str, Any], stream: Tensor) -> None:
         if index in visited:
@@ -76,7 +77,7 @@ def run_layers(
             where = f"{decoder.model}: {decoder.path}.{index}.{missing[0]}"
             raise _unsupported(where, "did not run as a module of the layer")
         visited.append(index)
-        attention = _attention_inputs(decoder, index, seen, attention_mask)
+        attention = _attention_inputs(decoder, index, seen, attention_mask, norms[index])
         up, hidden = seen.get(PROJECTIONS["fwd.up"].module), seen[PROJECTIONS["fwd.down"].module]
         visit(CapturedLayer(index, layer, attention, seen[_OUTPUT], up, hidden, stream))
 
@@ -124,21 +125,32 @@ def _hooked(
         seen.clear()
 
 
+def _norms(decoder: LiveDecoder, index: int) -> tuple[Tensor | None, Tensor | None, float]:
+    """Return what q_norm and k_norm of a layer multiply with, and their epsilon."""
+    attention = decoder.layers[index].get_submodule("self_attn")
+    where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
+    query, key = (
+        _norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim)
+        for name in ("q_norm", "k_norm")
+    )
+    epsilons = {epsilon for _, epsilon in (query, key) if epsilon is not None}
+    if len(epsilons) > 1:
+        raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
+    return query[0], key[0], epsilons.pop() if epsilons else 1e-6
+
+
 def _attention_inputs(
-    decoder: LiveDecoder, index: int, seen: dict[str, Any], attention_mask: Tensor
+    decoder: LiveDecoder,
+    index: int,
+    seen: dict[str, Any],
+    attention_mask: Tensor,
+    norms: tuple[Tensor | None, Tensor | None, float],
 ) -> AttentionInputs:
     attention = decoder.layers[index].get_submodule("self_attn")
     call = _arguments(seen["call"])
     where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
     query, key, value = (seen[PROJECTIONS[name].module] for name in ("attn.q", "attn.k", "attn.v"))
     cos, sin = _rotary_tables(where, attention, call)
-    norms = [
-        _norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim)
-        for name in ("q_norm", "k_norm")
-    ]
-    epsilons = {epsilon for _, epsilon in norms if epsilon is not None}
-    if len(epsilons) > 1:
-        raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
     # The mask that the layer was given is the truth: images may see each other in both directions.
     mask = call.get("attention_mask")
     mask = _whole_mask(where, mask, query) if isinstance(mask, Tensor) and mask.ndim > 2 else None
@@ -152,9 +164,9 @@ def _attention_inputs(
             scaling=float(getattr(attention, "scaling", decoder.shape.head_dim**-0.5)),
             cos=cos,
             sin=sin,
-            query_norm=norms[0][0],
-            key_norm=norms[1][0],
-            norm_eps=epsilons.pop() if epsilons else 1e-6,
+            query_norm=norms[0],
+            key_norm=norms[1],
+            norm_eps=norms[2],
             softcap=getattr(attention, "attn_logit_softcapping", None),
             causal=bool(getattr(attention, "is_causal", True) if (given := call.get("is_causal")) is None else given),
             window=None if mask is not None else _window(attention),
@@ -225,7 +237,7 @@ def _whole_mask(where: str, mask: Tensor, query: Tensor) -> Tensor:
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2:] != (tokens, tokens):
         found = f"an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens"
         raise _unsupported(where, f"{found} is unknown")
-    return mask.detach()
+    return mask
 
 
 def _window(attention: Any) -> int | None:

@@ -34,7 +34,9 @@ def watched_inputs(
     Later passes of the same batch, as ``weight: gradient`` makes them, are not visited again. ``visit`` takes float32,
     or float64 of a float64 model. ``SnrfError``: an input was not seen, or has another size.
     """
-    sizes, seen, unpadded = input_sizes(decoder), set[InputSite](), bool(counted.all())
+    sizes, seen = input_sizes(decoder), set[InputSite]()
+    # Found once: a boolean index would wait for the device at every input.
+    places = None if bool(counted.all()) else counted.flatten().nonzero().flatten()
 
     def hook(site: InputSite) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -46,7 +48,8 @@ def watched_inputs(
                 what = f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]"
                 remedy = "the model is not supported"
                 raise SnrfError(f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}", what, remedy)
-            rows = tensor.flatten(0, 1) if unpadded else tensor[counted.to(tensor.device)]
+            rows = tensor.flatten(0, 1)
+            rows = rows if places is None else rows[places.to(tensor.device)]
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
             visit(site, rows)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -14,6 +15,7 @@ from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder, weight_of
 from mergekit_snrf.neurons.sites import Site
+from mergekit_snrf.profiling.impact.blocks import Positions
 from mergekit_snrf.profiling.impact.inputs import Readout
 from mergekit_snrf.profiling.impact.layer import (
     AttentionScores,
@@ -121,28 +123,24 @@ class Meter:
         counted = batch.attention_mask != 0
         if self.measure.tokens == "answer":
             counted &= batch.answer_mask
-        for number, probe in zip(batch.numbers, counted, strict=True):
+        positions = Positions(counted)
+        for number, probe in zip(batch.numbers, positions.counted, strict=True):
             if not bool(probe.any()):
                 what = f"probe {number} has no token that counts with {self.measure.tokens!r}"
                 raise SnrfError(self.decoder.model, what, "leave out the row, or count all tokens", field="tokens")
         found: dict[Site, Tensor] = {}
+        unfit: dict[Site, Tensor] = {}
         gradients: list[LayerGradient] = []
         if self.measure.weight == "gradient":
             gradients = layer_gradients(self.model, self.decoder, lambda: run_once(self.model, batch.inputs), counted)
 
         def visit(layer: CapturedLayer) -> None:
-            self._check_finite(layer, batch)
-            gradient = gradients[layer.index] if gradients else None
-            weights, ffn_weights = self._position_weights(layer, counted, gradient)
+            unfit.update(_not_finite(layer, batch.attention_mask))
             if not self._checked:
+                self._refuse(unfit, batch)
                 check_attention(self.decoder, layer, batch.attention_mask)
-            attention = self._attention(layer, weights)
-            values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
-            values["fwd.up"] = self._ffn(layer, ffn_weights)
-            for projection, value in values.items():
-                value = value.cpu()
-                self._refuse(layer, projection, batch, ~value.isfinite().all(-1))
-                found[Site(layer.index, projection)] = value
+            gradient = gradients[layer.index] if gradients else None
+            found.update(self.layer_impacts(layer, positions, counted, gradient))
 
         run_layers(
             self.decoder,
@@ -151,9 +149,27 @@ class Meter:
             visit,
             up=self.measure.scoring == "released",
         )
+        # To look at a number on a device is to wait for it, so that all is looked at after the last layer.
+        found = {site: value.cpu() for site, value in found.items()}
+        wrong = {site: unfit[site].cpu() | ~value.isfinite().all(-1) for site, value in found.items()}
+        self._refuse(wrong, batch)
         self._check_gradients(gradients, counted, batch)
         self._checked = True
         return found
+
+    def layer_impacts(
+        self,
+        layer: CapturedLayer,
+        positions: Positions,
+        counted: Bool[Tensor, "batch tokens"],
+        gradient: LayerGradient | None = None,
+    ) -> dict[Site, Float[Tensor, "probes neurons"]]:
+        """Return the impacts of one layer where it was computed; nothing here waits for the device."""
+        weights, ffn_weights = self._position_weights(layer, counted, gradient)
+        attention = self._attention(layer, weights, positions)
+        values = {"attn.q": attention.query, "attn.k": attention.key, "attn.v": attention.value}
+        values["fwd.up"] = self._ffn(layer, ffn_weights, positions)
+        return {Site(layer.index, projection): value for projection, value in values.items()}
 
     def _position_weights(
         self, layer: CapturedLayer, counted: Bool[Tensor, "batch tokens"], gradient: LayerGradient | None
@@ -177,9 +193,11 @@ class Meter:
         weight = torch.where(counted, weight, 0.0)
         return weight, weight
 
-    def _attention(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> AttentionScores:
+    def _attention(
+        self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"], positions: Positions
+    ) -> AttentionScores:
         if self.measure.scoring == "released":
-            return released_attention_scores(layer.attention, weights, self._block_bytes)
+            return released_attention_scores(layer.attention, weights, self._block_bytes, positions)
         readout = None
         if self.measure.site == "post_o":
             output = weight_of(layer.module.get_submodule("self_attn.o_proj"))
@@ -188,27 +206,19 @@ class Meter:
         if self._backend == "sdpa" and layer.attention.softcap is not None:
             what = "caps its attention scores, which 'sdpa' cannot"
             raise SnrfError(self.decoder.model, what, "use 'auto'", field="backend")
-        return attention_impact(layer.attention, weights, readout, self._block_bytes, backend=self._backend)
+        return attention_impact(
+            layer.attention, weights, readout, self._block_bytes, positions=positions, backend=self._backend
+        )
 
-    def _ffn(self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch intermediate"]:
+    def _ffn(
+        self, layer: CapturedLayer, weights: Float[Tensor, "batch tokens"], positions: Positions
+    ) -> Float[Tensor, "batch intermediate"]:
         if self.measure.scoring == "released":
             assert layer.up is not None
-            return released_ffn_scores(layer.up, weights)
+            return released_ffn_scores(layer.up, weights, positions)
         if layer.index not in self._column_norms:
             self._column_norms[layer.index] = column_norms(weight_of(layer.module.get_submodule("mlp.down_proj")))
-        return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights)
-
-    def _check_finite(self, layer: CapturedLayer, batch: ProbeBatch) -> None:
-        """Name the first projection that gives NaN or infinite values at a real token."""
-        captured = {
-            "attn.q": layer.attention.query,
-            "attn.k": layer.attention.key,
-            "attn.v": layer.attention.value,
-            "fwd.up": layer.hidden if layer.up is None else layer.up,
-        }
-        for projection, tensor in captured.items():
-            wrong = ~tensor.isfinite().all(-1) & (batch.attention_mask != 0).to(tensor.device)
-            self._refuse(layer, projection, batch, wrong.any(-1))
+        return ffn_impact(layer.hidden, self._column_norms[layer.index].to(layer.hidden.device), weights, positions)
 
     def _check_gradients(
         self, gradients: list[LayerGradient], counted: Bool[Tensor, "batch tokens"], batch: ProbeBatch
@@ -222,15 +232,33 @@ class Meter:
                 remedy = "load the model in a dtype of more range such as float32, or weight by 'residual'"
                 raise SnrfError(self.decoder.model, what, remedy, field="weight")
 
-    def _refuse(self, layer: CapturedLayer, projection: str, batch: ProbeBatch, wrong: Bool[Tensor, " probes"]) -> None:
-        if bool(wrong.any()):
-            number = batch.numbers[int(wrong.nonzero()[0])]
-            raise SnrfError(
-                self.decoder.model,
-                f"layer {layer.index}, {projection} gives NaN or infinite values on probe {number}",
-                f"check the weights of {self.decoder.path}.{layer.index}, or load the model in a dtype of more range "
-                f"such as float32",
-            )
+    def _refuse(self, wrong: Mapping[Site, Bool[Tensor, " probes"]], batch: ProbeBatch) -> None:
+        """Name the first projection that gives NaN or infinite values, and its first probe."""
+        for site, probes in wrong.items():
+            if bool(probes.any()):
+                number = batch.numbers[int(probes.nonzero()[0])]
+                raise SnrfError(
+                    self.decoder.model,
+                    f"layer {site.layer}, {site.projection} gives NaN or infinite values on probe {number}",
+                    f"check the weights of {self.decoder.path}.{site.layer}, or load the model in a dtype of more "
+                    f"range such as float32",
+                )
+
+
+def _not_finite(
+    layer: CapturedLayer, attention_mask: Shaped[Tensor, "batch tokens"]
+) -> dict[Site, Bool[Tensor, " probes"]]:
+    """Return for each projection the probes on which it gives NaN or infinite values at a real token."""
+    captured = {
+        "attn.q": layer.attention.query,
+        "attn.k": layer.attention.key,
+        "attn.v": layer.attention.value,
+        "fwd.up": layer.hidden if layer.up is None else layer.up,
+    }
+    return {
+        Site(layer.index, projection): (~tensor.isfinite().all(-1) & (attention_mask != 0).to(tensor.device)).any(-1)
+        for projection, tensor in captured.items()
+    }
 
 
 def check_attention(decoder: LiveDecoder, layer: CapturedLayer, attention_mask: Shaped[Tensor, "batch tokens"]) -> None:

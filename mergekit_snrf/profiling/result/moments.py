@@ -24,14 +24,23 @@ DEFAULT_SKETCH = 512
 OVERSAMPLING = 2
 """Random directions of a sketch for every eigenvector that is kept."""
 
-# Rows of a panel of a symmetric sum: left of it nothing is computed or kept.
-_PANEL = 192
+# Rows of a panel of a symmetric sum, left of which nothing is computed or kept: narrow ones waste less, wide ones
+# multiply faster where the inputs outgrow the cache.
+_NARROW, _WIDE, _NARROW_SIDE = 96, 256, 1024
 
 
 @lru_cache(maxsize=4)
 def _directions(size: int, width: int, seed: int) -> Float[Tensor, "size width"]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, width, generator=generator) / math.sqrt(width)
+
+
+@lru_cache(maxsize=4)
+def _moved(
+    directions: Float[Tensor, "size width"], device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "size width"]:
+    """Return directions on a device: one copy for all inputs, not one for each."""
+    return directions.to(device, dtype)
 
 
 @dataclass
@@ -65,7 +74,8 @@ class InputSum:
 
     def _panels(self) -> list[tuple[int, int]]:
         """Return height and width of every panel of a dense sum."""
-        return [(min(_PANEL, self.size - start), self.size - start) for start in range(0, self.size, _PANEL)]
+        step = _NARROW if self.size <= _NARROW_SIDE else _WIDE
+        return [(min(step, self.size - start), self.size - start) for start in range(0, self.size, step)]
 
     def _split(self) -> list[Float[Tensor, "height width"]]:
         panels = self._panels()
@@ -73,24 +83,41 @@ class InputSum:
         return [part.view(panel) for part, panel in zip(parts, panels, strict=True)]
 
     def add(self, rows: Float[Tensor, "tokens d"]) -> None:
-        """Add inputs, clipped."""
+        """Add inputs, clipped; nothing here waits for a device that has room for the sum."""
+        self._join(rows.device)
         norms = rows.norm(dim=1)
-        if len(rows):
-            self.largest.clamp_(min=float(norms.max()))
         long = norms > self.clip
-        clipped = int(long.sum())
-        if self.clip and clipped:
-            rows = rows * torch.where(long, self.clip / norms, 1.0)[:, None]
+        if len(rows):
+            torch.maximum(self.largest, norms.max().to(self.largest), out=self.largest)
+        # To ask whether any is too long is to wait for a device, and cheaper than a pass over them on a CPU.
+        if self.clip and (rows.device.type != "cpu" or bool(long.any())):
+            rows = rows * torch.where(long, self.clip / norms, 1.0).unsqueeze(1)
             norms = norms.clamp_max(self.clip)
-        self.counts += torch.tensor([float(norms.double().square().sum()), len(rows), clipped], dtype=torch.float64)
+        squared = norms.double().square().sum()
+        added = torch.stack([squared, torch.full_like(squared, len(rows)), long.sum().to(squared)])
+        self.counts += added.to(self.counts)
         if self.directions is not None:
-            self.total.add_((rows.mT @ (rows @ self.directions.to(rows))).to(self.total.device))
+            directions = _moved(self.directions, rows.device, rows.dtype)
+            self.total.add_((rows.mT @ (rows @ directions)).to(self.total.device))
             return
         for panel in self._split():
             height, width = panel.shape
             right = rows[:, self.size - width :]
             # Added as float32, without a float64 copy of the product.
             panel.add_((right[:, :height].mT @ right).to(panel.device))
+
+    def _join(self, device: torch.device) -> None:
+        """Move the sums to a CUDA device; the large one only if a quarter of the memory stays free."""
+        if device.type != "cuda" or self.total.device == device:
+            return
+        self.counts, self.largest = self.counts.to(device), self.largest.to(device)
+        free, memory = torch.cuda.mem_get_info(device)
+        if free - self.total.nbytes > memory / 4:
+            self.total = self.total.to(device)
+
+    def leave(self) -> None:
+        """Move the sums to the CPU."""
+        self.total, self.counts, self.largest = self.total.cpu(), self.counts.cpu(), self.largest.cpu()
 
     def normalise(self) -> None:
         """Scale the sum to trace d in float32, so that kinds of probes count alike and take less memory."""
@@ -152,9 +179,10 @@ class MomentSums(Sums):
         return min(self._sketch, size)
 
     def parts(self) -> dict[str, tuple[Tensor, str]]:
-        """Return the tensors of every input."""
+        """Return the tensors of every input, on the CPU."""
         found = {}
         for site, one in self.sums.items():
+            one.leave()
             found[f"{site.key}.total"] = one.total, "sum"
             found[f"{site.key}.counts"] = one.counts, "sum"
             found[f"{site.key}.largest"] = one.largest, "max"
