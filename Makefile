@@ -40,6 +40,9 @@ bench: $(VENV)/.installed
 		$(BIN)/python benchmarks/patch.py --size $$size --json build/bench/patch-$$size.json \
 			| tee build/bench/patch-$$size.txt || exit 1; \
 	done
+	$(BIN)/python benchmarks/merge.py --size 7B-4layers --only regmean --sketch 512 \
+		--json build/bench/merge-sketch.json | tee build/bench/merge-sketch.txt
+	$(BIN)/python benchmarks/table.py build/bench
 
 # Processors that need torchvision, which belongs to one release of torch: an environment of their own.
 pictures: $(PICTURES)/.installed

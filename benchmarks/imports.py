@@ -28,7 +28,7 @@ COMMANDS = {
     "snrf --help": ["-c", SNRF, "--help"],
 }
 # Bars of the CPU time relative to mergekit.config.
-BARS = {PLAN: 0.7, "snrf mask show": 0.5, "snrf --help": 0.2}
+BARS = {PLAN: 0.7, "snrf mask show": 0.2, "snrf --help": 0.2}
 
 
 def import_seconds(arguments: list[str]) -> float:

@@ -69,8 +69,9 @@ def main(
             "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None)
         }
         commands |= {name: ([*mergekit, str(recipe), str(out), *options], out) for name, recipe in recipes.items()}
-        words = [*mergekit, str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads"]
-        commands |= {f"snrf, rank {ranks[0]}, {n} workers": ([*words, str(n)], out) for n in workers}
+        for n in workers:
+            words = [str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads", str(n)]
+            commands[f"snrf, rank {ranks[0]}, {n} workers"] = ([*mergekit, *words], out)
         runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
         size_mb = open_checkpoint(str(folder / "base")).bytes / 1e6
     finally:
@@ -87,6 +88,7 @@ def main(
     for rank in ranks if not only else ():
         whole, single = results[f"snrf, rank {rank}"], results[f"snrf in one layer, rank {rank}"]
         limit = LINEAR_BARS.get(size, {}).get(rank, 1.0)
+        bars.append(bar(f"snrf / linear, peak, rank {rank}", whole.peak_mb / results["linear"].peak_mb, 1))
         bars.append(bar(f"snrf / linear, wall, rank {rank}", whole.wall_s / results["linear"].wall_s, limit))
         ratio = single.wall_s / results["passthrough"].wall_s
         bars.append(bar(f"snrf in one layer / passthrough, wall, rank {rank}", ratio, 1.0))
@@ -99,9 +101,8 @@ def main(
         )
     click.echo(bars_text(bars))
     if json_path:
-        write_json(
-            json_path, "merge", threads, figures_of(runs), bars, size=size, checkpoint_mb=size_mb, cold_cache=cold
-        )
+        details = {"size": size, "checkpoint_mb": size_mb, "cold_cache": cold, "sketch": sketch}
+        write_json(json_path, "merge", threads, figures_of(runs), bars, **details)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def write_recipes(work: Path, rank: int, sketch: int | None = None) -> dict[str,
         "snrf": snrf + "all.safetensors\n",
         "snrf in one layer": snrf + "one.safetensors\n",
     }
-    moments = work / "all.moments.safetensors"
+    moments = work / f"all-{sketch or 'dense'}.moments.safetensors"
     if not moments.exists():
         write_random_moments(moments, shape.hidden_size, shape.intermediate_size, shape.layers, sketch)
     recipes["regmean"] = (

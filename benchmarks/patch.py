@@ -89,6 +89,7 @@ def main(
     bars = [
         bar("snrf patch / linear, wall", patch.wall_s / linear.wall_s, 0.5),
         bar("snrf patch of regmean / linear, wall", results[REGMEAN].wall_s / linear.wall_s, 1),
+        bar("snrf patch of regmean / linear, peak", results[REGMEAN].peak_mb / linear.peak_mb, 1),
         bar("snrf lora / linear, wall", lora.wall_s / linear.wall_s, 0.4),
         bar("snrf patch, peak GB", patch.peak_mb / 1000, 1),
         bar("tensors in which snrf patch differs from mergekit-yaml", len(different), 0),

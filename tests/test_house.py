@@ -28,7 +28,6 @@ MANY_ARGUMENTS = {
     **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse", "fuse_neurons")},
     "mergekit_snrf/evidence/controls.py::masked_update": _KERNEL,
     "mergekit_snrf/models/edits.py::fuse_neurons": _KERNEL,
-    "mergekit_snrf/merge/lora.py::LoraConfig": "peft's own record",
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
     "mergekit_snrf/merge/plan.py::MergePlan": _RECORD,

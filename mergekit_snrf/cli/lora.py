@@ -45,6 +45,9 @@ def lora(
 
     The adapter is for the recipe's base_model, in place of a whole model.
     """
+    from mergekit_snrf.merge.imports import import_recipe_types
+
+    import_recipe_types()
     from mergekit_snrf.merge.lora import AdapterSettings, export_adapter
     from mergekit_snrf.merge.recipefile import MergeOptions, load_recipe, recipe_text
 

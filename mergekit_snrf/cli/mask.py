@@ -56,7 +56,7 @@ def show(mask_file: str, layers: bool, json_file: str | None) -> None:
 
     check_outputs(json_file)
     path = local_path(mask_file)
-    content, digest = read_mask(path, towers=True), sha256(path)
+    content, digest = read_mask(path, towers=True, framework="np"), sha256(path)
     counts = content.neurons.by_projection()
     if json_file is not None:
         provenance = content.provenance.model_dump(mode="json", exclude_none=True)

@@ -12,20 +12,24 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import safetensors
-import torch
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line
 from mergekit_snrf.files.writing import replacing
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Framework = Literal["pt", "np"]
+
 _MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
 _DAMAGED = "the file is damaged, get it again"
 _DTYPES = {
-    **{torch.bool: "BOOL", torch.int32: "I32", torch.int64: "I64"},
-    **{torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"},
+    **{"torch.bool": "BOOL", "torch.int32": "I32", "torch.int64": "I64"},
+    **{"torch.float16": "F16", "torch.bfloat16": "BF16", "torch.float32": "F32", "torch.float64": "F64"},
 }
 
 
@@ -38,6 +42,8 @@ def write(
     content: Mapping[str, Any],
 ) -> None:
     """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
+    from torch import uint8
+
     snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     header: dict[str, Any] = {"__metadata__": {"format": file_format, "version": str(version), "snrf": snrf}}
     end = 0
@@ -46,7 +52,7 @@ def write(
     for key in order:
         tensor = tensors[key]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
     # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
     text += b" " * (-len(text) % 8)
@@ -54,11 +60,13 @@ def write(
         file.write(struct.pack("<Q", len(text)) + text)
         for key in order:
             flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            file.write(flat.view(uint8).numpy().data)
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+def opened(
+    path: str | os.PathLike[str], *, file_format: str, version: int, framework: Framework = "pt"
+) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Open a file written by ``write``: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
     ``SnrfError``: it is missing, damaged, or of another format or version.
@@ -68,7 +76,7 @@ def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> I
         reason = "is not a file" if os.path.exists(path) else "does not exist"
         raise SnrfError(path, reason, f"give the path of a {file_format} file")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework=framework) as file:
             metadata = file.metadata() or {}
             _check_format(path, metadata, file_format, version)
             yield file, _content(path, metadata)
@@ -77,15 +85,19 @@ def opened(path: str | os.PathLike[str], *, file_format: str, version: int) -> I
         raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 
 
-def read(path: str | os.PathLike[str], *, file_format: str, version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(
+    path: str | os.PathLike[str], *, file_format: str, version: int, framework: Framework = "pt"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a file written by ``write``: its tensors and its JSON object; ``SnrfError`` as ``opened``.
 
-    Nothing in the file is executed or unpickled; boolean bytes other than 0 and 1 are refused.
+    With ``framework="np"`` the tensors are arrays of numpy, and torch is not imported. Nothing in the file is executed
+    or unpickled; boolean bytes other than 0 and 1 are refused.
     """
-    with opened(path, file_format=file_format, version=version) as (file, content):
+    with opened(path, file_format=file_format, version=version, framework=framework) as (file, content):
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for key, tensor in tensors.items():
-        if tensor.dtype == torch.bool and tensor.numel() and int(tensor.view(torch.uint8).max()) > 1:
+        boolean = str(tensor.dtype).removeprefix("torch.") == "bool"
+        if boolean and len(flat := np.asarray(tensor).reshape(-1)) and int(flat.view(np.uint8).max()) > 1:
             raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
     return tensors, content
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -10,14 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.delta import Matrix, difference, is_finite
+from mergekit_snrf.fusion.delta import Matrix, difference, is_finite, panels
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
 from mergekit_snrf.fusion.regmean import Filter
+from mergekit_snrf.fusion.threads import check_not_stopped
 from mergekit_snrf.fusion.updates import Update, dropped, low_rank
 from mergekit_snrf.neurons.sites import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")
 UPDATES = ("low-rank", "dare", "regmean")
+# Rows to which a filter is applied at a time.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -185,9 +189,13 @@ def _filtered(delta: Tensor, selected: Tensor, axis: int, fusion: Fusion, moment
     if fusion.rank:
         whole = moments.apply(delta) if axis == 0 else moments.apply(delta).mT
         return low_rank(whole, selected, fusion.rank, mask_first=fusion.order == "mask-then-svd")
-    if axis == 1:
+    if axis == 1 and len(selected) < moments.size:
         return Update(selected, None, moments.apply(delta, selected).mT)
-    return Update(selected, None, moments.apply(delta if len(selected) == len(delta) else delta[selected]))
+    rows = delta[selected] if axis == 0 and len(selected) < len(delta) else delta
+    for part in rows.split(_ROWS):
+        check_not_stopped()
+        part.copy_(moments.apply(part))
+    return Update(selected, None, rows if axis == 0 else rows.mT)
 
 
 def _check(
@@ -249,7 +257,9 @@ def put_neurons(
     neurons: Bool[Tensor, " neurons"],
     axis: int,
 ) -> Float[Tensor, "rows ..."]:
-    """Write the neurons of a set into a weight or bias, in place, and return it."""
+    """Write the neurons of a set into a weight or bias, in place, and return it; all neurons are the weight itself."""
+    if len(values) == len(neurons):
+        return values if axis == 0 else values.mT
     (weight if axis == 0 else weight.mT)[neurons.to(weight.device)] = values
     return weight
 
@@ -277,29 +287,40 @@ def fuse_neurons(
         return fused._replace(tensor=fused.tensor.squeeze(1))
     _check(name, (target, source, source_base), neurons, axis, fusion)
     member = neurons.to(target.device)
-    before = torch.empty(int(member.sum()), target.shape[1 - axis], dtype=target.dtype, device=target.device)
+    count = int(member.sum())
+    size = (target.shape[0], count) if axis == 1 else (count, target.shape[1])
+    # Neurons that are columns stay columns in memory: what reads and writes them goes along the rows.
+    before = torch.empty(size, dtype=target.dtype, device=target.device)
     places = member.cumsum(0)
 
     def keep(panel: slice, rows: Tensor) -> None:
-        if axis == 1:
-            before[:, panel] = rows.mT[member]
+        if count == len(member):
+            before[panel] = rows
+        elif axis == 1:
+            before[panel] = rows[:, member]
         elif len(chosen := rows[member[panel]]):
             end = int(places[panel][-1])
             before[end - len(chosen) : end] = chosen
 
     update = _update(difference(name, target, source, source_base, keep), neurons, axis, fusion, name, site, moments)
-    return _added(before, update, fusion.beta, name)
+    rounding = _add(before, update, axis, fusion.beta, name)
+    return Fused(before if axis == 0 else before.mT, update.certificate, rounding)
 
 
-def _added(before: Tensor, update: Update, beta: float, name: str) -> Fused:
-    """Add beta times the update to the selected neurons, rounding once."""
-    step = update.rows() * beta
-    exact = before.to(step.dtype) + step
-    fused = exact.to(before.dtype)
-    if not is_finite(fused):
-        what = f"the fused weights overflow {before.dtype}"
-        raise SnrfError(name, what, "merge in a wider dtype or with a lower beta")
-    norm = frobenius_norm(step) if step.numel() else 0.0
-    lost = frobenius_norm(fused.to(step.dtype) - exact) if step.numel() else 0.0
-    rounding = Rounding(update=norm, lost=lost, weights=step.numel(), changed=int((fused != before).sum()))
-    return Fused(fused, update.certificate, rounding)
+def _add(weights: Tensor, update: Update, axis: int, beta: float, name: str) -> Rounding:
+    """Add beta times the update to the selected neurons in place, rounding once; a panel of rows at a time."""
+    changed, norms, losses = 0, [0.0], [0.0]
+    for panel in panels(weights.shape):
+        before = weights[panel]
+        step = update.rows(panel, axis) * beta
+        exact = step + before
+        fused = exact.to(before.dtype)
+        if not is_finite(fused):
+            what = f"the fused weights overflow {before.dtype}"
+            raise SnrfError(name, what, "merge in a wider dtype or with a lower beta")
+        changed += int((fused != before).sum())
+        weights[panel] = fused
+        if step.numel():
+            norms.append(frobenius_norm(step))
+            losses.append(frobenius_norm(exact.sub_(fused)))
+    return Rounding(math.hypot(*norms), math.hypot(*losses), weights.numel(), changed)

@@ -17,11 +17,9 @@ from mergekit_snrf.fusion.threads import check_not_stopped
 
 logger = logging.getLogger(__name__)
 
-# Up to this side the Gram matrix is about as fast as Lanczos, and exact.
-_DENSE_SIDE = 512
+_DENSE_SIDE = 512  # Up to it the Gram matrix is about as fast as Lanczos, and exact.
 # Elements converted to float64 at a time: they stay in a processor's cache.
-_PANEL = 2**19
-_CHUNK = 1024
+_PANEL, _CHUNK = 2**19, 1024
 # Vectors of a Lanczos block: wider ones need fewer passes and more work.
 _WIDTH = 16
 # Lanczos vectors before a restart: more save no passes on flat spectra, and cost memory.
@@ -92,7 +90,9 @@ class _Solution:
 def frobenius_norm(matrix: Float[Tensor, "rows columns"]) -> float:
     """Return ||matrix||_F, summed in float64 (a flat float32 sum of 7e7 squares is .3 % off); NaN and inf pass."""
     by_row = matrix if matrix.stride(-1) == 1 else matrix.mT
-    scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
+    scale = 1.0  # No square of a float32 number is out of float64's range.
+    if matrix.dtype == torch.float64:
+        scale = _scale(float(torch.stack(torch.aminmax(by_row)).abs().amax()), matrix.dtype)
     total = matrix.new_zeros((), dtype=torch.float64)
     for part in by_row.split(max(1, _PANEL // 4 // by_row.shape[1])):
         flat = part.to(torch.float64).flatten() * scale
@@ -104,9 +104,9 @@ def gram(matrix: Float[Tensor, "rows columns"], *, scale: float = 1.0) -> Float[
     """Return the float64 Gram matrix of the shorter side of A = scale * matrix, A A^T or A^T A."""
     tall = _tall(matrix)
     total = matrix.new_zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for part in tall.split(max(1, len(total) // 4, _PANEL // len(total))):
+    for part in tall.split(max(1, len(total) // 4, _PANEL // 4 // len(total))):
         check_not_stopped()
-        block = part.to(torch.float64) * scale
+        block = part.to(torch.float64, copy=True).mul_(scale)
         total.addmm_(block.mT, block)
     return total
 
@@ -239,7 +239,8 @@ def _judge(
 
 def _dense(problem: _Problem) -> _Solution:
     """Solve through the float64 Gram matrix."""
-    values, vectors = torch.linalg.eigh(gram(problem.matrix, scale=problem.scale))
+    total = gram(problem.matrix, scale=problem.scale)
+    values, vectors = torch.linalg.eigh(total.mT, out=(total.new_empty(0), total.mT))  # In place.
     values, leading = values.flip(0).cpu(), vectors[:, -problem.rank :].mT.flip(0)
     residuals = values[0] * len(values) * torch.finfo(torch.float64).eps
     return _judge(problem, leading, values, residuals.expand(len(values)), 1, None)
@@ -306,10 +307,8 @@ def _lanczos(problem: _Problem, start: Tensor, generator: torch.Generator) -> _S
 
 def _distance(certificate: Certificate, tolerance: float) -> float:
     """Return the logarithm of how many times too large the estimate or the deficit is."""
-    if tolerance == 0:
-        return math.inf
     deficit = 1.0 if certificate.deficit is None else certificate.deficit
-    return math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
+    return math.inf if tolerance == 0 else math.log(max(certificate.est / (0.5 * tolerance), deficit / _ENERGY))
 
 
 def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int:
@@ -323,14 +322,15 @@ def _next_check(before: tuple[int, float] | None, now: tuple[int, float]) -> int
 
 
 def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
-    """Return scale * block A^T A and write block A^T to ``images``."""
-    step = len(tall) if tall.dtype == block.dtype else max(1, _PANEL // tall.shape[1])
+    """Return scale * block A^T A and write block A^T to ``images``; a panel of rows is read once for both."""
+    by_row, same = tall.stride(-1) == 1, tall.dtype == block.dtype
+    step = len(tall) if same and not by_row else max(1, (1 + same) * _PANEL // tall.shape[1])
     applied = torch.zeros_like(block)
     for begin in range(0, len(tall), step):
         part = tall[begin : begin + step].to(block.dtype)
-        image = block @ part.mT
+        image = (part @ block.mT).mT if by_row else block @ part.mT
         images[:, begin : begin + step] = image
-        applied += (image * scale) @ part
+        applied.addmm_(image, part, alpha=scale)
     return applied
 
 

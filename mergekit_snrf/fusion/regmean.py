@@ -23,6 +23,10 @@ from torch import Tensor
 
 EPS = 1e-3
 """Ridge of F, relative to the mean eigenvalue of a moment, which is 1."""
+# Up to this ratio of a direction's moment to the ridge, float32 changes F by less than 1e-4.
+_STEEP = 1e4
+# Rows of a factor whose products are summed in float32.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _solved(gain: Tensor, kept: Tensor, ridge: float) -> Float64[Tensor, "d d"]:
 
 
 def _sketched(gain: SketchMoment, keep: SketchMoment, strength: float, ridge: float) -> Filter:
-    """Return F by block elimination in float64, the inputs to keep first.
+    """Return F by block elimination, the inputs to keep first.
 
     With Z = [sqrt(strength) A_p, A_r], m the ridge and both rests, L L^T = m I + Z^T Z and B = [B_p, B_r] = Z L^-T:
 
@@ -196,27 +200,34 @@ def _sketched(gain: SketchMoment, keep: SketchMoment, strength: float, ridge: fl
 
     by the Woodbury identity. B has norm below 1 and A_r L_rr^-T at most sqrt(||C_r|| / m), so that float32 is enough
     to apply F; Z (m I + Z^T Z)^-1 Z^T itself would lose the square of that where both moments share a direction.
+    What is [k, k] is always float64. What is [d, k] is float32 unless one direction exceeds m by ``_STEEP``.
     """
-    mine, theirs = (moment.factor.to(torch.float64) for moment in (gain, keep))
-    theirs *= strength**0.5
     ridge += gain.rest + strength * keep.rest
+    largest = max(float(one.factor.float().square().sum(0).amax()) * by for one, by in ((gain, 1), (keep, strength)))
+    dtype = torch.float32 if largest < _STEEP * ridge else torch.float64
+    mine, theirs = gain.factor.to(dtype), keep.factor.to(dtype) * strength**0.5
     outside = gain.rest / ridge
-    kept = _divided(theirs, _cholesky(theirs.mT @ theirs, ridge))
-    shared = mine.mT @ kept
-    lower = _cholesky(mine.mT @ mine - shared @ shared.mT, ridge)
-    reach = _divided(mine, lower)
-    passed = torch.addmm(reach, kept, _divided(shared.mT, lower), alpha=-1)
-    left = [reach.sub_(passed, alpha=outside), -outside * kept]
-    return Filter(left=_joined(left), right=_joined([passed, kept]), outside=outside)
+    lower_kept = _cholesky(_product(theirs, theirs), ridge)
+    shared = torch.linalg.solve_triangular(lower_kept, _product(theirs, mine), upper=False)
+    lower = _cholesky(_product(mine, mine) - shared.mT @ shared, ridge)
+    kept, reach = _divided(theirs, lower_kept), _divided(mine, lower)
+    passed = torch.addmm(reach, kept, _divided(shared, lower).to(dtype), alpha=-1)
+    left = torch.cat([reach.sub_(passed, alpha=outside), kept * -outside], dim=1)
+    right = torch.cat([passed, kept], dim=1)
+    return Filter(left=left.to(torch.float32), right=right.to(torch.float32), outside=outside)
 
 
-def _joined(parts: list[Float64[Tensor, "d _"]]) -> Float32[Tensor, "d k"]:
-    return torch.cat([part.to(torch.float32) for part in parts], dim=1)
+def _product(a: Float[Tensor, "d k"], b: Float[Tensor, "d k"]) -> Float64[Tensor, "k k"]:
+    """Return a^T b, summed in float64: float32 products of numbers that were float16 are nearly exact."""
+    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float64)
+    for part, other in zip(a.split(_ROWS), b.split(_ROWS), strict=True):
+        total += part.mT @ other
+    return total
 
 
-def _divided(matrix: Float64[Tensor, "d k"], lower: Float64[Tensor, "k k"]) -> Float64[Tensor, "d k"]:
+def _divided(matrix: Float[Tensor, "d k"], lower: Float64[Tensor, "k k"]) -> Float[Tensor, "d k"]:
     """Return matrix L^-T; both are contiguous, as LAPACK reads and writes the transpose."""
-    return torch.linalg.solve_triangular(lower, matrix.mT, upper=False).mT
+    return torch.linalg.solve_triangular(lower.to(matrix.dtype), matrix.mT, upper=False).mT
 
 
 def _cholesky(gram: Float64[Tensor, "k k"], ridge: float) -> Float64[Tensor, "k k"]:

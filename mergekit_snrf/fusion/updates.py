@@ -28,9 +28,12 @@ class Update:
     right: Float[Tensor, "rank length"]
     certificate: Certificate | None = None
 
-    def rows(self) -> Float[Tensor, "selected length"]:
-        """Return the update of the selected neurons."""
-        return self.right if self.left is None else self.left @ self.right
+    def rows(self, panel: slice = slice(None), axis: int = 0) -> Float[Tensor, "rows columns"]:
+        """Return the update of the selected neurons: some of its rows, or of a weight's rows where they are columns."""
+        left, right = self.left, self.right
+        if axis == 1:
+            return right[:, panel].mT if left is None else right[:, panel].mT @ left.mT
+        return right[panel] if left is None else left[panel] @ right
 
 
 def low_rank(

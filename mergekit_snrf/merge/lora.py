@@ -6,9 +6,12 @@ for fwd.down the masked columns are zero columns of A. So the adapter is the upd
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -119,7 +122,8 @@ def export_adapter(
         card = adapter_card(plan, recipe, len(modules), rank, settings.base_model)
         (building / "README.md").write_text(card, encoding="utf-8")
         size = (building / "adapter_model.safetensors").stat().st_size
-        _config(plan.target.checkpoint, modules, rank, settings.base_model).save_pretrained(building)
+        config = _config(plan.target.checkpoint, modules, rank, settings.base_model)
+        (building / "adapter_config.json").write_text(config, encoding="utf-8")
     return Adapter(len(modules), rank, size)
 
 
@@ -184,8 +188,11 @@ def live_prefix(checkpoint: Checkpoint) -> str:
     """Return the decoder's prefix in the model that transformers builds, ``model.language_model.layers.``.
 
     transformers renames tensors while it loads; an adapter is attached to the modules of the live model. The model is
-    built without weights.
+    built without weights, unless it is a text model of transformers, whose modules have the names on disk.
     """
+    on_disk = find_decoder(checkpoint).prefix
+    if on_disk == "model.layers." and _is_plain_text(checkpoint):
+        return on_disk
     from mergekit.common import get_auto_cls
     from transformers import AutoConfig
 
@@ -203,25 +210,44 @@ def live_prefix(checkpoint: Checkpoint) -> str:
     return find_decoder(replace(checkpoint, tensors=headers)).prefix
 
 
-def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> Any:
-    from peft import LoraConfig
+def _is_plain_text(checkpoint: Checkpoint) -> bool:
+    """Return whether the model is a causal language model of transformers' own, found without importing its code."""
+    config, kind, transformers = checkpoint.config, str(checkpoint.model_type), find_spec("transformers")
+    nested = "auto_map" in config or any(isinstance(config[key], dict) for key in config if key.endswith("_config"))
+    if nested or transformers is None or transformers.origin is None or not kind.isidentifier():
+        return False
+    code = Path(transformers.origin).parent / "models" / kind / f"modeling_{kind}.py"
+    name = str((config.get("architectures") or [""])[0])
+    if not name.endswith("ForCausalLM") or not code.is_file():
+        return False
+    text = code.read_text(encoding="utf-8")
+    return f"\nclass {name}(" in text and 'base_model_prefix = "model"' in text
 
+
+def _config(target: Checkpoint, modules: Sequence[str], rank: int, base_model: str | None) -> str:
+    """Return the content of adapter_config.json, as PEFT reads it; importing PEFT imports all of transformers."""
     name, revision, _ = cached_place(target.name) or (target.name, target.revision, None)
     if base_model:
         name, revision = base_model, None
-    config = LoraConfig(
-        base_model_name_or_path=name,
-        revision=revision,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
+    content: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "inference_mode": True,
         # alpha = rank makes PEFT's factor alpha / r one: beta is inside B.
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        bias="none",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_dora": False,
+        "use_rslora": False,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
         # Whole names: vision towers have a q_proj, too.
-        target_modules=list(modules),
-    )
-    # PEFT keeps a set, whose order changes from run to run.
-    config.target_modules = sorted(modules)
-    return config
+        "target_modules": sorted(modules),
+    }
+    return json.dumps(content, indent=2) + "\n"

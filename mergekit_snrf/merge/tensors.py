@@ -155,8 +155,8 @@ class Tensors:
     def memory(self, edit: PlannedEdit, *, whole: bool = False) -> Memory:
         """Return what ``whole``, or ``neurons``, of an edit takes.
 
-        That is Delta and a quarter of it for its factors, the neurons of the mask in the working dtype twice and in
-        the target's twice, for ``whole`` the target's tensor, and F.
+        That is Delta and a quarter of it for its factors, the neurons of the mask in the working dtype and in the
+        target's, for ``whole`` the target's tensor, and F.
         """
         size, item = math.prod(edit.shape), ITEM_BYTES[edit.dtype]
         names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
@@ -164,7 +164,7 @@ class Tensors:
         work = 8 if torch.float64 in stored else 4
         neurons = edit.parameters * item
         kept = size * item if whole else neurons
-        factors = 5 * size * work // 4 + 2 * edit.parameters * work + 2 * neurons
+        factors = 5 * size * work // 4 + edit.parameters * work + neurons
         regmean = self.filters is not None and edit.fusion.update == "regmean"
         filter_bytes = self.filters.bytes(edit.site) if self.filters is not None and regmean else 0
         return Memory(factors + filter_bytes + (kept if whole else 0), kept)

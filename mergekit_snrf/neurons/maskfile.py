@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_snrf.errors import SnrfError, invalid, naming, printable, unexpected
 from mergekit_snrf.files import container
+from mergekit_snrf.files.container import Framework
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.files.references import sha256 as sha256_of
 from mergekit_snrf.files.shown import Plotted
-from mergekit_snrf.neurons.sets import NeuronSet, described
+from mergekit_snrf.neurons.sets import NeuronSet, described, is_member
 from mergekit_snrf.neurons.shape import check_decoder_only
 from mergekit_snrf.neurons.sites import Site
 
@@ -70,21 +70,22 @@ AnyNeurons = NeuronSet | Mask | str | os.PathLike[str]
 """Neurons, or where the mask file of some is."""
 
 
-def read_mask(path: str | os.PathLike[str], *, towers: bool = False) -> Mask:
+def read_mask(path: str | os.PathLike[str], *, towers: bool = False, framework: Framework = "pt") -> Mask:
     """Read and validate a mask file.
 
     Args:
         towers: whether neurons of ``TOWERS`` are allowed.
+        framework: ``np`` reads arrays of numpy, to be counted, and does not import torch.
 
     Raises:
         SnrfError: the file is missing, damaged, of another format, or has neurons outside of the text decoder.
     """
-    tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
+    tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION, framework=framework)
     members = {}
     for key, tensor in tensors.items():
         with naming({}, where=f"{path}: tensor {key!r}"):
             site = Site.from_key(key)
-        if tensor.dtype != torch.bool or tensor.ndim != 1 or tensor.numel() == 0:
+        if not is_member(tensor):
             what = f"tensor {key!r} must be torch.bool of shape [neurons], got {described(tensor)}"
             raise SnrfError(path, what, "make the mask again")
         members[site] = tensor

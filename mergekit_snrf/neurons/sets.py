@@ -5,21 +5,32 @@ from __future__ import annotations
 import hashlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Bool
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, unexpected
 from mergekit_snrf.files.markdown import share
 from mergekit_snrf.files.shown import Plotted
 from mergekit_snrf.neurons.sites import PROJECTIONS, TOWERS, Neuron, Site
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def described(tensor: Tensor) -> str:
-    """Return dtype and shape for messages: ``torch.float32 of shape [2, 3]``."""
-    return f"{tensor.dtype} of shape {list(tensor.shape)}"
+    """Return dtype and shape for messages: ``torch.float32 of shape [2, 3]``; also of numpy's arrays."""
+    return f"torch.{_dtype(tensor)} of shape {list(tensor.shape)}"
+
+
+def is_member(tensor: Tensor) -> bool:
+    """Return whether a tensor, or numpy's array, can hold the neurons of a site: booleans of shape [neurons]."""
+    return _dtype(tensor) == "bool" and tensor.ndim == 1 and len(tensor) > 0
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def count_rows(counts: Mapping[str, tuple[int, int, int]]) -> list[tuple[object, ...]]:
@@ -28,11 +39,12 @@ def count_rows(counts: Mapping[str, tuple[int, int, int]]) -> list[tuple[object,
     return [(name, *row, share(*row[1:])) for name, row in {**counts, "all": sums}.items()]
 
 
-class NeuronSet(Plotted, Mapping[Site, Tensor]):
+class NeuronSet(Plotted, Mapping[Site, "Tensor"]):
     """A set of neurons: for every site one boolean tensor [neurons]; an absent site is an empty set.
 
-    Immutable by convention. Two sets combine when the sites both have are of one length; otherwise they
-    belong to different models and the operation raises ``SnrfError``.
+    To be counted, the neurons may also be arrays of numpy: this module does not import torch. Immutable by convention.
+    Two sets combine when the sites both have are of one length; otherwise they belong to different models and the
+    operation raises ``SnrfError``.
 
     >>> import torch
     >>> a = NeuronSet({Site(0, "attn.k"): torch.tensor([True, True, False])})
@@ -43,7 +55,7 @@ class NeuronSet(Plotted, Mapping[Site, Tensor]):
 
     def __init__(self, members: Mapping[Site, Bool[Tensor, " neurons"]]) -> None:
         for site, member in members.items():
-            if member.dtype != torch.bool or member.ndim != 1 or member.numel() == 0:
+            if not is_member(member):
                 raise SnrfError(site, f"must be torch.bool of shape [neurons], got {described(member)}")
         self._members = {site: members[site] for site in sorted(members)}
 
@@ -61,7 +73,9 @@ class NeuronSet(Plotted, Mapping[Site, Tensor]):
         if not isinstance(other, NeuronSet):
             return NotImplemented
         mine, theirs = self.nonempty(), other.nonempty()
-        return mine.keys() == theirs.keys() and all(torch.equal(mine[s], theirs[s]) for s in mine)
+        return mine.keys() == theirs.keys() and all(
+            len(mine[s]) == len(theirs[s]) and bool((mine[s] == theirs[s]).all()) for s in mine
+        )
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -115,7 +129,7 @@ class NeuronSet(Plotted, Mapping[Site, Tensor]):
             if mine is not None and theirs is not None and len(mine) != len(theirs):
                 what = f"one mask has {len(mine)} neurons there and the other {len(theirs)}, so they do not combine"
                 raise SnrfError(site, what, "use masks of models with the same decoder shape")
-            empty = torch.zeros_like(self[site] if mine is not None else other[site])
+            empty = (self if mine is not None else other)[site] & False
             members[site] = operation(empty if mine is None else mine, empty if theirs is None else theirs)
         return NeuronSet(members)
 
@@ -146,11 +160,13 @@ class NeuronSet(Plotted, Mapping[Site, Tensor]):
         """
         if not 0 <= seed < 2**32:
             raise SnrfError(None, f"must be in [0, 2**32), got {seed}", field="seed")
+        from torch import int64
+
         order, members = [*PROJECTIONS, *TOWERS], {}
         for site, member in self._members.items():
             generator = np.random.RandomState([seed, site.layer, order.index(site.projection)])
-            chosen = torch.zeros_like(member)
-            picks = torch.from_numpy(generator.permutation(len(member)).astype(np.int64))
+            chosen = member & False
+            picks = member.new_tensor(generator.permutation(len(member)), dtype=int64)
             count, picks = int(member.sum()), picks[~member[picks]] if disjoint else picks
             if len(picks) < count:
                 what = f"{count} of {len(member)} neurons are in the set, too many for a draw of as many others"

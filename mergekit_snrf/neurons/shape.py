@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
-import torch
-
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, TOWERS, Neuron, Site
@@ -61,6 +59,8 @@ class DecoderShape:
 
 def every_neuron(shape: DecoderShape) -> NeuronSet:
     """Return all neurons of the five projections."""
+    import torch
+
     return NeuronSet({site: torch.ones(shape.neurons(site.projection), dtype=torch.bool) for site in shape.sites()})
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import read
+from checkpoints import SOURCE_OF, make_source, read
 from pair import Pair, assert_same, merge, write_recipe
 
 SCRIPT = """
@@ -15,8 +15,12 @@ import sys
 from click.testing import CliRunner
 from mergekit_snrf.cli.snrf import main
 
-recipe, folder = sys.argv[1:]
-for arguments in (["plan", recipe], ["patch", recipe, f"{folder}/patched", "--quiet"]):
+recipe, folder, mask, text_recipe = sys.argv[1:]
+result = CliRunner().invoke(main, ["mask", "show", mask])
+assert result.exit_code == 0, result.output
+assert "torch" not in sys.modules
+commands = [["plan", recipe], ["patch", recipe, f"{folder}/patched", "--quiet"]]
+for arguments in [*commands, ["lora", text_recipe, f"{folder}/adapter", "--quiet"]]:
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
 heavy = {"peft", "scipy", "networkx", "transformers.modeling_utils", "mergekit.architecture"}
@@ -43,7 +47,11 @@ def test_a_plan_and_a_patch_load_no_modelling_code(
 ) -> None:
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", autoload)
     recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
-    subprocess.run([sys.executable, "-c", SCRIPT, str(recipe), str(tmp_path)], check=True)
+    for name, seed in (("one", 1), ("other", 2)):
+        make_source(tmp_path / name, SOURCE_OF["llava"], seed=seed)
+    models = [{"model": str(tmp_path / "one"), "parameters": {"rank": 4}}]
+    texts = write_recipe(tmp_path / "text.yml", pair.recipe(base_model=str(tmp_path / "other"), models=models))
+    subprocess.run([sys.executable, "-c", SCRIPT, recipe, tmp_path, pair.mask, texts], check=True)
     expected = merge(recipe, tmp_path / "expected")
     for name in ("patched", "merged"):
         assert_same(read(tmp_path / name), expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import SOURCE_OF, example_inputs, load, make_source, make_target
+from checkpoints import SOURCE_OF, TARGETS, example_inputs, load, make_source, make_target
 from outputs import assert_refused, done, run
 from pair import merge
 from peft import PeftModel
@@ -18,13 +18,14 @@ from transformers import AutoModelForImageTextToText
 
 from mergekit_snrf.fusion.fuse import ORDERS
 from mergekit_snrf.fusion.updates import Update
-from mergekit_snrf.merge.lora import factors
+from mergekit_snrf.merge import lora
+from mergekit_snrf.merge.lora import factors, live_prefix
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 
-CASES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub")]
+CASES = [("llava", "hub"), ("qwen2_5_vl", "hub"), ("idefics3", "hub"), ("qwen2", "hub")]
 
 
 def make_merge(folder: Path, family: str, layout: str, *, rank: int = 4, order: str = "svd-then-mask") -> Path:
@@ -163,6 +164,18 @@ def test_padded_adapter_of_a_hub_model(tmp_path: Path) -> None:
     assert len(config["target_modules"]) > 5
     assert config["target_modules"] == sorted(config["target_modules"])
     assert "base_model:\n- owner/llm\n" in (tmp_path / "padded" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("family", "layout"), TARGETS)
+def test_modules_have_the_names_of_the_live_model(
+    family: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are read off a text model's files without transformers' code; they are those that it gives."""
+    target = open_checkpoint(str(make_target(tmp_path / "target", family, layout)), trust_remote_code=True)
+    found, plain = live_prefix(target), lora._is_plain_text(target)
+    assert plain == (family in ("qwen2", "qwen3", "llama", "mistral"))
+    monkeypatch.setattr(lora, "_is_plain_text", lambda _: False)
+    assert found == live_prefix(target)
 
 
 def test_disk_that_is_full(tmp_path: Path) -> None:
