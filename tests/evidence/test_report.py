@@ -318,12 +318,13 @@ def test_study_of_other_neurons_is_marked(mask: Mask, tmp_path: Path) -> None:
     write_mask(tmp_path / "again.safetensors", empty)
     again = read_mask(tmp_path / "again.safetensors")
     assert references.sha256(again.path) != references.sha256(mask.path)
-    study = ablation(references.sha256(mask.path)).model_copy(update={"neurons_sha256": own})
+    known = {"neurons_sha256": own, "notes": ["Left out: the least important neurons."]}
+    study = ablation(references.sha256(mask.path)).model_copy(update=known)
     assert 'class="warning"' not in report(again, [], [study])
     fewer = Mask(NeuronSet({Site(0, "attn.q"): mask.neurons[Site(0, "attn.q")]}), path=again.path)
     warned = Page(report(fewer, [], [study])).said("p")
     assert any("neurons of another mask" in text and str(study.mask_sha256) in text for text in warned)
-    assert study.verdict[0] in warned
+    assert {*study.verdict, *study.notes} <= set(warned)
     page = Page(report(mask, [], [ablation("cd" * 32)]))
     assert any("another mask file" in text and "may not be" in text and "cd" * 32 in text for text in page.said("p"))
 
