@@ -9,7 +9,7 @@ FLOORS := .venv-floors
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
 
-.PHONY: demo story test lint families bench pictures floors docs clean
+.PHONY: demo story test tests lint families bench pictures floors docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python examples/board/demo.py
@@ -18,7 +18,9 @@ demo: $(VENV)/.installed
 story: $(VENV)/.installed
 	$(BIN)/python examples/board/story.py
 
-test: lint
+test: lint tests
+
+tests: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
 
 lint: $(VENV)/.installed

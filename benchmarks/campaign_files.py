@@ -80,9 +80,9 @@ def _containers(folder: Path) -> Iterator[Reader]:
         read_moments,
         write_moments,
     )
+    from mergekit_snrf.neurons.lists import read_released
     from mergekit_snrf.neurons.maskcard import mask_card, provenance_rows
     from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
-    from mergekit_snrf.neurons.released import read_released
     from mergekit_snrf.neurons.sets import NeuronSet
     from mergekit_snrf.neurons.shape import DecoderShape
     from mergekit_snrf.neurons.sites import Site

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -28,7 +29,9 @@ if "SNRF_TEST_CHECKPOINTS" not in os.environ:
         os.environ[_variable] = os.path.join(_scratch, _variable.lower())
         os.mkdir(os.environ[_variable])
 # The same examples on every machine, however slow or busy it is.
-settings.register_profile("snrf", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "snrf", max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("snrf")
 
 
@@ -39,6 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[passed] = {}
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # What was imported stays; every full collection, as a profiling run asks for, would look through all of it.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import traceback
 from collections.abc import Callable
 
@@ -13,6 +14,21 @@ def forked(function: Callable[[], object]) -> int:
     """Run a function in a child and wait; return its exit code, or minus the number of the signal that ended it."""
     child = start_forked(function)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked_ranks(function: Callable[[], object]) -> list[int]:
+    """Run a function in two children, the ranks of one run as torchrun starts them; return their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+
+    def start(rank: str) -> int:
+        def ranked() -> None:
+            os.environ |= {**place, "RANK": rank, "LOCAL_RANK": rank}
+            function()
+
+        return start_forked(ranked)
+
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in [start(rank) for rank in "01"]]
 
 
 def start_forked(function: Callable[[], object]) -> int:

@@ -84,7 +84,7 @@ def select(file: str, outdir: str, choice: Choice, figures: str | None) -> None:
     they can be deactivated, and nothing else.
     """
     from mergekit_snrf.files.references import local_path, sha256
-    from mergekit_snrf.neurons.maskfile import Provenance, check_replaceable, write_mask
+    from mergekit_snrf.neurons.maskfile import MASK, Provenance, write_mask
 
     check_outputs(None, figures)
     found, chosen = _chosen(file, choice)
@@ -96,7 +96,7 @@ def select(file: str, outdir: str, choice: Choice, figures: str | None) -> None:
         for name in one.sets
     }
     for path in paths.values():
-        check_replaceable(path)
+        MASK.check_replaceable(path)
     rows = []
     for one in chosen:
         for (name, neurons), count in zip(one.sets.items(), one.counts.sum(1).tolist(), strict=True):

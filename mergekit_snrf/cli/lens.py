@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
+from mergekit_snrf.cli.common import (
+    check_outputs,
+    command_options,
+    is_quiet,
+    loaded,
+    silence_progress,
+    table,
+    write_outputs,
+)
 from mergekit_snrf.cli.options import construct, figures_option, loading_options, settings_options
 from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
 from mergekit_snrf.models.reference import ModelRef
 
 if TYPE_CHECKING:
+    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Lens
     from mergekit_snrf.profiling.probes.rows import Rows
 
@@ -53,7 +62,6 @@ def lens(
     """
     from mergekit_snrf.evidence import lens as lenses
     from mergekit_snrf.evidence import lens_tokens as grids
-    from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.files.writing import write_text
     from mergekit_snrf.profiling.probes.rows import load_rows
 
@@ -77,10 +85,8 @@ def lens(
             chosen, net, processor, how, positions=positions, settings=settings, progress=not is_quiet()
         )
     click.echo(_text(result))
-    if out is not None:
-        write_result(out, result)
-    if figures is not None:
-        _draw(result, Path(figures))
+    for path in write_outputs(result, out, figures, _drawings(result)):
+        click.echo(path)
 
 
 def _only(rows: Rows, row: int) -> Rows:
@@ -99,10 +105,7 @@ def _text(result: Lens) -> str:
     return "\n\n".join([*parts, "\n".join(lens_sentences(result))])
 
 
-def _draw(result: Lens, folder: Path) -> None:
-    from mergekit_snrf.evidence.drawing import save
+def _drawings(result: Lens) -> Iterator[tuple[str, Drawing]]:
     from mergekit_snrf.evidence.lens_figures import lens_drawings
 
-    for name, drawing in lens_drawings(result).items():
-        for path in save(drawing.figure, folder, name, drawing.caption, drawing.text):
-            click.echo(path)
+    yield from lens_drawings(result).items()

@@ -182,8 +182,8 @@ def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: str
 def export(mask_file: str, json_file: str, model: str) -> None:
     """Convert a mask to the released code's JSON."""
     from mergekit_snrf.files.writing import write_text
+    from mergekit_snrf.neurons.lists import released_json
     from mergekit_snrf.neurons.maskfile import load_mask
-    from mergekit_snrf.neurons.released import released_json
 
     with naming({}, where=mask_file):
         content = released_json(load_mask(mask_file).neurons, _shape(model)[0])

@@ -34,7 +34,7 @@ from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
 from mergekit_snrf.neurons.sites import Neuron, Site
 from mergekit_snrf.profiling.probes.answers import Answer, generate_answers
-from mergekit_snrf.profiling.probes.batches import Probe, Probes, encode, prepare, probes_sha256
+from mergekit_snrf.profiling.probes.batches import Probe, Probes, encode, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def amplified(model: nn.Module, rows: Sequence[Neuron | None], factor: float) ->
             scale = _scaling(site, torch.tensor(members), len(rows), factor, ran)
             module = decoder.layers[site.layer].get_submodule(site.module)
             if site.axis == 0:
-                handle = module.register_forward_hook(lambda module, args, output, scale=scale: scale(output))
+                hook = module.register_forward_hook(lambda module, args, output, scale=scale: scale(output))
             else:
-                handle = module.register_forward_pre_hook(lambda module, args, scale=scale: (scale(args[0]), *args[1:]))
-            stack.callback(handle.remove)
+                hook = module.register_forward_pre_hook(lambda module, args, scale=scale: (scale(args[0]), *args[1:]))
+            stack.enter_context(hook)
         yield
     silent = sorted(places.keys() - ran)
     if silent:
@@ -156,11 +156,8 @@ def _checked(model: nn.Module, batch: Sequence[tuple[Probe, Neuron | None]], fac
             what = f"the model's logits are not a number {cause}"
             raise SnrfError(f"row {probe.row.number}", what, "use a smaller factor or float32")
 
-    handle = model.register_forward_hook(check)
-    try:
+    with model.register_forward_hook(check):
         yield
-    finally:
-        handle.remove()
 
 
 @dataclass
@@ -194,8 +191,7 @@ def amplify(
         raise SnrfError(None, "no neuron is named", "name at least one, such as fwd.up.L14.N12953")
     if not abs(factor) < float("inf"):
         raise SnrfError(None, f"must be a finite number, got {factor}", None, field="factor")
-    how: dict[str, Any] = {"rule": asked.rule, "batch_size": asked.batch_size, "token_limit": asked.token_limit}
-    probes = prepare(rows, processor, **how, config=model.config, model=asked.model.model)
+    probes = asked.probes(rows, model, processor)
     generations = generate_amplified(probes, model, processor, asked, neurons, factor, progress=progress)
     tallies = _tallies(generations, neurons, tokenizer_of(processor))
     without = tallies.pop(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
@@ -13,6 +13,12 @@ from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.profiling.probes.source import AnswerRule, Count, Name, ProbeSource, Seed, Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mergekit_snrf.profiling.probes.batches import Probes
+    from mergekit_snrf.profiling.probes.rows import Rows
 
 NEW_TOKENS = 128
 """Default limit of an answer, in tokens."""
@@ -48,6 +54,13 @@ class Asked:
     rule: AnswerRule
     batch_size: int = BATCH_SIZE
     token_limit: int | None = None
+
+    def probes(self, rows: Rows, model: PreTrainedModel, processor: Any) -> Probes:
+        """Return the rows as probes of a loaded model; raises as ``prepare``."""
+        from mergekit_snrf.profiling.probes.batches import prepare
+
+        how: dict[str, Any] = {"rule": self.rule, "batch_size": self.batch_size, "token_limit": self.token_limit}
+        return prepare(rows, processor, **how, config=model.config, model=self.model.model)
 
 
 def load_asked(path: str | os.PathLike[str], model: ModelRef, options: AskedOptions | None = None) -> Asked:

@@ -21,8 +21,7 @@ from pathlib import Path
 from mergekit_snrf.errors import SnrfError, did_you_mean, printable
 from mergekit_snrf.evidence.items import Items, Role, Scores
 from mergekit_snrf.evidence.readers.base import Found, Reader, Task, UnknownMetricError, files_in
-from mergekit_snrf.evidence.readers.lm_eval import LM_EVAL
-from mergekit_snrf.evidence.readers.lmms_eval import LMMS_EVAL
+from mergekit_snrf.evidence.readers.harness import LM_EVAL, LMMS_EVAL
 from mergekit_snrf.evidence.readers.vlmevalkit import VLMEvalKit
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study

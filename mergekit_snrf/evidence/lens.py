@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
@@ -22,15 +22,14 @@ from mergekit_snrf.evidence.asked import Asked
 from mergekit_snrf.evidence.lens_positions import ANSWER, Positions
 from mergekit_snrf.evidence.results import KINDS, Lens, LensAnswer, LensKind
 from mergekit_snrf.evidence.tokens import token_text
-from mergekit_snrf.models.head import LiveHead, find_live_head
-from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
+from mergekit_snrf.models.live import LiveDecoder, LiveHead, find_live_decoder, find_live_head
 from mergekit_snrf.models.loading import tokenizer_of
 from mergekit_snrf.profiling.impact.layer import attention_output
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
 from mergekit_snrf.profiling.measure.inputs import run_once
 from mergekit_snrf.profiling.measure.meter import check_attention
 from mergekit_snrf.profiling.probes.answers import image_ids
-from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
+from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
 
 if TYPE_CHECKING:
@@ -191,16 +190,14 @@ class Lensed:
                     check_attention(self.decoder, layer, batch.attention_mask)
                 attention(layer.index, _share(layer, positions))
 
-        handle = self.decoder.layers[0].register_forward_pre_hook(
-            lambda module, args: streams.append(at(args[0].detach()))
-        )
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            streams.append(at(args[0].detach()))
+
         outputs: list[Any] = []
-        try:
+        with self.decoder.layers[0].register_forward_pre_hook(enter):
             run_layers(
                 self.decoder, lambda: outputs.append(run_once(self.model, batch.inputs)), batch.attention_mask, visit
             )
-        finally:
-            handle.remove()
         real = (batch.attention_mask[:, -1] != 0).to(ends[0].device)
         logits: Tensor = outputs[0].logits[:, -1]
         self.head.check(ends[0][real], logits[real.to(logits.device)])
@@ -251,7 +248,7 @@ def lens(
         SnrfError: as ``prepare`` and ``probe_batches``, or the model is not supported.
     """
     lensed = Lensed.of(model, positions, asked.model.model)
-    probes = prepared(rows, model, processor, asked)
+    probes = asked.probes(rows, model, processor)
     sums = LensSums(len(lensed.decoder.layers), lensed.head.vocabulary)
     with tqdm(total=len(probes), unit="probe", disable=not progress) as bar:
         for batch in probe_batches(probes, model, processor, rule=asked.rule, device=model.device):
@@ -259,12 +256,6 @@ def lens(
             bar.update(len(batch.numbers))
     how = {"seed": asked.source.seed, "positions": positions, "max_new_tokens": asked.rule.max_new_tokens}
     return _result(sums, probes, processor, asked, {**how, "batch_size": asked.batch_size, **(settings or {})})
-
-
-def prepared(rows: Rows, model: PreTrainedModel, processor: Any, asked: Asked) -> Probes:
-    """Return the rows as probes of a loaded model; raises as ``prepare``."""
-    how: dict[str, Any] = {"rule": asked.rule, "batch_size": asked.batch_size, "token_limit": asked.token_limit}
-    return prepare(rows, processor, **how, config=model.config, model=asked.model.model)
 
 
 def add_batch(sums: LensSums, lensed: Lensed, batch: ProbeBatch) -> None:

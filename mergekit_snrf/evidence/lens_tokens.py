@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.asked import Asked
-from mergekit_snrf.evidence.lens import Lensed, prepared
+from mergekit_snrf.evidence.lens import Lensed
 from mergekit_snrf.evidence.results import KINDS
 from mergekit_snrf.evidence.tokens import token_text
 from mergekit_snrf.evidence.wording import quoted, without_folders
@@ -55,7 +55,7 @@ def lens_tokens(
 ) -> TokenGrid:
     """Read the first of some rows; arguments and errors as ``lens``."""
     lensed = Lensed.of(model, positions, asked.model.model)
-    probes = prepared(rows, model, processor, asked)
+    probes = asked.probes(rows, model, processor)
     batch = next(iter(probe_batches(probes, model, processor, rule=asked.rule, device=model.device, groups={0})))
     found, streams = lensed.run(batch, None, check=False)
     order = found.place.argsort()

@@ -113,7 +113,7 @@ def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
     from mergekit_snrf.evidence.curves import tradeoff_drawings
 
     title = f"{_TITLES[study.kind]} ({wording.without_folders(study.model)})"
-    section = Section(study.kind, title, list(study.verdict))
+    section = Section(study.kind, title, [*study.verdict, *study.notes])
     if study.neurons_sha256 not in (None, neurons.sha256()):
         file = f" (sha256 {study.mask_sha256})" if study.mask_sha256 else ""
         section.warnings.append(

@@ -1,4 +1,4 @@
-"""Deterministic, validated safetensors files: what mask, profile and journal files have in common.
+"""Deterministic, validated safetensors files: what masks, profiles, moments, counts and journals have in common.
 
 The safetensors library reads; the header is written here, because the library writes ``__metadata__`` in hash
 order, and equal inputs must give equal bytes.
@@ -11,19 +11,23 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import safetensors
+from pydantic import BaseModel, ValidationError
 
-from mergekit_snrf.errors import SnrfError, first_line
+from mergekit_snrf.errors import SnrfError, first_line, invalid
 from mergekit_snrf.files.writing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Framework = Literal["pt", "np"]
+_Content = TypeVar("_Content", bound=BaseModel)
+_Path = str | os.PathLike[str]
 
 _MAX_DEPTH = 100  # Pydantic cannot write what is nested deeper than 255 levels.
 _DAMAGED = "the file is damaged, get it again"
@@ -35,73 +39,104 @@ _DTYPES = {
 }
 
 
-def write(
-    path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
-    *,
-    file_format: str,
-    version: int,
-    content: Mapping[str, Any],
-) -> None:
-    """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
-    from torch import uint8
+@dataclass(frozen=True)
+class Format:
+    """One kind of file, by its ``name`` and ``version`` in the metadata.
 
-    snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    header: dict[str, Any] = {"__metadata__": {"format": file_format, "version": str(version), "snrf": snrf}}
-    end = 0
-    # Wide dtypes first keeps every tensor aligned to its element size.
-    order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
-    for key in order:
-        tensor = tensors[key]
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-    text += b" " * (-len(text) % 8)
-    with replacing(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+    Attributes:
+        made: how to make one, for messages.
+        again: what to do with a damaged one.
+        instead: by the name of another format, what to do with such a file where this one is needed.
+    """
+
+    name: str
+    version: int
+    made: str
+    again: str
+    instead: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, path: _Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Write ``tensors`` and the JSON object ``content`` so that equal arguments give equal bytes."""
+        from torch import uint8
+
+        snrf = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        metadata = {"format": self.name, "version": str(self.version), "snrf": snrf}
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        # Wide dtypes first keeps every tensor aligned to its element size.
+        order = sorted(tensors, key=lambda k: (-tensors[k].element_size(), k))
         for key in order:
-            flat = tensors[key].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(uint8).numpy().data)
+            tensor = tensors[key]
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            dtype = _DTYPES[str(tensor.dtype)]
+            header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        # A file name that is not Unicode has surrogates, which no other reader of the header would accept.
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+        text += b" " * (-len(text) % 8)
+        with replacing(path) as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for key in order:
+                flat = tensors[key].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(uint8).numpy().data)
 
+    @contextmanager
+    def opened(self, path: _Path, framework: Framework = "pt") -> Iterator[tuple[Any, dict[str, Any]]]:
+        """Open a file: safetensors' reader, whose tensors are not read yet, and the JSON object.
 
-@contextmanager
-def opened(
-    path: str | os.PathLike[str], *, file_format: str, version: int, framework: Framework = "pt"
-) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Open a file written by ``write``: safetensors' reader, whose tensors are not read yet, and the JSON object.
+        ``SnrfError``: it is missing, damaged, or of another format or version.
+        """
+        path = Path(path)
+        if not os.path.isfile(path):
+            reason = "is not a file" if os.path.exists(path) else "does not exist"
+            raise SnrfError(path, reason, f"give the path of a {self.name} file")
+        try:
+            with safetensors.safe_open(path, framework=framework) as file:
+                metadata = file.metadata() or {}
+                self._check(path, metadata)
+                yield file, _content(path, metadata)
+        except _READING as error:
+            what = f"not a readable safetensors file ({first_line(error)})"
+            raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
 
-    ``SnrfError``: it is missing, damaged, or of another format or version.
-    """
-    path = Path(path)
-    if not os.path.isfile(path):
-        reason = "is not a file" if os.path.exists(path) else "does not exist"
-        raise SnrfError(path, reason, f"give the path of a {file_format} file")
-    try:
-        with safetensors.safe_open(path, framework=framework) as file:
-            metadata = file.metadata() or {}
-            _check_format(path, metadata, file_format, version)
-            yield file, _content(path, metadata)
-    except _READING as error:
-        what = f"not a readable safetensors file ({first_line(error)})"
-        raise SnrfError(path, what, "it is damaged or truncated, get it again") from None
+    def read(self, path: _Path, framework: Framework = "pt") -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the tensors of a file and its JSON object; ``SnrfError`` as ``opened``.
 
+        With ``framework="np"`` the tensors are arrays of numpy, and torch is not imported. Nothing in the file is
+        executed or unpickled; boolean bytes other than 0 and 1 are refused.
+        """
+        with self.opened(path, framework) as (file, content):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        for key, tensor in tensors.items():
+            boolean = str(tensor.dtype).removeprefix("torch.") == "bool"
+            if boolean and len(flat := np.asarray(tensor).reshape(-1)) and int(flat.view(np.uint8).max()) > 1:
+                raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
+        return tensors, content
 
-def read(
-    path: str | os.PathLike[str], *, file_format: str, version: int, framework: Framework = "pt"
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file written by ``write``: its tensors and its JSON object; ``SnrfError`` as ``opened``.
+    def parsed(self, path: _Path, content: Mapping[str, Any], of: type[_Content]) -> _Content:
+        """Return the JSON object of a file as a pydantic model; ``SnrfError`` names the key at fault."""
+        try:
+            return of.model_validate(content)
+        except ValidationError as error:
+            raise invalid(path, error.errors(), remedy=self.again) from None
 
-    With ``framework="np"`` the tensors are arrays of numpy, and torch is not imported. Nothing in the file is executed
-    or unpickled; boolean bytes other than 0 and 1 are refused.
-    """
-    with opened(path, file_format=file_format, version=version, framework=framework) as (file, content):
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for key, tensor in tensors.items():
-        boolean = str(tensor.dtype).removeprefix("torch.") == "bool"
-        if boolean and len(flat := np.asarray(tensor).reshape(-1)) and int(flat.view(np.uint8).max()) > 1:
-            raise SnrfError(path, f"tensor {key!r} holds bytes that are not booleans", _DAMAGED)
-    return tensors, content
+    def check_replaceable(self, path: _Path) -> None:
+        """Raise ``SnrfError`` where a file would replace one of another kind, such as a model's weights."""
+        if not os.path.isfile(path):
+            return
+        try:
+            with self.opened(path, "np"):
+                pass
+        except SnrfError:
+            what = f"already exists and is not a {self.name} file"
+            raise SnrfError(path, what, "choose another path, or delete it") from None
+
+    def _check(self, path: Path, metadata: Mapping[str, str]) -> None:
+        if (found := metadata.get("format")) != self.name:
+            what = f"a {self.name} file is needed, but its metadata says format={found!r}"
+            raise SnrfError(path, what, self.instead.get(str(found), self.made))
+        if metadata.get("version") != str(self.version):
+            what = f"{self.name} version {metadata.get('version')!r} is not supported, only {self.version}"
+            raise SnrfError(path, what, "update mergekit-snrf")
 
 
 def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -119,27 +154,3 @@ def _content(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _depth(value: object) -> int:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return 1 + max(map(_depth, inner), default=0)
-
-
-def _check_format(path: Path, metadata: Mapping[str, str], file_format: str, version: int) -> None:
-    if (found := metadata.get("format")) != file_format:
-        what = f"a {file_format} file is needed, but its metadata says format={found!r}"
-        instead = _INSTEAD.get((file_format, str(found))) or _MAKERS.get(file_format, "give another file")
-        raise SnrfError(path, what, instead)
-    if metadata.get("version") != str(version):
-        what = f"{file_format} version {metadata.get('version')!r} is not supported, only {version}"
-        raise SnrfError(path, what, "update mergekit-snrf")
-
-
-_INSTEAD = {
-    ("snrf-mask", "snrf-profile"): "select a mask from two such profiles: snrf mask select A B OUT",
-    ("snrf-mask", "snrf-moments"): "give moments as moments: FILE, with update: regmean",
-    ("snrf-mask", "snrf-domains"): "select masks from such a file: snrf domains select FILE DIR",
-    ("snrf-profile", "snrf-mask"): "a mask is made from profiles, which snrf-profile writes beside it",
-    ("snrf-moments", "snrf-mask"): "give a mask as masks: FILE, without update: regmean",
-}
-_MAKERS = {
-    "snrf-mask": "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
-    "snrf-profile": "make one with snrf-profile",
-    "snrf-moments": "make one with snrf-profile and keep: in profile.yml, or with 'snrf moments'",
-}

@@ -19,13 +19,14 @@ from pathlib import Path
 from threading import Event
 from typing import BinaryIO
 
+import torch
 import tqdm
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from safetensors import SafetensorError, safe_open
 
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
-from mergekit_snrf.fusion.threads import look_ahead
+from mergekit_snrf.fusion.threads import look_ahead, memory_limit
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.draft import plan_output
 from mergekit_snrf.merge.folders import LAST, built_aside, copy_files
@@ -43,6 +44,8 @@ except ImportError:  # On Windows.
 LOG = logging.getLogger(__name__)
 # Between two steps a copy can be cancelled.
 _STEP = 2**26
+# Bytes of fused neurons that may wait for their shard while all workers are busy with the largest tensors.
+_WAITING = 2**25
 # From linux/fs.h.
 _FICLONE = 0x40049409
 
@@ -137,7 +140,11 @@ def _write_shards(
             _copy(original, copy, stop, rewritten[shard])
 
     progress = tqdm.tqdm(total=len(edits), desc="Patching", unit="tensor", disable=quiet)
-    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=tensors.workers(workers))
+    count = tensors.workers(workers)
+    largest = max((tensors.memory(edit).working for edit in edits), default=0)
+    # While a shard is copied its edits wait; they are not needed before.
+    limit = min(memory_limit(), (torch.get_num_threads() if count is None else count) * largest + _WAITING)
+    ahead = look_ahead(edits, tensors.neurons, tensors.memory, workers=count, limit=limit)
     with progress, ThreadPoolExecutor(1) as copier, _set_after(stop), ahead as fused_edits:
         copies = {shard: copier.submit(take_over, shard) for shard in shards}
         for edit, fused in fused_edits:

@@ -22,7 +22,7 @@ from mergekit_snrf.merge.origins import HUB_ID, LICENSE
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.headers import read_header
-from mergekit_snrf.models.moments import MOMENTS_FORMAT
+from mergekit_snrf.models.moments import MOMENTS
 
 _RECIPE = re.compile(rf"^{AGAIN}$.*?^(`{{3,}})yaml\n(?P<recipe>.*?\n)\1$", re.DOTALL | re.MULTILINE)
 _LICENSE_KEYS = re.compile(r"^license(_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)
@@ -57,7 +57,7 @@ def add_kit(folder: Path, card: str, path: Path) -> list[str]:
     if recipe is None:
         raise SnrfError(folder / "README.md", "has no recipe", "give the folder of a merge or an adapter")
     with safetensors.safe_open(path, framework="pt") as file:
-        is_mask = file.metadata().get("format") != MOMENTS_FORMAT
+        is_mask = file.metadata().get("format") != MOMENTS.name
     kit, commands = folder / KIT, {"mergekit-yaml snrf.yml merged/": "makes this model again"}
     texts = {"snrf.yml": recipe["recipe"]}
     if (profile := path.with_name("profile.yml")).is_file():

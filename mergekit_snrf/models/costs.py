@@ -7,11 +7,9 @@ from math import ceil
 
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder
-from mergekit_snrf.models.moments import DENSE_LIMIT
+from mergekit_snrf.models.moments import DEFAULT_SKETCH, DENSE_LIMIT
 from mergekit_snrf.neurons.sites import PROJECTIONS
 
-SKETCH = 512
-"""Eigenvectors of an input that is too large for a dense moment."""
 STATISTICS_BYTES = 92
 """Bytes of statistics for each neuron of attn and fwd.up while a model is profiled."""
 IMPACT_PASSES = 7
@@ -97,5 +95,5 @@ def _moments_bytes(decoder: Decoder) -> int:
     per_layer = 0
     for size in (shape.hidden_size, shape.hidden_size, shape.intermediate_size):
         dense = size * (size + 1) + 4 * size
-        per_layer += 2 * (dense if size <= DENSE_LIMIT else 2 * size * min(SKETCH, size))
+        per_layer += 2 * (dense if size <= DENSE_LIMIT else 2 * size * min(DEFAULT_SKETCH, size))
     return shape.layers * per_layer

@@ -19,25 +19,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, invalid, unexpected
-from mergekit_snrf.files import container
+from mergekit_snrf.errors import SnrfError, unexpected
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import local_path
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
-from mergekit_snrf.neurons.maskfile import ModelProvenance
+from mergekit_snrf.neurons.maskfile import RunProvenance
 
-MOMENTS_FORMAT, MOMENTS_VERSION = "snrf-moments", 1
+MOMENTS = Format(
+    "snrf-moments",
+    1,
+    "make one with snrf-profile and keep: in profile.yml, or with 'snrf moments'",
+    "take the moments again",
+    {"snrf-mask": "give a mask as masks: FILE, without update: regmean"},
+)
 SETS = ("gain", "keep")
 INPUTS = {"attn": "self_attn.q_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
 """Inputs of a decoder layer, and the module that reads each; q, k and v read the same."""
 READERS = {"attn.q": "attn", "attn.k": "attn", "attn.v": "attn", "fwd.up": "up", "fwd.down": "down"}
 """The input that each projection reads."""
-DENSE_LIMIT = 4096
-"""Inputs up to this size are stored dense unless a sketch is asked for."""
+DENSE_LIMIT, DEFAULT_SKETCH = 4096, 512
+"""Inputs up to this size are stored dense unless a sketch is asked for, larger ones as so many eigenvectors."""
 
-_AGAIN = "take the moments again"
 _KEY = re.compile(
     rf"layers\.(?P<layer>0|[1-9][0-9]{{0,3}})\.(?P<input>{'|'.join(INPUTS)})\.(?P<set>{'|'.join(SETS)})"
     r"\.(?P<name>scale|correlation|factor|rest|clip)"
@@ -65,8 +69,8 @@ class InputSite:
         return self.key
 
 
-class MomentsProvenance(BaseModel):
-    """Where moments come from; every field is optional and unknown fields are kept.
+class MomentsProvenance(RunProvenance):
+    """Where moments come from.
 
     Attributes:
         model: the target.
@@ -75,17 +79,10 @@ class MomentsProvenance(BaseModel):
         inputs: by key and set: tokens, how many were clipped, the largest and the median norm.
     """
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model: ModelProvenance | None = None
     gain: dict[str, Any] | None = None
     keep: list[dict[str, Any]] | None = None
     inputs: dict[str, dict[str, dict[str, float]]] | None = None
     sketch: int | None = None
-    seed: int | None = None
-    dtype: str | None = None
-    versions: dict[str, str] | None = None
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class Moments:
         Raises:
             SnrfError: the file changed, or holds values that no moment has.
         """
-        with container.opened(self.path, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, _):
+        with MOMENTS.opened(self.path) as (file, _):
             names = ("factor", "rest") if site in self.sketches else ("scale", "correlation")
             first, second = (file.get_tensor(f"{site.key}.{which}.{name}") for name in names)
         for name, tensor in zip(names, (first, second), strict=True):
@@ -130,7 +127,7 @@ class Moments:
             raise self._damaged(f"{site.key}.{which}", str(error)) from None
 
     def _damaged(self, tensor: str, what: str) -> SnrfError:
-        return SnrfError(self.path, f"tensor {tensor!r} {what}", _AGAIN)
+        return SnrfError(self.path, f"tensor {tensor!r} {what}", MOMENTS.again)
 
     def __repr__(self) -> str:
         return f"Moments({self.path}: {self.layers} layers, {len(self.sketches)} of {len(self.sizes)} inputs sketched)"
@@ -143,7 +140,7 @@ def read_moments(path: str | os.PathLike[str]) -> Moments:
         SnrfError: the file is missing or of another format, or a tensor is missing, unknown or of another shape.
     """
     where = os.fspath(path)
-    with container.opened(where, file_format=MOMENTS_FORMAT, version=MOMENTS_VERSION) as (file, content):
+    with MOMENTS.opened(where) as (file, content):
         found = {key: (file.get_slice(key).get_dtype(), tuple(file.get_slice(key).get_shape())) for key in file.keys()}  # noqa: SIM118
     sizes: dict[InputSite, int] = {}
     sketches: dict[InputSite, int] = {}
@@ -158,17 +155,13 @@ def read_moments(path: str | os.PathLike[str]) -> Moments:
             sizes[site], sketches[site] = shape
     for site in (InputSite(n, name) for n in range(1 + max((s.layer for s in sizes), default=0)) for name in INPUTS):
         if site not in sizes:
-            raise SnrfError(where, f"has no moments of {site}", _AGAIN)
+            raise SnrfError(where, f"has no moments of {site}", MOMENTS.again)
     expected = {key: one for site in sizes for key, one in _parts(site, sizes[site], sketches.get(site)).items()}
     for key in sorted(found.keys() | expected.keys()):
         wanted, got = (f"{one[0]} {list(one[1])}" if one else "absent" for one in (expected.get(key), found.get(key)))
         if wanted != got:
-            raise SnrfError(where, f"tensor {key!r} must be {wanted}, and is {got}", _AGAIN)
-    try:
-        provenance = MomentsProvenance.model_validate(content)
-    except ValidationError as error:
-        raise invalid(where, error.errors(), remedy=_AGAIN) from None
-    return Moments(sizes, sketches, provenance, where)
+            raise SnrfError(where, f"tensor {key!r} must be {wanted}, and is {got}", MOMENTS.again)
+    return Moments(sizes, sketches, MOMENTS.parsed(where, content, MomentsProvenance), where)
 
 
 def moments_of(moments: str | os.PathLike[str] | Moments) -> Moments:
@@ -207,21 +200,5 @@ def write_moments(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], p
     Raises:
         SnrfError: the file cannot be written, or another kind of file lies there.
     """
-    check_moments_replaceable(path)
-    container.write(
-        path,
-        tensors,
-        file_format=MOMENTS_FORMAT,
-        version=MOMENTS_VERSION,
-        content=provenance.model_dump(mode="json", exclude_none=True),
-    )
-
-
-def check_moments_replaceable(path: str | os.PathLike[str]) -> None:
-    """Raise ``SnrfError`` where moments would replace another kind of file, such as a model's weights."""
-    if not os.path.isfile(path):
-        return
-    try:
-        read_moments(path)
-    except SnrfError:
-        raise SnrfError(path, "already exists and is not a moments file", "choose another path, or delete it") from None
+    MOMENTS.check_replaceable(path)
+    MOMENTS.write(path, tensors, provenance.model_dump(mode="json", exclude_none=True))

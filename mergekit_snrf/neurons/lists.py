@@ -1,5 +1,10 @@
-"""Lists of neurons that other programs write, as masks of a text decoder.
+"""Lists of neurons that other programs write, as masks of a text decoder, and the released code's JSON from a mask.
 
+- The JSON of the paper's released code: ``{"attn_k": {"0": [..]}}``, layer numbers as text, indices as numbers. Its
+  ``attn_k`` and ``attn_v`` count the heads after they were repeated for grouped-query attention, so that an index runs
+  up to ``heads * head_dim``. The weight has ``kv_heads * head_dim`` rows; the row that index i means is
+  ``(i // head_dim // n_rep) * head_dim + i % head_dim``. Its detection also writes ``attn_o``, which no merge edits: it
+  is passed over.
 - LAPE (RUCAIBox/Language-Specific-Neurons) and MMNeuron save ``[set][layer]`` tensors of indices of activations with
   ``torch.save``, a set for each language or domain. Such a neuron is a row of fwd.up and a column of fwd.down.
 - The same nested lists as JSON, or an object of sets by name.
@@ -14,18 +19,21 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_text
-from mergekit_snrf.neurons.released import KvIndices, read_released
+from mergekit_snrf.files.reading import DATA_BYTES, load_json, open_regular, parse_json, read_text
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
-from mergekit_snrf.neurons.sites import Neuron, Site
+from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
 
 _TORCH = (".pth", ".pt", ".bin")
+_KEYS = {name.replace(".", "_"): name for name in PROJECTIONS}
+_NEVER_EDITED = {"attn_o"}
+_LAYER = re.compile("0|[1-9][0-9]{0,4}")
+KvIndices = Literal["repeated", "rows"]
 _SPACES = re.compile(r"[\s,]+")
 _MODEL = "give the model that the file was made from"
 
@@ -39,7 +47,7 @@ def read_neurons(
 
     Args:
         chosen: number or name of a set, where the file has several.
-        kv_indices: as for ``read_released``, whose JSON is read, too.
+        kv_indices: of the released code's JSON, ``repeated`` as it writes them, or ``rows`` for real weight rows.
 
     Raises:
         SnrfError: the file cannot be read, is too large or of another kind, has several sets and none is ``chosen``,
@@ -149,3 +157,62 @@ def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSe
             for site, found in members.items()
         }
     )
+
+
+def kv_row(index: int, shape: DecoderShape) -> int:
+    """Return the weight row that an index over repeated heads means."""
+    return (index // shape.head_dim // shape.repeats) * shape.head_dim + index % shape.head_dim
+
+
+def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices: KvIndices = "repeated") -> NeuronSet:
+    """Read the released code's JSON as a set of neurons of a decoder of this shape.
+
+    ``kv_indices`` is ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
+    """
+    members: dict[Site, torch.Tensor] = {}
+    content = load_json(path)
+    if not isinstance(content, dict):
+        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
+    for key, by_layer in content.items():
+        if key in _NEVER_EDITED:
+            continue
+        name = _KEYS.get(key)
+        if name is None:
+            raise SnrfError(path, f"unknown projection {key!r}", f"the released code writes {', '.join(_KEYS)}")
+        if not isinstance(by_layer, dict):
+            raise SnrfError(path, "must map layer numbers to lists of indices", "correct the file", field=key)
+        repeated = name in GROUPED and kv_indices == "repeated"
+        limit = shape.heads * shape.head_dim if repeated else shape.neurons(name)
+        for layer, indices in by_layer.items():
+            field = f"{key}, layer {layer!r:.20}"
+            if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
+                raise SnrfError(path, f"the model has layers 0 to {shape.layers - 1}", _MODEL, field=field)
+            if not isinstance(indices, list) or not all(type(index) is int for index in indices):
+                raise SnrfError(path, "must be a list of whole numbers", "correct the file", field=field)
+            if not indices:
+                continue
+            worst = max(indices) if min(indices) >= 0 else min(indices)
+            if not 0 <= worst < limit:
+                heads = " over repeated heads" if repeated else ""
+                what = f"index {worst} is not in [0, {limit}), the range of {name} in this model{heads}"
+                raise SnrfError(path, what, _MODEL, field=field)
+            rows = [kv_row(index, shape) for index in indices] if repeated else indices
+            member = torch.zeros(shape.neurons(name), dtype=torch.bool)
+            member[torch.tensor(rows)] = True
+            members[Site(int(layer), name)] = member
+    return NeuronSet(members)
+
+
+def released_json(neurons: NeuronSet, shape: DecoderShape) -> dict[str, dict[str, list[int]]]:
+    """Return the released code's JSON of a set of neurons; a k or v row stands for its repetition in every head."""
+    check_fit(neurons, shape, where=None, model="the model")
+    result: dict[str, dict[str, list[int]]] = {key: {} for key in _KEYS}
+    for site, member in neurons.nonempty().items():
+        indices = member.nonzero().flatten().tolist()
+        if site.projection in GROUPED:
+            width, repeats = shape.head_dim, shape.repeats
+            indices = sorted(
+                ((row // width) * repeats + copy) * width + row % width for row in indices for copy in range(repeats)
+            )
+        result[site.projection.replace(".", "_")][str(site.layer)] = indices
+    return result

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from mergekit_snrf.errors import SnrfError, invalid, naming, printable, unexpected
-from mergekit_snrf.files import container
-from mergekit_snrf.files.container import Framework
+from mergekit_snrf.errors import SnrfError, naming, printable, unexpected
+from mergekit_snrf.files.container import Format, Framework
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.files.references import sha256 as sha256_of
 from mergekit_snrf.files.shown import Plotted
@@ -25,7 +24,17 @@ from mergekit_snrf.neurons.sets import NeuronSet, described, is_member
 from mergekit_snrf.neurons.shape import check_decoder_only
 from mergekit_snrf.neurons.sites import Site
 
-MASK_FORMAT, MASK_VERSION = "snrf-mask", 1
+MASK = Format(
+    "snrf-mask",
+    1,
+    "make one with snrf-profile, 'snrf mask import', or from profiles with 'snrf mask select'",
+    "make the mask again",
+    {
+        "snrf-profile": "select a mask from two such profiles: snrf mask select A B OUT",
+        "snrf-moments": "give moments as moments: FILE, with update: regmean",
+        "snrf-domains": "select masks from such a file: snrf domains select FILE DIR",
+    },
+)
 
 
 class ModelProvenance(BaseModel):
@@ -37,6 +46,17 @@ class ModelProvenance(BaseModel):
     model_type: str | None = None
     config_sha256: str | None = None
     probes: dict[str, Any] | None = None
+
+
+class RunProvenance(BaseModel):
+    """What a run through one model writes down; every field is optional and unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model: ModelProvenance | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    versions: dict[str, str] | None = None
+    fingerprint: str | None = None
 
 
 class Provenance(BaseModel):
@@ -80,22 +100,18 @@ def read_mask(path: str | os.PathLike[str], *, towers: bool = False, framework: 
     Raises:
         SnrfError: the file is missing, damaged, of another format, or has neurons outside of the text decoder.
     """
-    tensors, content = container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION, framework=framework)
+    tensors, content = MASK.read(path, framework)
     members = {}
     for key, tensor in tensors.items():
         with naming({}, where=f"{path}: tensor {key!r}"):
             site = Site.from_key(key)
         if not is_member(tensor):
             what = f"tensor {key!r} must be torch.bool of shape [neurons], got {described(tensor)}"
-            raise SnrfError(path, what, "make the mask again")
+            raise SnrfError(path, what, MASK.again)
         members[site] = tensor
     if not towers:
         check_decoder_only(NeuronSet(members), path)
-    try:
-        provenance = Provenance.model_validate(content)
-    except ValidationError as error:
-        raise invalid(path, error.errors(), remedy="make the mask again") from None
-    return Mask(NeuronSet(members), provenance, str(path))
+    return Mask(NeuronSet(members), MASK.parsed(path, content, Provenance), str(path))
 
 
 def load_mask(
@@ -135,20 +151,9 @@ def write_mask(path: str | os.PathLike[str], neurons: NeuronSet | Mask, provenan
     Without ``provenance``, a mask keeps its own.
     """
     mask = mask_of(neurons)
-    check_replaceable(path)
+    MASK.check_replaceable(path)
     content = (provenance or mask.provenance).model_dump(mode="json", exclude_none=True)
-    tensors = {site.key: member for site, member in mask.neurons.items()}
-    container.write(path, tensors, file_format=MASK_FORMAT, version=MASK_VERSION, content=content)
-
-
-def check_replaceable(path: str | os.PathLike[str]) -> None:
-    """Raise ``SnrfError`` where a mask would replace another kind of file, such as a model's weights."""
-    if not os.path.isfile(path):
-        return
-    try:
-        container.read(path, file_format=MASK_FORMAT, version=MASK_VERSION)
-    except SnrfError:
-        raise SnrfError(path, "already exists and is not a mask", "choose another path, or delete it") from None
+    MASK.write(path, {site.key: member for site, member in mask.neurons.items()}, content)
 
 
 def provenance_of_operation(operation: str, inputs: Sequence[Mask], **details: Any) -> Provenance:

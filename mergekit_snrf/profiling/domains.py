@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.models.loading import find_device, load_model
-from mergekit_snrf.profiling.distributed import joined_ranks
-from mergekit_snrf.profiling.groups import Groups, RunOptions, checked_device, probes_of, rows_of
+from mergekit_snrf.models.reference import ModelName
+from mergekit_snrf.profiling.groups import Groups, probes_of, rows_of, started
 from mergekit_snrf.profiling.journal import Journals, Tally
 from mergekit_snrf.profiling.measure.activations import ActivationCounter
-from mergekit_snrf.profiling.probes.source import AnswerRule, Name, ProbeColumns, PromptColumns
+from mergekit_snrf.profiling.probes.source import AnswerRule, ProbeColumns, PromptColumns
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     check_model,
-    check_output,
     fingerprint,
     model_provenance,
     probes_provenance,
@@ -31,9 +29,9 @@ from mergekit_snrf.profiling.request import (
     versions,
 )
 from mergekit_snrf.profiling.result.domainsfile import (
+    DOMAINS,
     Domains,
     DomainsProvenance,
-    check_domains_replaceable,
     read_domains,
     write_domains,
 )
@@ -58,27 +56,13 @@ def _file_name(name: str) -> str:
     return name
 
 
-class DomainsConfig(RunConfig):
+class DomainsConfig(ModelName, RunConfig):
     """A checked DOMAINS.yml."""
 
-    model: Name = Field(description="A folder or a hub id.")
-    revision: Name | None = Field(default=None, description="Branch, tag or commit of the hub id.")
-    gguf_file: Name | None = Field(default=None, description="The file in the model to load if it is GGUF.")
     domains: dict[Annotated[str, AfterValidator(_file_name)], PromptColumns] = Field(
         min_length=2, description="Names of the domains, each with its data set and columns."
     )
     answer: AnswerRule = Field(default=AnswerRule(by="none"), description="What follows every question.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _share_template(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not isinstance(values.get("domains"), Mapping):
-            return values
-        shared = {"template": values["template"]} if isinstance(values.get("template"), str) else {}
-        domains = {
-            name: {**shared, **one} if isinstance(one, Mapping) else one for name, one in values["domains"].items()
-        }
-        return {**values, "domains": domains}
 
     def written(self) -> dict[str, ProbeColumns]:
         """Return all probes by the key under which they are written."""
@@ -113,15 +97,7 @@ def load_config(path: str | os.PathLike[str]) -> ProfileConfig | DomainsConfig:
     return validated(kind, raw, path).located(Path(path))
 
 
-def count_domains(
-    config: DomainsConfig,
-    out: str | os.PathLike[str],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    journal_seconds: float = 30.0,
-    progress: bool = True,
-) -> Domains | None:
+def count_domains(config: DomainsConfig, out: str | os.PathLike[str], **how: Any) -> Domains | None:
     """Count how often every neuron is active on the tokens of each domain, and write the counts.
 
     Counts are whole numbers: equal settings give equal bytes, for any number of processes, however often the run was
@@ -130,10 +106,7 @@ def count_domains(
     Args:
         config: a checked DOMAINS.yml.
         out: the file to write.
-        folder: that of DOMAINS.yml, against which its relative paths are read.
-        resume: continue from the journals of an unfinished run.
-        journal_seconds: how often the journal is written.
-        progress: show progress bars on stderr.
+        how: as of ``groups.started``.
 
     Returns:
         The file, read again; None on ranks other than the first.
@@ -141,12 +114,8 @@ def count_domains(
     Raises:
         SnrfError: a problem that the user can fix: the settings, the model, the probes.
     """
-    with joined_ranks() as ranks:
-        path, place = Path(out), None if folder is None else Path(folder)
-        options = RunOptions(path, place, resume, None, journal_seconds, progress, ranks)
-        if ranks.first:
-            check_output(out, resume=resume, replaceable=check_domains_replaceable)
-        config = config.model_copy(update={"device": checked_device(config, ranks)})
+    with started(config, out, DOMAINS, **how) as (config, options):
+        ranks, path, place = options.ranks, options.out, options.folder
         kinds = config.kinds()
         info = check_model(kinds[0])
         rows = [rows_of(kind, place) for kind in kinds]
@@ -154,7 +123,7 @@ def count_domains(
             request_of(config, kind, info, each, place, domain=kind.name, device=find_device(config.device).type)
             for kind, each in zip(kinds, rows, strict=True)
         ]
-        done = ranks.first and resume and path.is_file() and _is_finished(path, fingerprint(requests))
+        done = ranks.first and options.resume and path.is_file() and _is_finished(path, fingerprint(requests))
         if not ranks.from_first(done):
             groups = [
                 Groups(
@@ -203,6 +172,6 @@ def _count(config: DomainsConfig, groups: list[Groups], info: ModelInfo, wanted:
         versions=versions(),
         fingerprint=wanted,
     )
-    write_domains(options.mask, tensors, provenance)
+    write_domains(options.out, tensors, provenance)
     for one in groups:
         one.journals.delete()

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.models.loading import find_device, load_config, load_processor
-from mergekit_snrf.profiling.distributed import Ranks
+from mergekit_snrf.neurons.maskfile import MASK
+from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
 from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
+from mergekit_snrf.profiling.request import check_output
 from mergekit_snrf.profiling.settings import Kind, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_Config = TypeVar("_Config", bound=RunConfig)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out, as the arguments of ``run``; nothing here but ``memory_budget`` changes a result."""
+    """How a run is carried out, as ``started``; nothing here but ``memory_budget`` changes a result."""
 
-    mask: Path
+    out: Path
     folder: Path | None
     resume: bool
     memory_budget: int | None
@@ -37,14 +44,42 @@ class RunOptions:
     ranks: Ranks
 
 
-def checked_device(config: RunConfig, ranks: Ranks) -> str | None:
-    """Return the device of this process; an error if there is none."""
-    if config.device_map is not None and ranks.world > 1:
-        what = f"auto spreads one model over all devices, which {ranks.world} processes cannot share"
-        raise SnrfError(None, what, "start one process", field="device_map")
-    device = ranks.device(config.device)
-    find_device(device)
-    return device
+@contextmanager
+def started(
+    config: _Config,
+    out: str | os.PathLike[str],
+    kind: Format = MASK,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    memory_budget: int | None = None,
+    journal_seconds: float = 30.0,
+    progress: bool = True,
+) -> Iterator[tuple[_Config, RunOptions]]:
+    """Begin a run: join its processes, check its output, and give its settings the device of this process.
+
+    Args:
+        config: checked settings.
+        out: the file to write.
+        kind: of that file.
+        folder: that of the settings' file, against which its relative paths are read.
+        resume: continue from the journals of an unfinished run, if there are any.
+        memory_budget: bytes that set the size of the blocks; None: the default of the device.
+        journal_seconds: how often the journal is written. A killed run loses about this much work, or one group.
+        progress: show progress bars on stderr.
+    """
+    with joined_ranks() as ranks:
+        # Other ranks must not mistake the first one's journals for those of an earlier run.
+        if ranks.first:
+            check_output(out, resume=resume, kind=kind)
+        if config.device_map is not None and ranks.world > 1:
+            what = f"auto spreads one model over all devices, which {ranks.world} processes cannot share"
+            raise SnrfError(None, what, "start one process", field="device_map")
+        device = ranks.device(config.device)
+        find_device(device)
+        place = None if folder is None else Path(folder)
+        options = RunOptions(Path(out), place, resume, memory_budget, journal_seconds, progress, ranks)
+        yield config.model_copy(update={"device": device}), options
 
 
 def rows_of(kind: Kind, folder: Path | None) -> Rows:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files import container
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 from mergekit_snrf.profiling.result.sums import Sums
 
-_FORMAT: dict[str, Any] = {"file_format": "snrf-journal", "version": 2}
+_FORMAT = Format("snrf-journal", 2, "delete it to start again", "delete it to start again")
 
 # A journal of a large model takes seconds to write; this share of the time is enough.
 _SHARE = 0.05
@@ -104,7 +104,7 @@ class Journals:
             "done": f"{sum(1 << group for group in progress.done):x}",
             "tally": {**vars(tally), "digest": f"{tally.digest:064x}"},
         }
-        container.write(self.path(rank), progress.statistics.state(), content=content, **_FORMAT)
+        _FORMAT.write(self.path(rank), progress.statistics.state(), content)
 
     def read(self, empty: Callable[[], Sums]) -> Progress:
         """Return what all journals hold together; ``SnrfError``: one is damaged, of another run, or overlaps."""
@@ -129,7 +129,7 @@ class Journals:
                 path.unlink(missing_ok=True)
 
     def _read(self, path: Path, statistics: Sums) -> Progress:
-        tensors, content = container.read(path, **_FORMAT)
+        tensors, content = _FORMAT.read(path)
         try:
             request = content["request"]
             different = differences(request, self._request)
@@ -147,7 +147,7 @@ class Journals:
             if isinstance(error, SnrfError) and error.where:
                 raise
             reason = error if isinstance(error, SnrfError) else repr(error)
-            raise SnrfError(path, f"is damaged ({reason})", "delete it to start again") from None
+            raise SnrfError(path, f"is damaged ({reason})", _FORMAT.again) from None
 
 
 class JournalWriter:

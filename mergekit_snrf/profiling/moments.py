@@ -18,15 +18,14 @@ from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.moments import (
+    MOMENTS,
     InputSite,
     Moments,
     MomentsProvenance,
-    check_moments_replaceable,
     read_moments,
     write_moments,
 )
-from mergekit_snrf.profiling.distributed import joined_ranks
-from mergekit_snrf.profiling.groups import Groups, RunOptions, checked_device, probes_of, rows_of
+from mergekit_snrf.profiling.groups import Groups, RunOptions, probes_of, rows_of, started
 from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
@@ -35,7 +34,6 @@ from mergekit_snrf.profiling.probes.rows import Rows
 from mergekit_snrf.profiling.request import (
     ModelInfo,
     check_model,
-    check_output,
     fingerprint,
     model_provenance,
     probes_provenance,
@@ -234,13 +232,13 @@ def prepare_moments(
     ]
     wanted = fingerprint(requests)
     if options.ranks.first:
-        check_moments_replaceable(out)
+        MOMENTS.check_replaceable(out)
         again = again or not out.is_file() or read_moments(out).provenance.fingerprint != wanted
     if not options.ranks.from_first(again):
         return None
     groups = []
     for index, (kind, rows, request) in enumerate(zip(kinds, read, requests, strict=True)):
-        journals = Journals(stem_of(options.mask, f"keep-{index - 1}" if index else "gain"), request)
+        journals = Journals(stem_of(options.out, f"keep-{index - 1}" if index else "gain"), request)
         probes = gain if isinstance(gain, Probes) and not index else probes_of(config, kind, rows)
         groups.append(Groups(kind, probes, journals, options))
     return MomentsRun(config, info, out, groups[0], tuple(groups[1:]), wanted)
@@ -263,24 +261,13 @@ def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
         logger.warning("%s; use more or longer probes", lowest[1])
 
 
-def take_moments(
-    config: ProfileConfig,
-    out: str | os.PathLike[str],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    journal_seconds: float = 30.0,
-    progress: bool = True,
-) -> Moments | None:
+def take_moments(config: ProfileConfig, out: str | os.PathLike[str], **how: Any) -> Moments | None:
     """Take the moments of the target alone, without source model and mask, and write them.
 
     Args:
         config: a checked profile.yml; its source is not used.
         out: the moments file to write.
-        folder: that of profile.yml, against which its relative paths are read.
-        resume: continue from the journals of an unfinished run.
-        journal_seconds: how often the journal is written.
-        progress: show progress bars on stderr.
+        how: as of ``groups.started``.
 
     Returns:
         The file, read again; None on ranks other than the first.
@@ -288,23 +275,15 @@ def take_moments(
     Raises:
         SnrfError: a problem that the user can fix: the settings, the model, the probes, the memory.
     """
-    with joined_ranks() as ranks:
-        path = Path(out)
-        place = None if folder is None else Path(folder)
-        options = RunOptions(path, place, resume, None, journal_seconds, progress, ranks)
-        if ranks.first:
-            check_output(out, resume=resume, replaceable=check_moments_replaceable)
-        config = config.model_copy(update={"device": checked_device(config, ranks)})
+    with started(config, out, MOMENTS, **how) as (config, options):
         kind = config.kind("target")
-        info = check_model(kind)
-        run = prepare_moments(config, info, options, path, rows_of(kind, place))
+        run = prepare_moments(config, check_model(kind), options, options.out, rows_of(kind, options.folder))
         assert run is not None
-        model = load_target(run)
-        run.take(model)
-        if not ranks.first:
+        run.take(load_target(run))
+        if not options.ranks.first:
             return None
         run.delete_journals()
-        return read_moments(path)
+        return read_moments(options.out)
 
 
 def load_target(run: MomentsRun) -> PreTrainedModel:

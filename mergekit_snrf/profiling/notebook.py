@@ -48,7 +48,7 @@ def profile(
     config = getattr(model, "config", None)
     known = {"path": getattr(config, "name_or_path", None), "model_type": getattr(config, "model_type", None)}
     named = ModelProvenance(**{key: value or None for key, value in known.items()})
-    provenance = ProfileProvenance(model=named, measure=measure.provenance(), dtype=dtype, versions=versions())
+    provenance = ProfileProvenance(model=named, measure=measure.model_dump(), dtype=dtype, versions=versions())
     return statistics.profile(provenance)
 
 

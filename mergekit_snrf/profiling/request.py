@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from mergekit_snrf.errors import SnrfError, naming, os_reason
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import sha256
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.models.loading import load_config
-from mergekit_snrf.neurons.maskfile import ModelProvenance, check_replaceable
+from mergekit_snrf.neurons.maskfile import MASK, ModelProvenance
 from mergekit_snrf.profiling.journal import Tally, differences
 from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows
@@ -58,13 +59,8 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
     return stem_of(mask, f"{side}.profile.safetensors")
 
 
-def check_output(
-    mask: str | os.PathLike[str], *, resume: bool, replaceable: Callable[[Path], None] = check_replaceable
-) -> None:
-    """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``.
-
-    ``replaceable`` raises it where another kind of file lies.
-    """
+def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = MASK) -> None:
+    """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``."""
     if not os.fspath(mask):
         raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")
     path = Path(mask)
@@ -78,7 +74,7 @@ def check_output(
     except OSError as error:
         what = f"cannot be written ({os_reason(error)})"
         raise SnrfError(path, what, "choose a folder that exists and is writable") from None
-    replaceable(path)
+    kind.check_replaceable(path)
     found = path.parent.glob("*.journal-*.safetensors")
     unfinished = sorted(file for file in found if file.name.startswith(stem_of(path, "").name))
     if unfinished and not resume:

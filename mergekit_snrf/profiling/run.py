@@ -13,22 +13,19 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Provenance, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.profiling.distributed import joined_ranks
-from mergekit_snrf.profiling.groups import RunOptions, checked_device, probes_of, rows_of
-from mergekit_snrf.profiling.request import check_model, check_models, check_output, profile_path
+from mergekit_snrf.profiling.groups import probes_of, rows_of, started
+from mergekit_snrf.profiling.request import check_model, check_models, profile_path
 from mergekit_snrf.profiling.result.profilefile import Profile
 from mergekit_snrf.profiling.result.selection import select
 from mergekit_snrf.profiling.settings import SIDES, ProfileConfig, RunConfig, SideName
 from mergekit_snrf.profiling.side import prepare_side
-
-JOURNAL_SECONDS = 30.0
-"""A killed run loses at most about this much work, unless one group of probes takes longer."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +41,7 @@ class Result:
     seconds: dict[SideName, float]
 
 
-def run(
-    config: ProfileConfig,
-    mask: str | os.PathLike[str],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    memory_budget: int | None = None,
-    journal_seconds: float = JOURNAL_SECONDS,
-    progress: bool = True,
-) -> Result | None:
+def run(config: ProfileConfig, mask: str | os.PathLike[str], **how: Any) -> Result | None:
     """Profile both models and write the mask of their shared neurons, with the two profiles beside it.
 
     Equal settings, models, probes, packages and thread counts give equal bytes, for any number of processes, and
@@ -62,11 +50,7 @@ def run(
     Args:
         config: a checked profile.yml.
         mask: the mask file to write.
-        folder: that of profile.yml, against which its relative paths are read.
-        resume: continue from the journals of an unfinished run, if there are any.
-        memory_budget: bytes that set the size of the blocks; None: the default of the device.
-        journal_seconds: how often the journal is written.
-        progress: show progress bars on stderr.
+        how: as of ``groups.started``.
 
     Returns:
         What was written; None on ranks other than the first, which write nothing.
@@ -74,13 +58,8 @@ def run(
     Raises:
         SnrfError: a problem that the user can fix: the settings, the models, the probes, the memory.
     """
-    with joined_ranks() as ranks:
-        place = None if folder is None else Path(folder)
-        options = RunOptions(Path(mask), place, resume, memory_budget, journal_seconds, progress, ranks)
-        # Other ranks must not mistake the first one's journals for those of an earlier run.
-        if ranks.first:
-            check_output(mask, resume=resume)
-        config = config.model_copy(update={"device": checked_device(config, ranks)})
+    with started(config, mask, **how) as (config, options):
+        ranks = options.ranks
         models = ranks.from_first(check_models(config) if ranks.first else {})
         # Measuring the first side can take days: every fault of the second is found before.
         sides = [prepare_side(config, name, models[name], options) for name in SIDES]

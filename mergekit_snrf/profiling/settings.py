@@ -13,9 +13,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files.reading import load_yaml
-from mergekit_snrf.files.settings import Settings
-from mergekit_snrf.models.reference import ModelRef
-from mergekit_snrf.profiling.measure.meter import Measure, MeasuredSite, Scoring, Tokens, Weight
+from mergekit_snrf.models.reference import Loading, ModelName, ModelRef
+from mergekit_snrf.profiling.measure.meter import Measure
 from mergekit_snrf.profiling.probes.source import (
     DATA_SUFFIXES,
     AnswerRule,
@@ -39,16 +38,13 @@ SIDES: tuple[SideName, ...] = ("target", "source")
 
 _Columns = TypeVar("_Columns", bound=ProbeColumns)
 _Config = TypeVar("_Config", bound="RunConfig")
-MODEL_FIELDS = ("model", "revision", "gguf_file")
+MODEL_FIELDS = tuple(ModelName.model_fields)
 ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
-class SideConfig(Prompting):
+class SideConfig(ModelName, Prompting):
     """One of the two models, the target or the source, with its probes."""
 
-    model: Name = Field(description="A folder or a hub id.")
-    revision: Name | None = Field(default=None, description="Branch, tag or commit of the hub id.")
-    gguf_file: Name | None = Field(default=None, description="The file in the model to load if it is GGUF.")
     probes: ProbeColumns = Field(description="The data set and its columns.")
 
     @model_validator(mode="after")
@@ -82,7 +78,7 @@ class Kind:
     model_keys: dict[str, str]
 
 
-class RunConfig(Settings):
+class RunConfig(Loading):
     """The keys that all runs have: how rows become probes, and how the model is loaded."""
 
     answer: AnswerRule = Field(default=AnswerRule(), description="What follows every question.")
@@ -94,17 +90,25 @@ class RunConfig(Settings):
         default=None,
         description="A longer probe is left out and counted, never cut; default: the model's limit.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
-        default="auto", description="Dtype of the weights; auto: that of the checkpoint."
-    )
-    device: Name | None = Field(default=None, description="Such as cuda, cuda:1 or cpu; default: cuda if there is one.")
-    device_map: Literal["auto"] | None = Field(default=None, description="auto: spread the layers over all devices.")
-    trust_remote_code: bool = Field(default=False, strict=True, description="Run code of the checkpoints.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_template(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(template := values.get("template"), str):
+            return values
+
+        def with_template(one: Any) -> Any:
+            return {"template": template, **one} if isinstance(one, Mapping) else one
+
+        shared: dict[str, Any] = {side: with_template(values[side]) for side in SIDES if side in values}
+        if isinstance(values.get("keep"), list):
+            shared["keep"] = list(map(with_template, values["keep"]))
+        if isinstance(values.get("domains"), Mapping):
+            shared["domains"] = {name: with_template(one) for name, one in values["domains"].items()}
+        return {**values, **shared}
 
     @model_validator(mode="after")
-    def _check_devices_and_answers(self) -> Self:
-        if self.device is not None and self.device_map is not None:
-            raise ValueError("device and device_map exclude each other; device_map: auto uses all devices")
+    def _check_answers(self) -> Self:
         if self.answer.by == "column":
             written = self.written().items()
             lacking = next((key for key, one in written if not (one.answer or self.answer.column)), None)
@@ -136,7 +140,7 @@ class RunConfig(Settings):
 
     def reference(self, written: Any) -> ModelRef:
         """Return the model that ``written`` names, as it is loaded."""
-        shared = {key: getattr(self, key) for key in ("dtype", "device", "device_map", "trust_remote_code")}
+        shared = {key: getattr(self, key) for key in Loading.model_fields}
         return ModelRef(**{key: getattr(written, key) for key in MODEL_FIELDS}, **shared)
 
     def override(self, **values: Any) -> Self:
@@ -145,7 +149,7 @@ class RunConfig(Settings):
         return validated(type(self), {**self.model_dump(exclude_unset=True), **given}, "profile options")
 
 
-class ProfileConfig(RunConfig):
+class ProfileConfig(RunConfig, Measure):
     """A checked profile.yml."""
 
     target: SideConfig = Field(description="The vision-language model and its probes.")
@@ -160,36 +164,9 @@ class ProfileConfig(RunConfig):
         description="Eigenvectors of the moments; default: dense up to 4096 inputs, 512 eigenvectors beyond.",
     )
     select: Selection = Field(default=Selection(top_ratio=0.1), description="The rule of Eq. 5.")
-    tokens: Tokens = "all"
-    scoring: Scoring = "exact"
-    weight: Weight = "paper"
-    site: MeasuredSite = "pre_o"
     backend: Literal["auto", "blocked", "sdpa"] = Field(
         default="auto", description="Kernel of attn.q and attn.k; the results agree up to rounding."
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _share_template(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not isinstance(values.get("template"), str):
-            return values
-        shared = dict(values)
-        for side in SIDES:
-            if isinstance(shared.get(side), Mapping):
-                shared[side] = {"template": values["template"], **shared[side]}
-        if isinstance(shared.get("keep"), list):
-            shared["keep"] = [
-                {"template": values["template"], **kind} if isinstance(kind, Mapping) else kind
-                for kind in shared["keep"]
-            ]
-        return shared
-
-    @model_validator(mode="after")
-    def _check_scoring(self) -> ProfileConfig:
-        for key in ("weight", "site", "backend"):
-            if self.scoring == "released" and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no meaning with scoring: released; remove it")
-        return self
 
     def written(self) -> dict[str, ProbeColumns]:
         """Return all probes by the key under which they are written."""

@@ -75,7 +75,7 @@ class Side:
             if self.groups is None:
                 logger.info("%s: finished by an earlier run", self.name)
             elif profile is not None:
-                write_profile(profile_path(self.options.mask, self.name), profile)
+                write_profile(profile_path(self.options.out, self.name), profile)
             self.journals.delete()
             if self.moments is not None:
                 self.moments.delete_journals()
@@ -115,7 +115,7 @@ class Side:
         return ProfileProvenance(
             side=self.name,
             model=model_provenance(self.kind, self.info, model, folder, probes=probes),
-            measure=self.config.measure.provenance(),
+            measure=self.config.measure.model_dump(),
             seed=self.config.seed,
             dtype=str(model.dtype).removeprefix("torch."),
             versions=versions(),
@@ -148,7 +148,7 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     rows = rows_of(kind, options.folder)
     device = find_device(config.device)
     measured = {
-        "measure": config.measure.provenance(),
+        "measure": config.measure.model_dump(),
         "device": device.type,
         "block_bytes": memory.block_bytes(device, options.memory_budget),
         **({} if config.backend == "auto" else {"backend": config.backend}),
@@ -156,19 +156,19 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     request = request_of(config, kind, info, rows, options.folder, **measured)
     keeps = bool(config.keep) and name == "target"
     # The moments are in the journal, but the profile does not depend on them.
-    journals = Journals(stem_of(options.mask, name), {**request, "sketch": config.sketch} if keeps else request)
+    journals = Journals(stem_of(options.out, name), {**request, "sketch": config.sketch} if keeps else request)
     finished = _finished(options, name, request) if options.ranks.first else None
     groups, moments = None, None
     if not options.ranks.from_first(finished is not None):
         groups = Groups(kind, probes_of(config, kind, rows), journals, options)
     if keeps:
         gain, again = (rows, False) if groups is None else (groups.probes, True)
-        moments = prepare_moments(config, info, options, moments_path(options.mask), gain, again=again)
+        moments = prepare_moments(config, info, options, moments_path(options.out), gain, again=again)
     return Side(name, kind, config, options, info, request, journals, groups, finished, moments)
 
 
 def _finished(options: RunOptions, name: SideName, request: Mapping[str, Any]) -> Profile | None:
-    path = profile_path(options.mask, name)
+    path = profile_path(options.out, name)
     if not options.resume or not path.is_file():
         return None
     profile = read_profile(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,16 @@ def scores_by_hand(mask: NeuronSet) -> tuple[float, float]:
     return result.reasoning / 100, result.perception / 100
 
 
-def test_the_command_reports_what_a_model_zeroed_by_hand_scores(mask: Path, tmp_path: Path) -> None:
+def test_the_command_reports_what_a_model_zeroed_by_hand_scores(
+    mask: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference = f"examples/board/evaluation.py:board?n={N}"
     profile = a_profile(tmp_path / "profile.safetensors")
     arguments = ("examples/board/target", "--mask", mask, "--eval", reference, "--profile", profile, "--draws", "2")
     options = ("--seed", "3", "--dtype", "float32", "--device", "cpu", "--json", tmp_path / "study.json", "--quiet")
-    command = [Path(sys.executable).with_name("snrf"), "ablate", *map(str, (*arguments, *options))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    monkeypatch.chdir(ROOT)
+    done = run(*arguments, *options)
+    assert (done.exit_code, done.stderr) == (0, "")
     study = read_result(tmp_path / "study.json")
     assert isinstance(study, Study)
     neurons = read_mask(mask).neurons

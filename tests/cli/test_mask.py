@@ -302,7 +302,7 @@ def test_the_model_is_needed_and_checked(folder: Path, model: str) -> None:
 def test_only_masks_are_replaced(folder: Path, model: str, command: list[str]) -> None:
     weights = Path("model/model.safetensors")
     before = weights.read_bytes()
-    assert "already exists and is not a mask" in snrf(*command, str(weights)).output
+    assert "already exists and is not a snrf-mask file" in snrf(*command, str(weights)).output
     assert weights.read_bytes() == before
     assert "the path of the file to write is empty" in snrf(*command, "").output
     assert snrf(*command, "a").exit_code == 0

@@ -137,7 +137,7 @@ def lens(r: float, s: float, distance: float) -> float:
 sizes = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60)).filter(any)
 
 
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=10, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(sizes)
 def test_areas_are_true(counts: tuple[int, int, int]) -> None:
     only_first, shared, only_second = counts

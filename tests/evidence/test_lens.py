@@ -25,8 +25,7 @@ from mergekit_snrf.evidence.lens import Lensed, LensSums, add_batch, lens
 from mergekit_snrf.evidence.lens_positions import Positions
 from mergekit_snrf.evidence.lens_tokens import Place, TokenGrid, grid_html, grid_text
 from mergekit_snrf.evidence.results import KINDS, Lens, read_result
-from mergekit_snrf.models.head import find_live_head
-from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.live import find_live_decoder, find_live_head
 from mergekit_snrf.profiling.probes.answers import Answer, append_answers, with_positions
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 

@@ -385,7 +385,7 @@ def compared(contents: list[bytes]) -> None:
         assert len(sentence.encode().splitlines()) <= 1
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(METRICS, METRICS), min_size=1, max_size=3), st.booleans())
 @example([({"m": 1e308}, {"m": -1e308})] * 2, False)
 @example([({"m": {"\ud800": 1}}, {"m": {"score": float("inf")}})], True)
@@ -398,7 +398,7 @@ def test_any_metric_is_compared_left_out_or_refused(pairs: list[tuple[Any, Any]]
     compared(["\n".join(lines).encode() for lines in numbered])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(st.binary(max_size=200), st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_refused_in_one_sentence(a: bytes, b: bytes) -> None:
     compared([a, b])

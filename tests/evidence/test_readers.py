@@ -314,7 +314,7 @@ def test_sheets_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         sheets.read_rows(bomb)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.sampled_from(sheets.SUFFIXES), st.binary(max_size=60), st.integers(0, 4000))
 def test_any_bytes_are_refused_in_one_sentence(suffix: str, noise: bytes, place: int) -> None:
     """Noise alone, or somewhere in a table."""

@@ -16,9 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.files import container
+from mergekit_snrf.files.container import Format
+from mergekit_snrf.neurons.maskfile import MASK
 
 FORMAT, VERSION = "snrf-profile", 3
+KIND = Format(
+    FORMAT,
+    VERSION,
+    "make one with snrf-profile",
+    "make it again",
+    {"snrf-mask": "a mask is made from profiles, which snrf-profile writes"},
+)
 
 examples = settings(max_examples=40)
 
@@ -46,12 +54,12 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 def write(path: Path, tensors: dict[str, Tensor], content: dict[str, Any]) -> bytes:
-    container.write(path, tensors, file_format=FORMAT, version=VERSION, content=content)
+    KIND.write(path, tensors, content)
     return path.read_bytes()
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    return container.read(path, file_format=FORMAT, version=VERSION)
+    return KIND.read(path)
 
 
 def outcome(path: Path) -> dict[str, Tensor] | str:
@@ -160,7 +168,7 @@ def example_bytes(folder: Path) -> bytes:
     return write(folder / "example.safetensors", values, {"answer": 42, "probes": {"count": 3}})
 
 
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=100)
 @given(changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4))
 def test_damaged_bytes_give_values_or_one_error(
     example_bytes: bytes, folder: Path, changes: list[tuple[int, int]]
@@ -196,7 +204,7 @@ def test_other_formats_and_versions(tmp_path: Path, metadata: Any, message: str)
 def test_weights_of_a_model_are_not_a_mask(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
     with pytest.raises(SnrfError, match=r"model\.safetensors: a snrf-mask file is needed, .*'snrf mask select'"):
-        container.read(tmp_path / "model.safetensors", file_format="snrf-mask", version=1)
+        MASK.read(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +253,7 @@ def test_bytes_that_are_no_booleans(tmp_path: Path) -> None:
 DTYPES = ["U8", "I8", "U16", "I16", "F16", "BF16", "U32", "U64", "I64", "F64", "C64", "F8_E5M2", "F8_E4M3", "F8_E8M0"]
 
 
-@settings(examples, max_examples=300)
+@settings(examples, max_examples=100)
 @given(
     dtype=st.sampled_from([*DTYPES, "F4", "F6_E2M3", "F8_E4M3FNUZ", "STRING", "bool", 3, None]),
     shape=st.sampled_from([[8], [2, 2, 2], [], [0], [-1], [2**63], [2**64 - 1, 2], [1.5], ["8"], "8", None]),

@@ -52,7 +52,7 @@ def test_a_duplicate_key_is_named() -> None:
         parse_yaml("limit: 1\nlimit: 2", None)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.text("ab:&*<[]{}-?!|>\"'#%@,. \n0x1:~=", max_size=30))
 def test_yaml_is_read_as_pyyaml_reads_it(text: str) -> None:
     try:

@@ -169,19 +169,11 @@ def wheel(new_environment: Callable[[], Environment], tmp_path_factory: pytest.T
 
 
 @pytest.fixture(scope="session")
-def install(wheel: Path, new_environment: Callable[[], Environment]) -> Callable[[], Environment]:
-    def make() -> Environment:
-        environment = new_environment()
-        environment.pip("install", "--no-deps", "--no-index", wheel)
-        return environment
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def installed(install: Callable[[], Environment]) -> Environment:
+def installed(wheel: Path, new_environment: Callable[[], Environment]) -> Environment:
     """An environment with the wheel, which no test changes."""
-    return install()
+    environment = new_environment()
+    environment.pip("install", "--no-deps", "--no-index", wheel)
+    return environment
 
 
 def test_wheel_holds_the_package_and_the_autoload_module_beside_it(wheel: Path) -> None:
@@ -233,14 +225,7 @@ def test_mergekit_imports_torch(installed: Environment) -> None:
 
 
 def test_any_module_first(installed: Environment) -> None:
-    modules = (
-        "mergekit.merge",
-        "mergekit.merge_methods.registry",
-        "mergekit.merge_methods.generalized_task_arithmetic",
-        "mergekit.scripts.run_yaml",
-        "mergekit_snrf.merge",
-        "mergekit_snrf.merge.patch",
-    )
+    modules = ("mergekit.merge", "mergekit.merge_methods.registry", "mergekit_snrf.merge", "mergekit_snrf.merge.patch")
     twice = "import mergekit_snrf_autoload; mergekit_snrf_autoload.autoload(); mergekit_snrf_autoload.autoload()\n"
     again = "import mergekit_snrf.merge; mergekit_snrf.merge.install(); mergekit_snrf.merge.install()\n"
     # As where a dependency of mergekit is missing at first.
@@ -249,16 +234,13 @@ def test_any_module_first(installed: Environment) -> None:
         "try:\n    import mergekit.merge\n    raise SystemExit('imported')\nexcept ImportError:\n    pass\n"
         "del sys.modules['mergekit.merge_methods.karcher']\n"
     )
+    light = "".join(f"import mergekit_snrf.merge.{name}\n" for name in ("guard", "folders", "tally"))
     snippets = [f"import {name}\n{STATE}" for name in modules]
     snippets += [twice + STATE + twice + STATE, again + STATE, failing + STATE]
-    for snippet, outcome in zip(snippets, installed.forks(*snippets), strict=True):
+    *outcomes, loaded = installed.forks(*snippets, f"import sys\n{light}result = 'mergekit' in sys.modules")
+    for snippet, outcome in zip(snippets, outcomes, strict=True):
         assert outcome == {"result": LOADED, "warnings": []}, snippet
-
-
-def test_light_modules_import_no_mergekit(installed: Environment) -> None:
-    modules = ("guard", "folders", "tally")
-    imports = "".join(f"import mergekit_snrf.merge.{name}\n" for name in modules)
-    assert installed.python(f"import json, sys\n{imports}print(json.dumps('mergekit' in sys.modules))") is False
+    assert loaded["result"] is False
 
 
 def test_merge_in_a_fresh_environment(installed: Environment, pair: Pair, tmp_path: Path) -> None:
@@ -284,33 +266,32 @@ def test_autoload_switched_off(installed: Environment, pair: Pair, tmp_path: Pat
         f"    main(['patch', {str(recipe)!r}, {str(tmp_path / 'patched')!r}, '--quiet'], standalone_mode=False)\n"
         "result = 'patched'"
     )
-    snippets = (command, STATE, STATE + by_hand + STATE, patch)
+    merged = (
+        "import sys; from mergekit_snrf.cli.merge import main\n"
+        f"sys.argv = ['mergekit-snrf', {str(recipe)!r}, {str(tmp_path / 'merged')!r}, '--quiet']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    result = end.code or 'merged'"
+    )
+    snippets = (command, STATE, STATE + by_hand + STATE, patch, merged)
     outcomes = installed.forks(*snippets, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     first, *others = outcomes
     assert first["error"] == "RuntimeError: Unimplemented merge method snrf"
-    assert [outcome.get("result") for outcome in others] == [WITHOUT, LOADED, "patched"]
+    assert [outcome.get("result") for outcome in others] == [WITHOUT, LOADED, "patched", "merged"]
     assert not any(outcome["warnings"] for outcome in outcomes)
     assert not (tmp_path / "out").exists()
-    assert (tmp_path / "patched" / "README.md").exists()
+    assert_same(read(tmp_path / "merged"), read(tmp_path / "patched"))
+    assert (installed.folder / "bin" / "mergekit-snrf").exists()
 
 
-def test_mergekit_snrf_where_autoload_is_switched_off(installed: Environment, pair: Pair, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe())
-    arguments = ("mergekit-snrf", recipe, tmp_path / "out", "--quiet", "--out-shard-size", "20000")
-    result = installed.run(*arguments, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert result.returncode == 0, result.stderr
-    assert_same(read(tmp_path / "out"), merge(pair.recipe(), tmp_path / "expected"))
-
-
-def test_broken_package_only_warns(install: Callable[[], Environment]) -> None:
-    environment = install()
-    package = environment.site_packages / "mergekit_snrf"
-    spoil = f"import pathlib; pathlib.Path({str(package / 'merge' / '__init__.py')!r}).write_text('def (')\n"
-    remove = f"import shutil; shutil.rmtree({str(package)!r})\n"
+def test_broken_package_only_warns(installed: Environment, tmp_path: Path) -> None:
+    (tmp_path / "mergekit_snrf" / "merge").mkdir(parents=True)
+    (tmp_path / "mergekit_snrf" / "__init__.py").touch()
+    (tmp_path / "mergekit_snrf" / "merge" / "__init__.py").write_text("def (")
+    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    removed = "import sys; sys.path = [place for place in sys.path if not place.endswith('site-packages')]\n"
     strict = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
     torch_works = "import torch\nresult['torch'] = torch.ones(2).sum().item()\n"
-    syntax, strictly, missing = environment.forks(
-        spoil + STATE + torch_works, strict + STATE + torch_works, remove + STATE + torch_works
+    syntax, strictly, missing = installed.forks(
+        broken + STATE + torch_works, broken + strict + STATE + torch_works, removed + STATE + torch_works
     )
     for outcome in (syntax, strictly, missing):
         assert outcome["result"] == WITHOUT | {"torch": 2.0}
@@ -328,12 +309,11 @@ def test_editable_install_and_a_checkout_that_moves_away(
     checkout = copy_checkout(tmp_path / "checkout")
     environment.pip("install", *BUILD, "--editable", checkout)
     where = "import mergekit_snrf; result['where'] = mergekit_snrf.__file__\n"
-    (outcome,) = environment.forks(STATE + where)
-    assert outcome == {"result": LOADED | {"where": str(checkout / "mergekit_snrf" / "__init__.py")}, "warnings": []}
-    checkout.rename(tmp_path / "moved")
-    (outcome,) = environment.forks(STATE)
-    assert outcome["result"] == WITHOUT
-    (warning,) = outcome["warnings"]
+    move = f"import os; os.rename({str(checkout)!r}, {str(tmp_path / 'moved')!r})\n"
+    before, after = environment.forks(STATE + where, move + STATE)
+    assert before == {"result": LOADED | {"where": str(checkout / "mergekit_snrf" / "__init__.py")}, "warnings": []}
+    assert after["result"] == WITHOUT
+    (warning,) = after["warnings"]
     assert warning.startswith(
         "mergekit-snrf could not be loaded (ModuleNotFoundError: No module named 'mergekit_snrf')"
     )

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from checkpoints import SOURCE_OF, make_source, read
 from pair import Pair, assert_same, merge, write_recipe
 
@@ -41,11 +40,7 @@ assert isinstance(ModelReference.parse(f"{folder}/merged").config(), PretrainedC
 """
 
 
-@pytest.mark.parametrize("autoload", ["0", "1"])
-def test_a_plan_and_a_patch_load_no_modelling_code(
-    autoload: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", autoload)
+def test_a_plan_and_a_patch_load_no_modelling_code(pair: Pair, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yml", pair.recipe())
     for name, seed in (("one", 1), ("other", 2)):
         make_source(tmp_path / name, SOURCE_OF["llava"], seed=seed)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import INTERMEDIATE, LAYERS, WIDTH, read
+from forked import start_forked
 from made_moments import sizes_of, write_random_moments
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 from outputs import hashes, tree
 from pair import Pair, assert_same, merge, target_name, write_recipe
 
-from mergekit_snrf.fusion import threads
+from mergekit_snrf.fusion import delta, threads
+from mergekit_snrf.merge import install
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.merge.tensors import Tensors
@@ -63,38 +65,34 @@ def test_bytes_in_flight_are_counted(pair: Pair) -> None:
         assert tensors.memory(edit, whole=True).working >= (2 + 4) * size + (4 + 2) * neurons
 
 
-# A test run in the background ignores the interrupt, and so would what it starts.
-ENDLESS = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from mergekit.scripts.run_yaml import main
-import mergekit_snrf.fusion.delta as delta
-from mergekit_snrf.fusion.threads import check_not_stopped
-from mergekit_snrf.merge import install
-install()
-
-def endless(*arguments):
-    open(sys.argv[3], "w").close()
-    while True:
-        check_not_stopped()
-        time.sleep(0.01)
-
-delta.working_dtype = endless
-main([sys.argv[1], sys.argv[2], "--quiet"], prog_name="mergekit-yaml")
-"""
-
-
-def test_an_interrupt_does_not_wait_for_workers(pair: Pair, tmp_path: Path) -> None:
+def test_an_interrupt_does_not_wait_for_workers(pair: Pair, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe, mark = write_recipe(tmp_path / "recipes" / "recipe.yml", pair.recipe()), tmp_path / "recipes" / "mark"
-    arguments = [sys.executable, "-c", ENDLESS, str(recipe), str(tmp_path / "out"), str(mark)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        while process.poll() is None and not mark.exists():
+
+    def endless(*_: Any) -> None:
+        mark.touch()
+        while True:
+            threads.check_not_stopped()
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=100)
-    assert process.returncode == 1, errors
-    assert "Traceback" not in errors
+
+    def merge_without_end() -> None:
+        # A test run in the background ignores the interrupt, and so would its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.alarm(100)
+        torch.set_num_threads(2)
+        delta.working_dtype = endless
+        install()
+        try:
+            mergekit_yaml([str(recipe), str(tmp_path / "out"), "--quiet"], prog_name="mergekit-yaml")
+        finally:
+            threading._shutdown()  # type: ignore[attr-defined]
+
+    child = start_forked(merge_without_end)
+    while not mark.exists():
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    assert "Traceback" not in capfd.readouterr().err
     assert tree(tmp_path) == []
 
 

@@ -18,8 +18,8 @@ from mergekit_snrf.evidence.asked import AskedOptions, load_asked
 from mergekit_snrf.files import reading, references, writing
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.reference import ModelRef
+from mergekit_snrf.neurons.lists import read_released
 from mergekit_snrf.neurons.maskfile import load_mask, read_mask, write_mask
-from mergekit_snrf.neurons.released import read_released
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
 from mergekit_snrf.neurons.sites import Neuron, Site

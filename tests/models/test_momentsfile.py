@@ -57,7 +57,7 @@ def test_equal_moments_give_equal_bytes_and_replace_only_moments(path: Path, tmp
     weights = tmp_path / "model.safetensors"
     save_file({"lm_head.weight": torch.ones(2)}, weights)
     before = weights.read_bytes()
-    with pytest.raises(SnrfError, match="not a moments file"):
+    with pytest.raises(SnrfError, match="not a snrf-moments file"):
         write_moments(weights, load_file(path), MomentsProvenance())
     assert weights.read_bytes() == before
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons.released import kv_row, read_released, released_json
+from mergekit_snrf.neurons.lists import kv_row, read_released, released_json
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site

@@ -68,7 +68,7 @@ def by_numpy(found: Domains, module: str, choice: Choice) -> tuple[list[set[tupl
     return sets, bar, [h for h, _ in ranked]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     sizes=st.tuples(st.integers(2, 5), st.integers(1, 3), st.integers(1, 12)),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,8 +15,9 @@ import torch
 import yaml
 from checkpoints import LAYERS, example_inputs, load, make_source, make_target
 from click.testing import CliRunner
+from forked import forked_ranks
 from safetensors.torch import load_file
-from test_run import ENVIRONMENT, write_probes
+from test_run import write_probes
 from torch import Tensor, nn
 
 from mergekit_snrf.cli.profile import main
@@ -335,10 +334,7 @@ def test_two_processes_write_the_bytes_of_one(target: Any, tmp_path: Path) -> No
     one = CliRunner().invoke(main, [str(path), str(tmp_path / "one.safetensors"), "--quiet"])
     assert one.exit_code == 0, one.output
     assert "one.safetensors: 2 domains, " in one.output
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["-m", "mergekit_snrf.cli.profile", str(path), str(tmp_path / "two.safetensors")]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert forked_ranks(lambda: main([str(path), str(tmp_path / "two.safetensors")])) == [0, 0]
     assert (tmp_path / "two.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 
 
@@ -395,6 +391,6 @@ def test_damaged_files_are_refused(target: Any, tmp_path: Path) -> None:
         with pytest.raises(SnrfError, match=message):
             read_domains(tmp_path / "bad.safetensors")
     save_file(tensors, tmp_path / "other.safetensors", metadata={"format": "pt"})
-    with pytest.raises(SnrfError, match="already exists and is not a file of domains"):
+    with pytest.raises(SnrfError, match="already exists and is not a snrf-domains file"):
         count_domains(config, tmp_path / "other.safetensors", folder=target("llama"), progress=False)
     assert os.path.getsize(tmp_path / "other.safetensors") > 0

@@ -103,7 +103,7 @@ def test_mask_file_is_no_profile(tmp_path):
     save_file(
         {"layers.0.attn.k": torch.ones(3, dtype=torch.bool)}, path, metadata={"format": "snrf-mask", "version": "1"}
     )
-    with pytest.raises(SnrfError, match=r"a snrf-profile file is needed.*make one with snrf-profile"):
+    with pytest.raises(SnrfError, match=r"a snrf-profile file is needed.*; a mask is made from profiles"):
         read_profile(path)
 
 

@@ -4,8 +4,8 @@ import functools
 import json
 import logging
 import os
+import shutil
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import yaml
 from checkpoints import SOURCE_OF, VLMS, add_tensor, make_source, make_target, read
 from click.testing import CliRunner, Result
-from forked import forked, start_forked
+from forked import forked, forked_ranks
 from processors import PROCESSORS, WITHOUT_TEMPLATE, example_image, processor_missing
 
 from mergekit_snrf.cli.profile import main
@@ -54,6 +54,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def plain(pair: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A profile.yml for llama, and the folder of what it gives."""
+    path, out = write_config(pair("llama"), name="plain.yml"), tmp_path_factory.mktemp("plain")
+    profiled(path, out)
+    return path, out
 
 
 def write_probes(folder: Path, count: int = 8) -> None:
@@ -102,9 +110,6 @@ def contents(out: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in out.iterdir()}
 
 
-ENVIRONMENT = {**os.environ, "HF_DATASETS_OFFLINE": "1"}
-
-
 def invoke(path: Path, out: Path, *options: str) -> Result:
     return CliRunner().invoke(main, [str(path), str(out), *options])
 
@@ -116,9 +121,9 @@ def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any
 
 
 def test_mask_holds_the_neurons_that_are_at_the_top_of_every_probe_of_both_models(pair, tmp_path):
-    folder = pair("llava")
+    folder = pair("idefics3")
     ratios = {"attn": 0.5, "attn.v": 0.25, "fwd": 0.3}
-    path = write_config(folder, "llava", select={"top_ratio": ratios})
+    path = write_config(folder, "idefics3", select={"top_ratio": ratios})
     profiled(path, tmp_path)
     config = load_profile_config(path)
     expected: dict[Site, set[int]] = {}
@@ -157,13 +162,12 @@ def test_every_family_profiles_end_to_end(family, pair, tmp_path):
     assert all(bool((statistics.mean_impact > 0).any()) for statistics in profile.sites.values())
 
 
-def test_same_inputs_give_the_same_bytes_wherever_they_lie(pair, tmp_path, monkeypatch):
-    folder = pair("llama")
-    first = profiled(write_config(folder), tmp_path / "one")
+def test_same_inputs_give_the_same_bytes_wherever_they_lie(plain, tmp_path, monkeypatch):
+    path, first = plain[0], contents(plain[1])
     assert sorted(first) == sorted(FILES)
-    monkeypatch.chdir(folder)
-    assert profiled(Path("profile.yml"), tmp_path / "two") == first
-    assert not any(str(folder).encode() in content or b"/tmp" in content for content in first.values())
+    monkeypatch.chdir(path.parent)
+    assert profiled(Path(path.name), tmp_path / "two") == first
+    assert not any(str(path.parent).encode() in content or b"/tmp" in content for content in first.values())
 
 
 def test_provenance_says_what_the_mask_was_made_of(pair, tmp_path):
@@ -186,10 +190,9 @@ def test_provenance_says_what_the_mask_was_made_of(pair, tmp_path):
     assert profile.provenance.model == provenance.source
 
 
-def test_mask_can_be_selected_again_from_the_profiles(pair, tmp_path):
-    profiled(write_config(pair("llama"), select={"top_ratio": 0.4}), tmp_path)
-    profiles = [read_profile(tmp_path / name) for name in FILES[1:]]
-    assert select(profiles, top_ratio=0.4) == read_mask(tmp_path / "m.safetensors").neurons
+def test_mask_can_be_selected_again_from_the_profiles(plain):
+    profiles = [read_profile(plain[1] / name) for name in FILES[1:]]
+    assert select(profiles, top_ratio=0.5) == read_mask(plain[1] / "m.safetensors").neurons
 
 
 def test_command_reports_what_it_found(pair, tmp_path):
@@ -242,34 +245,16 @@ def test_killed_runs_resume_to_the_bytes_of_an_uninterrupted_one(tmp_path):
     assert profiled(path, out, resume=True) == whole
 
 
-def test_two_processes_write_the_bytes_of_one(pair, tmp_path, capfd):
-    """As torchrun starts them."""
-    path = write_config(pair("llava"), "llava", batch_size=2)
-    whole = profiled(path, tmp_path / "one")
-    out = tmp_path / "two"
-    out.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
-
-    def process(rank: str) -> int:
-        def ranked() -> None:
-            os.environ |= {**place, "RANK": rank, "LOCAL_RANK": rank}
-            main([str(path), str(out / "m.safetensors")])
-
-        return start_forked(ranked)
-
-    children = [process(rank) for rank in "01"]
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+def test_two_processes_write_the_bytes_of_one(plain, tmp_path, capfd):
+    assert forked_ranks(lambda: main([str(plain[0]), str(tmp_path / "m.safetensors")])) == [0, 0]
     assert capfd.readouterr().out.count("shared neurons") == 1
-    assert contents(out) == whole
+    assert contents(tmp_path) == contents(plain[1])
 
 
-def test_resume_skips_a_finished_side_and_does_not_load_its_model(pair, tmp_path, monkeypatch):
-    path = write_config(pair("llama"))
-    whole = profiled(path, tmp_path)
-    (tmp_path / "m.safetensors").unlink()
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
-    assert profiled(path, tmp_path, resume=True) == whole
+def test_resume_skips_a_finished_side_and_does_not_load_its_model(plain, tmp_path, no_model):
+    path, out = plain[0], shutil.copytree(plain[1], tmp_path / "out")
+    (out / "m.safetensors").unlink()
+    assert profiled(path, out, resume=True) == contents(plain[1])
 
 
 def test_other_probes_to_keep_change_the_moments_and_not_the_profile(pair, tmp_path, monkeypatch):
@@ -287,15 +272,15 @@ def test_other_probes_to_keep_change_the_moments_and_not_the_profile(pair, tmp_p
 
 
 def test_resume_does_not_replace_a_finished_profile_of_other_settings(pair, tmp_path):
-    folder = pair("llava")
-    path = write_config(folder, "llava")
+    folder = pair("llama")
+    path = write_config(folder)
     whole = profiled(path, tmp_path)
-    changed = write_config(folder, "llava", name="changed.yml", limit=3, seed=4)
+    changed = write_config(folder, name="changed.yml", limit=3, seed=4)
     with pytest.raises(SnrfError, match=r"limit was None and is 3, seed was 0 and is 4") as caught:
         profiled(changed, tmp_path, resume=True)
     assert (caught.value.where, caught.value.field) == (str(tmp_path / FILES[1]), "resume")
     with pytest.raises(SnrfError, match="other settings: another batch_size"):
-        profiled(write_config(folder, "llava", name="batch.yml", batch_size=4), tmp_path, resume=True)
+        profiled(write_config(folder, name="batch.yml", batch_size=4), tmp_path, resume=True)
     assert profiled(path, tmp_path, resume=True) == whole
     assert profiled(changed, tmp_path) != whole
 
@@ -351,14 +336,11 @@ def test_dry_run_prints_three_probes_of_each_side_and_loads_no_model(pair, no_mo
     assert "--- answer: (generated by the model, up to 4 tokens)" in generated.output
 
 
-def test_profile_measures_batches_of_your_own(pair, tmp_path):
-    folder = pair("llama")
-    path = write_config(folder)
-    profiled(path, tmp_path)
-    config = load_profile_config(path)
-    model, batches = batches_of(config, "source", folder)
+def test_profile_measures_batches_of_your_own(plain):
+    path, out = plain
+    model, batches = batches_of(load_profile_config(path), "source", path.parent)
     measured = profile(model, batches)
-    saved = read_profile(tmp_path / FILES[2])
+    saved = read_profile(out / FILES[2])
     assert measured.count == saved.count == 8
     for site, statistics in measured.sites.items():
         assert torch.equal(statistics.mean_impact, saved.sites[site].mean_impact)

@@ -49,7 +49,7 @@ def restored(statistics: Statistics) -> Statistics:
     return other
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(corpus=corpora(), data=st.data())
 def test_any_shards_in_any_order_give_the_statistics_of_one_run(corpus, data):
     probes = len(corpus[QUERY])
@@ -82,7 +82,7 @@ def test_sums_of_impacts_of_similar_size_are_the_same_for_every_split():
     assert all(torch.equal(parts.state()[key], tensor) for key, tensor in whole.state().items())
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(corpus=corpora())
 def test_statistics_are_what_exact_arithmetic_over_the_whole_corpus_gives(corpus):
     profile = measured(corpus).profile()

@@ -218,3 +218,18 @@ def _may_score(value: Any) -> bool:
     if isinstance(value, dict):
         return bool({"score", "true_false", "parsed_pred"} & value.keys())
     return isinstance(value, int | float)
+
+
+LMMS_EVAL = Harness(
+    "lmms-eval",
+    re.compile(r"(?!samples_)(?P<run>.*?)_samples_(?P<task>.+)\.jsonl"),
+    "{}_results.json".format,
+)
+"""lmms-eval 0.3 to 0.7: ``{output_path}/{model}/{date}_samples_{task}.jsonl`` beside ``{date}_results.json``."""
+
+LM_EVAL = Harness(
+    "lm-evaluation-harness",
+    re.compile(r"samples_(?P<task>.+)_(?P<run>\d{4}-\d\d-\d\dT[\d.-]+)\.jsonl"),
+    "results_{}.json".format,
+)
+"""lm-evaluation-harness 0.4: ``{output_path}/{model}/samples_{task}_{date}.jsonl`` beside ``results_{date}.json``."""

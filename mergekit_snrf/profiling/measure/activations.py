@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,15 +120,13 @@ class ActivationCounter:
         def entered(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
             patches[:] = [] if given.get(_PATCHES) is None else [given[_PATCHES]]
 
-        handles = [one.act.register_forward_hook(watched(one)) for one in self.activations]
-        for module in self.model.modules():
-            if _PATCHES in inspect.signature(module.forward).parameters:
-                handles.append(module.register_forward_pre_hook(entered, with_kwargs=True))
-        try:
+        with ExitStack() as stack:
+            for one in self.activations:
+                stack.enter_context(one.act.register_forward_hook(watched(one)))
+            for module in self.model.modules():
+                if _PATCHES in inspect.signature(module.forward).parameters:
+                    stack.enter_context(module.register_forward_pre_hook(entered, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _patches(self, one: Activation, output: Tensor, masks: list[Tensor]) -> Bool[Tensor, "1 tokens"]:
         """Return which tokens of a vision tower or projector are of an image and not padding."""

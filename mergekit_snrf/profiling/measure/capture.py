@@ -111,18 +111,16 @@ def _hooked(
         finished(index, captured, (output[0] if isinstance(output, tuple | list) else output).detach())
 
     outputs = [PROJECTIONS[name].module for name in ("attn.q", "attn.k", "attn.v", *(["fwd.up"] if up else []))]
-    handles = [layer.register_forward_hook(left)]
-    handles.append(layer.get_submodule("self_attn").register_forward_pre_hook(entered, with_kwargs=True))
-    for name in outputs:
-        handles.append(layer.get_submodule(name).register_forward_hook(partial(after, name)))
-    for name in (_OUTPUT, PROJECTIONS["fwd.down"].module):
-        handles.append(layer.get_submodule(name).register_forward_pre_hook(partial(before, name)))
-    try:
+    with ExitStack() as stack:
+        stack.callback(seen.clear)
+        stack.enter_context(layer.register_forward_hook(left))
+        attention = layer.get_submodule("self_attn")
+        stack.enter_context(attention.register_forward_pre_hook(entered, with_kwargs=True))
+        for name in outputs:
+            stack.enter_context(layer.get_submodule(name).register_forward_hook(partial(after, name)))
+        for name in (_OUTPUT, PROJECTIONS["fwd.down"].module):
+            stack.enter_context(layer.get_submodule(name).register_forward_pre_hook(partial(before, name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        seen.clear()
 
 
 def _norms(decoder: LiveDecoder, index: int) -> tuple[Tensor | None, Tensor | None, float]:

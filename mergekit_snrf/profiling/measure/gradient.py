@@ -54,15 +54,12 @@ def layer_gradients(
     with ExitStack() as stack:
         stack.enter_context(_without_parameters(model))
         stack.enter_context(torch.enable_grad())
-        hooks = [stack_module.register_forward_hook(keep_states)]
-        hooks.append(decoder.layers[0].register_forward_pre_hook(_differentiable, with_kwargs=True))
+        stack.enter_context(stack_module.register_forward_hook(keep_states))
+        stack.enter_context(decoder.layers[0].register_forward_pre_hook(_differentiable, with_kwargs=True))
         for index, layer in enumerate(decoder.layers):
-            hooks += [
-                layer.get_submodule(name).register_forward_hook(_squared_gradient(found, index, name))
-                for name in (ATTENTION, FFN)
-            ]
-        for hook in hooks:
-            stack.callback(hook.remove)
+            for name in (ATTENTION, FFN):
+                module = layer.get_submodule(name)
+                stack.enter_context(module.register_forward_hook(_squared_gradient(found, index, name)))
         forward()
         final = states[-1] if states else None
         if final is None or final.shape[:2] != counted.shape or not final.requires_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,14 +55,11 @@ def watched_inputs(
 
         return watch
 
-    handles = [
-        decoder.layers[site.layer].get_submodule(site.module).register_forward_pre_hook(hook(site)) for site in sizes
-    ]
-    try:
+    with ExitStack() as stack:
+        for site in sizes:
+            module = decoder.layers[site.layer].get_submodule(site.module)
+            stack.enter_context(module.register_forward_pre_hook(hook(site)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     missing = sorted(sizes.keys() - seen)
     if missing:
         what = "did not run as a module of the layer"

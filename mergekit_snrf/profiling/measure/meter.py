@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -31,6 +31,9 @@ from mergekit_snrf.profiling.measure.gradient import LayerGradient, layer_gradie
 from mergekit_snrf.profiling.measure.inputs import run_once
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 CHECK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
 """Largest median over positions of the relative error with which captured tensors must give the attention's output.
 
@@ -39,45 +42,34 @@ the model rounds queries and keys to its own dtype after RoPE, the impact does n
 """
 
 
-Scoring = Annotated[
-    Literal["exact", "released"],
-    Field(description="The exact impact (Eq. 14), or the score of the paper's released code."),
-]
-Weight = Annotated[
-    Literal["paper", "residual", "gradient"],
-    Field(description="Weight of the positions: one, by the residual stream, or by a gradient."),
-]
-MeasuredSite = Annotated[
-    Literal["pre_o", "post_o"], Field(description="Compare the attention output before or after o_proj.")
-]
-Tokens = Annotated[Literal["all", "answer"], Field(description="The positions that count.")]
-
-
 class Measure(Settings):
     """What counts as the impact of a neuron.
 
-    >>> Measure(weight="residual").provenance()
+    >>> Measure(weight="residual").model_dump()
     {'scoring': 'exact', 'weight': 'residual', 'site': 'pre_o', 'tokens': 'all'}
 
     A squared change counts at a position by one (``paper``), divided by the mean square of the residual stream after
     the layer (``residual``), or multiplied by how much the final states feel a change there (``gradient``).
     """
 
-    scoring: Scoring = "exact"
-    weight: Weight = "paper"
-    site: MeasuredSite = "pre_o"
-    tokens: Tokens = "all"
+    scoring: Literal["exact", "released"] = Field(
+        default="exact", description="The exact impact (Eq. 14), or the score of the paper's released code."
+    )
+    weight: Literal["paper", "residual", "gradient"] = Field(
+        default="paper", description="Weight of the positions: one, by the residual stream, or by a gradient."
+    )
+    site: Literal["pre_o", "post_o"] = Field(
+        default="pre_o", description="Compare the attention output before or after o_proj."
+    )
+    tokens: Literal["all", "answer"] = Field(default="all", description="The positions that count.")
 
     @model_validator(mode="after")
-    def _check_released(self) -> Measure:
-        for name in ("weight", "site"):
-            if self.scoring == "released" and getattr(self, name) != type(self).model_fields[name].default:
+    def _check_released(self) -> Self:
+        for name, field in type(self).model_fields.items():
+            exact_only = name in ("weight", "site", "backend") and getattr(self, name) != field.default
+            if self.scoring == "released" and exact_only:
                 raise ValueError(f"{name} has no effect with scoring: released; remove it")
         return self
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the settings for a profile file."""
-        return self.model_dump()
 
 
 class Meter:

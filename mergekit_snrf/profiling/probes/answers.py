@@ -36,13 +36,16 @@ class Answer:
 
 def placeholder_ids(config: PretrainedConfig) -> tuple[int, ...]:
     """Return the tokens that stand for images, videos or sounds, which no answer may contain."""
-    found = (getattr(config, name, None) for name in _PLACEHOLDERS)
-    return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
+    return _tokens(config, _PLACEHOLDERS)
 
 
 def image_ids(config: PretrainedConfig) -> tuple[int, ...]:
     """Return the tokens in whose places the model puts what it sees."""
-    found = (getattr(config, name, None) for name in _IMAGES)
+    return _tokens(config, _IMAGES)
+
+
+def _tokens(config: PretrainedConfig, names: tuple[str, ...]) -> tuple[int, ...]:
+    found = (getattr(config, name, None) for name in names)
     return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
 
 

@@ -20,19 +20,17 @@ from typing import Any
 
 import torch
 from jaxtyping import Int64
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, invalid
-from mergekit_snrf.files import container
+from mergekit_snrf.errors import SnrfError
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.models.activations import DECODER, MODULES, activation_key
-from mergekit_snrf.neurons.maskfile import ModelProvenance
+from mergekit_snrf.neurons.maskfile import RunProvenance
 
-DOMAINS_FORMAT, DOMAINS_VERSION = "snrf-domains", 1
+DOMAINS = Format("snrf-domains", 1, "make one with snrf-profile and domains: in its file", "count again")
 KINDS = ("image", "prompt", "answer")
 """Kinds of tokens in the text decoder."""
 
-_AGAIN = "count again"
 _KEY = re.compile(r"(text\.layers|vision\.layers|projector)\.(0|[1-9][0-9]{0,3})\.active")
 
 
@@ -41,23 +39,16 @@ def tokens_key(module: str) -> str:
     return activation_key(module, 0).split(".")[0] + ".tokens"
 
 
-class DomainsProvenance(BaseModel):
-    """Where counts come from; every field but the names is optional and unknown fields are kept.
+class DomainsProvenance(RunProvenance):
+    """Where counts come from.
 
     Attributes:
         names: of the domains, in the order of the tensors.
         probes: of the domains, as in masks.
     """
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
     names: list[str]
     probes: list[dict[str, Any]] | None = None
-    model: ModelProvenance | None = None
-    seed: int | None = None
-    dtype: str | None = None
-    versions: dict[str, str] | None = None
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,20 +82,9 @@ def write_domains(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], p
     Raises:
         SnrfError: the file cannot be written, or another kind of file lies there.
     """
-    check_domains_replaceable(path)
+    DOMAINS.check_replaceable(path)
     content = provenance.model_dump(mode="json", exclude_none=True)
-    container.write(path, tensors, file_format=DOMAINS_FORMAT, version=DOMAINS_VERSION, content=content)
-
-
-def check_domains_replaceable(path: str | os.PathLike[str]) -> None:
-    """Raise ``SnrfError`` where counts would replace another kind of file, such as a model's weights."""
-    if not os.path.isfile(path):
-        return
-    try:
-        read_domains(path)
-    except SnrfError:
-        what = "already exists and is not a file of domains"
-        raise SnrfError(path, what, "choose another path, or delete it") from None
+    DOMAINS.write(path, tensors, content)
 
 
 def read_domains(path: str | os.PathLike[str]) -> Domains:
@@ -114,11 +94,8 @@ def read_domains(path: str | os.PathLike[str]) -> Domains:
         SnrfError: the file is missing, damaged or of another format, a tensor is missing, unknown or of another
             shape, or there are more active tokens than tokens.
     """
-    tensors, content = container.read(path, file_format=DOMAINS_FORMAT, version=DOMAINS_VERSION)
-    try:
-        provenance = DomainsProvenance.model_validate(content)
-    except ValidationError as error:
-        raise invalid(path, error.errors(), remedy=_AGAIN) from None
+    tensors, content = DOMAINS.read(path)
+    provenance = DOMAINS.parsed(path, content, DomainsProvenance)
     domains = len(provenance.names)
     active: dict[str, list[Tensor]] = {}
     tokens: dict[str, Tensor] = {}
@@ -133,10 +110,10 @@ def read_domains(path: str | os.PathLike[str]) -> Domains:
         active[module] = [_checked(path, tensors, key, [domains, *kinds, None]) for key in layers]
         for key, layer in zip(layers, active[module], strict=True):
             if bool((layer < 0).any()) or bool((layer > tokens[module][..., None]).any()):
-                raise SnrfError(path, f"tensor {key!r} has a count that is not in [0, tokens]", _AGAIN)
+                raise SnrfError(path, f"tensor {key!r} has a count that is not in [0, tokens]", DOMAINS.again)
     if tensors or DECODER not in active:
         key = next(iter(tensors), "text.layers.0.active")
-        raise SnrfError(path, f"tensor {key!r} is {'unknown' if tensors else 'missing'}", _AGAIN)
+        raise SnrfError(path, f"tensor {key!r} is {'unknown' if tensors else 'missing'}", DOMAINS.again)
     return Domains(active, tokens, provenance, str(path))
 
 
@@ -145,7 +122,7 @@ def _checked(path: object, tensors: dict[str, Tensor], key: str, shape: list[int
     tensor = tensors.pop(key, None)
     found = None if tensor is None else [tensor.dtype, *tensor.shape]
     if tensor is None or tensor.dtype != torch.int64 or tensor.ndim != len(shape):
-        raise SnrfError(path, f"tensor {key!r} must be int64 of {len(shape)} axes, found {found}", _AGAIN)
+        raise SnrfError(path, f"tensor {key!r} must be int64 of {len(shape)} axes, found {found}", DOMAINS.again)
     if any(want is not None and size != want for size, want in zip(tensor.shape, shape, strict=True)):
-        raise SnrfError(path, f"tensor {key!r} must have the shape {shape}, found {list(tensor.shape)}", _AGAIN)
+        raise SnrfError(path, f"tensor {key!r} must have the shape {shape}, found {list(tensor.shape)}", DOMAINS.again)
     return tensor

@@ -12,14 +12,11 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
-from mergekit_snrf.models.moments import DENSE_LIMIT, InputSite, moment_tensors
+from mergekit_snrf.models.moments import DEFAULT_SKETCH, DENSE_LIMIT, InputSite, moment_tensors
 from mergekit_snrf.profiling.result.sums import Sums
 
 CLIP = 3.0
 """Inputs are clipped at this many medians of their norm."""
-
-DEFAULT_SKETCH = 512
-"""Eigenvectors of a sketch, where an input is too wide for a dense moment."""
 
 OVERSAMPLING = 2
 """Random directions of a sketch for every eigenvector that is kept."""

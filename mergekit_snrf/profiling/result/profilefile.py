@@ -28,17 +28,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Float32, Int32
-from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, did_you_mean, invalid, unexpected
-from mergekit_snrf.files import container
+from mergekit_snrf.errors import SnrfError, did_you_mean, unexpected
+from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import local_path
 from mergekit_snrf.files.shown import Plotted
-from mergekit_snrf.neurons.maskfile import ModelProvenance
+from mergekit_snrf.neurons.maskfile import RunProvenance
 from mergekit_snrf.neurons.sites import Site
 
-PROFILE_FORMAT, PROFILE_VERSION = "snrf-profile", 1
+PROFILE = Format(
+    "snrf-profile",
+    1,
+    "make one with snrf-profile",
+    "make the profile again",
+    {"snrf-mask": "a mask is made from profiles, which snrf-profile writes beside it"},
+)
 
 EDGES: tuple[str, ...] = (
     "0.001", "0.0015", "0.002", "0.003", "0.005", "0.007",
@@ -51,21 +56,13 @@ MAX_NEURONS = 2**23
 """Up to this many neurons a float32 rank share gives its rank back exactly."""
 
 _STATISTICS = {**dict.fromkeys(("min_impact", "max_rank", "mean_impact"), torch.float32), "hits": torch.int32}
-_AGAIN = "make the profile again"
 
 
-class ProfileProvenance(BaseModel):
-    """Where a profile comes from; every field is optional and unknown fields are kept."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+class ProfileProvenance(RunProvenance):
+    """Where a profile comes from."""
 
     side: str | None = None
-    model: ModelProvenance | None = None
     measure: dict[str, Any] | None = None
-    seed: int | None = None
-    dtype: str | None = None
-    versions: dict[str, str] | None = None
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,7 +155,7 @@ def write_profile(path: str | os.PathLike[str], profile: Profile) -> None:
     }
     content = profile.provenance.model_dump(mode="json", exclude_none=True)
     content |= {"count": profile.count, "edges": list(profile.edges)}
-    container.write(path, tensors, file_format=PROFILE_FORMAT, version=PROFILE_VERSION, content=content)
+    PROFILE.write(path, tensors, content)
 
 
 AnyProfile = Profile | str | os.PathLike[str]
@@ -180,7 +177,7 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     Raises:
         SnrfError: the file is missing, damaged, of another format, or has an unknown tensor.
     """
-    tensors, content = container.read(path, file_format=PROFILE_FORMAT, version=PROFILE_VERSION)
+    tensors, content = PROFILE.read(path)
     grouped: dict[Site, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         place, _, name = key.rpartition(".")
@@ -194,16 +191,12 @@ def read_profile(path: str | os.PathLike[str]) -> Profile:
     for site in sorted(grouped):
         missing = sorted(_STATISTICS.keys() - grouped[site].keys())
         if missing:
-            raise SnrfError(path, f"tensor '{site}.{missing[0]}' is missing", _AGAIN)
+            raise SnrfError(path, f"tensor '{site}.{missing[0]}' is missing", PROFILE.again)
         try:
             sites[site] = SiteProfile(**grouped[site])
         except SnrfError as error:
-            raise SnrfError(path, f"{site}: {error.what}", _AGAIN) from None
+            raise SnrfError(path, f"{site}: {error.what}", PROFILE.again) from None
     count, edges = content.pop("count", None), content.pop("edges", None)
     if type(count) is not int or not isinstance(edges, list) or not all(isinstance(edge, str) for edge in edges):
-        raise SnrfError(path, "the metadata entry 'snrf' lacks 'count' or 'edges'", _AGAIN)
-    try:
-        provenance = ProfileProvenance.model_validate(content)
-    except ValidationError as error:
-        raise invalid(path, error.errors(), remedy=_AGAIN) from None
-    return Profile(sites, count, provenance, tuple(edges), str(path))
+        raise SnrfError(path, "the metadata entry 'snrf' lacks 'count' or 'edges'", PROFILE.again)
+    return Profile(sites, count, PROFILE.parsed(path, content, ProfileProvenance), tuple(edges), str(path))
