@@ -87,6 +87,9 @@ class LookAhead(Generic[K, T]):
         self._running: set[K] = set()
         self._stop, self._lock = threading.Event(), threading.RLock()
         self.peak = 0
+
+    def begin(self) -> None:
+        """Start the first results."""
         self._advance()
 
     def __iter__(self) -> Iterator[tuple[K, T]]:
@@ -172,6 +175,8 @@ def look_ahead(
     with one_thread(), ThreadPoolExecutor(max(1, count)) as pool:
         ahead = LookAhead(pool, count, keys, work, memory, memory_limit() if limit is None else limit)
         try:
+            # An interrupt while the first ones start must stop them too: the pool waits for its threads.
+            ahead.begin()
             yield ahead
         finally:
             ahead.stop()

@@ -93,3 +93,28 @@ def test_the_end_of_the_block_stops_what_runs() -> None:
             time.sleep(0.001)
     assert sorted(begun) == sorted(stopped) == [0, 1]
     check_not_stopped()
+
+
+def test_an_interrupt_while_the_first_ones_start_stops_them() -> None:
+    begun, ended = threading.Event(), []
+
+    def work(key: str) -> None:
+        begun.set()
+        until = time.monotonic() + 20
+        try:
+            while time.monotonic() < until:
+                check_not_stopped()
+                time.sleep(0.01)
+        except CancelledError:
+            ended.append(key)
+            raise
+
+    def memory(key: str) -> Memory:
+        if key == "second":
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+        return Memory(1, 1)
+
+    with pytest.raises(KeyboardInterrupt), look_ahead(["first", "second"], work, memory, workers=2):
+        pass
+    assert ended == ["first"]
