@@ -6,6 +6,8 @@ Importing this package imports neither torch nor mergekit; a public name loads i
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mergekit_snrf.files.shown import show_with
+
 if TYPE_CHECKING:
     from mergekit_snrf.errors import SnrfError as SnrfError
     from mergekit_snrf.evidence.ablate import ablate as ablate
@@ -69,6 +71,9 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+show_with(lambda: import_module(f"{__name__}.evidence.views"))
 
 
 def __dir__() -> list[str]:

@@ -43,7 +43,7 @@ class View:
 @singledispatch
 def view(one: Any) -> View:
     """Return the tables and sentences of an object; below its repr, which is the heading."""
-    raise NotImplementedError(type(one))
+    raise TypeError(f"{type(one).__name__} has no tables")
 
 
 def html(one: Any) -> str:
@@ -133,7 +133,7 @@ def _facts(content: Mapping[str, Any]) -> list[Table]:
 @singledispatch
 def _rows(one: Any) -> Iterator[dict[str, Any]]:
     """Yield what becomes the rows of a data frame; columns of several rows at once are lists or arrays."""
-    raise NotImplementedError(type(one))
+    raise TypeError(f"{type(one).__name__} has no rows")
 
 
 def frame(one: Any) -> DataFrame:

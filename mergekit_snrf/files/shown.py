@@ -1,24 +1,33 @@
 """What notebooks show of the package's objects.
 
-Rooms below ``evidence`` know nothing of how they are shown: these methods find ``evidence.views`` when they are called.
+Rooms below ``evidence`` import nothing of how they are shown. The package itself, which stands above all rooms, says
+with ``show_with`` where that is found.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
 
+_loaders: list[Callable[[], Any]] = []
+
+
+def show_with(load: Callable[[], Any]) -> None:
+    """Set what returns a module with ``html``, ``frame`` and ``plot`` when an object is first shown."""
+    _loaders[:] = [load]
+
+
 class Shown:
     """An object that notebooks show as tables."""
 
     def _repr_html_(self) -> str:
-        from mergekit_snrf.evidence import views
-
-        return views.html(self)
+        found: str = _loaders[0]().html(self)
+        return found
 
 
 class Plotted(Shown):
@@ -26,9 +35,8 @@ class Plotted(Shown):
 
     def to_frame(self) -> DataFrame:
         """Return the numbers as a pandas data frame."""
-        from mergekit_snrf.evidence import views
-
-        return views.frame(self)
+        found: DataFrame = _loaders[0]().frame(self)
+        return found
 
     def plot(self, figure: str | None = None) -> Figure:
         """Return a matplotlib figure; ``figure`` names one of several, as ``--figures`` names its files.
@@ -36,6 +44,5 @@ class Plotted(Shown):
         Raises:
             SnrfError: there is no such figure, or matplotlib is missing.
         """
-        from mergekit_snrf.evidence import views
-
-        return views.plot(self, figure)
+        found: Figure = _loaders[0]().plot(self, figure)
+        return found
