@@ -13,7 +13,7 @@ from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.options import Reading
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
+    from mergekit_snrf.evidence.study_results import TunedPoint, Tuning
 
 
 @click.command()

@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study, Tuning
 from mergekit_snrf.evidence.tables import (
     Table,
     layers_table,
@@ -18,7 +18,6 @@ from mergekit_snrf.evidence.tables import (
     study_table,
     tuning_table,
 )
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site

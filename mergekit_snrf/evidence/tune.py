@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.controls import Merge, regmean
 from mergekit_snrf.evidence.heldout import Distance, HeldOut
-from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
+from mergekit_snrf.evidence.study_results import TunedPoint, Tuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,8 +25,8 @@ from mergekit_snrf.evidence import heldout
 from mergekit_snrf.evidence.controls import Merge, regmean
 from mergekit_snrf.evidence.heldout import Distance, held_out, kinds_of
 from mergekit_snrf.evidence.recipes import open_recipe
+from mergekit_snrf.evidence.study_results import Tuning
 from mergekit_snrf.evidence.tune import HIGHEST, LOWEST, STEPS, tune
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.merge.recipefile import with_keep
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.moments import read_moments
