@@ -77,8 +77,8 @@ def tune(
 
 def _tuned(recipe: str, max_kl: float, profile: str | None, reference: str | None, reading: Reading) -> Tuning:
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
-    from mergekit_snrf.evidence.heldout import held_out, kinds_of
     from mergekit_snrf.evidence.recipes import load_recipe_at, merge_options, open_recipe
+    from mergekit_snrf.evidence.tune import held_out, kinds_of
     from mergekit_snrf.evidence.tune import tune as bisect
     from mergekit_snrf.profiling.settings import load_profile_config
 

@@ -142,8 +142,7 @@ def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
 
 def domains_section(result: DomainAblation) -> Section:
     """Show the ablation of every domain's neurons: a heat map, a table for each module, and how to repeat it."""
-    from mergekit_snrf.evidence.domain_figures import matrix_drawing
-    from mergekit_snrf.evidence.domains import matrix_tables
+    from mergekit_snrf.evidence.domains import matrix_drawing, matrix_tables
 
     study = result.studies[0].study
     title = f"Each domain's neurons off ({wording.without_folders(study.model)})"
