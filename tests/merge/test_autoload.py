@@ -219,12 +219,7 @@ def test_torch_alone_imports_no_mergekit(installed: Environment) -> None:
     assert finders.count("mergekit_snrf_autoload") == 1
 
 
-def test_mergekit_imports_torch(installed: Environment) -> None:
-    state = installed.python(f"import json, mergekit.architecture\n{STATE}\nprint(json.dumps(result))")
-    assert state == LOADED
-
-
-def test_any_module_first(installed: Environment) -> None:
+def test_any_module_first_and_a_broken_package(installed: Environment, tmp_path: Path) -> None:
     modules = ("mergekit.merge", "mergekit.merge_methods.registry", "mergekit_snrf.merge", "mergekit_snrf.merge.patch")
     twice = "import mergekit_snrf_autoload; mergekit_snrf_autoload.autoload(); mergekit_snrf_autoload.autoload()\n"
     again = "import mergekit_snrf.merge; mergekit_snrf.merge.install(); mergekit_snrf.merge.install()\n"
@@ -235,18 +230,40 @@ def test_any_module_first(installed: Environment) -> None:
         "del sys.modules['mergekit.merge_methods.karcher']\n"
     )
     light = "".join(f"import mergekit_snrf.merge.{name}\n" for name in ("guard", "folders", "tally"))
-    snippets = [f"import {name}\n{STATE}" for name in modules]
-    snippets += [twice + STATE + twice + STATE, again + STATE, failing + STATE]
-    *outcomes, loaded = installed.forks(*snippets, f"import sys\n{light}result = 'mergekit' in sys.modules")
-    for snippet, outcome in zip(snippets, outcomes, strict=True):
+    working = [f"import {name}\n{STATE}" for name in modules]
+    working += [twice + STATE + twice + STATE, again + STATE, failing + STATE]
+    (tmp_path / "mergekit_snrf" / "merge").mkdir(parents=True)
+    (tmp_path / "mergekit_snrf" / "__init__.py").touch()
+    (tmp_path / "mergekit_snrf" / "merge" / "__init__.py").write_text("def (")
+    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    removed = "import sys; sys.path = [place for place in sys.path if not place.endswith('site-packages')]\n"
+    strict = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
+    torch_works = "import torch\nresult['torch'] = torch.ones(2).sum().item()\n"
+    *outcomes, loaded, syntax, strictly, missing = installed.forks(
+        *working,
+        f"import sys\n{light}result = 'mergekit' in sys.modules",
+        *(wrong + STATE + torch_works for wrong in (broken, broken + strict, removed)),
+    )
+    for snippet, outcome in zip(working, outcomes, strict=True):
         assert outcome == {"result": LOADED, "warnings": []}, snippet
     assert loaded["result"] is False
+    for outcome in (syntax, strictly, missing):
+        assert outcome["result"] == WITHOUT | {"torch": 2.0}
+    assert strictly["warnings"] == []
+    for outcome, reason in ((syntax, "SyntaxError: "), (missing, "ModuleNotFoundError: No module named")):
+        (warning,) = outcome["warnings"]
+        assert warning.startswith(f"mergekit-snrf could not be loaded ({reason}")
+        assert "pip install --force-reinstall mergekit-snrf" in warning
 
 
-def test_merge_in_a_fresh_environment(installed: Environment, pair: Pair, tmp_path: Path) -> None:
+def test_merge_in_a_process_that_imports_mergekit_first(installed: Environment, pair: Pair, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "snrf.yml", pair.recipe())
-    result = installed.run("python", "-m", "mergekit.scripts.run_yaml", recipe, tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    state = installed.python(
+        f"import json, mergekit.architecture\n{STATE}\n"
+        f"mergekit.scripts.run_yaml.main([{str(recipe)!r}, {str(tmp_path / 'out')!r}], standalone_mode=False)\n"
+        "print(json.dumps(result))"
+    )
+    assert state == LOADED
     assert_same(read(tmp_path / "out"), merge(pair.recipe(), tmp_path / "expected"))
 
 
@@ -280,26 +297,6 @@ def test_autoload_switched_off(installed: Environment, pair: Pair, tmp_path: Pat
     assert not (tmp_path / "out").exists()
     assert_same(read(tmp_path / "merged"), read(tmp_path / "patched"))
     assert (installed.folder / "bin" / "mergekit-snrf").exists()
-
-
-def test_broken_package_only_warns(installed: Environment, tmp_path: Path) -> None:
-    (tmp_path / "mergekit_snrf" / "merge").mkdir(parents=True)
-    (tmp_path / "mergekit_snrf" / "__init__.py").touch()
-    (tmp_path / "mergekit_snrf" / "merge" / "__init__.py").write_text("def (")
-    broken = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    removed = "import sys; sys.path = [place for place in sys.path if not place.endswith('site-packages')]\n"
-    strict = "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
-    torch_works = "import torch\nresult['torch'] = torch.ones(2).sum().item()\n"
-    syntax, strictly, missing = installed.forks(
-        broken + STATE + torch_works, broken + strict + STATE + torch_works, removed + STATE + torch_works
-    )
-    for outcome in (syntax, strictly, missing):
-        assert outcome["result"] == WITHOUT | {"torch": 2.0}
-    assert strictly["warnings"] == []
-    for outcome, reason in ((syntax, "SyntaxError: "), (missing, "ModuleNotFoundError: No module named")):
-        (warning,) = outcome["warnings"]
-        assert warning.startswith(f"mergekit-snrf could not be loaded ({reason}")
-        assert "pip install --force-reinstall mergekit-snrf" in warning
 
 
 def test_editable_install_and_a_checkout_that_moves_away(
