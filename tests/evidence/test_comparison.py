@@ -15,7 +15,7 @@ from made_moments import FilterOracle, sizes_of, write_random_moments
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from pair import write_recipe
+from pair import Pair, write_recipe
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
@@ -86,20 +86,8 @@ def recipe(folder: Path, variant: str = "plain", **changes: Any) -> dict[str, An
         top["source_base"] = str(folder / "base")
     if top.get("update") == "regmean":
         top["moments"] = str(folder / "moments.safetensors")
-    parameters = {"beta": 0.7, "rank": 3, **source, **changes}
-    shared = {"masks": str(folder / "mask.safetensors"), **top}
-    return {
-        "merge_method": "snrf",
-        "base_model": str(folder / "target"),
-        "models": [
-            {
-                "model": str(folder / "source"),
-                "parameters": {name: value for name, value in parameters.items() if value is not None},
-            }
-        ],
-        "parameters": {name: value for name, value in shared.items() if value is not None},
-        **other,
-    }
+    pair = Pair(folder, folder / "target", folder / "source", folder / "mask.safetensors", NeuronSet({}))
+    return pair.recipe(parameters=top, source={"beta": 0.7, "rank": 3, **source, **changes}, **other)
 
 
 def opened(folder: Path, variant: str = "plain", **changes: Any) -> OpenedRecipe:
