@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,19 +15,28 @@ from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.files.container import Format
-from mergekit_snrf.models.loading import find_device, load_config, load_processor
-from mergekit_snrf.neurons.maskfile import MASK
+from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
+from mergekit_snrf.neurons.maskfile import MASK, RunProvenance
 from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
 from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
-from mergekit_snrf.profiling.request import check_output
+from mergekit_snrf.profiling.request import (
+    ModelInfo,
+    check_output,
+    model_provenance,
+    probes_provenance,
+    request_of,
+    stem_of,
+    versions,
+)
 from mergekit_snrf.profiling.settings import Kind, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _Config = TypeVar("_Config", bound=RunConfig)
+_Provenance = TypeVar("_Provenance", bound=RunProvenance)
 
 logger = logging.getLogger(__name__)
 
@@ -82,46 +92,104 @@ def started(
         yield config.model_copy(update={"device": device}), options
 
 
-def rows_of(kind: Kind, folder: Path | None) -> Rows:
-    """Return the rows of one kind of probes; errors name the keys of profile.yml."""
-    with naming(kind.keys):
-        return load_rows(kind.source, answers=kind.rule.by == "column", folder=folder)
+@dataclass(frozen=True)
+class Prompts:
+    """The probes of one kind, read and rendered without loading weights; errors name the keys of profile.yml."""
 
+    config: RunConfig
+    kind: Kind
+    folder: Path | None
 
-def probes_of(config: RunConfig, kind: Kind, rows: Rows) -> Probes:
-    """Return rows as prompts, without loading weights; errors name the keys of profile.yml."""
-    with naming(kind.model_keys):
-        model_config = load_config(kind.model)
-        processor = load_processor(kind.model, images=rows.source.images is not None)
-    limits: dict[str, Any] = {"batch_size": config.batch_size, "token_limit": config.token_limit}
-    with naming(kind.keys):
-        return prepare(rows, processor, rule=kind.rule, config=model_config, model=kind.model.model, **limits)
+    @cached_property
+    def rows(self) -> Rows:
+        """Their rows."""
+        with naming(self.kind.keys):
+            return load_rows(self.kind.source, answers=self.kind.rule.by == "column", folder=self.folder)
+
+    @cached_property
+    def probes(self) -> Probes:
+        """The rows as prompts."""
+        kind, config = self.kind, self.config
+        with naming(kind.model_keys):
+            model = load_config(kind.model)
+            processor = load_processor(kind.model, images=kind.source.images is not None)
+        limits: dict[str, Any] = {"batch_size": config.batch_size, "token_limit": config.token_limit}
+        with naming(kind.keys):
+            return prepare(self.rows, processor, rule=kind.rule, config=model, model=kind.model.model, **limits)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Probes of one kind, ready to go through a model."""
+    """Probes of one kind on their way through a model.
 
-    kind: Kind
-    probes: Probes
-    journals: Journals
+    Attributes:
+        part: what follows the name of the output in those of the journals.
+        more: what the result depends on beside the settings that all kinds have.
+        aside: what only the journals depend on.
+    """
+
+    prompts: Prompts
+    info: ModelInfo
     options: RunOptions
+    part: str
+    more: Mapping[str, Any]
+    aside: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of the probes."""
+        return self.prompts.kind
+
+    @cached_property
+    def request(self) -> dict[str, Any]:
+        """Everything that the result depends on, as JSON values."""
+        return request_of(
+            self.prompts.config, self.kind, self.info, self.prompts.rows, self.options.folder, **self.more
+        )
+
+    @cached_property
+    def journals(self) -> Journals:
+        """What an unfinished run has measured."""
+        return Journals(stem_of(self.options.out, self.part), {**self.request, **self.aside})
+
+    def ready(self) -> Groups:
+        """Render the probes, whose faults are to be found before any model is loaded."""
+        logger.info("%s: %d probes", self.kind.name, len(self.prompts.probes))
+        return self
+
+    def provenance(
+        self, of: type[_Provenance], model: PreTrainedModel, wanted: str, with_model: Any = None, **own: Any
+    ) -> _Provenance:
+        """Return where a file comes from: ``wanted`` is its fingerprint, ``own`` what its type has of its own."""
+        named = model_provenance(self.kind, self.info, model, self.options.folder, probes=with_model)
+        dtype, seed = str(model.dtype).removeprefix("torch."), self.prompts.config.seed
+        return of(model=named, seed=seed, dtype=dtype, versions=versions(), fingerprint=wanted, **own)
+
+    def origin(self, tally: Tally) -> dict[str, Any]:
+        """Return where the probes come from, and how many there are."""
+        return probes_provenance(self.kind, self.options.folder, self.prompts.probes, tally)
 
     def measure(
-        self, model: PreTrainedModel, empty: Callable[[], Any], visit: Callable[[Any, ProbeBatch], None]
+        self,
+        model: PreTrainedModel,
+        empty: Callable[[], Any],
+        visit: Callable[[Any, ProbeBatch], None],
+        *,
+        hold: bool = False,
     ) -> Progress:
         """Measure the groups that no journal has; return on rank 0 what all ranks have measured.
 
-        ``empty`` returns sums of no probes, ``visit`` runs a batch through the model and adds it to them.
+        ``empty`` returns sums of no probes, ``visit`` runs a batch through the model and adds it to them. With ``hold``
+        a journal has everything at the end, for a run that is interrupted in a later kind.
         """
-        ranks = self.options.ranks
+        ranks, groups = self.options.ranks, self.prompts.probes.groups
         before = self._recover(empty)
         done = ranks.from_first(before.done)
-        todo = ranks.share([group for group in range(len(self.probes.groups)) if group not in done])
+        todo = ranks.share([group for group in range(len(groups)) if group not in done])
         mine = before if ranks.first else Progress(empty())
         journal = JournalWriter(self.journals, ranks.rank, self.options.journal_seconds)
         with tqdm(
-            total=sum(len(self.probes.groups[group]) for group in [*todo, *mine.done]),
+            total=sum(len(groups[group]) for group in [*todo, *mine.done]),
             initial=mine.statistics.probes,
             desc=self.kind.name if ranks.world == 1 else f"{self.kind.name} (rank 0 of {ranks.world})",
             unit="probe",
@@ -141,12 +209,15 @@ class Groups:
         whole = Tally()
         for tally in ranks.all(mine.tally):
             whole.merge(tally)
-        return Progress(mine.statistics, whole, set(range(len(self.probes.groups))))
+        found = Progress(mine.statistics, whole, set(range(len(groups))))
+        if hold and ranks.first:
+            self.journals.write(0, found)
+        return found
 
     def batches(self, model: PreTrainedModel, group: int) -> Any:
         """Iterate over the batches of one group, with their answers."""
-        processor = self.probes.renderer.processor
-        return probe_batches(self.probes, model, processor, rule=self.kind.rule, device=model.device, groups={group})
+        probes, rule = self.prompts.probes, self.kind.rule
+        return probe_batches(probes, model, probes.renderer.processor, rule=rule, device=model.device, groups={group})
 
     def _recover(self, empty: Callable[[], Any]) -> Progress:
         """Return on rank 0 what an unfinished run has measured, moved to the journal of rank 0."""
@@ -158,3 +229,10 @@ class Groups:
             self.journals.delete(keep=0)
             logger.info("%s: resumed with %d probes", self.kind.name, before.statistics.probes)
         return before
+
+
+def loaded(groups: Sequence[Groups]) -> PreTrainedModel:
+    """Return the model that all of these go through, with its images if any kind has some."""
+    kind = groups[0].kind
+    with naming(kind.model_keys):
+        return load_model(kind.model, images=any(one.kind.source.images is not None for one in groups))[0]

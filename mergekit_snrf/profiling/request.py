@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,9 +14,10 @@ from typing import Any
 
 import torch
 
-from mergekit_snrf.errors import SnrfError, naming, os_reason
+from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import sha256
+from mergekit_snrf.files.writing import check_writable
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.models.loading import load_config
@@ -61,19 +61,10 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
 
 def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = MASK) -> None:
     """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``."""
-    if not os.fspath(mask):
-        raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")
+    check_writable(mask)
     path = Path(mask)
-    if path.is_dir():
-        raise SnrfError(path, "is a folder", f"use the path of a mask file, such as {path / 'mask.safetensors'}")
     if path.suffix != ".safetensors":
         raise SnrfError(path, "is not the name of a mask file", "use a name that ends in .safetensors")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        what = f"cannot be written ({os_reason(error)})"
-        raise SnrfError(path, what, "choose a folder that exists and is writable") from None
     kind.check_replaceable(path)
     found = path.parent.glob("*.journal-*.safetensors")
     unfinished = sorted(file for file in found if file.name.startswith(stem_of(path, "").name))
@@ -85,7 +76,7 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = M
 
 def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
     """Return the headers of both models; an error if they have no usable text decoders of the same shape."""
-    (target, of_target), (source, of_source) = (_opened(config.kind(name)) for name in SIDES)
+    (target, of_target), (source, of_source) = (opened(config.kind(name)) for name in SIDES)
     if of_target is not None and of_source is not None:
         problems = pairing_problems(of_target, of_source, any_family=True)
         if problems:
@@ -94,16 +85,15 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
             logger.warning("%s", problem.what)
     elif target.shape != source.shape:
         what = f"the decoder has the shape {source.shape}, that of {config.target.model} has {target.shape}"
-        raise SnrfError(config.side("source").model, what, "use a source with the same decoder shape")
+        raise SnrfError(config.kind("source").model.model, what, "use a source with the same decoder shape")
     return {"target": target, "source": source}
 
 
-def check_model(kind: Kind) -> ModelInfo:
-    """Return the headers of a model; an error if it cannot be read, or has no usable text decoder."""
-    return _opened(kind)[0]
+def opened(kind: Kind) -> tuple[ModelInfo, Checkpoint | None]:
+    """Return the headers of a model, and its checkpoint unless it is GGUF.
 
-
-def _opened(kind: Kind) -> tuple[ModelInfo, Checkpoint | None]:
+    ``SnrfError``: it cannot be read, or has no usable text decoder.
+    """
     ref = kind.model
     with naming(kind.model_keys):
         if ref.gguf_file is not None:

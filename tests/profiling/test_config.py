@@ -43,7 +43,7 @@ def load(folder: Path, text: str) -> ProfileConfig:
 def test_the_example_of_the_design(tmp_path: Path) -> None:
     config = load(tmp_path, DESIGN)
     target, source = config.kind("target").source, config.kind("source").source
-    assert (config.model_of("target").model, config.model_of("source").model) == (
+    assert (config.kind("target").model.model, config.kind("source").model.model) == (
         "Qwen/Qwen2.5-VL-7B-Instruct",
         "Qwen/Qwen2.5-Math-7B",
     )
@@ -76,10 +76,10 @@ trust_remote_code: true
     config = load(tmp_path, text)
     assert config.measure == Measure(tokens="answer", scoring="exact", weight="residual", site="post_o")
     assert (config.backend, config.batch_size, config.token_limit) == ("sdpa", 4, 2048)
-    assert config.model_of("target") == ModelRef(
+    assert config.kind("target").model == ModelRef(
         model="a/target", revision="main", dtype="float32", device="cuda:1", trust_remote_code=True
     )
-    assert config.model_of("source").gguf_file == "model.Q8_0.gguf"
+    assert config.kind("source").model.gguf_file == "model.Q8_0.gguf"
     assert (config.kind("target").source.answer, config.kind("source").source.answer) == ("solution", "answer")
     assert (config.kind("target").source.revision, config.kind("target").source.split) == ("v1", "train[:5]")
 
@@ -88,7 +88,7 @@ def test_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, SIDES)
     assert (config.answer, config.limit, config.seed) == (AnswerRule(), None, 0)
     assert config.measure == Measure()
-    assert config.model_of("source") == ModelRef(model="a/source")
+    assert config.kind("source").model == ModelRef(model="a/source")
     assert config.kind("source").source == ProbeSource(dataset="a/texts", question="q")
 
 
@@ -173,10 +173,10 @@ source: {model: source, probes: {dataset: texts.csv, question: q}}
     assert Path(config.source.model) == beside / "source"
     assert Path(config.target.probes.dataset) == beside / "images.jsonl"
     for line in ("model: target", "dataset: texts.csv"):
-        with pytest.raises(SnrfError, match=r"profile.yml: key .* does not exist, looked for .*working.* and .*beside"):
+        with pytest.raises(SnrfError, match=r"profile.yml: .* does not exist, looked for .*working.* and .*beside"):
             load(beside, text.replace(line, f"{line[:-1]}x.csv"))
     for model in ("a/" * 2000, "~nobody/model"):
-        with pytest.raises(SnrfError, match=r"key .target.model.: .*; correct the path"):
+        with pytest.raises(SnrfError, match=r"target.model: .*; correct the path"):
             load(beside, text.replace("model: target", f"model: {model}"))
 
 

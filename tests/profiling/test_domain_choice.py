@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.choice import Choice
-from mergekit_snrf.profiling.result.domains import choose, entropy
-from mergekit_snrf.profiling.result.domainsfile import Domains, DomainsProvenance
+from mergekit_snrf.profiling.result.domains import Domains, DomainsProvenance, choose, entropy
 
 KINDS = ("image", "prompt", "answer")
 

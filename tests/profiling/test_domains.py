@@ -28,7 +28,7 @@ from mergekit_snrf.profiling.domains import DomainsConfig, count_domains, load_c
 from mergekit_snrf.profiling.measure.activations import ActivationCounter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import load_rows
-from mergekit_snrf.profiling.result.domainsfile import read_domains
+from mergekit_snrf.profiling.result.domains import read_domains
 
 # The linear layer whose output an activation takes: of SiLU and all GELUs, the one is positive where the other is.
 GATES = {
@@ -199,7 +199,7 @@ def test_a_run_counts_what_probes_count_one_by_one(family: str, answer: Any, tar
     found = count_domains(config, tmp_path / "d.safetensors", folder=folder, progress=False)
     assert found is not None
     stored = load_file(tmp_path / "d.safetensors")
-    model, processor = load_model(config.reference(config), images=True)
+    model, processor = load_model(config.kinds()[0].model, images=True)
     gates, image = gates_of(model, family), model.config.image_token_id
     for number, kind in enumerate(config.kinds()):
         rows = load_rows(kind.source, answers=False, folder=folder)
@@ -321,7 +321,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(target: Any, tmp_path: Pat
     # Six groups, one of which was interrupted and is counted again.
     assert len(calls) == 7
     assert [path.name for path in tmp_path.glob("d.*")] == ["d.safetensors"]
-    monkeypatch.setattr("mergekit_snrf.profiling.domains.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("loaded"))
     assert counted(out, resume=True) == whole
     config = config.override(seed=5)
     with pytest.raises(SnrfError, match="were made with other settings") as caught:

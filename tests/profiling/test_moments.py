@@ -78,7 +78,7 @@ def gathered(config: ProfileConfig, folder: Path) -> dict[str, list[list[dict[In
     sources |= {kind.name: (kind.source, kind.rule) for kind in config.kept()}
     found: dict[str, list[list[dict[InputSite, np.ndarray]]]] = {}
     for name, (source, rule) in sources.items():
-        model, processor = load_model(config.model_of("target"), images=source.images is not None)
+        model, processor = load_model(config.kind("target").model, images=source.images is not None)
         rows = load_rows(source, answers=False, folder=folder)
         probes: Probes = prepare(
             rows, processor, rule=rule, batch_size=config.batch_size, token_limit=None, config=model.config
@@ -328,7 +328,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(
     keys: dict[str, Any], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_folder(tmp_path, "llama")
-    monkeypatch.setattr(taking, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     config = load_profile_config(write_config(folder, "llama", **keys))
     with pytest.raises(SnrfError) as caught:
         take_moments(config, tmp_path / "m.safetensors", folder=folder, progress=False)

@@ -23,7 +23,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
-from mergekit_snrf.profiling.groups import probes_of, rows_of
+from mergekit_snrf.profiling.groups import Prompts
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.moments import take_moments
 from mergekit_snrf.profiling.notebook import profile
@@ -38,7 +38,7 @@ FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safe
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def invoke(path: Path, out: Path, *options: str) -> Result:
 
 
 def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any, Iterator[ProbeBatch]]:
-    probes = probes_of(config, config.kind(name), rows_of(config.kind(name), folder))
-    model, processor = load_model(config.model_of(name), images=probes.rows.source.images is not None)
+    probes = Prompts(config, config.kind(name), folder).probes
+    model, processor = load_model(config.kind(name).model, images=probes.rows.source.images is not None)
     return model, probe_batches(probes, model, processor, rule=config.answer, device="cpu")
 
 
@@ -267,7 +267,7 @@ def test_other_probes_to_keep_change_the_moments_and_not_the_profile(pair, tmp_p
     assert changed == {"m.moments.safetensors"}
     take_moments(load_profile_config(path), tmp_path / "alone.safetensors", folder=path.parent, progress=False)
     assert (tmp_path / "alone.safetensors").read_bytes() == after["m.moments.safetensors"]
-    monkeypatch.setattr("mergekit_snrf.profiling.moments.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert profiled(path, tmp_path, resume=True)["m.moments.safetensors"] == after["m.moments.safetensors"]
 
 

@@ -17,7 +17,7 @@ from mergekit_snrf.models.live import LiveDecoder
 from mergekit_snrf.profiling.measure.inputs import run_once
 from mergekit_snrf.profiling.probes.answers import image_ids
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
-from mergekit_snrf.profiling.result.domainsfile import KINDS, tokens_key
+from mergekit_snrf.profiling.result.domains import KINDS, tokens_key
 from mergekit_snrf.profiling.result.sums import Sums
 
 if TYPE_CHECKING:

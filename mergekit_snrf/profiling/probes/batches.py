@@ -1,11 +1,5 @@
 """From the rows of a data set to batches that a model takes: rendered prompts, and the answers behind them.
 
-    rows = load_rows(source, answers=False)
-    model, processor = load_model(ModelRef(model="Qwen/Qwen2.5-Math-7B"), images=False)
-    probes = prepare(rows, processor, rule=AnswerRule(), batch_size=8, config=model.config)
-    for batch in probe_batches(probes, model, processor, rule=AnswerRule(), device="cpu"):
-        model(**batch.inputs)
-
 Which rows, which probes share a batch, and the order of the batches depend on the data set, the processor and the
 settings only, not on the number of processes that share the work or on where a run was interrupted.
 """
