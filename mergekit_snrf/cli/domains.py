@@ -129,8 +129,7 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
     A metric with the name of a domain has its items. Weights are zeroed in memory. An evaluation named in Python runs
     with your rights; read it first.
     """
-    from mergekit_snrf.evidence.domain_figures import matrix_drawing
-    from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_tables
+    from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_drawing, matrix_tables
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.evidence.study import Setup
@@ -224,7 +223,7 @@ def _module_text(found: Domains, one: Chosen) -> str:
 
 def _draw(chosen: list[Chosen], folder: str | None) -> None:
     if folder is not None:
-        from mergekit_snrf.evidence.domain_figures import counts_drawing
+        from mergekit_snrf.evidence.domains import counts_drawing
 
         _save(counts_drawing(chosen), folder, "domains")
 
