@@ -61,8 +61,7 @@ def activation_key(module: str, layer: int) -> str:
 def find_activations(model: nn.Module, decoder: LiveDecoder) -> list[Activation]:
     """Return the activations of all MLPs of a loaded model.
 
-    Raises:
-        SnrfError: the activation of an MLP of the text decoder is not a module, or one is not elementwise.
+    ``SnrfError``: the activation of an MLP of the text decoder is not a module, or one is not elementwise.
     """
     found = []
     for number, layer in enumerate(decoder.layers):

@@ -24,14 +24,12 @@ def squared_changes(
 ) -> Iterator[tuple[float, ...]]:
     """Yield ``||theta - theta_0||^2`` of every model for each decoder layer, over all its parameters, in float64.
 
-    One tensor of each checkpoint is in memory at a time.
+    One tensor of each checkpoint is in memory at a time. ``SnrfError``: a model has other tensors than the base in a
+    layer, or its weights are not safetensors or not finite.
 
     Args:
         base: theta_0.
         cache_dir: where models of the hub are kept.
-
-    Raises:
-        SnrfError: a model has other tensors than the base in a layer, or its weights are not safetensors or not finite.
     """
     opened = [(one, stored_weights(one, one.local(cache_dir))) for one in (base, *models)]
     for layer in range(find_decoder(base).shape.layers):

@@ -108,8 +108,7 @@ class Moments:
     def moment(self, site: InputSite, which: str) -> Moment:
         """Read one moment, ``gain`` or ``keep``.
 
-        Raises:
-            SnrfError: the file changed, or holds values that no moment has.
+        ``SnrfError``: the file changed, or holds values that no moment has.
         """
         with MOMENTS.opened(self.path) as (file, _):
             names = ("factor", "rest") if site in self.sketches else ("scale", "correlation")
@@ -197,8 +196,7 @@ def moment_tensors(site: InputSite, which: str, moment: Moment, clip: float) -> 
 def write_moments(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], provenance: MomentsProvenance) -> None:
     """Write a moments file from the parts of all its moments.
 
-    Raises:
-        SnrfError: the file cannot be written, or another kind of file lies there.
+    ``SnrfError``: the file cannot be written, or another kind of file lies there.
     """
     MOMENTS.check_replaceable(path)
     MOMENTS.write(path, tensors, provenance.model_dump(mode="json", exclude_none=True))

@@ -57,8 +57,7 @@ class DomainsConfig(LocatedModel, RunConfig):
 def load_config(path: str | os.PathLike[str]) -> ProfileConfig | DomainsConfig:
     """Return the checked content of a profile.yml, or of one with domains in place of target and source.
 
-    Raises:
-        SnrfError: as ``load_profile_config``.
+    ``SnrfError`` as ``load_profile_config``.
     """
     raw = read_settings(path, "target and source, or model and domains")
     kind: type[DomainsConfig] | type[ProfileConfig] = DomainsConfig if "domains" in raw else ProfileConfig
@@ -69,18 +68,15 @@ def count_domains(config: DomainsConfig, out: str | os.PathLike[str], **how: Any
     """Count how often every neuron is active on the tokens of each domain, and write the counts.
 
     Counts are whole numbers: equal settings give equal bytes, for any number of processes, however often the run was
-    interrupted and resumed.
+    interrupted and resumed. ``SnrfError``: a problem that the user can fix: the settings, the model, the probes.
 
     Args:
         config: a checked DOMAINS.yml.
         out: the file to write.
-        how: as of ``groups.started``.
+        how: further fields of ``groups.RunOptions``.
 
     Returns:
         The file, read again; None on ranks other than the first.
-
-    Raises:
-        SnrfError: a problem that the user can fix: the settings, the model, the probes.
     """
     with started(config, out, DOMAINS, **how) as (config, options):
         ranks, path, kinds = options.ranks, options.out, config.kinds()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,20 +18,12 @@ from tqdm import tqdm
 from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
-from mergekit_snrf.neurons.maskfile import MASK, RunProvenance
+from mergekit_snrf.neurons.maskfile import MASK, ModelProvenance, RunProvenance
 from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
 from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
-from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches
+from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
-from mergekit_snrf.profiling.request import (
-    ModelInfo,
-    check_output,
-    model_provenance,
-    probes_provenance,
-    request_of,
-    stem_of,
-    versions,
-)
+from mergekit_snrf.profiling.request import ModelInfo, check_output, stem_of, versions
 from mergekit_snrf.profiling.settings import Kind, RunConfig
 
 if TYPE_CHECKING:
@@ -43,52 +37,44 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried out, as ``started``; nothing here but ``memory_budget`` changes a result."""
+    """How a run is carried out; nothing here but ``memory_budget`` changes a result.
 
-    out: Path
-    folder: Path | None
-    resume: bool
-    memory_budget: int | None
-    journal_seconds: float
-    progress: bool
-    ranks: Ranks
-
-
-@contextmanager
-def started(
-    config: _Config,
-    out: str | os.PathLike[str],
-    kind: Format = MASK,
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    memory_budget: int | None = None,
-    journal_seconds: float = 30.0,
-    progress: bool = True,
-) -> Iterator[tuple[_Config, RunOptions]]:
-    """Begin a run: join its processes, check its output, and give its settings the device of this process.
-
-    Args:
-        config: checked settings.
+    Attributes:
         out: the file to write.
-        kind: of that file.
         folder: that of the settings' file, against which its relative paths are read.
         resume: continue from the journals of an unfinished run, if there are any.
         memory_budget: bytes that set the size of the blocks; None: the default of the device.
         journal_seconds: how often the journal is written. A killed run loses about this much work, or one group.
         progress: show progress bars on stderr.
     """
+
+    out: Path
+    ranks: Ranks
+    folder: Path | None = None
+    resume: bool = False
+    memory_budget: int | None = None
+    journal_seconds: float = 30.0
+    progress: bool = True
+
+
+@contextmanager
+def started(
+    config: _Config, out: str | os.PathLike[str], kind: Format = MASK, **how: Any
+) -> Iterator[tuple[_Config, RunOptions]]:
+    """Begin a run: join its processes, check its output, and give its settings the device of this process.
+
+    ``kind`` is that of the file to write, ``how`` the further fields of ``RunOptions``.
+    """
     with joined_ranks() as ranks:
+        options = RunOptions(Path(out), ranks, **how)
         # Other ranks must not mistake the first one's journals for those of an earlier run.
         if ranks.first:
-            check_output(out, resume=resume, kind=kind)
+            check_output(out, resume=options.resume, kind=kind)
         if config.device_map is not None and ranks.world > 1:
             what = f"auto spreads one model over all devices, which {ranks.world} processes cannot share"
             raise SnrfError(None, what, "start one process", field="device_map")
         device = ranks.device(config.device)
         find_device(device)
-        place = None if folder is None else Path(folder)
-        options = RunOptions(Path(out), place, resume, memory_budget, journal_seconds, progress, ranks)
         yield config.model_copy(update={"device": device}), options
 
 
@@ -142,10 +128,28 @@ class Groups:
 
     @cached_property
     def request(self) -> dict[str, Any]:
-        """Everything that the result depends on, as JSON values."""
-        return request_of(
-            self.prompts.config, self.kind, self.info, self.prompts.rows, self.options.folder, **self.more
-        )
+        """Everything that the result depends on, as JSON values.
+
+        Paths are as the user wrote them: those found beside profile.yml are relative to it.
+        """
+        kind, config = self.kind, self.prompts.config
+        return {
+            "model": {
+                "path": self._written(kind.model.model),
+                "revision": kind.model.revision,
+                "gguf_file": kind.model.gguf_file,
+                "config_sha256": self.info.config_sha256,
+                "content_sha256": self.info.content_sha256,
+            },
+            "probes": {**self._columns, "rows_sha256": _rows_sha256(self.prompts.rows)},
+            "template": kind.source.template,
+            **self._chat,
+            "answer": kind.rule.model_dump(exclude_none=True),
+            "limit": kind.source.limit,
+            **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype")},
+            "versions": versions(),
+            **self.more,
+        }
 
     @cached_property
     def journals(self) -> Journals:
@@ -161,13 +165,52 @@ class Groups:
         self, of: type[_Provenance], model: PreTrainedModel, wanted: str, with_model: Any = None, **own: Any
     ) -> _Provenance:
         """Return where a file comes from: ``wanted`` is its fingerprint, ``own`` what its type has of its own."""
-        named = model_provenance(self.kind, self.info, model, self.options.folder, probes=with_model)
+        named = ModelProvenance(
+            path=self._written(self.kind.model.model),
+            revision=self.kind.model.revision or getattr(model.config, "_commit_hash", None),
+            model_type=self.info.model_type,
+            config_sha256=self.info.config_sha256,
+            probes=with_model,
+        )
         dtype, seed = str(model.dtype).removeprefix("torch."), self.prompts.config.seed
         return of(model=named, seed=seed, dtype=dtype, versions=versions(), fingerprint=wanted, **own)
 
     def origin(self, tally: Tally) -> dict[str, Any]:
         """Return where the probes come from, and how many there are."""
-        return probes_provenance(self.kind, self.options.folder, self.prompts.probes, tally)
+        source, probes = self.kind.source, self.prompts.probes
+        more = {"limit": source.limit, "template": source.template, **self._chat}
+        answer = self.kind.rule.model_dump(exclude_none=True)
+        return {
+            **self._columns,
+            **{key: value for key, value in more.items() if value is not None},
+            "answer": {**answer, "cut": tally.cut} if answer["by"] == "model" else answer,
+            "count": len(probes),
+            "left_out": len(probes.bad),
+            "tokens": tally.tokens,
+            "answer_tokens": tally.answer_tokens,
+            "sha256": probes_sha256(probes),
+            "tokens_sha256_sum": f"{tally.digest:064x}",
+        }
+
+    @property
+    def _chat(self) -> dict[str, Any]:
+        """What the chat template is given beside the question, where that is set."""
+        written = {key: getattr(self.kind.source, key) for key in ("system", "chat_template_kwargs")}
+        return {key: value for key, value in written.items() if value is not None}
+
+    @property
+    def _columns(self) -> dict[str, Any]:
+        columns = self.kind.columns
+        return {**columns.model_dump(mode="json", exclude_none=True), "dataset": self._written(columns.dataset)}
+
+    def _written(self, value: str) -> str:
+        folder = self.options.folder
+        if folder is None or folder == Path():
+            return value
+        try:
+            return Path(value).relative_to(folder).as_posix()
+        except ValueError:
+            return value
 
     def measure(
         self,
@@ -229,6 +272,14 @@ class Groups:
             self.journals.delete(keep=0)
             logger.info("%s: resumed with %d probes", self.kind.name, before.statistics.probes)
         return before
+
+
+def _rows_sha256(rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for row in rows.rows:
+        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer, *row.turns]
+        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def loaded(groups: Sequence[Groups]) -> PreTrainedModel:

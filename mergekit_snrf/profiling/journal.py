@@ -19,7 +19,7 @@ from typing import Any
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.statistics import Sums
 
 _FORMAT = Format("snrf-journal", 2, "delete it to start again", "delete it to start again")
 

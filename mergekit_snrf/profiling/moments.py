@@ -19,13 +19,12 @@ from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
 from mergekit_snrf.models.moments import MOMENTS, InputSite, Moments, MomentsProvenance, read_moments, write_moments
 from mergekit_snrf.profiling.groups import Groups, Prompts, RunOptions, loaded, started
 from mergekit_snrf.profiling.journal import Progress, Tally
-from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_once, watched_inputs
+from mergekit_snrf.profiling.measure.inputs import input_sizes, run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 from mergekit_snrf.profiling.request import ModelInfo, fingerprint, opened, stem_of
 from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
-from mergekit_snrf.profiling.result.statistics import Statistics
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.statistics import Statistics, Sums
 from mergekit_snrf.profiling.settings import ProfileConfig
 
 if TYPE_CHECKING:
@@ -49,13 +48,16 @@ class Watch:
     @staticmethod
     def of(config: ProfileConfig, groups: tuple[Groups, ...], model: PreTrainedModel, decoder: LiveDecoder) -> Watch:
         """Clip at three medians of the norm of every input over the first group of each kind; equal on all ranks."""
-        norms = NormMedians()
+        norms: dict[InputSite, list[Tensor]] = {}
+
+        def keep(site: InputSite, rows: Tensor) -> None:
+            norms.setdefault(site, []).append(rows.norm(dim=1).double().cpu())
+
         for one in groups:
             for batch in one.batches(model, 0):
-                with watched_inputs(decoder, batch.attention_mask != 0, norms.visit), torch.no_grad():
+                with watched_inputs(decoder, batch.attention_mask != 0, keep), torch.no_grad():
                     run_once(model, batch.inputs)
-        medians = groups[0].options.ranks.from_first(norms.medians())
-        return Watch(config, model, decoder, {site: CLIP * median for site, median in medians.items()})
+        return Watch(config, model, decoder, groups[0].options.ranks.from_first(_clips(norms)))
 
     def empty(self) -> MomentSums:
         """Return sums of no tokens."""
@@ -70,6 +72,10 @@ class Watch:
         """Return a context in which the inputs of a batch are added to sums while others run it through the model."""
         sums.count(len(batch.numbers))
         return watched_inputs(self.decoder, batch.attention_mask != 0, lambda site, rows: sums.sums[site].add(rows))
+
+
+def _clips(norms: dict[InputSite, list[Tensor]]) -> dict[InputSite, float]:
+    return {site: CLIP * float(torch.cat(parts).median()) for site, parts in norms.items()}
 
 
 class ImpactsAndMoments(Sums):
@@ -170,13 +176,12 @@ def prepare_moments(
 ) -> MomentsRun | None:
     """Return all probes with their rows, images and prompts checked; no weights are loaded.
 
+    ``SnrfError``: there is no kind of probes to keep, rows cannot be read or rendered, or another kind of file is at
+    ``out``.
+
     Args:
         gain: the probes to gain.
         again: False: return None if an earlier run has written the file with the same settings.
-
-    Raises:
-        SnrfError: there is no kind of probes to keep, rows cannot be read or rendered, or another kind of file is at
-            ``out``.
     """
     config = gain.config
     assert isinstance(config, ProfileConfig)
@@ -214,16 +219,15 @@ def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
 def take_moments(config: ProfileConfig, out: str | os.PathLike[str], **how: Any) -> Moments | None:
     """Take the moments of the target alone, without source model and mask, and write them.
 
+    ``SnrfError``: a problem that the user can fix: the settings, the model, the probes, the memory.
+
     Args:
         config: a checked profile.yml; its source is not used.
         out: the moments file to write.
-        how: as of ``groups.started``.
+        how: further fields of ``groups.RunOptions``.
 
     Returns:
         The file, read again; None on ranks other than the first.
-
-    Raises:
-        SnrfError: a problem that the user can fix: the settings, the model, the probes, the memory.
     """
     with started(config, out, MOMENTS, **how) as (config, options):
         gain = Prompts(config, config.kind("target"), options.folder)

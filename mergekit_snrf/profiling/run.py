@@ -188,7 +188,7 @@ def run(config: ProfileConfig, mask: str | os.PathLike[str], **how: Any) -> Resu
     Args:
         config: a checked profile.yml.
         mask: the mask file to write.
-        how: as of ``groups.started``.
+        how: further fields of ``groups.RunOptions``.
 
     Returns:
         What was written; None on ranks other than the first, which write nothing.
@@ -215,17 +215,17 @@ def run(config: ProfileConfig, mask: str | os.PathLike[str], **how: Any) -> Resu
         return _finish(config, Path(mask), profiles, seconds) if ranks.first else None
 
 
-def dry_run(config: RunConfig, *, folder: str | os.PathLike[str] | None = None, shown: int = 3) -> str:
-    """Return the first probes of each kind as their models would read them, without loading weights."""
+def dry_run(config: RunConfig, *, folder: Path | None = None) -> str:
+    """Return the first three probes of each kind as their models would read them, without loading weights."""
     kinds, lines = config.kinds(), []
     if isinstance(config, ProfileConfig):
         check_models(config)
     else:
         opened(kinds[0])
     for kind in kinds:
-        probes = Prompts(config, kind, None if folder is None else Path(folder)).probes
+        probes = Prompts(config, kind, folder).probes
         lines.append(f"{kind.name}: {len(probes)} probes of {kind.source.dataset} through {kind.model.model}")
-        for probe in probes.probes[:shown]:
+        for probe in probes.probes[:3]:
             images = f", {len(probe.row.images)} image(s)" if probe.row.images else ""
             answer = probe.row.answer
             if answer is None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import re
 import weakref
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ import brute_force
 import pytest
 import torch
 import transformers
-from checkpoints import SOURCE_OF, SOURCES, example_inputs, load, make_source, make_target
+from checkpoints import SOURCE_OF, SOURCES, example_inputs, load
 from torch import Tensor, nn
 
 from mergekit_snrf.errors import SnrfError
@@ -38,16 +37,6 @@ class Batch:
     @property
     def attention_mask(self) -> Tensor:
         return self.inputs["attention_mask"]
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @functools.cache
-    def make(kind: str, family: str) -> Path:
-        folder = tmp_path_factory.mktemp("model") / f"{kind}-{family}"
-        return make_target(folder, family, "hub") if kind == "target" else make_source(folder, family)
-
-    return make
 
 
 def left_padded(vocabulary: int = 200) -> Batch:

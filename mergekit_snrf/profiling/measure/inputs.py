@@ -67,21 +67,6 @@ def watched_inputs(
         raise SnrfError(f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}", what, remedy)
 
 
-class NormMedians:
-    """Norms of the first inputs, from whose median the norm to clip at follows."""
-
-    def __init__(self) -> None:
-        self._norms: dict[InputSite, list[Tensor]] = {}
-
-    def visit(self, site: InputSite, rows: Float[Tensor, "tokens d"]) -> None:
-        """Keep the norms of some inputs."""
-        self._norms.setdefault(site, []).append(rows.norm(dim=1).double().cpu())
-
-    def medians(self) -> dict[InputSite, float]:
-        """Return the median norm of every input."""
-        return {site: float(torch.cat(norms).median()) for site, norms in self._norms.items()}
-
-
 def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     """Run a model on a batch in eval mode, without cache and with the last logits only; return what it returns."""
     accepted = inspect.signature(type(model).forward).parameters

@@ -108,17 +108,15 @@ def prepare(
 ) -> Probes:
     """Return the rows as rendered prompts, with their number of tokens, grouped by length.
 
-    A row is bad if its prompt and answer (a generated one: the longest possible) take more tokens than
-    ``token_limit`` or than the model has positions: nothing is ever cut.
+    A row is bad if its prompt and answer (a generated one: the longest possible) take more tokens than ``token_limit``
+    or than the model has positions: nothing is ever cut. ``SnrfError``: more than 5 % of the rows are bad, or the model
+    has no usable chat template.
 
     Args:
         processor: of the model, or its tokenizer.
         batch_size: probes in a group, at most.
         config: of the model, for its number of positions and the tokens that stand for images; None checks neither.
         model: name of the model, for messages.
-
-    Raises:
-        SnrfError: more than 5 % of the rows are bad, or the model has no usable chat template.
     """
     renderer = Renderer(processor, rows.source, model=model)
     reserved = set() if config is None else set(placeholder_ids(config))

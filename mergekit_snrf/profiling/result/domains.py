@@ -87,8 +87,7 @@ class Domains:
 def write_domains(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], provenance: DomainsProvenance) -> None:
     """Write a file of counts; equal arguments give equal bytes.
 
-    Raises:
-        SnrfError: the file cannot be written, or another kind of file lies there.
+    ``SnrfError``: the file cannot be written, or another kind of file lies there.
     """
     DOMAINS.check_replaceable(path)
     content = provenance.model_dump(mode="json", exclude_none=True)
@@ -98,9 +97,8 @@ def write_domains(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], p
 def read_domains(path: str | os.PathLike[str]) -> Domains:
     """Read and check a file of counts.
 
-    Raises:
-        SnrfError: the file is missing, damaged or of another format, a tensor is missing, unknown or of another
-            shape, or there are more active tokens than tokens.
+    ``SnrfError``: the file is missing, damaged or of another format, a tensor is missing, unknown or of another shape,
+    or there are more active tokens than tokens.
     """
     tensors, content = DOMAINS.read(path)
     provenance = DOMAINS.parsed(path, content, DomainsProvenance)
@@ -176,11 +174,10 @@ class Chosen:
 def activity(domains: Domains, module: str, tokens: str = "all") -> list[Float64[Tensor, "domains neurons"]]:
     """Return the share of tokens on which every neuron of a module is active, layer by layer.
 
+    ``SnrfError``: the file has no such module, or a domain has no such tokens.
+
     Args:
         tokens: kind of tokens in the text decoder, or ``all``.
-
-    Raises:
-        SnrfError: the file has no such module, or a domain has no such tokens.
     """
     if module not in domains.active:
         raise SnrfError(domains.path, f"has no counts of the {module}", f"it has {', '.join(domains.active)}")
