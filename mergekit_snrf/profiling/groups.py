@@ -20,7 +20,7 @@ from mergekit_snrf.files.container import Format
 from mergekit_snrf.models.loading import find_device, load_config, load_model, load_processor
 from mergekit_snrf.neurons.maskfile import MASK, ModelProvenance, RunProvenance
 from mergekit_snrf.profiling.distributed import Ranks, joined_ranks
-from mergekit_snrf.profiling.journal import Journals, JournalWriter, Progress, Tally
+from mergekit_snrf.profiling.journal import Journals, Progress, Tally
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes, prepare, probe_batches, probes_sha256
 from mergekit_snrf.profiling.probes.rows import Rows, load_rows
 from mergekit_snrf.profiling.request import ModelInfo, check_output, stem_of, versions
@@ -154,7 +154,8 @@ class Groups:
     @cached_property
     def journals(self) -> Journals:
         """What an unfinished run has measured."""
-        return Journals(stem_of(self.options.out, self.part), {**self.request, **self.aside})
+        stem = stem_of(self.options.out, self.part)
+        return Journals(stem, {**self.request, **self.aside}, self.options.journal_seconds)
 
     def ready(self) -> Groups:
         """Render the probes, whose faults are to be found before any model is loaded."""
@@ -225,12 +226,11 @@ class Groups:
         ``empty`` returns sums of no probes, ``visit`` runs a batch through the model and adds it to them. With ``hold``
         a journal has everything at the end, for a run that is interrupted in a later kind.
         """
-        ranks, groups = self.options.ranks, self.prompts.probes.groups
+        ranks, groups, journals = self.options.ranks, self.prompts.probes.groups, self.journals
         before = self._recover(empty)
         done = ranks.from_first(before.done)
         todo = ranks.share([group for group in range(len(groups)) if group not in done])
         mine = before if ranks.first else Progress(empty())
-        journal = JournalWriter(self.journals, ranks.rank, self.options.journal_seconds)
         with tqdm(
             total=sum(len(groups[group]) for group in [*todo, *mine.done]),
             initial=mine.statistics.probes,
@@ -244,17 +244,17 @@ class Groups:
                     mine.tally.add(batch)
                     bar.update(len(batch.numbers))
                 mine.done.add(group)
-                journal.write(mine)
+                journals.write_if_due(ranks.rank, mine)
         if ranks.world > 1:
             # A rank that is killed while it waits for the others must not have to measure again.
-            journal.write(mine, now=True)
+            journals.write(ranks.rank, mine)
         mine.statistics.reduce(ranks.reduce)
         whole = Tally()
         for tally in ranks.all(mine.tally):
             whole.merge(tally)
         found = Progress(mine.statistics, whole, set(range(len(groups))))
         if hold and ranks.first:
-            self.journals.write(0, found)
+            journals.write(0, found)
         return found
 
     def batches(self, model: PreTrainedModel, group: int) -> Any:

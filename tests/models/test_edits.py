@@ -312,16 +312,6 @@ def test_profile_knows_what_was_measured(pairs, tmp_path):
         snrf.profile(model, [inputs], measure=snrf.Measure(tokens="answer"))
 
 
-def test_profile_leaves_every_module_in_its_mode(pairs):
-    folder, _ = pairs("llava")
-    model = load(folder / "target").train()
-    frozen = find_live_decoder(model).layers[0].eval()
-    modes = [module.training for module in model.modules()]
-    snrf.profile(model, [example_inputs(folder / "target")])
-    assert [module.training for module in model.modules()] == modes
-    assert not frozen.training
-
-
 def test_biases_of_an_offloaded_source(pairs):
     folder, neurons = pairs("qwen2_5_vl")
     target, source = load(folder / "target"), load(folder / "source")

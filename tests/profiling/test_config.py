@@ -197,11 +197,6 @@ def test_override_checks_like_the_file(tmp_path):
         config.override(limit=0)
 
 
-def test_a_dump_reads_back_the_same(tmp_path):
-    config = load(tmp_path, DESIGN)
-    assert ProfileConfig.model_validate(config.model_dump(exclude_unset=True)) == config
-
-
 def test_a_template_is_filled_with_columns_only():
     assert template_fields("<image> {a b} calc {{x}} {c}{c}") == ("a b", "c")
     assert fill_template("<image> {a b} calc {{x}} {c}{c}", {"a b": "{1}", "c": "2"}) == "<image> {1} calc {x} 22"

@@ -105,18 +105,6 @@ def test_statistics_are_what_exact_arithmetic_over_the_whole_corpus_gives(corpus
             assert found.hits[neuron].cumsum(0).tolist() == counted
 
 
-def test_reducing_over_processes_is_merging():
-    corpora = [{QUERY: torch.rand(probes, 5), UP: torch.rand(probes, 7)} for probes in (3, 2)]
-    here, there, merged = measured(corpora[0]), measured(corpora[1]), measured(corpora[0])
-    merged.merge(measured(corpora[1]))
-    sent: list[Tensor] = []
-    there.reduce(lambda tensor, operation: sent.append(tensor.clone()))
-    combine = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
-    here.reduce(lambda tensor, operation: tensor.copy_(combine[operation](tensor, sent.pop(0))))
-    assert (sent, here.probes) == ([], 5)
-    assert all(torch.equal(here.state()[key], tensor) for key, tensor in merged.state().items())
-
-
 def test_largest_sums_do_not_overflow():
     site, largest = Site(0, "attn.v"), float(np.finfo(np.float32).max)
     statistics = Statistics({site: 2})
