@@ -16,9 +16,8 @@ from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
-from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.moments import Filters, Moments, filter_at
 from mergekit_snrf.models.weights import Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import every_neuron

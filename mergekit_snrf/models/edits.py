@@ -20,9 +20,8 @@ from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.models.activations import Activation, find_activations
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.moments import Moments, moments_of
+from mergekit_snrf.models.moments import Filters, Moments, check_moments, filter_at, moments_of
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import AnyNeurons, mask_of
 from mergekit_snrf.neurons.sets import NeuronSet
