@@ -30,6 +30,11 @@ class LiveDecoder:
     layers: tuple[nn.Module, ...] = field(repr=False)
     shape: DecoderShape
 
+    def unsupported(self, what: str, *place: object) -> SnrfError:
+        """Return the error of a model whose ``place``, a layer and a module of it, is of an unknown kind."""
+        where = ".".join(map(str, (f"{self.model}: {self.path}", *place))) if place else self.model
+        return SnrfError(where, what, "the model is not supported")
+
     def module(self, site: Site) -> Any:
         """Return the ``nn.Linear`` of a projection; raise ``SnrfError`` if there is no such layer."""
         if site.layer >= self.shape.layers:

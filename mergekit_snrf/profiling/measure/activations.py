@@ -151,4 +151,4 @@ class ActivationCounter:
                 raise self._unsupported(f"{beside}: {one.path}")
 
     def _unsupported(self, what: str) -> SnrfError:
-        return SnrfError(self.decoder.model, f"its activations cannot be counted: {what}", "the model is not supported")
+        return self.decoder.unsupported(f"its activations cannot be counted: {what}")
