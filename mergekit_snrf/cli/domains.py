@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
+from mergekit_snrf.cli.common import (
+    check_outputs,
+    command_options,
+    is_quiet,
+    loaded,
+    say,
+    silence_progress,
+    table,
+    write_outputs,
+)
 from mergekit_snrf.cli.options import (
     construct,
     draws_option,
@@ -24,7 +33,6 @@ from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.profiling.result.choice import Choice
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.profiling.result.domains import Chosen
     from mergekit_snrf.profiling.result.domainsfile import Domains
 
@@ -133,7 +141,6 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
     from mergekit_snrf.evidence.domain_figures import matrix_drawing
     from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_tables
     from mergekit_snrf.evidence.evaluation import load_evaluation
-    from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.evidence.study import Setup
     from mergekit_snrf.files.references import local_path, sha256
 
@@ -156,12 +163,11 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
             setup, sets, subject, processor, evaluation, draws=options["draws"], progress=not is_quiet()
         )
     for part in matrix_tables(result):
-        click.echo(f"{part.caption}\n{table(part.header, part.rows)}\n")
-    click.echo("\n".join([*result.verdict, "Intervals are of 95 % and paired, and not corrected for their number."]))
-    if options["json_file"] is not None:
-        write_result(options["json_file"], result)
-    if options["figures"] is not None:
-        _save(matrix_drawing(result), options["figures"], "matrix")
+        say(f"{part.caption}\n{table(part.header, part.rows)}\n")
+    say("\n".join([*result.verdict, "Intervals are of 95 % and paired, and not corrected for their number."]))
+    drawings = [("matrix", matrix_drawing(result))] if options["figures"] is not None else []
+    for path in write_outputs(result, options["json_file"], options["figures"], drawings):
+        say(path)
 
 
 def _chosen(file: str, choice: Choice) -> tuple[Domains, list[Chosen]]:
@@ -227,12 +233,8 @@ def _module_text(found: Domains, one: Chosen) -> str:
 def _draw(chosen: list[Chosen], folder: str | None) -> None:
     if folder is not None:
         from mergekit_snrf.evidence.domain_figures import counts_drawing
+        from mergekit_snrf.evidence.drawing import save
 
-        _save(counts_drawing(chosen), folder, "domains")
-
-
-def _save(drawing: Drawing, folder: str, name: str) -> None:
-    from mergekit_snrf.evidence.drawing import save
-
-    for path in save(drawing.figure, folder, name, drawing.caption, drawing.text):
-        click.echo(path)
+        drawing = counts_drawing(chosen)
+        for path in save(drawing.figure, folder, "domains", drawing.caption, drawing.text):
+            click.echo(path)
