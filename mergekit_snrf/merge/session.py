@@ -5,7 +5,7 @@ tensors' names: it loads a tensor, merges it, and keeps it until a shard is full
 the same order. So while the executor maps, copies and writes on the main thread, a pool of threads reads the tensors
 of the next edits from the shards, with plain reads and each byte once, and fuses them; where the executor wants an
 edited tensor, it takes it from the session, in most cases finished. mergekit's own loader opens these tensors' files,
-but never touches them (``merge/planner.py``).
+but never touches them (``merge/adapter.py``).
 
 ``fusion/threads.py`` bounds the memory: what the running workers hold, and what waits to be taken, is at most an eighth
 of the machine's memory (at least 2 GiB). In addition mergekit's writer holds its shard. Each result depends on its own
@@ -30,7 +30,7 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
+from mergekit_snrf.fusion.fuse import Fused, fuse
 from mergekit_snrf.fusion.threads import LookAhead, look_ahead, one_thread
 from mergekit_snrf.merge.cards import merge_card
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
@@ -81,7 +81,7 @@ class MergeSession:
             del _SESSIONS[self.key]
 
     def _can_look_ahead(self, options: MergeOptions) -> bool:
-        files = (entry.file for model in self.plan.models for entry in model.checkpoint.tensors.values())
+        files = (entry.file for model in self.plan.models.values() for entry in model.checkpoint.tensors.values())
         on_cpu = not options.multi_gpu and torch.device(options.device or "cpu").type == "cpu"
         return on_cpu and all(file.endswith(".safetensors") for file in files)
 
@@ -111,13 +111,11 @@ class MergeSession:
             self._check_read("target", name, base)
             result = base.tensor
         else:
-            names = {"target": name, "source": edit.source_name, "source_base": edit.source_base_name}
-            for (role, own), entry in zip(names.items(), (base, *donors), strict=False):
-                self._check_read(role, str(own), entry)
-            source, *rest = [entry.tensor for entry in donors]
-            options = kernel_options(edit, rest[0] if rest else None, self._filters)
+            for (role, own), entry in zip(edit.names.items(), (base, *donors), strict=True):
+                self._check_read(role, own, entry)
+            weights = dict(zip(edit.names, (entry.tensor for entry in (base, *donors)), strict=True))
             with one_thread():
-                return self._finished(name, fuse_and_report(base.tensor, source, **options))
+                return self._finished(name, fuse(**weights, **kernel_options(edit, self._filters)))
         self._check_written(name, result)
         return result
 
@@ -150,11 +148,7 @@ _SESSIONS: dict[str, MergeSession] = {}
 
 
 def find_session(key: str) -> MergeSession:
-    """Return the running session of a key.
-
-    Raises:
-        SnrfError: there is none.
-    """
+    """Return the running session of a key; ``SnrfError``: there is none."""
     if key not in _SESSIONS:
         what = f"no snrf merge with masks {key!r} is running"
         raise SnrfError(None, what, "import mergekit_snrf.merge before run_merge, and call run_merge")

@@ -64,7 +64,7 @@ def fused(pair: Pair, fusions: dict[Site, Fusion] | Fusion, base: Tensors, sourc
         fusion = fusions if isinstance(fusions, Fusion) else fusions[site]
         name, axis = target_name(site), MODULES[site.projection][1]
         if fusion.beta:
-            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion)
+            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion).tensor
     return expected
 
 

@@ -456,5 +456,5 @@ def test_devices(command: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.M
     assert hashes(tmp_path / "plain") == files
     tensors = Tensors(plan(pair.recipe()).finish(), MergeOptions(device="meta"))
     edit = plan(pair.recipe()).edits[0]
-    assert {matrix[:1].device.type for matrix in tensors._matrices(edit) if matrix is not None} == {"meta"}
+    assert {tensors._inputs(edit)[role][:1].device.type for role in edit.names} == {"meta"}
     assert (tensors.workers(None), tensors.workers(3)) == (1, 3)

@@ -17,7 +17,7 @@ from pair import MODULES, Pair, merge, one, plan, problem, run, write_recipe
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, settings
-from mergekit_snrf.merge.parameters import SPEC
+from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 
 
