@@ -138,8 +138,7 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
     A metric with the name of a domain has its items. Weights are zeroed in memory. An evaluation named in Python runs
     with your rights; read it first.
     """
-    from mergekit_snrf.evidence.domain_figures import matrix_drawing
-    from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_tables
+    from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_drawing, matrix_tables
     from mergekit_snrf.evidence.evaluation import load_evaluation
     from mergekit_snrf.evidence.study import Setup
     from mergekit_snrf.files.references import local_path, sha256
@@ -232,7 +231,7 @@ def _module_text(found: Domains, one: Chosen) -> str:
 
 def _draw(chosen: list[Chosen], folder: str | None) -> None:
     if folder is not None:
-        from mergekit_snrf.evidence.domain_figures import counts_drawing
+        from mergekit_snrf.evidence.domains import counts_drawing
         from mergekit_snrf.evidence.drawing import save
 
         drawing = counts_drawing(chosen)

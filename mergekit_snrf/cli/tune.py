@@ -13,7 +13,7 @@ from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.options import Reading
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
+    from mergekit_snrf.evidence.study_results import TunedPoint, Tuning
 
 
 @click.command()
@@ -77,8 +77,8 @@ def tune(
 
 def _tuned(recipe: str, max_kl: float, profile: str | None, reference: str | None, reading: Reading) -> Tuning:
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
-    from mergekit_snrf.evidence.heldout import held_out, kinds_of
     from mergekit_snrf.evidence.recipes import load_recipe_at, merge_options, open_recipe
+    from mergekit_snrf.evidence.tune import held_out, kinds_of
     from mergekit_snrf.evidence.tune import tune as bisect
     from mergekit_snrf.profiling.settings import load_profile_config
 

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError, naming
-from mergekit_snrf.evidence.analysis import digest, loaded, of_mask
+from mergekit_snrf.evidence.analysis import digest, least_important, loaded, of_mask, read_profile_of
 from mergekit_snrf.evidence.evaluation import AnyEvaluation, load_evaluation
-from mergekit_snrf.evidence.least import least_important, read_profile_of
 from mergekit_snrf.evidence.options import AblationOptions, takes
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Draw, Row, Setup, run_study

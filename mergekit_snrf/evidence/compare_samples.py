@@ -20,12 +20,13 @@ from pathlib import Path
 
 from mergekit_snrf.errors import SnrfError, did_you_mean, printable
 from mergekit_snrf.evidence.items import Items, Role, Scores
-from mergekit_snrf.evidence.readers.base import Found, Reader, Task, UnknownMetricError, files_in
-from mergekit_snrf.evidence.readers.harness import LM_EVAL, LMMS_EVAL
+from mergekit_snrf.evidence.readers.base import Found, Task, UnknownMetricError, files_in
+from mergekit_snrf.evidence.readers.harness import LM_EVAL, LMMS_EVAL, Harness
 from mergekit_snrf.evidence.readers.vlmevalkit import VLMEvalKit
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Row, Setup, build_study
 
+Reader = Harness | VLMEvalKit
 READERS: tuple[Reader, ...] = (LMMS_EVAL, LM_EVAL, VLMEvalKit())
 
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import SnrfError, unexpected
-from mergekit_snrf.evidence.analysis import digest, loaded, of_mask, warn
+from mergekit_snrf.evidence.analysis import digest, least_important, loaded, of_mask, read_profile_of, warn
 from mergekit_snrf.evidence.compare import Controls, comparison_rows
 from mergekit_snrf.evidence.compare_samples import compare_runs
 from mergekit_snrf.evidence.evaluation import AnyEvaluation, load_evaluation
-from mergekit_snrf.evidence.least import least_important, read_profile_of
 from mergekit_snrf.evidence.options import ComparisonOptions, SamplesOptions, takes
 from mergekit_snrf.evidence.recipes import (
     OpenedRecipe,

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, styled
 from mergekit_snrf.evidence.intervals import spoken
-from mergekit_snrf.evidence.results import Condition, Study
-from mergekit_snrf.evidence.tuned import Tuning
+from mergekit_snrf.evidence.results import Condition, Study, Tuning
 from mergekit_snrf.evidence.wording import scale
 
 if TYPE_CHECKING:

@@ -14,7 +14,16 @@ from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import (
+    Amplification,
+    DomainAblation,
+    Lens,
+    Overlap,
+    OverlapPairs,
+    Result,
+    Study,
+    Tuning,
+)
 from mergekit_snrf.evidence.sections import (
     amplification_section,
     domains_section,
@@ -25,7 +34,6 @@ from mergekit_snrf.evidence.sections import (
     study_section,
     tuning_section,
 )
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.profiling.result.profilefile import Profile

@@ -17,8 +17,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.grid import Sweep, best_row, combinations
+from mergekit_snrf.evidence.grid import best_row, combinations
 from mergekit_snrf.evidence.items import Items
+from mergekit_snrf.evidence.results import Sweep
 
 # Scores that only depend on the weights, and a count of the calls.
 EVALUATION = """
