@@ -39,11 +39,11 @@ from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
-from mergekit_snrf.merge.method import SPEC
+from mergekit_snrf.merge.method import SPEC, find_session
 from mergekit_snrf.merge.plan import MergePlan
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipe import stray_keys
-from mergekit_snrf.merge.session import MergeSession, find_session
+from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.models import hub
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
@@ -91,7 +91,8 @@ class FusedTensor(Task[Tensor]):
 
     def execute(self, **_: Any) -> Tensor:
         """Return the tensor."""
-        return find_session(self.key).fused(self.name)
+        fused: Tensor = find_session(self.key).fused(self.name)
+        return fused
 
 
 class SessionPlanner(MergePlanner):
@@ -220,7 +221,8 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
 
 def session_of(config: MergeConfiguration) -> MergeSession:
     """Return the running session of a configuration of ``rewritten``."""
-    return find_session(str((config.parameters or {}).get("masks")))
+    found: MergeSession = find_session(str((config.parameters or {}).get("masks")))
+    return found
 
 
 def _hook(names: dict[str, Any]) -> None:

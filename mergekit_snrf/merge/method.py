@@ -77,6 +77,18 @@ SPEC = MergeMethodSpec(
 )
 
 
+SESSIONS: dict[str, Any] = {}
+"""The merges that run now, by their keys."""
+
+
+def find_session(key: str) -> Any:
+    """Return the running ``MergeSession`` of a key; ``SnrfError``: there is none."""
+    if key not in SESSIONS:
+        what = f"no snrf merge with masks {key!r} is running"
+        raise SnrfError(None, what, "import mergekit_snrf.merge before run_merge, and call run_merge")
+    return SESSIONS[key]
+
+
 class SnrfMethod(MergeMethod):
     """Fuses the decoder weights that have masked neurons, and returns every other tensor as it is.
 
@@ -109,12 +121,11 @@ def merge_group(group: TensorGroup, key: str) -> torch.Tensor:
     Raises:
         SnrfError: no such merge is running, a weight is not finite, or a dtype of the recipe cannot hold it.
     """
-    from mergekit_snrf.merge.session import find_session
-
     name = group.metadata.name or ""
     if group.base is None:
         raise SnrfError(name, "the merge method snrf needs the base's tensor")
-    return find_session(key).merged(name, group.base, group.non_base)
+    merged: torch.Tensor = find_session(key).merged(name, group.base, group.non_base)
+    return merged
 
 
 if SPEC.name not in registry._METHODS:

@@ -29,10 +29,10 @@ from mergekit.merge_methods.base import TensorEntry
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fused, fuse
 from mergekit_snrf.fusion.threads import LookAhead, look_ahead, one_thread
 from mergekit_snrf.merge.cards import merge_card
+from mergekit_snrf.merge.method import SESSIONS
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, check_cast, kernel_options
@@ -63,7 +63,7 @@ class MergeSession:
     @contextmanager
     def running(self, options: MergeOptions | None = None) -> Iterator[None]:
         """Let mergekit find the session in the block, and fuse ahead of it; not without options."""
-        _SESSIONS[self.key] = self
+        SESSIONS[self.key] = self
         try:
             if options is None or not self._can_look_ahead(options):
                 yield
@@ -78,7 +78,7 @@ class MergeSession:
                 yield
         finally:
             self._ahead = None
-            del _SESSIONS[self.key]
+            del SESSIONS[self.key]
 
     def _can_look_ahead(self, options: MergeOptions) -> bool:
         files = (entry.file for model in self.plan.models.values() for entry in model.checkpoint.tensors.values())
@@ -142,14 +142,3 @@ class MergeSession:
         # What mergekit rounds after the method has returned was not counted.
         changed = None if recipe.out_dtype else self.tally.changed
         return merge_card(self.plan, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
-
-
-_SESSIONS: dict[str, MergeSession] = {}
-
-
-def find_session(key: str) -> MergeSession:
-    """Return the running session of a key; ``SnrfError``: there is none."""
-    if key not in _SESSIONS:
-        what = f"no snrf merge with masks {key!r} is running"
-        raise SnrfError(None, what, "import mergekit_snrf.merge before run_merge, and call run_merge")
-    return _SESSIONS[key]
