@@ -82,17 +82,6 @@ def test_counts_and_order(a: NeuronSet) -> None:
     assert repr(a) == f"NeuronSet({len(listed)} neurons at {len(a.nonempty())} sites)"
 
 
-def test_an_absent_site_is_an_empty_set() -> None:
-    site, other = Site(0, "fwd.up"), Site(1, "fwd.up")
-    a = subset(site, 2)
-    with_empty = NeuronSet({site: a[site], other: torch.zeros(9, dtype=torch.bool)})
-    assert with_empty == a
-    assert a.count(other) == with_empty.count(other) == 0
-    assert other not in a
-    assert a & subset(other, 2) == NeuronSet({})
-    assert a - subset(other, 2) == a
-
-
 def test_sets_equal_only_sets_of_the_same_model() -> None:
     site = Site(0, "attn.q")
     assert subset(site, 1, length=4) != subset(site, 1, length=5)
