@@ -7,10 +7,8 @@ of the next edits from the shards, with plain reads and each byte once, and fuse
 edited tensor, it takes it from the session, in most cases finished. mergekit's own loader opens these tensors' files,
 but never touches them (``merge/adapter.py``).
 
-``fusion/threads.py`` bounds the memory: what the running workers hold, and what waits to be taken, is at most an eighth
-of the machine's memory (at least 2 GiB). In addition mergekit's writer holds its shard. Each result depends on its own
-tensor alone, on one thread, so that the number of workers (``--num-threads``, by default the cores) changes no byte. A
-failure in a worker is raised where the executor takes the tensor, as if it had fused it itself.
+``fusion/threads.py`` bounds the memory, and the number of workers (``--num-threads``, by default the cores) changes no
+byte. A failure in a worker is raised where the executor takes the tensor, as if it had fused it itself.
 
 On another device than the CPU, and for weights in .bin files, mergekit loads the tensors and the session fuses them on
 the executor's own stream.
