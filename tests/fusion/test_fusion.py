@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion import fuse as fusion
 from mergekit_snrf.fusion.delta import working_dtype
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
 
@@ -202,9 +199,3 @@ def test_rank_out_of_range() -> None:
     weight = torch.zeros(4, 3)
     with pytest.raises(SnrfError, match=r"^w: rank: 4 exceeds the smaller side of shape \[4, 3\]; use at most 3"):
         fuse(weight, weight, torch.ones(4, dtype=torch.bool), 0, Fusion(rank=4), name="w")
-
-
-def test_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(fusion)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import re
 from typing import Any
@@ -265,7 +264,3 @@ def test_mask_then_svd_is_never_worse_in_the_mask(
     least = np.linalg.norm(np.linalg.svd(masked, compute_uv=False)[rank:]) if masked.size else 0.0
     assert distance["mask-then-svd"] == pytest.approx(least, abs=1e-6)
     assert distance["mask-then-svd"] <= distance["svd-then-mask"] + 1e-6
-
-
-def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(update).failed == 0

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons import sets as neurons
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
@@ -135,9 +133,3 @@ def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(SnrfError, match=str(seed)) as caught:
         NeuronSet({}).random(seed)
     assert caught.value.field == "seed"
-
-
-def test_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(neurons)
-    assert result.attempted > 0
-    assert result.failed == 0
