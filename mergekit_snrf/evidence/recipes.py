@@ -45,9 +45,8 @@ class OpenedRecipe:
 
     def ref(self, reading: Reading) -> ModelRef:
         """Return how the target is loaded, in the recipe's dtype unless another was chosen."""
-        dtype = self.dtype if reading.dtype == "auto" else reading.dtype
-        place = {"device": reading.device, "trust_remote_code": reading.trust_remote_code}
-        return construct(ModelRef, {"model": str(self.target_folder), "dtype": dtype, **place})
+        ref = reading.ref(self.target_folder)
+        return construct(ModelRef, {**ref.model_dump(), "dtype": self.dtype}) if ref.dtype == "auto" else ref
 
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any]
