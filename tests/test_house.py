@@ -25,12 +25,11 @@ _RECORD, _KERNEL = (
     "matrices and where they are from; a record would be made for each call",
 )
 MANY_ARGUMENTS = {
-    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse", "fuse_neurons")},
+    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse")},
     "mergekit_snrf/evidence/controls.py::masked_update": _KERNEL,
     "mergekit_snrf/models/edits.py::fuse_neurons": _KERNEL,
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
-    "mergekit_snrf/merge/plan.py::MergePlan": _RECORD,
     "mergekit_snrf/evidence/recipes.py::OpenedRecipe": _RECORD,
     "mergekit_snrf/profiling/impact/heads.py::HeadGroup": _RECORD,
     "mergekit_snrf/profiling/measure/capture.py::AttentionInputs": _RECORD,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
+from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
@@ -124,17 +124,10 @@ class Merge:
             base = None if self.source_base is None else self.source_base.bias(site)
             if ours is None or theirs is None or (self.source_base is not None and base is None):
                 raise SnrfError(name, "is missing in one of the models", "remove biases from the recipe")
-            fused = fuse(
-                ours,
-                theirs.to(ours.device),
-                self.neurons[site],
-                0,
-                fusion,
-                name=name,
-                source_base=None if base is None else base.to(ours.device),
-            )
-            selected = self.neurons[site].nonzero().flatten().to(ours.device)
-            edit.write(module.bias, 0, selected, fused[selected])
+            theirs, base = theirs.to(ours.device), None if base is None else base.to(ours.device)
+            neurons = self.neurons[site]
+            fused = fuse_neurons(ours, theirs, neurons, 0, fusion, name=name, source_base=base).tensor
+            edit.write(module.bias, 0, neurons.nonzero().flatten().to(ours.device), fused)
 
 
 def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:
@@ -156,7 +149,7 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
 
 
 def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models)
+    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models.values())
 
 
 def linear(merge: Merge, beta: float) -> Merge:

@@ -17,7 +17,7 @@ from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.folders import Kind, output_problem
-from mergekit_snrf.merge.parameters import ALL_NEURONS
+from mergekit_snrf.merge.method import ALL_NEURONS
 from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
