@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,6 +119,13 @@ def write_json(json_file: str | None, content: object) -> None:
         click.echo(text)
     elif json_file is not None:
         write_text(json_file, text + "\n")
+
+
+def path_from(folder: Path, path: str) -> str:
+    """Return a relative path of this machine as it is from another folder; hub ids and absolute paths stay."""
+    if os.path.isabs(path) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -26,10 +26,9 @@ from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Setup, run_study
 from mergekit_snrf.files.settings import construct
 from mergekit_snrf.fusion.frank import source_strengths
-from mergekit_snrf.models.changes import squared_changes
 from mergekit_snrf.models.checkpoint import open_checkpoint
-from mergekit_snrf.models.filters import check_moments, compare_moments
-from mergekit_snrf.models.moments import Moments, moments_of
+from mergekit_snrf.models.moments import Moments, check_moments, compare_moments, moments_of
+from mergekit_snrf.models.weights import squared_changes
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 
