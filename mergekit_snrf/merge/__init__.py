@@ -15,9 +15,6 @@ def install() -> None:
 
     Works in the middle of mergekit's own import: it needs no more than the registry of methods.
     """
-    parameters = sys.modules.get(f"{__name__}.parameters")
-    if parameters is not None and not hasattr(parameters, "SPEC"):
-        return  # Its import of mergekit led here; it calls this function when it is complete.
     # It registers itself; where its own import led here, as soon as it is complete.
     import mergekit_snrf.merge.method  # noqa: F401
 

@@ -43,7 +43,7 @@ class Origin:
 
 def origins(plan: MergePlan) -> dict[str, list[Origin]]:
     """Return where target, source and source_base come from, each with the adapter behind the model."""
-    return {role: _origins(model) for role, model in zip(plan.checkpoints, plan.models, strict=True)}
+    return {role: _origins(model) for role, model in plan.models.items()}
 
 
 def _origins(model: OpenedModel) -> list[Origin]:

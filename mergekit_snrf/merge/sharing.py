@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 
 import safetensors
@@ -81,19 +81,17 @@ def add_kit(folder: Path, card: str, path: Path) -> list[str]:
 def problems(folder: str) -> Iterator[tuple[str, str | None]]:
     """Yield (what was looked at, what is wrong with it or None) for everything that a shared folder needs."""
     adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
-    for what, check in (("weights and configuration", _adapter if adapter else _model), ("card", _card)):
+    checks: dict[str, Callable[[str], Iterable[str]]] = {
+        "weights and configuration": _adapter if adapter else _model,
+        "card": _card,
+        "local paths": _local_paths,
+    }
+    for what, check in checks.items():
         try:
-            found = check(folder)
+            found: list[str | None] = [*check(folder)]
         except SnrfError as error:
             found = [str(error)]
-        yield from _said(what, found)
-    yield from _said("local paths", list(_local_paths(Path(folder))))
-
-
-def _said(what: str, found: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    yield from ((what, one) for one in found)
-    if not found:
-        yield what, None
+        yield from ((what, one) for one in found or [None])
 
 
 def _model(folder: str) -> list[str]:
@@ -130,8 +128,8 @@ def _card(folder: str) -> list[str]:
     return found
 
 
-def _local_paths(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
+def _local_paths(folder: str) -> Iterator[str]:
+    for path in sorted(Path(folder).rglob("*")):
         if not path.is_file() or path.name in _VOCABULARIES:
             continue
         name = path.relative_to(folder).as_posix()

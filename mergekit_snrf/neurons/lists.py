@@ -120,24 +120,21 @@ def _of_layers(path: Path, layers: Any, shape: DecoderShape) -> NeuronSet:
     members: dict[Site, torch.Tensor] = {}
     for layer, given in enumerate(layers):
         member = torch.zeros(shape.intermediate_size, dtype=torch.bool)
-        member[_indices(path, layer, given, shape.intermediate_size)] = True
+        member[_indices(path, f"layer {layer}", given, len(member), "in this model")] = True
         members |= {Site(layer, name): member for name in ("fwd.up", "fwd.down")}
     return NeuronSet(members)
 
 
-def _indices(path: Path, layer: int, given: Any, limit: int) -> torch.Tensor:
-    field = f"layer {layer}"
-    if isinstance(given, list | tuple) and len(given) <= limit and all(type(index) is int for index in given):
-        # An integer of JSON has any length, a tensor's 64 bits.
-        given = torch.tensor([min(max(index, -1), limit) for index in given], dtype=torch.int64)
-    if not isinstance(given, torch.Tensor) or given.ndim != 1 or given.numel() > limit:
-        raise SnrfError(path, f"must be at most {limit} whole numbers", _MODEL, field=field)
-    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
-        raise SnrfError(path, f"must be whole numbers, got {given.dtype}", "save indices", field=field)
-    indices = given.long()
-    if bool(((indices < 0) | (indices >= limit)).any()):
-        raise SnrfError(path, f"an index is not in [0, {limit}), the range in this model", _MODEL, field=field)
-    return indices
+def _indices(path: str | os.PathLike[str], field: str, given: Any, limit: int, of: str) -> list[int]:
+    """Return indices below ``limit``, the range ``of`` what they count."""
+    if isinstance(given, torch.Tensor) and given.ndim == 1 and given.numel() <= limit:
+        given = given.tolist()
+    if not isinstance(given, list | tuple) or len(given) > limit or not all(type(index) is int for index in given):
+        raise SnrfError(path, f"must be a list of at most {limit} whole numbers", _MODEL, field=field)
+    worst = min([0, *given]) or max(given, default=0)
+    if not 0 <= worst < limit:
+        raise SnrfError(path, f"index {worst} is not in [0, {limit}), the range {of}", _MODEL, field=field)
+    return list(given)
 
 
 def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSet:
@@ -187,15 +184,10 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
             field = f"{key}, layer {layer!r:.20}"
             if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
                 raise SnrfError(path, f"the model has layers 0 to {shape.layers - 1}", _MODEL, field=field)
-            if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-                raise SnrfError(path, "must be a list of whole numbers", "correct the file", field=field)
+            heads = " over repeated heads" if repeated else ""
+            indices = _indices(path, field, indices, limit, f"of {name} in this model{heads}")
             if not indices:
                 continue
-            worst = max(indices) if min(indices) >= 0 else min(indices)
-            if not 0 <= worst < limit:
-                heads = " over repeated heads" if repeated else ""
-                what = f"index {worst} is not in [0, {limit}), the range of {name} in this model{heads}"
-                raise SnrfError(path, what, _MODEL, field=field)
             rows = [kv_row(index, shape) for index in indices] if repeated else indices
             member = torch.zeros(shape.neurons(name), dtype=torch.bool)
             member[torch.tensor(rows)] = True

@@ -141,7 +141,7 @@ def test_imports_in_a_process_of_its_own() -> None:
         "import importlib, sys; importlib.import_module(sys.argv[1]); "
         "from mergekit.merge_methods import registry; assert 'snrf' in registry._METHODS"
     )
-    for module in ("mergekit_snrf.evidence.grid", "mergekit_snrf.merge.parameters"):
+    for module in ("mergekit_snrf.evidence.grid", "mergekit_snrf.merge.method"):
         subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", program, module], check=True)
 
 

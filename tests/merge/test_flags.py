@@ -8,7 +8,6 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ def fused(pair: Pair, fusions: dict[Site, Fusion] | Fusion, base: Tensors, sourc
         fusion = fusions if isinstance(fusions, Fusion) else fusions[site]
         name, axis = target_name(site), MODULES[site.projection][1]
         if fusion.beta:
-            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion)
+            expected[name] = fuse(base[name], source[source_name(site)], member, axis, fusion).tensor
     return expected
 
 
@@ -426,10 +425,3 @@ def test_relative_paths_never_ask_the_hub(
     monkeypatch.chdir(tmp_path / folder)
     assert_same(merge(one_slash, tmp_path / "out"), plain)
     assert "base_model:" not in (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
