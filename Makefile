@@ -23,7 +23,10 @@ story: $(VENV)/.installed
 test: lint tests
 
 tests: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python -m slipcover --source mergekit_snrf --json --out build/coverage.json \
+		-m pytest -n $(JOBS) --dist worksteal
+	$(BIN)/python -m slipcover --skip-covered --fail-under 95 --out build/coverage.json --merge build/coverage.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -93,7 +93,7 @@ class Environment:
 
     def run(self, *command: str | Path, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a command of the environment's bin folder."""
-        hidden = ("PYTHON", "COV_", "VIRTUAL_ENV", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+        hidden = ("PYTHON", "VIRTUAL_ENV", "TORCH_DEVICE_BACKEND_AUTOLOAD")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
         clean |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         (self.folder / "empty").mkdir(exist_ok=True)
