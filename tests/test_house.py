@@ -32,8 +32,6 @@ MANY_ARGUMENTS = {
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
     "mergekit_snrf/evidence/recipes.py::OpenedRecipe": _RECORD,
     "mergekit_snrf/profiling/impact/heads.py::HeadGroup": _RECORD,
-    "mergekit_snrf/profiling/moments.py::MomentsProvenance": _RECORD,
-    "mergekit_snrf/profiling/side.py::Side": _RECORD,
     "mergekit_snrf/profiling/measure/capture.py::AttentionInputs": _RECORD,
 }
 # Names that no code of ours uses but others do: mergekit's and click's interfaces, pydantic's hooks, notebooks.

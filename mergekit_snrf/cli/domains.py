@@ -17,8 +17,7 @@ from mergekit_snrf.profiling.result.choice import Choice
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.reference import ModelRef
-    from mergekit_snrf.profiling.result.domains import Chosen
-    from mergekit_snrf.profiling.result.domainsfile import Domains
+    from mergekit_snrf.profiling.result.domains import Chosen, Domains
 
 _BINS = 10
 _MODULES = ("decoder", "vision", "projector", "all")
@@ -154,8 +153,7 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
 def _chosen(file: str, choice: Choice) -> tuple[Domains, list[Chosen]]:
     """Return the counts and the neurons of every module that was counted."""
     from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.profiling.result.domains import choose
-    from mergekit_snrf.profiling.result.domainsfile import read_domains
+    from mergekit_snrf.profiling.result.domains import choose, read_domains
 
     found = read_domains(local_path(file))
     counted = [module for module, tokens in found.tokens.items() if module == "decoder" or bool(tokens.any())]
@@ -174,7 +172,7 @@ def _check_model(found: Domains, ref: ModelRef) -> None:
 
 
 def _tokens_text(found: Domains) -> str:
-    from mergekit_snrf.profiling.result.domainsfile import KINDS
+    from mergekit_snrf.profiling.result.domains import KINDS
 
     probes = [one.get("count", "-") for one in found.provenance.probes or []] or ["-"] * len(found.names)
     towers = [module for module in found.tokens if module != "decoder"]

@@ -37,9 +37,9 @@ def frank(
     from tqdm import tqdm
 
     from mergekit_snrf.fusion.frank import prior_of, source_strengths
-    from mergekit_snrf.models.changes import squared_changes
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder, pairing_problems
+    from mergekit_snrf.models.weights import squared_changes
 
     check_outputs(out)
     opened = [open_checkpoint(name, trust_remote_code=trust_remote_code) for name in (base, target, source)]

@@ -16,9 +16,8 @@ from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
-from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.moments import Filters, Moments, filter_at
 from mergekit_snrf.models.weights import Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import every_neuron
@@ -136,7 +135,12 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
-    movable = [site for site in shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    models = [(model.decoder, model.checkpoint.tensors) for model in plan.models.values()]
+    movable = [
+        site
+        for site in shape.sites()
+        if site.axis == 0 and all(bias_name(decoder.weight_name(site)) in tensors for decoder, tensors in models)
+    ]
     return Merge(
         shape=shape,
         neurons=NeuronSet({edit.site: edit.member for edit in plan.edits}),
@@ -147,10 +151,6 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         source_base=source_base,
         moments=plan.moments,
     )
-
-
-def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models.values())
 
 
 def linear(merge: Merge, beta: float) -> Merge:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from mergekit_snrf.fusion.fuse import Fused, fuse_neurons, masked_update, put_ne
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.headers import ITEM_BYTES
-from mergekit_snrf.models.shards import ByteRange, StoredTensor, read_tensor
+from mergekit_snrf.models.moments import Filters, filter_at
+from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
 
@@ -58,28 +58,30 @@ def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
         raise SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
-class _CastTensor(StoredTensor):
-    """A stored tensor that is read in the recipe's dtype; raises as ``check_cast``."""
+@dataclass(frozen=True)
+class _CastTensor:
+    """A stored tensor that is read in a dtype; raises as ``check_cast``."""
 
-    def __init__(self, where: ByteRange, dtype: torch.dtype | None, name: str, device: torch.device) -> None:
-        super().__init__(where)
-        self._dtype, self._name, self._device = dtype or where.dtype, name, device
+    where: ByteRange
+    cast: torch.dtype | None
+    name: str
+    device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        return self.cast or self.where.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self._device
+    def shape(self) -> tuple[int, ...]:
+        return self.where.shape
 
     def __getitem__(self, rows: slice) -> Tensor:
-        panel = super().__getitem__(rows).to(self._device)
+        panel = self.where[rows].to(self.device)
         try:
-            return cast(panel, self._dtype, self._name)
+            return cast(panel, self.dtype, self.name)
         except SnrfError:
             # The message names the largest weight of the whole tensor.
-            check_cast(read_tensor(self.where), self._dtype, self._name)
+            check_cast(read_tensor(self.where), self.dtype, self.name)
             raise
 
 
