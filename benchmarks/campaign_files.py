@@ -16,21 +16,11 @@ from mergekit_snrf.errors import naming
 from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 
 HOSTILE_TEMPLATES = (
-    *("{{ 1 / 0 }}", "{{ 'a' * 10**10 }}", "{{ 10**10**8 }}", "{{ '%9999999999d' % 1 }}", "{{ range(10**9) | list }}"),
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    *(
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{% include 'x' %}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages }}",
-    ),
-    *(
-        "{{ raise_exception('\x1b[31m' * 999) }}",
-        "{{ messages[9].content }}",
-        "{% set x = messages.append(1) %}",
-        "{% if",
-        "{{ x.y.z }}",
-    ),
+    *("{{ 1 / 0 }}", "{{ 'a' * 10**10 }}", "{{ 10**10**8 }}", "{{ '%9999999999d' % 1 }}"),
+    *("{{ range(10**9) | list }}", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"),
+    *("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{% include 'x' %}", "{{ ''.__class__.__mro__ }}"),
+    *("{{ messages }}", "{{ raise_exception('\x1b[31m' * 999) }}", "{{ messages[9].content }}"),
+    *("{% set x = messages.append(1) %}", "{% if", "{{ x.y.z }}"),
 )
 
 
@@ -80,7 +70,7 @@ def _containers(folder: Path) -> Iterator[Reader]:
         read_moments,
         write_moments,
     )
-    from mergekit_snrf.neurons.lists import read_released
+    from mergekit_snrf.neurons.lists import read_neurons
     from mergekit_snrf.neurons.maskcard import mask_card, provenance_rows
     from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
     from mergekit_snrf.neurons.sets import NeuronSet
@@ -92,14 +82,11 @@ def _containers(folder: Path) -> Iterator[Reader]:
     from mergekit_snrf.profiling.result.statistics import Statistics
 
     site = Site(0, "attn.k")
-    members = NeuronSet(
-        {site: torch.tensor([True, False, True, False]), Site(1, "fwd.up"): torch.ones(6, dtype=torch.bool)}
-    )
+    members = NeuronSet({site: torch.tensor([True, False] * 2), Site(1, "fwd.up"): torch.ones(6, dtype=torch.bool)})
     side = ModelProvenance(path="owner/model", revision="main", model_type="llama", config_sha256="0" * 64)
     place = _place(folder, "mask")
-    write_mask(
-        place / "m.safetensors", members, Provenance(target=side, source=side, seed=0, probes={"target": {"count": 3}})
-    )
+    provenance = Provenance(target=side, source=side, seed=0, probes={"target": {"count": 3}})
+    write_mask(place / "m.safetensors", members, provenance)
 
     def of_mask(place: Path, file: Path) -> None:
         mask = read_mask(place / "m.safetensors")
@@ -109,15 +96,9 @@ def _containers(folder: Path) -> Iterator[Reader]:
     yield Reader("mask", place, ("m.safetensors",), of_mask)
 
     place = _place(folder, "profile")
-    write_profile(
-        place / "p.safetensors", impact_profile({site: torch.rand(4), Site(1, "fwd.up"): torch.rand(6)}, count=3)
-    )
-    yield Reader(
-        "profile",
-        place,
-        ("p.safetensors",),
-        lambda place, _: select([read_profile(place / "p.safetensors")], top_ratio=0.5),
-    )
+    impacts = {site: torch.rand(4), Site(1, "fwd.up"): torch.rand(6)}
+    write_profile(place / "p.safetensors", impact_profile(impacts, count=3))
+    yield Reader("profile", place, ("p.safetensors",), lambda _, file: select([read_profile(file)], top_ratio=0.5))
 
     place = _place(folder, "moments")
     moments = {}
@@ -137,18 +118,15 @@ def _containers(folder: Path) -> Iterator[Reader]:
     place = _place(folder, "journal")
     statistics = Statistics({site: 2})
     statistics.update({site: torch.tensor([[1.0, 2.0], [2.0, 4.0]])})
-    Journals(place / "m.target", {"seed": 0, "probes": {"count": 2}}).write(
-        0, Progress(statistics, Tally(tokens=3), {0, 1})
-    )
     journals = Journals(place / "m.target", {"seed": 0, "probes": {"count": 2}})
+    journals.write(0, Progress(statistics, Tally(tokens=3), {0, 1}))
     yield Reader("journal", place, (journals.path(0).name,), lambda *_: journals.read(lambda: Statistics({site: 2})))
 
     place = _place(folder, "released")
     shape = DecoderShape(layers=3, hidden_size=8, heads=4, kv_heads=2, head_dim=3, intermediate_size=10)
-    (place / "r.json").write_text(
-        json.dumps({"attn_k": {"0": [1, 2], "2": [0]}, "fwd_up": {"1": [9, 0]}, "attn_q": {}})
-    )
-    yield Reader("released json", place, ("r.json",), lambda place, _: read_released(place / "r.json", shape))
+    neurons = {"attn_k": {"0": [1, 2], "2": [0]}, "fwd_up": {"1": [9, 0]}, "attn_q": {}}
+    (place / "r.json").write_text(json.dumps(neurons))
+    yield Reader("released json", place, ("r.json",), lambda place, _: read_neurons(place / "r.json", shape))
 
 
 def _of_models(folder: Path) -> Iterator[Reader]:
@@ -195,11 +173,13 @@ def _of_models(folder: Path) -> Iterator[Reader]:
     names = list(open_checkpoint(str(pair.target)).tensors)
     index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     (place / "model.safetensors.index.json").write_text(json.dumps(index))
-    yield Reader(
-        "config.json", place, ("config.json",), lambda place, _: find_decoder(open_checkpoint(str(place))), 1.5
-    )
+
+    def of_checkpoint(place: Path, file: Path) -> None:
+        find_decoder(open_checkpoint(str(place)))
+
+    yield Reader("config.json", place, ("config.json",), of_checkpoint, 1.5)
     shards = ("model-00001-of-00001.safetensors", "model.safetensors.index.json")
-    yield Reader("weights' headers", place, shards, lambda place, _: find_decoder(open_checkpoint(str(place))), 1.5)
+    yield Reader("weights' headers", place, shards, of_checkpoint, 1.5)
 
     def of_processor(place: Path, file: Path) -> None:
         ref = ModelRef(model=str(place))
@@ -284,16 +264,12 @@ def _of_data(folder: Path) -> Iterator[Reader]:
     yield Reader("rows", place, ("r.jsonl", "r.csv", "r.parquet", "0.png"), of_rows, 0.6)
 
     place = _place(folder, "profile-yml")
-    sides: dict[str, Any] = {
-        side: {"model": str(folder / "pair" / side), "probes": {"dataset": "r.jsonl", "question": "q"}}
-        for side in ("target", "source")
-    }
     shutil.copy(folder / "rows" / "r.jsonl", place)
-    profile = {
-        **sides,
-        "answer": {"by": "model", "max_new_tokens": 4},
-        "select": {"top_ratio": {"attn": 0.5, "fwd": 0.3}},
+    probes = {"dataset": "r.jsonl", "question": "q"}
+    profile: dict[str, Any] = {
+        side: {"model": str(folder / "pair" / side), "probes": probes} for side in ("target", "source")
     }
+    profile |= {"answer": {"by": "model", "max_new_tokens": 4}, "select": {"top_ratio": {"attn": 0.5, "fwd": 0.3}}}
     (place / "p.yml").write_text(yaml.safe_dump({**profile, "seed": 0, "batch_size": 3, "limit": 3}))
     yield Reader("profile.yml", place, ("p.yml",), lambda place, _: load_profile_config(place / "p.yml"))
 
@@ -324,8 +300,7 @@ def _of_data(folder: Path) -> Iterator[Reader]:
     def of_template(place: Path, file: Path) -> None:
         tokenizer.chat_template = read_bytes(file, DATA_BYTES).decode("utf-8", "replace")
         with naming({}, "rows"):
-            Renderer(tokenizer, ProbeSource(dataset="x", question="q")).render(
-                Row(0, {"q": "a question"}, "a question")
-            )
+            renderer = Renderer(tokenizer, ProbeSource(dataset="x", question="q"))
+            renderer.render(Row(0, {"q": "a question"}, "a question"))
 
     yield Reader("chat template", place, ("chat_template.jinja",), of_template, 0.5, HOSTILE_TEMPLATES)

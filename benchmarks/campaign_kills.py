@@ -227,10 +227,8 @@ def _killed(case: Case, place: Path, whole: Files, earlier: Files, after: float,
         options = ("--overwrite",)
     code = _forked(lambda: _run(case.words, output, options), log)
     if code != 0:
-        return [
-            *found,
-            f"WRONG: the rerun after the kill at {after:.2f} s ends with {code}: {log.read_text()[-300:]!r}",
-        ]
+        ending = f"ends with {code}: {log.read_text()[-300:]!r}"
+        return [*found, f"WRONG: the rerun after the kill at {after:.2f} s {ending}"]
     again = _hashes(place)
     if again != whole:
         differing = sorted(name for name in again.keys() | whole.keys() if again.get(name) != whole.get(name))
@@ -254,10 +252,7 @@ def _loads_wrong(place: Path, output: Path, whole: Files, earlier: Files, log: P
         lacking = sorted(whole.keys() - files.keys())
         others = sorted(name for name in files if name in whole and files[name] not in (whole[name], earlier.get(name)))
         what = f"{folder.name} lacks {lacking[:4]}, other {others[:4]}"
-        if not right:
-            found.append(f"WRONG: a folder that loads with other weights: {what}")
-        else:
-            found.append(f"WRONG: a folder that loads and is not complete: {what}")
+        found.append(f"WRONG: a folder that loads {'and is not complete' if right else 'with other weights'}: {what}")
     return found
 
 

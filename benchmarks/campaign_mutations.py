@@ -13,66 +13,16 @@ import numpy as np
 import yaml
 
 TOKENS = (
-    *(
-        "\0",
-        "\x1b[31m",
-        "\u202e",
-        "\ud800",
-        "\u2028",
-        "\r",
-        "\t",
-        "- ",
-        ": ",
-        "{{",
-        "{",
-        "[",
-        "*a",
-        "&a ",
-        "<<: *a\n",
-        "'",
-        '"',
-    ),
-    *(
-        "9" * 5000,
-        "1e999",
-        "NaN",
-        "-1",
-        "0",
-        "-0.0",
-        "1e-400",
-        "0x_",
-        "2020-13-45",
-        "!!timestamp x",
-        "!!python/object:os.system x",
-    ),
-    *(
-        "!!int x",
-        "!!binary x",
-        "[" * 600,
-        "{a: " * 300,
-        "a" * 100_000,
-        "/dev/zero",
-        "/dev/stdin",
-        "../../etc/passwd",
-        "x\0y",
-    ),
-    *("a: &a [x, x]\nb: &b [*a, *a]\n", "? [a]\n: b\n", "---\n", "\ufeff", "null", "true", ".inf", "hf://a/b@c/d.json"),
+    *("\0", "\x1b[31m", "\u202e", "\ud800", "\u2028", "\r", "\t", "- ", ": ", "{{", "{", "[", "*a", "&a "),
+    *("<<: *a\n", "'", '"', "9" * 5000, "1e999", "NaN", "-1", "0", "-0.0", "1e-400", "0x_", "2020-13-45"),
+    *("!!timestamp x", "!!python/object:os.system x", "!!int x", "!!binary x", "[" * 600, "{a: " * 300),
+    *("a" * 100_000, "/dev/zero", "/dev/stdin", "../../etc/passwd", "x\0y", "a: &a [x, x]\nb: &b [*a, *a]\n"),
+    *("? [a]\n: b\n", "---\n", "\ufeff", "null", "true", ".inf", "hf://a/b@c/d.json"),
 )
 VALUES: tuple[Any, ...] = (
-    *(None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, -0.5, float("nan"), float("inf"), "", "\0", "\u202e\x1b[31m"),
-    *(
-        "a" * 2000,
-        "/dev/zero",
-        "../..",
-        "9" * 5000,
-        [],
-        {},
-        [[]],
-        {"": {}},
-        ["a"] * 3000,
-        [1, "a", None],
-        {"a": {"b": {"c": 1}}},
-    ),
+    *(None, True, -1, 0, 1, 2**31, 2**63, 10**400, 1e308, -0.5, float("nan"), float("inf"), "", "\0"),
+    *("\u202e\x1b[31m", "a" * 2000, "/dev/zero", "../..", "9" * 5000, [], {}, [[]], {"": {}}, ["a"] * 3000),
+    *([1, "a", None], {"a": {"b": {"c": 1}}}),
 )
 _DEEP = 2000
 
@@ -93,9 +43,8 @@ def damage(
         way = ways[int(generator.integers(len(ways)))]
         name = way.__name__.strip("_")
         try:
-            result = way(
-                result, suffix, generator, [*tokens, *TOKENS] if generator.random() < 0.5 or not tokens else tokens
-            )
+            common = generator.random() < 0.5 or not tokens
+            result = way(result, suffix, generator, [*tokens, *TOKENS] if common else tokens)
         except Exception:
             # What was damaged before may not parse any more.
             result = _bytes(result, suffix, generator, TOKENS)
@@ -173,11 +122,8 @@ def _changed(value: Any, generator: np.random.Generator, tokens: Sequence[str]) 
         changed = dict(value)
         moved = changed.pop(key)
         if generator.random() < 0.5:
-            changed[
-                ("", "x", f"{key}x", "\x1b[0m", key.upper() if isinstance(key, str) else "y")[
-                    int(generator.integers(5))
-                ]
-            ] = moved
+            names = ("", "x", f"{key}x", "\x1b[0m", key.upper() if isinstance(key, str) else "y")
+            changed[names[int(generator.integers(5))]] = moved
         return changed
     if here:
         values = tokens if generator.random() < 0.3 else VALUES

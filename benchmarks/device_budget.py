@@ -25,7 +25,7 @@ import click
 import torch
 import torch.nn.functional as F
 import transformers
-from machine import bar, bars_text, write_json
+from machine import bar, report
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,16 +55,8 @@ LAUNCH_BAR = 1400
 
 WAITS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 """Operations whose result the host needs before it can continue."""
-FREE = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-    "detach",
-    "lift_fresh",
-    "_unsafe_view",
-}
+FREE = {"detach", "lift_fresh", "_unsafe_view"}
+FREE |= {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -323,12 +315,10 @@ def main(
         bar("launches of the impacts of a layer", len(parts["impacts"].operations), LAUNCH_BAR),
         bar("waits for the device inside a layer", sum(sum(c.waits.values()) for c in parts.values()), 0),
     ]
-    click.echo(bars_text(verdicts))
-    if file:
-        figures = {
-            f"{part}, bound ms": [counted.seconds(gpu, launch) * scale * 1e3] for part, (counted, scale) in rows.items()
-        }
-        write_json(file, "device_budget", torch.get_num_threads(), figures, verdicts, gpu=name, tokens=tokens)
+    figures = {
+        f"{part}, bound ms": [counted.seconds(gpu, launch) * scale * 1e3] for part, (counted, scale) in rows.items()
+    }
+    report(file, "device_budget", torch.get_num_threads(), figures, verdicts, gpu=name, tokens=tokens)
 
 
 if __name__ == "__main__":

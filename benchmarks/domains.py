@@ -8,26 +8,18 @@ process's peak from one batch to many.
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import click
 import torch
-from machine import bar, bars_text, write_json
+from machine import bar, peak_mb, report
 from profiling import load, probe
 
 from mergekit_snrf.models.live import find_live_decoder
 from mergekit_snrf.profiling.measure.activations import ActivationCounter
 from mergekit_snrf.profiling.measure.inputs import run_once
-
-
-def peak_mb() -> float:
-    """Return the peak memory of the process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 @click.command()
@@ -38,13 +30,13 @@ def peak_mb() -> float:
 def main(tokens: int, rounds: int, probes: int, file: Path | None) -> None:
     """Measure, print, and compare with the targets."""
     torch.set_num_threads(1)
-    model: Any = load(None)
+    model = load(None)
     vocabulary = model.config.vocab_size
     counter = ActivationCounter(model, find_live_decoder(model))
     sums = counter.empty()
     seconds: dict[str, list[float]] = {"forward": [], "counting": []}
     for number in range(rounds + 1):
-        batch: Any = SimpleNamespace(**vars(probe(number, tokens, vocabulary)))
+        batch = probe(number, tokens, vocabulary)
         for name in seconds:
             start = time.process_time()
             if name == "counting":
@@ -56,7 +48,7 @@ def main(tokens: int, rounds: int, probes: int, file: Path | None) -> None:
     seconds = {name: times[1:] for name, times in seconds.items()}
     before = peak_mb()
     for number in range(probes):
-        counter.visit(sums, SimpleNamespace(**vars(probe(number, tokens, vocabulary))))  # type: ignore[arg-type]
+        counter.visit(sums, probe(number, tokens, vocabulary))
     growth = peak_mb() - before
     ratio = statistics.median(seconds["counting"]) / statistics.median(seconds["forward"])
     figures = {**{f"{name} s": times for name, times in seconds.items()}, "growth MB": [growth]}
@@ -66,9 +58,7 @@ def main(tokens: int, rounds: int, probes: int, file: Path | None) -> None:
         bar("counting / forward", ratio, 1.1),
         bar(f"MB more after {probes} probes", growth, 10),
     ]
-    click.echo(bars_text(bars))
-    if file is not None:
-        write_json(file, "domains", 1, figures, bars)
+    report(file, "domains", 1, figures, bars)
 
 
 if __name__ == "__main__":

@@ -15,18 +15,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 import torch
 import transformers
-from machine import bar, bars_text, describe, write_json
+from machine import bar, report
+from scipy.stats import spearmanr
 
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.neurons.sites import PROJECTIONS, Site
+from mergekit_snrf.neurons.sites import PROJECTIONS, Neuron, Site
 from mergekit_snrf.profiling.measure.meter import Measure, Meter
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,49 +51,31 @@ BARS = {"residual, post_o": 0.90, "gradient, post_o": 0.95}
 OUTPUTS = ("states", "logits")
 
 
-@dataclass(frozen=True)
-class Probe:
-    """One probe, as ``Meter`` takes it."""
-
-    numbers: tuple[int, ...]
-    inputs: dict[str, Tensor]
-    attention_mask: Tensor
-    answer_mask: Tensor
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One neuron of the sample."""
-
-    site: Site
-    index: int
-
-
-def load_probes(folder: str, tokens: int) -> list[Probe]:
+def load_probes(folder: str, tokens: int) -> list[ProbeBatch]:
     """Return the texts as probes of at most so many tokens."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     probes = []
     for number, text in enumerate(TEXTS):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
         mask = torch.ones_like(ids)
-        probes.append(Probe((number,), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool()))
+        probes.append(ProbeBatch((number,), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool()))
     return probes
 
 
-def sample(decoder: LiveDecoder, neurons: int) -> list[Sampled]:
+def sample(decoder: LiveDecoder, neurons: int) -> list[Neuron]:
     """Return at least so many neurons, as many of every layer and projection; fwd.down has the impacts of fwd.up."""
     sites = [Site(layer, projection) for layer in range(decoder.shape.layers) for projection in PROJECTED]
     generator = torch.Generator().manual_seed(0)
     each = -(-neurons // len(sites))
     return [
-        Sampled(site, index)
+        Neuron(site, index)
         for site in sites
         for index in torch.randperm(decoder.shape.neurons(site.projection), generator=generator)[:each].tolist()
     ]
 
 
 @contextmanager
-def removed(decoder: LiveDecoder, neuron: Sampled) -> Iterator[None]:
+def removed(decoder: LiveDecoder, neuron: Neuron) -> Iterator[None]:
     """Zero the row of a neuron and its bias for the time of the block."""
     module = decoder.layers[neuron.site.layer].get_submodule(PROJECTIONS[neuron.site.projection].module)
     parameters = [parameter for parameter in (module.weight, module.bias) if parameter is not None]
@@ -106,7 +89,7 @@ def removed(decoder: LiveDecoder, neuron: Sampled) -> Iterator[None]:
             parameter[neuron.index] = row
 
 
-def outputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
+def outputs(model: nn.Module, probe: ProbeBatch) -> dict[str, Tensor]:
     """Return the final states and the logits of a probe."""
     found = model(**probe.inputs, use_cache=False, output_hidden_states=True)
     return {"states": found.hidden_states[-1], "logits": found.logits}
@@ -115,9 +98,9 @@ def outputs(model: nn.Module, probe: Probe) -> dict[str, Tensor]:
 def whole_model_impacts(
     model: nn.Module,
     decoder: LiveDecoder,
-    neurons: list[Sampled],
-    probes: list[Probe],
-    progress: Callable[[list[Sampled]], Any],
+    neurons: list[Neuron],
+    probes: list[ProbeBatch],
+    progress: Callable[[list[Neuron]], Any],
 ) -> dict[str, Tensor]:
     """Return Eq. 4 for every output: [probes, neurons]."""
     found = {name: torch.empty(len(probes), len(neurons), dtype=torch.float64) for name in OUTPUTS}
@@ -132,22 +115,13 @@ def whole_model_impacts(
     return found
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Return the correlation of the ranks of two vectors, equal values sharing their mean rank."""
-    ranks = []
-    for values in (a.double(), b.double()):
-        _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[inverse])
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
-def correlations(truth: Tensor, found: Tensor, neurons: list[Sampled]) -> dict[str, float]:
+def correlations(truth: Tensor, found: Tensor, neurons: list[Neuron]) -> dict[str, float]:
     """Return the correlation over all neurons of the sample, and over those of each projection."""
     names = {"all": set(PROJECTED)} | {name: {name} for name in PROJECTED}
     table = {}
     for name, projections in names.items():
         chosen = torch.tensor([neuron.site.projection in projections for neuron in neurons])
-        rows = [spearman(a[chosen], b[chosen]) for a, b in zip(truth, found, strict=True)]
+        rows = [float(spearmanr(a[chosen], b[chosen]).statistic) for a, b in zip(truth, found, strict=True)]
         table[name] = sum(rows) / len(rows)
     return table
 
@@ -161,7 +135,6 @@ def correlations(truth: Tensor, found: Tensor, neurons: list[Sampled]) -> dict[s
 def main(folder: str, neurons: int, tokens: int, threads: int, json_path: Path | None) -> None:
     """Print the rank correlation of every measure with the impact on the whole model."""
     torch.set_num_threads(threads)
-    machine = describe(threads)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     decoder = find_live_decoder(model)
     probes = load_probes(folder, tokens)
@@ -193,19 +166,10 @@ def main(folder: str, neurons: int, tokens: int, threads: int, json_path: Path |
         bar(f"rank correlation with Eq. 4 over all layers, {name}", table[name]["states"]["all"], limit, least=True)
         for name, limit in BARS.items()
     ]
-    click.echo(f"\n{bars_text(verdicts)}")
-    if json_path:
-        write_json(
-            json_path,
-            "impact_correlation",
-            machine["threads"],
-            {f"{name}, CPU s": [value] for name, value in seconds.items()},
-            verdicts,
-            model=folder,
-            neurons=len(chosen),
-            tokens=[probe.attention_mask.shape[1] for probe in probes],
-            correlations=table,
-        )
+    figures = {f"{name}, CPU s": [value] for name, value in seconds.items()}
+    lengths = [probe.attention_mask.shape[1] for probe in probes]
+    details = {"model": folder, "neurons": len(chosen), "tokens": lengths, "correlations": table}
+    report(json_path, "impact_correlation", threads, figures, verdicts, **details)
 
 
 if __name__ == "__main__":

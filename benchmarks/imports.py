@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import click
-from machine import bar, bars_text, describe, run, write_json
+from machine import bar, describe, report, run
 
 ROOT = Path(__file__).resolve().parents[1]
 SNRF = "from mergekit_snrf.cli.snrf import main; main()"
@@ -60,9 +60,7 @@ def main(repeats: int, work: str | None, json_path: Path | None) -> None:
     for name in COMMANDS:
         cpu, imports = least[f"{name}, CPU s"], least[f"{name}, imports s"]
         click.echo(f"{name:<24} {cpu:6.2f} s CPU {imports:6.2f} s imports")
-    click.echo(bars_text(bars))
-    if json_path:
-        write_json(json_path, "imports", 1, figures, bars)
+    report(json_path, "imports", 1, figures, bars)
 
 
 if __name__ == "__main__":

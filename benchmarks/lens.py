@@ -9,16 +9,14 @@ costs 6.5 times what the whole model costs; in Qwen2.5-VL-7B it is 2.2 times.
 
 from __future__ import annotations
 
-import resource
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import click
 import torch
-from machine import bar, bars_text, describe, write_json
-from moments import cpu
-from profiling import load
+from machine import bar, describe, peak_mb, report
+from profiling import cpu_seconds, load, probe
 
 from mergekit_snrf.evidence.lens import Lensed, LensSums, add_batch
 from mergekit_snrf.profiling.measure.inputs import run_once
@@ -30,17 +28,10 @@ IMAGE = 7
 
 def batch(number: int, tokens: int, vocabulary: int, size: int) -> ProbeBatch:
     """Return the batch of that number: half of its tokens are images, the last quarter the answer."""
-    ids = torch.randint(8, vocabulary, (size, tokens), generator=torch.Generator().manual_seed(number))
-    ids[:, : tokens // 2] = IMAGE
-    answer = torch.zeros_like(ids, dtype=torch.bool)
-    answer[:, -tokens // 4 :] = True
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return ProbeBatch(tuple(range(size)), inputs, torch.ones_like(ids), answer)
-
-
-def peak_mb() -> float:
-    """Return the most memory that the process has used."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    found = probe(number, tokens, vocabulary, size)
+    found.inputs["input_ids"][:, : tokens // 2] = IMAGE
+    found.answer_mask[:, : -tokens // 4] = False
+    return found
 
 
 @click.command()
@@ -64,8 +55,8 @@ def main(
         add_batch(sums, lensed, one)
     early = peak_mb()
     for one in batches[2:]:
-        plain.append(cpu(lambda one=one: _forward(model, one)))
-        lens.append(cpu(lambda one=one: add_batch(sums, lensed, one)))
+        plain.append(cpu_seconds(lambda one=one: _forward(model, one)))
+        lens.append(cpu_seconds(lambda one=one: add_batch(sums, lensed, one)))
     figures = {"forward, CPU s": plain, "lens with its forward, CPU s": lens}
     machine = describe(threads)
     click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads")
@@ -78,9 +69,7 @@ def main(
         bar(f"lens / forward passes, {batch_size} x {tokens} tokens", ratio, COST_BAR),
         bar(f"memory after {sums.probes} probes beyond that of {2 * batch_size}, MB", growth, GROWTH_BAR_MB),
     ]
-    click.echo(bars_text(bars))
-    if json_path:
-        write_json(json_path, "lens", threads, figures, bars, tokens=tokens, batch_size=batch_size, positions=positions)
+    report(json_path, "lens", threads, figures, bars, tokens=tokens, batch_size=batch_size, positions=positions)
 
 
 @torch.no_grad()

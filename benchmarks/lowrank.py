@@ -18,7 +18,6 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import bar, bars_text, describe, write_json
+from machine import bar, describe, report
 from torch import Tensor
 
 from mergekit_snrf.fusion.lowrank import Certificate, certified_factors, certified_subspace, gram
@@ -71,13 +70,6 @@ def make_delta(rows: int, columns: int, spectrum: str) -> Tensor:
         return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     values = torch.arange(1, min(rows, columns) + 1, dtype=torch.float64) ** -0.5
     return with_values(rows, columns, values).bfloat16().float()
-
-
-def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Return CPU seconds and the result."""
-    start = time.process_time()
-    result = work()
-    return time.process_time() - start, result
 
 
 def tenth(delta: Tensor) -> Tensor:
@@ -149,8 +141,9 @@ def measure(name: str, spectrum: str, rounds: int, memory: bool) -> dict[str, An
     certificates, eigen = {}, None
     for _ in range(rounds):
         for method in methods:
-            spent, result = seconds(lambda method=method: decompose(delta, method))
-            times[method].append(spent)
+            start = time.process_time()
+            result = decompose(delta, method)
+            times[method].append(time.process_time() - start)
             if method == "gram":
                 eigen = result
             elif method != "svd":
@@ -308,15 +301,13 @@ def main(quick: bool, rounds: int, shapes: tuple[str, ...], memory: bool, json_f
                 f"degenerate {figure['degenerate']}  {', '.join(figure['methods'])}"
             )
     verdicts = bars(results, worst)
-    click.echo(f"\n{bars_text(verdicts)}")
-    if json_file:
-        figures = {}
-        for result in results:
-            shape = "x".join(map(str, result["shape"]))
-            for method, spent in result["rounds"].items():
-                name = f"rank {method}" if method.isdigit() else method
-                figures[f"{shape} {result['spectrum']}, {name}, CPU s"] = spent
-        write_json(json_file, "lowrank", 1, figures, verdicts, results=results, accuracy=worst)
+    figures = {}
+    for result in results:
+        shape = "x".join(map(str, result["shape"]))
+        for method, spent in result["rounds"].items():
+            name = f"rank {method}" if method.isdigit() else method
+            figures[f"{shape} {result['spectrum']}, {name}, CPU s"] = spent
+    report(json_file, "lowrank", 1, figures, verdicts, results=results, accuracy=worst)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import click
 
 
 def describe(threads: int) -> dict[str, Any]:
@@ -98,6 +101,11 @@ def median(measured: Sequence[Measured]) -> Measured:
     )
 
 
+def peak_mb() -> float:
+    """Return the most memory that this process has used, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
 def drop_file_caches() -> bool:
     """Empty the page cache where the user may; return whether that worked."""
     os.sync()
@@ -128,22 +136,27 @@ def bars_text(bars: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"{'met   ' if b['met'] else 'MISSED'} {b['bar']}: {b['value']:.3g}" for b in bars)
 
 
-def write_json(
-    path: Path,
+def report(
+    path: Path | None,
     benchmark: str,
     threads: int,
     figures: Mapping[str, Sequence[float]],
     bars: Sequence[Mapping[str, Any]] = (),
     **details: Any,
 ) -> None:
-    """Write a benchmark's file, which ``compare.py`` reads.
+    """Print the promises, and write a benchmark's file, which ``compare.py`` reads.
 
     Args:
+        path: of the file; None: none is written.
         benchmark: its name.
         figures: by name, what every round measured; less is better.
         bars: of ``bar``.
         details: whatever else is worth keeping.
     """
+    if bars:
+        click.echo(f"\n{bars_text(bars)}")
+    if path is None:
+        return
     content = {
         "benchmark": benchmark,
         "machine": describe(threads),

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import click
-from machine import bar, bars_text, describe, drop_file_caches, figures_of, median, run_rounds, write_json
-from pairs import SHAPES, make_pair, write_recipes
+from machine import bar, describe, drop_file_caches, figures_of, median, report, run_rounds
+from pairs import MERGEKIT, SHAPES, make_pair, work_folder, write_recipes
 
 from mergekit_snrf.models.checkpoint import open_checkpoint
 
@@ -52,9 +51,8 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Print wall time, CPU time and peak memory, and the ratios that the project promises."""
-    folder = Path(tempfile.mkdtemp(prefix="snrf-merge-")) if work is None else work
-    out = folder / "out"
-    try:
+    with work_folder(work) as folder:
+        out = folder / "out"
         make_pair(folder, size)
         recipes = {}
         for rank in ranks:
@@ -63,21 +61,17 @@ def main(
         if only:
             recipes = {name: path for name, path in recipes.items() if name in (*only, "linear", "passthrough")}
         cold = drop_file_caches()
-        mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
         options = ["--quiet", "--no-copy-tokenizer", "--out-shard-size", out_shard_size]
         commands: dict[str, tuple[list[str], Path | None]] = {
             "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None)
         }
-        commands |= {name: ([*mergekit, str(recipe), str(out), *options], out) for name, recipe in recipes.items()}
+        commands |= {name: ([*MERGEKIT, str(recipe), str(out), *options], out) for name, recipe in recipes.items()}
         for n in workers:
             words = [str(recipes[f"snrf, rank {ranks[0]}"]), str(out), *options, "--num-threads", str(n)]
-            commands[f"snrf, rank {ranks[0]}, {n} workers"] = ([*mergekit, *words], out)
+            commands[f"snrf, rank {ranks[0]}, {n} workers"] = ([*MERGEKIT, *words], out)
         runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
         size_mb = open_checkpoint(str(folder / "base")).bytes / 1e6
-    finally:
         shutil.rmtree(out, ignore_errors=True)
-        if work is None:
-            shutil.rmtree(folder)
     results = {name: median(measured) for name, measured in runs.items()}
     bars = []
     if "regmean" in results:
@@ -99,10 +93,8 @@ def main(
         click.echo(
             f"{name:<28} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak"
         )
-    click.echo(bars_text(bars))
-    if json_path:
-        details = {"size": size, "checkpoint_mb": size_mb, "cold_cache": cold, "sketch": sketch}
-        write_json(json_path, "merge", threads, figures_of(runs), bars, **details)
+    details = {"size": size, "checkpoint_mb": size_mb, "cold_cache": cold, "sketch": sketch}
+    report(json_path, "merge", threads, figures_of(runs), bars, **details)
 
 
 if __name__ == "__main__":

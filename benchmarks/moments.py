@@ -13,20 +13,18 @@ random, the questions of examples/smollm2 are to gain, and the pages of docs are
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import torch
-from machine import bar, bars_text, describe, write_json
-from profiling import load
+from machine import bar, describe, peak_mb, report
+from profiling import cpu_seconds, load, probe
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -50,28 +48,6 @@ LAYER_STEP = 6
 """Of the layers on whose real activations errors are measured."""
 COST_BAR = 1.3
 SIZE_BARS = {None: 2.6, 256: 0.8}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Probes of random tokens, without padding."""
-
-    inputs: dict[str, torch.Tensor]
-    attention_mask: torch.Tensor
-
-
-def probe(number: int, tokens: int, vocabulary: int, batch_size: int) -> Batch:
-    """Return the batch of that number."""
-    generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(0, vocabulary, (batch_size, tokens), generator=generator)
-    return Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.ones_like(ids))
-
-
-def cpu(function: Callable[[], object]) -> float:
-    """Return the CPU seconds of a call."""
-    start = time.process_time()
-    function()
-    return time.process_time() - start
 
 
 def costs(
@@ -99,8 +75,8 @@ def costs(
     taken(0)
     plain, watched = [], []
     for number in range(1, repeats + 1):
-        plain.append(cpu(lambda number=number: plainly(number)))
-        watched.append(cpu(lambda number=number: taken(number)))
+        plain.append(cpu_seconds(lambda number=number: plainly(number)))
+        watched.append(cpu_seconds(lambda number=number: taken(number)))
     return plain, watched
 
 
@@ -248,10 +224,8 @@ def main(
         )
         figures |= {f"7B file, {label}, {name}": [value] for name, value in found.items()}
         bars.append(bar(f"moments file of 7B shape, {label}, GB", found["GB"], limit))
-    click.echo(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
-    click.echo(bars_text(bars))
-    if json_path:
-        write_json(json_path, "moments", threads, figures, bars, tokens=tokens, batch_size=batch_size, layers=layers)
+    click.echo(f"peak memory {peak_mb() / 1e3:.2f} GB")
+    report(json_path, "moments", threads, figures, bars, tokens=tokens, batch_size=batch_size, layers=layers)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import Qwen2Config
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.models.checkpoint import open_checkpoint
@@ -37,27 +41,27 @@ SHAPES = {
 }  # fmt: skip
 
 
+MERGEKIT = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
+SNRF = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
+
+
+@contextmanager
+def work_folder(given: Path | None) -> Iterator[Path]:
+    """Give a folder for checkpoints and outputs; a temporary one where none is given."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="snrf-") as folder:
+        yield Path(folder)
+
+
 def make_checkpoint(folder: Path, shape: dict[str, Any], seed: int, drift: Path | None = None) -> None:
     """Write a random bf16 Qwen2 checkpoint in one file, ``drift`` plus a difference if given."""
     config = Qwen2Config(vocab_size=151936, architectures=["Qwen2ForCausalLM"], dtype="bfloat16", **shape)
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(seed)
-    hidden, wide = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (151936, hidden), "model.norm.weight": (hidden,)}
-    if not config.tie_word_embeddings:
-        sizes["lm_head.weight"] = (151936, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        for name, rows in (("q_proj", hidden), ("k_proj", kv), ("v_proj", kv)):
-            sizes[f"{prefix}self_attn.{name}.weight"] = (rows, hidden)
-            sizes[f"{prefix}self_attn.{name}.bias"] = (rows,)
-        sizes[f"{prefix}self_attn.o_proj.weight"] = (hidden, hidden)
-        sizes[f"{prefix}mlp.gate_proj.weight"] = (wide, hidden)
-        sizes[f"{prefix}mlp.up_proj.weight"] = (wide, hidden)
-        sizes[f"{prefix}mlp.down_proj.weight"] = (hidden, wide)
-        sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        sizes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    with torch.device("meta"):
+        sizes = {name: tuple(weight.shape) for name, weight in Qwen2ForCausalLM(config).named_parameters()}
     tensors = {name: _random(size, generator, drifting=drift is not None) for name, size in sizes.items()}
     if drift is not None:
         with safe_open(drift / "model.safetensors", "pt") as base:

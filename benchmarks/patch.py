@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import click
 import torch
-from machine import bar, bars_text, describe, drop_file_caches, figures_of, median, run_rounds, write_json
-from pairs import SHAPES, make_pair, write_recipes
+from machine import bar, describe, drop_file_caches, figures_of, median, report, run_rounds
+from pairs import MERGEKIT, SHAPES, SNRF, make_pair, work_folder, write_recipes
 from safetensors import safe_open
 
 from mergekit_snrf.models.checkpoint import open_checkpoint
 
-CP, LINEAR, MERGEKIT, PATCH, LORA = "cp", "linear", "snrf", "snrf patch", "snrf lora"
+CP, LINEAR, MERGED, PATCH, LORA = "cp", "linear", "snrf", "snrf patch", "snrf lora"
 REGMEAN = "snrf patch, regmean"
-SNRF = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
 
 
 def different_tensors(a: Path, b: Path) -> list[str]:
@@ -55,35 +53,28 @@ def main(
     size: str, rank: int, repeats: int, threads: int, out_shard_size: str, work: Path | None, json_path: Path | None
 ) -> None:
     """Print wall time, CPU time, peak memory and size, and the ratios that the project promises."""
-    folder = Path(tempfile.mkdtemp(prefix="snrf-patch-")) if work is None else work
-    outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGEKIT, PATCH, LORA, REGMEAN)}
-    try:
+    with work_folder(work) as folder:
+        outs = {name: folder / f"out-{name.replace(' ', '-')}" for name in (CP, LINEAR, MERGED, PATCH, LORA, REGMEAN)}
         make_pair(folder, size)
         recipes = write_recipes(folder, rank)
         snrf = str(recipes["snrf"])
-        mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
         options = ["--quiet", "--no-copy-tokenizer", "--out-shard-size", out_shard_size]
+        patching = ["--quiet", "--workers", str(threads)]
         words = {
             CP: ["cp", "-r", str(folder / "base"), str(outs[CP])],
-            LINEAR: [*mergekit, str(recipes["linear"]), str(outs[LINEAR]), *options],
-            MERGEKIT: [*mergekit, snrf, str(outs[MERGEKIT]), *options],
-            PATCH: [*SNRF, "patch", snrf, str(outs[PATCH]), "--quiet", "--workers", str(threads)],
-            REGMEAN: [
-                *[*SNRF, "patch", str(recipes["regmean"]), str(outs[REGMEAN])],
-                *["--quiet", "--workers", str(threads)],
-            ],
+            LINEAR: [*MERGEKIT, str(recipes["linear"]), str(outs[LINEAR]), *options],
+            MERGED: [*MERGEKIT, snrf, str(outs[MERGED]), *options],
+            PATCH: [*SNRF, "patch", snrf, str(outs[PATCH]), *patching],
+            REGMEAN: [*SNRF, "patch", str(recipes["regmean"]), str(outs[REGMEAN]), *patching],
             LORA: [*SNRF, "lora", snrf, str(outs[LORA]), "--dtype", "bfloat16", "--quiet"],
         }
         cold = drop_file_caches()
         commands = {name: (command, outs[name]) for name, command in words.items()}
         runs = run_rounds(commands, repeats, threads=threads, drop_caches=cold)
-        different = different_tensors(outs[PATCH], outs[MERGEKIT])
+        different = different_tensors(outs[PATCH], outs[MERGED])
         sizes = {name: folder_mb(out) for name, out in outs.items()}
-    finally:
         for path in outs.values():
-            shutil.rmtree(path, ignore_errors=True)
-        if work is None:
-            shutil.rmtree(folder)
+            shutil.rmtree(path)
     results = {name: median(measured) for name, measured in runs.items()}
     linear, patch, lora = results[LINEAR], results[PATCH], results[LORA]
     bars = [
@@ -102,10 +93,8 @@ def main(
             f"{name:<20} {measured.wall_s:7.1f} s wall {measured.cpu_s:7.1f} s CPU {measured.peak_mb:7.0f} MB peak "
             f"{sizes[name]:8.1f} MB output"
         )
-    click.echo(bars_text(bars))
-    if json_path:
-        details = {"size": size, "rank": rank, "cold_cache": cold, "output_mb": sizes, "different_tensors": different}
-        write_json(json_path, "patch", threads, figures_of(runs), bars, **details)
+    details = {"size": size, "rank": rank, "cold_cache": cold, "output_mb": sizes, "different_tensors": different}
+    report(json_path, "patch", threads, figures_of(runs), bars, **details)
     if different:
         click.echo(f"tensors that differ: {', '.join(different[:5])}", err=True)
         sys.exit(1)

@@ -26,7 +26,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,12 +33,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 import transformers
-from machine import bar, bars_text, describe, write_json
+from machine import bar, describe, report
 
 from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, block_size, product
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.notebook import profile
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
 
 
 def load_file(name: str, path: Path) -> ModuleType:
@@ -68,21 +68,11 @@ GROWTH_PROBES = (8, 32)
 GROWTH_MB = 10.0
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One probe of random tokens, as ``Meter`` takes it."""
-
-    numbers: tuple[int, ...]
-    inputs: dict[str, Tensor]
-    attention_mask: Tensor
-    answer_mask: Tensor
-
-
-def probe(number: int, tokens: int, vocabulary: int) -> Batch:
-    """Return the probe of that number."""
-    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(number))
+def probe(number: int, tokens: int, vocabulary: int, size: int = 1) -> ProbeBatch:
+    """Return a batch of random tokens without padding, by its number."""
+    ids = torch.randint(8, vocabulary, (size, tokens), generator=torch.Generator().manual_seed(number))
     mask = torch.ones_like(ids)
-    return Batch((number,), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool())
+    return ProbeBatch(tuple(range(size)), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool())
 
 
 def load(folder: str | None) -> nn.Module:
@@ -105,7 +95,7 @@ def load(folder: str | None) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def forward(model: nn.Module, batch: Batch) -> None:
+def forward(model: nn.Module, batch: ProbeBatch) -> None:
     """Run the forward pass that ``Meter`` runs: without a cache and with the logits of the last position only."""
     with torch.no_grad():
         model(**batch.inputs, use_cache=False, logits_to_keep=1)
@@ -268,29 +258,14 @@ def extra_memory(model: nn.Module, tokens: int, probes: int) -> dict[str, float]
     forward(model, probe(0, tokens, vocabulary))
     plain = peak_mb(lambda: forward(model, probe(0, tokens, vocabulary)))
     profiled = peak_mb(lambda: profile(model, (probe(n, tokens, vocabulary) for n in range(probes))))
-    return {
-        "tokens": tokens,
-        "probes": probes,
-        "forward_mb": plain,
-        "impacts_mb": profiled,
-        "extra_mb": profiled - plain,
-    }
+    found = {"forward_mb": plain, "impacts_mb": profiled, "extra_mb": profiled - plain}
+    return {"tokens": tokens, "probes": probes, **found}
 
 
 def fresh_memory(folder: str | None, tokens: int, probes: int, threads: int) -> dict[str, float] | None:
     """Measure ``extra_memory`` in a new process; None where the system cannot."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-only",
-        str(probes),
-        "--tokens",
-        str(tokens),
-        "--threads",
-        str(threads),
-    ]
-    if folder is not None:
-        command += ["--model", folder]
+    options = f"--memory-only {probes} --tokens {tokens} --threads {threads}".split()
+    command = [sys.executable, __file__, *options, *([] if folder is None else ["--model", folder])]
     process = subprocess.run(command, capture_output=True, text=True)
     if process.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{process.stderr[-2000:]}")
@@ -480,21 +455,12 @@ def main(
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
     scaled = scaling(folder, lengths[0], 2) if scales and (machine["cores"] or 1) > 1 else None
     verdicts = bars(ratios, single, growth_mb, errors, scaled)
-    click.echo(f"\n{bars_text(verdicts)}")
-    if json_path:
-        write_json(
-            json_path,
-            "profiling",
-            threads,
-            figures,
-            verdicts,
-            model=folder or "random SmolLM2-135M shape",
-            scaled_from={"released_layers": layers, "brute_force_neurons": neurons},
-            seconds=seconds,
-            ratios=ratios,
-            memory=[found for found in [*single.values(), *growth] if found is not None],
-            errors=errors,
-        )
+    details = {
+        "model": folder or "random SmolLM2-135M shape",
+        "scaled_from": {"released_layers": layers, "brute_force_neurons": neurons},
+        "memory": [found for found in [*single.values(), *growth] if found is not None],
+    }
+    report(json_path, "profiling", threads, figures, verdicts, seconds=seconds, ratios=ratios, errors=errors, **details)
 
 
 if __name__ == "__main__":

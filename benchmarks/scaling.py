@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
-import time
+import timeit
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import transformers
-from machine import describe, drop_file_caches, run_rounds, write_json
-from pairs import SHAPES, make_pair, write_recipes
+from machine import describe, drop_file_caches, report, run_rounds
+from pairs import MERGEKIT, SHAPES, SNRF, make_pair, work_folder, write_recipes
 from profiling import cpu_seconds, extra_memory, forward, probe
 
 from mergekit_snrf.models.checkpoint import open_checkpoint
@@ -88,14 +86,7 @@ def profile_memory(hidden: int, layers: int, tokens: int, probes: int) -> float 
 def gemm_flops() -> float:
     """Return float32 operations a second of one thread in a product that fits the caches."""
     a, b = torch.randn(512, 512), torch.randn(512, 512)
-    best = min(_timed(lambda: a @ b) for _ in range(20))
-    return 2 * 512**3 / best
-
-
-def _timed(function: Any) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return 2 * 512**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=20))
 
 
 def profiling(rounds: int) -> list[dict[str, Any]]:
@@ -123,40 +114,25 @@ def merging(sizes: tuple[str, ...], repeats: int, threads: int) -> list[dict[str
     """Return the points of merges of every size."""
     points = []
     for size in sizes:
-        work = Path(tempfile.mkdtemp(prefix="snrf-scaling-"))
-        try:
+        with work_folder(None) as work:
             make_pair(work, size)
             recipes, out = write_recipes(work, 16), work / "out"
-            mergekit = [sys.executable, "-m", "mergekit.scripts.run_yaml"]
             options = [str(out), "--quiet", "--no-copy-tokenizer", "--out-shard-size", "1B"]
-            snrf = [sys.executable, "-c", "from mergekit_snrf.cli.snrf import main; main()"]
+            snrf = [str(recipes["snrf"]), str(out), "--quiet"]
             commands: dict[str, tuple[list[str], Path | None]] = {
                 "imports": ([sys.executable, "-c", "import mergekit.scripts.run_yaml"], None),
-                "linear": ([*mergekit, str(recipes["linear"]), *options], out),
-                "snrf": ([*mergekit, str(recipes["snrf"]), *options], out),
-                "snrf patch": ([*snrf, "patch", str(recipes["snrf"]), str(out), "--quiet"], out),
-                "snrf lora": (
-                    [*snrf, "lora", str(recipes["snrf"]), str(out), "--dtype", "bfloat16", "--quiet"],
-                    out,
-                ),
+                "linear": ([*MERGEKIT, str(recipes["linear"]), *options], out),
+                "snrf": ([*MERGEKIT, str(recipes["snrf"]), *options], out),
+                "snrf patch": ([*SNRF, "patch", *snrf], out),
+                "snrf lora": ([*SNRF, "lora", *snrf, "--dtype", "bfloat16"], out),
             }
             runs = run_rounds(commands, repeats, threads=threads, drop_caches=drop_file_caches())
             tensors = open_checkpoint(str(work / "base")).tensors.values()
             parameters = sum(tensor.parameters for tensor in tensors)
-            points += [
-                {
-                    "method": name,
-                    "x": parameters,
-                    "size": size,
-                    "wall_s": [m.wall_s for m in measured],
-                    "peak_mb": [m.peak_mb for m in measured],
-                }
-                for name, measured in runs.items()
-            ]
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        for point in points[-len(commands) :]:
-            click.echo(f"merging {size}, {point['method']}: {point['wall_s']} s, {point['peak_mb']} MB")
+        for name, measured in runs.items():
+            figures = {"wall_s": [m.wall_s for m in measured], "peak_mb": [m.peak_mb for m in measured]}
+            points.append({"method": name, "x": parameters, "size": size, **figures})
+            click.echo(f"merging {size}, {name}: {figures['wall_s']} s, {figures['peak_mb']} MB")
     return points
 
 
@@ -193,7 +169,7 @@ def main(
         for p in s["points"]
     }
     figures |= {f"{p['method']} {p['size']}, wall s": p["wall_s"] for p in details.get("merging", [])}
-    write_json(json_path, "scaling", threads, figures, **details)
+    report(json_path, "scaling", threads, figures, **details)
 
 
 if __name__ == "__main__":

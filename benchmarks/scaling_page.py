@@ -7,7 +7,6 @@ speed that the impacts reach, and the share of a disk's speed that a merge reach
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import click
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.stats import linregress
 
 HERE = Path(__file__).resolve().parent
 PAGE, PICTURE = HERE / "README.md", HERE / "scaling.svg"
@@ -77,20 +77,11 @@ def impact_operations(layers: int, heads: int, head_dim: int, tokens: int) -> fl
     return 2 * layers * heads * head_dim * (tokens**2 / 2) * 2 * (head_dim + 1)
 
 
-def fit(x: list[float], y: list[float]) -> tuple[float, float]:
-    """Return the slope in log-log and its standard error (least squares)."""
-    a, b = np.log(x), np.log(y)
-    centred = a - a.mean()
-    slope = float((centred * (b - b.mean())).sum() / (centred**2).sum())
-    residual = b - b.mean() - slope * centred
-    freedom = max(1, len(x) - 2)
-    return slope, math.sqrt(float((residual**2).sum()) / freedom / float((centred**2).sum()))
-
-
 def power(points: list[dict[str, Any]], what: str) -> str:
-    """Return ``x^slope +- error`` of a series."""
-    slope, error = fit([p["x"] for p in points], [statistics.median(p[what]) for p in points])
-    return f"{slope:.2f} ± {error:.2f}"
+    """Return the slope of a series in log-log and its standard error (least squares)."""
+    x, y = (np.log(values) for values in ([p["x"] for p in points], [statistics.median(p[what]) for p in points]))
+    fit = linregress(x, y)
+    return f"{fit.slope:.2f} ± {fit.stderr:.2f}"
 
 
 def profiling_tables(series: list[dict[str, Any]]) -> list[str]:

@@ -62,7 +62,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def recipe_table() -> str:
     """Parameters of a recipe."""
     from mergekit_snrf.fusion.fuse import settings
-    from mergekit_snrf.merge.parameters import SPEC
+    from mergekit_snrf.merge.method import SPEC
 
     rows = ["| parameter | where | default | range | meaning |", "|---|---|---|---|---|"]
     for one in SPEC.parameters:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Overlap as Overlap
     from mergekit_snrf.evidence.results import Study as Study
     from mergekit_snrf.evidence.results import read_result as read_result
+    from mergekit_snrf.evidence.study_results import Sweep as Sweep
     from mergekit_snrf.evidence.sweeps import sweep as sweep
-    from mergekit_snrf.evidence.swept import Sweep as Sweep
     from mergekit_snrf.fusion.fuse import Fusion as Fusion
     from mergekit_snrf.models.checkpoint import open_checkpoint as open_checkpoint
     from mergekit_snrf.models.edits import Edit as Edit
@@ -49,7 +49,7 @@ _MODULES = {
     "evidence.overlap": ("overlap",),
     "evidence.results": ("Overlap", "Study", "read_result"),
     "evidence.sweeps": ("sweep",),
-    "evidence.swept": ("Sweep",),
+    "evidence.study_results": ("Sweep",),
     "fusion.fuse": ("Fusion",),
     "models.checkpoint": ("open_checkpoint",),
     "models.edits": ("Edit", "deactivate", "fuse_model", "fuse_state_dict"),

@@ -85,9 +85,6 @@ class TestTask:
                 assert (equals, int(result)) == ("=", python[sign](int(left), int(right)) % 10)
             assert final == f"# {steps[-1].split()[-1]}"
 
-    def test_documented_example(self) -> None:
-        assert board_task.solve(list("3+4x7")) == ("3 + 4 = 7 ; 7 x 7 = 9 ; # 9", 9)
-
     @pytest.mark.parametrize("ask", board_task.ASKS)
     def test_prompt_and_picture_determine_one_answer(self, ask: str) -> None:
         problems = [*sampled(ask, "train", seed=1), *sampled(ask, "test", seed=2)]
@@ -263,12 +260,6 @@ class TestCommittedPair:
         for task in evaluate.TASKS:
             np.testing.assert_array_equal(one.correct[task], many.correct[task])
 
-    def test_zeroed_decoder_is_noticed(self, target: tuple[Any, Any]) -> None:
-        broken, processor = evaluate.load(BOARD / "target")
-        with torch.no_grad():
-            broken.model.language_model.layers[1].mlp.down_proj.weight.zero_()
-        assert evaluate.evaluate(broken, processor, n=40).reasoning < evaluate.evaluate(*target, n=40).reasoning
-
     def test_record_matches_the_checkpoints(self, target: tuple[Any, Any]) -> None:
         record = json.loads((BOARD / "training.json").read_text())
         assert record["smoke"] is False
@@ -301,17 +292,6 @@ class TestProbes:
             else:
                 committed, again = (np.asarray(Image.open(root / row["image"])) for root in (BOARD, tmp_path))
                 np.testing.assert_array_equal(committed, again)
-
-    def test_target_transcribes_its_probe_pictures(self, target: tuple[Any, Any]) -> None:
-        model, processor = target
-        rows = [json.loads(line) for line in (BOARD / "probes_image.jsonl").read_text().splitlines()][:20]
-        pictures = [Image.open(BOARD / row["image"]) for row in rows]
-        prompts = ["{question} read :".format(**row) for row in rows]
-        inputs = processor(images=pictures, text=prompts, return_tensors="pt")
-        generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        read = [board_task.solve(text.split())[0] for text in texts if len(text.split()) in (5, 7)]
-        assert len(set(read) & {row["answer"] for row in rows}) >= 15
 
 
 class TestScripts:

@@ -25,16 +25,13 @@ _RECORD, _KERNEL = (
     "matrices and where they are from; a record would be made for each call",
 )
 MANY_ARGUMENTS = {
-    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse", "fuse_neurons")},
+    **{f"mergekit_snrf/fusion/fuse.py::{name}": _KERNEL for name in ("masked_update", "fuse")},
     "mergekit_snrf/evidence/controls.py::masked_update": _KERNEL,
     "mergekit_snrf/models/edits.py::fuse_neurons": _KERNEL,
     "mergekit_snrf/fusion/lowrank.py::Certificate": _RECORD,
     "mergekit_snrf/merge/draft.py::PlannedEdit": _RECORD,
-    "mergekit_snrf/merge/plan.py::MergePlan": _RECORD,
     "mergekit_snrf/evidence/recipes.py::OpenedRecipe": _RECORD,
     "mergekit_snrf/profiling/impact/heads.py::HeadGroup": _RECORD,
-    "mergekit_snrf/profiling/moments.py::MomentsProvenance": _RECORD,
-    "mergekit_snrf/profiling/side.py::Side": _RECORD,
     "mergekit_snrf/profiling/measure/capture.py::AttentionInputs": _RECORD,
 }
 # Names that no code of ours uses but others do: mergekit's and click's interfaces, pydantic's hooks, notebooks.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
@@ -24,8 +26,15 @@ PAGES = [
     *sorted(ROOT.glob("examples/**/README.md")),
 ]
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in ROOT.glob("mergekit_snrf/**/*.py")}
 # A command in a code span or an indented line, up to its comment.
 COMMANDS = re.compile(r"(?:`|^    )(snrf(?:-profile)? [^`\n#]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name, text in SOURCES.items() if ">>> " in text])
+def test_examples_of_docstrings(name: str) -> None:
+    found = doctest.testmod(importlib.import_module(name.removesuffix(".py").replace("/", ".")))
+    assert (found.attempted > 0, found.failed) == (True, 0)
 
 
 def test_readme_is_short() -> None:

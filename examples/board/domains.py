@@ -34,6 +34,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 from board_scores import answers
 from board_task import COLORS, Problem, distinct_problems, render
+from story_page import table
 
 from mergekit_snrf.evidence.items import Items
 
@@ -102,7 +103,6 @@ def section(folder: Path, run: Callable[..., None]) -> list[str]:
         own = next(each["difference"] for each in one["study"]["contrasts"] if each["metric"] == one["domain"])
         (shown if own["high"] < 0 else open_).append(name)
     header = ["without the neurons of", "neurons", *COLORS, "random neurons, at most"]
-    rows = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
     return [
         "### Do some neurons see one color only?",
         "",
@@ -110,7 +110,7 @@ def section(folder: Path, run: Callable[..., None]) -> list[str]:
         f"color, prompt tokens, top 10 %), deactivated. Changes of the accuracy on {ITEMS} held-out boards of each "
         f"color; beside them the largest mean change after deactivating as many random neurons ({DRAWS} draws).",
         "",
-        *rows,
+        *table(header, rows),
         "",
         f"- Lower on the color itself than with random neurons off, zero excluded: {'; '.join(shown) or 'none'}.",
         f"- Not shown: {'; '.join(open_) or 'none'}.",

@@ -21,17 +21,7 @@ from transformers.utils import logging
 sys.path.append(str(Path(__file__).resolve().parent))
 
 from board_models import load
-from board_scores import (
-    LEVEL,
-    PERCEPTION,
-    REASONING,
-    RESAMPLES,
-    TASKS,
-    Estimate,
-    Result,
-    difference,
-    evaluate,
-)
+from board_scores import LEVEL, PERCEPTION, REASONING, RESAMPLES, TASKS, Estimate, Result, difference, evaluate
 
 __all__ = ["PERCEPTION", "REASONING", "TASKS", "Estimate", "Result", "difference", "evaluate", "load"]
 

@@ -8,6 +8,7 @@ and ``color``, both as shares. For fewer or more held-out problems a task than 2
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +45,12 @@ board.roles = {"R": "gain", "P": "keep"}
 
 
 def _ask(model: PreTrainedModel, processor: Any, tasks: tuple[str, ...], n: int, seed: int, batch_size: int) -> Items:
-    scores: list[float] = []
-    malformed: list[bool] = []
-    for task in tasks:
-        asked = problems(task, n, seed)
-        texts: list[str] = []
-        for start in range(0, n, batch_size):
-            texts += answers(model, processor, asked[start : start + batch_size])
-        scores += [float(problem.accepts(text)) for problem, text in zip(asked, texts, strict=True)]
-        malformed += [final_answer(text) is None for text in texts]
+    asked = [problems(task, n, seed) for task in tasks]
+    parts = [every[start : start + batch_size] for every in asked for start in range(0, n, batch_size)]
+    texts = [text for part in parts for text in answers(model, processor, part)]
     return Items(
-        scores=tuple(scores),
-        malformed=tuple(malformed) if tasks == REASONING else None,
+        scores=tuple(float(problem.accepts(text)) for problem, text in zip(chain(*asked), texts, strict=True)),
+        malformed=tuple(final_answer(text) is None for text in texts) if tasks == REASONING else None,
         ids=tuple(f"{task}/{seed}/{number}" for task in tasks for number in range(n)),
         groups=tuple(task for task in tasks for _ in range(n)),
     )

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from story_page import table
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -36,7 +38,6 @@ def lens_section(folder: Path, target: Path = HERE / "target", probes: Path = HE
     rows.append(("the answer's token is the most probable", *(_percent(value) for value in lens["answer"]["hits"])))
     rows.append(("attention of text to images", "", *(_percent(value) for value in lens["image_attention"])))
     header = ("nats, by layer", *map(str, layers))
-    lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(
         [
             "### What does each layer see?",
@@ -44,7 +45,7 @@ def lens_section(folder: Path, target: Path = HERE / "target", probes: Path = HE
             f"The [logit lens](../../docs/lens.md) of the target on {lens['count']} calc probes. Layer 0 is before "
             "the first layer.",
             "",
-            *lines,
+            *table(header, rows),
             "",
             _verdict(lens),
             "",

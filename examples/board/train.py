@@ -21,7 +21,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,8 @@ class Plan:
 
 def smoke_plan(steps: int) -> Plan:
     """Return a plan of ``steps`` steps a stage and no gates: it shows that the code runs, not that it learns."""
-    return Plan(
-        base_steps=steps,
-        source_steps=steps,
-        vision_steps=steps,
-        projector_steps=steps,
-        perception_steps=steps,
-        retries=0,
-        gated=False,
-        n=10,
-    )
+    stages = {field.name: steps for field in fields(Plan) if field.name.endswith("_steps")}
+    return Plan(**stages, retries=0, gated=False, n=10)
 
 
 def encode(processor: Any, problems: Sequence[Problem]) -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from mergekit_snrf.cli import common, options
 from mergekit_snrf.cli.common import table
 from mergekit_snrf.errors import SnrfError, naming, option, printable
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
-from mergekit_snrf.models.reference import ModelRef
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.asked import Asked
@@ -72,7 +71,6 @@ def _listed(file: str | None) -> list[Neuron]:
 @click.option("--factor", type=float, default=10.0, show_default=True, help="What activations are multiplied by.")
 @click.option("--probes", required=True, type=click.Path(), help="A .jsonl, .parquet or .csv file, or profile.yml.")
 @options.settings_options("asked", AskedOptions)
-@options.loading_options
 @options.json_option
 @options.figures_option
 @common.command_options
@@ -81,7 +79,6 @@ def amplify(
     probes: str,
     factor: float,
     asked: AskedOptions,
-    loading: dict[str, Any],
     json_file: str | None,
     figures: str | None,
     **named: Any,
@@ -100,24 +97,25 @@ def amplify(
         raise SnrfError(None, "figures need matplotlib", "pip install 'mergekit-snrf[analysis]'")
     common.check_outputs(json_file, figures)
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
-        result = _measured(probes, options.construct(ModelRef, {"model": model, **loading}), named, factor, asked)
+        result = _measured(probes, model, named, factor, asked)
     common.say(_report(result))
     for path in common.write_outputs(result, json_file, figures, _drawings(result)):
         common.say(path)
 
 
-def _measured(probes: str, ref: ModelRef, named: dict[str, Any], factor: float, how: AskedOptions) -> Amplification:
+def _measured(probes: str, model: str, named: dict[str, Any], factor: float, how: AskedOptions) -> Amplification:
     from mergekit_snrf.evidence import amplify as amplification
+    from mergekit_snrf.evidence.analysis import loaded
     from mergekit_snrf.profiling.probes.rows import load_rows
 
-    asked = load_asked(probes, ref, how)
+    asked = load_asked(probes, how.ref(model), how)
     settings: dict[str, Any] = {}
     neurons = _neurons(named, asked, settings)
     common.silence_progress()
     rows = load_rows(asked.source, answers=False)
-    model, processor = common.loaded(asked.model, settings, images=asked.source.images is not None)
+    subject, processor = loaded(asked.model, settings, images=asked.source.images is not None)
     more: dict[str, Any] = {"settings": settings, "progress": not common.is_quiet()}
-    return amplification.amplify(rows, model, processor, asked, neurons, factor, **more)
+    return amplification.amplify(rows, subject, processor, asked, neurons, factor, **more)
 
 
 def _report(result: Amplification) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,18 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mergekit_snrf.errors import SnrfError, naming, option, os_reason
+from mergekit_snrf.errors import SnrfError, option, os_reason
 from mergekit_snrf.files.markdown import share as share
 from mergekit_snrf.files.writing import check_writable, cleaning_up_when_terminated, write_text
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from transformers import PreTrainedModel
 
     from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Study
     from mergekit_snrf.files.settings import Settings
-    from mergekit_snrf.models.reference import ModelRef
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -91,7 +90,7 @@ def check_outputs(json_file: str | None, figures: str | None = None) -> None:
 
 
 def write_outputs(
-    result: BaseModel,
+    result: BaseModel | None,
     json_file: str | None,
     figures: str | None = None,
     drawings: Iterable[tuple[str, Drawing]] | None = None,
@@ -100,9 +99,9 @@ def write_outputs(
     from mergekit_snrf.evidence.drawing import save
     from mergekit_snrf.evidence.results import result_text, write_result
 
-    if json_file == "-":
+    if result is not None and json_file == "-":
         click.echo(result_text(result))
-    elif json_file is not None:
+    elif result is not None and json_file is not None:
         write_result(json_file, result)
     if figures is None:
         return []
@@ -120,6 +119,13 @@ def write_json(json_file: str | None, content: object) -> None:
         click.echo(text)
     elif json_file is not None:
         write_text(json_file, text + "\n")
+
+
+def path_from(folder: Path, path: str) -> str:
+    """Return a relative path of this machine as it is from another folder; hub ids and absolute paths stay."""
+    if os.path.isabs(path) or not os.path.exists(path):
+        return path
+    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -143,14 +149,6 @@ def size(count: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
-
-
-def loaded(ref: ModelRef, settings: dict[str, Any], *, images: bool | None = None) -> tuple[PreTrainedModel, Any]:
-    """Load a model with its processor, and write into ``settings`` how it was loaded."""
-    from mergekit_snrf.evidence import analysis
-
-    with naming(option):
-        return analysis.loaded(ref, settings, images=images)
 
 
 def study_text(study: Study) -> str:

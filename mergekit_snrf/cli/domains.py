@@ -8,25 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, loaded, silence_progress, table
-from mergekit_snrf.cli.options import (
-    construct,
-    draws_option,
-    eval_help,
-    figures_option,
-    json_option,
-    loading_options,
-    seed_option,
-    settings_options,
-)
+from mergekit_snrf.cli import common
+from mergekit_snrf.cli.common import check_outputs, command_options, table
+from mergekit_snrf.cli.options import construct, eval_option, figures_option, json_option, settings_options
 from mergekit_snrf.errors import SnrfError, naming, option
-from mergekit_snrf.models.reference import ModelRef
+from mergekit_snrf.evidence.options import AblationOptions
 from mergekit_snrf.profiling.result.choice import Choice
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
-    from mergekit_snrf.profiling.result.domains import Chosen
-    from mergekit_snrf.profiling.result.domainsfile import Domains
+    from mergekit_snrf.models.reference import ModelRef
+    from mergekit_snrf.profiling.result.domains import Chosen, Domains
 
 _BINS = 10
 _MODULES = ("decoder", "vision", "projector", "all")
@@ -113,12 +104,10 @@ def select(file: str, outdir: str, choice: Choice, figures: str | None) -> None:
 @domains.command()
 @click.argument("model", metavar="MODEL")
 @click.argument("file", metavar="FILE")
-@click.option("--eval", "reference", required=True, metavar="EVAL", help=eval_help)
+@eval_option
 @choice_options
 @_modules_option
-@draws_option
-@seed_option
-@loading_options
+@settings_options("given", AblationOptions, "draws", "seed", "device", "dtype", "trust_remote_code")
 @json_option
 @figures_option
 @command_options
@@ -130,15 +119,15 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
     A metric with the name of a domain has its items. Weights are zeroed in memory. An evaluation named in Python runs
     with your rights; read it first.
     """
-    from mergekit_snrf.evidence.domain_figures import matrix_drawing
+    from mergekit_snrf.evidence.analysis import loaded
     from mergekit_snrf.evidence.domains import ablate_domains, domain_sets, matrix_tables
     from mergekit_snrf.evidence.evaluation import load_evaluation
-    from mergekit_snrf.evidence.results import write_result
     from mergekit_snrf.evidence.study import Setup
     from mergekit_snrf.files.references import local_path, sha256
 
     check_outputs(options["json_file"], options["figures"])
-    ref = construct(ModelRef, {"model": model, **options["loading"]})
+    how: AblationOptions = construct(AblationOptions, options["given"])
+    ref = how.ref(model)
     found, chosen = _chosen(file, choice)
     _check_model(found, ref)
     sets = domain_sets(chosen)
@@ -146,29 +135,25 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
     if unknown:
         raise SnrfError(found.path, f"has no counts of the {unknown[0]}", f"it has {', '.join(sets)}", field="--module")
     sets = {module: one for module, one in sets.items() if not modules or module in modules}
-    silence_progress()
+    common.silence_progress()
     evaluation = load_evaluation(reference)
     settings: dict[str, Any] = {"counts": found.path, "counts_sha256": sha256(local_path(file)), **choice.model_dump()}
-    subject, processor = loaded(ref, settings)
-    setup = Setup("ablation", model, evaluation.name, seed=options["seed"], settings=settings)
+    more: dict[str, Any] = {"draws": how.draws, "progress": not common.is_quiet()}
     with naming(option):
-        result = ablate_domains(
-            setup, sets, subject, processor, evaluation, draws=options["draws"], progress=not is_quiet()
-        )
+        subject, processor = loaded(ref, settings)
+        setup = Setup("ablation", model, evaluation.name, seed=how.seed, settings=settings)
+        result = ablate_domains(setup, sets, subject, processor, evaluation, **more)
     for part in matrix_tables(result):
-        click.echo(f"{part.caption}\n{table(part.header, part.rows)}\n")
-    click.echo("\n".join([*result.verdict, "Intervals are of 95 % and paired, and not corrected for their number."]))
-    if options["json_file"] is not None:
-        write_result(options["json_file"], result)
-    if options["figures"] is not None:
-        _save(matrix_drawing(result), options["figures"], "matrix")
+        common.say(f"{part.caption}\n{table(part.header, part.rows)}\n")
+    common.say("\n".join([*result.verdict, "Intervals are of 95 % and paired, and not corrected for their number."]))
+    for path in common.write_outputs(result, options["json_file"], options["figures"]):
+        common.say(path)
 
 
 def _chosen(file: str, choice: Choice) -> tuple[Domains, list[Chosen]]:
     """Return the counts and the neurons of every module that was counted."""
     from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.profiling.result.domains import choose
-    from mergekit_snrf.profiling.result.domainsfile import read_domains
+    from mergekit_snrf.profiling.result.domains import choose, read_domains
 
     found = read_domains(local_path(file))
     counted = [module for module, tokens in found.tokens.items() if module == "decoder" or bool(tokens.any())]
@@ -187,7 +172,7 @@ def _check_model(found: Domains, ref: ModelRef) -> None:
 
 
 def _tokens_text(found: Domains) -> str:
-    from mergekit_snrf.profiling.result.domainsfile import KINDS
+    from mergekit_snrf.profiling.result.domains import KINDS
 
     probes = [one.get("count", "-") for one in found.provenance.probes or []] or ["-"] * len(found.names)
     towers = [module for module in found.tokens if module != "decoder"]
@@ -226,13 +211,7 @@ def _module_text(found: Domains, one: Chosen) -> str:
 
 def _draw(chosen: list[Chosen], folder: str | None) -> None:
     if folder is not None:
-        from mergekit_snrf.evidence.domain_figures import counts_drawing
+        from mergekit_snrf.evidence.domains import counts_drawing
 
-        _save(counts_drawing(chosen), folder, "domains")
-
-
-def _save(drawing: Drawing, folder: str, name: str) -> None:
-    from mergekit_snrf.evidence.drawing import save
-
-    for path in save(drawing.figure, folder, name, drawing.caption, drawing.text):
-        click.echo(path)
+        for path in common.write_outputs(None, None, folder, [("domains", counts_drawing(chosen))]):
+            click.echo(path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, table
+from mergekit_snrf.cli.common import check_outputs, command_options, is_quiet, path_from, table
 from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
@@ -38,9 +37,9 @@ def frank(
     from tqdm import tqdm
 
     from mergekit_snrf.fusion.frank import prior_of, source_strengths
-    from mergekit_snrf.models.changes import squared_changes
     from mergekit_snrf.models.checkpoint import open_checkpoint
     from mergekit_snrf.models.decoder import find_decoder, pairing_problems
+    from mergekit_snrf.models.weights import squared_changes
 
     check_outputs(out)
     opened = [open_checkpoint(name, trust_remote_code=trust_remote_code) for name in (base, target, source)]
@@ -94,16 +93,12 @@ def _text(norms: list[tuple[float, float]], strengths: list[float], prior: Prior
 def _recipe(out: str, target: str, source: str, masks: str, strengths: list[float]) -> str:
     import yaml
 
-    def from_recipe(path: str) -> str:
-        # Relative paths of a recipe are looked up beside it, too.
-        local = os.path.exists(path) and not os.path.isabs(path)
-        return os.path.relpath(os.path.realpath(path), Path(out).resolve().parent) if local else path
-
+    folder = Path(out).resolve().parent
     parameters: dict[str, Any] = {"beta": strengths, "rank": 0}
     content = {
         "merge_method": "snrf",
-        "base_model": from_recipe(target),
-        "models": [{"model": from_recipe(source), "parameters": parameters}],
-        "parameters": {"masks": masks if masks == "all" else from_recipe(masks)},
+        "base_model": path_from(folder, target),
+        "models": [{"model": path_from(folder, source), "parameters": parameters}],
+        "parameters": {"masks": masks if masks == "all" else path_from(folder, masks)},
     }
     return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import yaml
 
-from mergekit_snrf.cli.common import command_options, size, table
+from mergekit_snrf.cli.common import command_options, path_from, size, table
 from mergekit_snrf.errors import SnrfError, naming, os_reason
 
 if TYPE_CHECKING:
@@ -130,10 +130,10 @@ def _files(
     models: dict[str, Checkpoint], probes: dict[str, list[dict[str, Any]]], costs: Costs, folder: Path, trust: str
 ) -> dict[str, str]:
     """Return the content of each file to write."""
-    paths = {role: _from(folder, model.name) for role, model in models.items()}
+    paths = {role: path_from(folder, model.name) for role, model in models.items()}
     stem = "--".join(re.sub(r"[^\w.-]+", "-", _short(model).lower()) for model in models.values())
     for keys in (keys for kinds in probes.values() for keys in kinds):
-        keys["dataset"] = _from(folder, keys["dataset"])
+        keys["dataset"] = path_from(folder, keys["dataset"])
     recipe = {"merge_method": "snrf", "base_model": paths["target"]}
     donor = {"model": paths["source"]}
     of_snrf = {
@@ -151,13 +151,6 @@ def _files(
         files["regmean.yml"] = yaml.safe_dump(of_regmean, sort_keys=False)
     files["README.md"] = _readme(models, costs, stem, bool(probes["keep"]), trust)
     return files
-
-
-def _from(folder: Path, path: str) -> str:
-    """Return a relative path of this machine as it is from another folder; hub ids and absolute paths stay."""
-    if os.path.isabs(path) or not os.path.exists(path):
-        return path
-    return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
 
 
 def _short(model: Checkpoint) -> str:

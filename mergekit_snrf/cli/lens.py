@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_snrf.cli.common import (
-    check_outputs,
-    command_options,
-    is_quiet,
-    loaded,
-    silence_progress,
-    table,
-    write_outputs,
-)
-from mergekit_snrf.cli.options import construct, figures_option, loading_options, settings_options
+from mergekit_snrf.cli import common, options
+from mergekit_snrf.cli.common import table
 from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.asked import AskedOptions, load_asked
-from mergekit_snrf.models.reference import ModelRef
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.drawing import Drawing
     from mergekit_snrf.evidence.results import Lens
     from mergekit_snrf.profiling.probes.rows import Rows
 
@@ -40,10 +29,9 @@ if TYPE_CHECKING:
     "together cost a third of a forward pass, at least 4.",
 )
 @click.option("--tokens", "row", type=click.IntRange(0), metavar="ROW", help="Show the top tokens of this probe only.")
-@settings_options("asked", AskedOptions)
-@loading_options
-@figures_option
-@command_options
+@options.settings_options("asked", AskedOptions)
+@options.figures_option
+@common.command_options
 def lens(
     model: str,
     probes: str,
@@ -51,7 +39,6 @@ def lens(
     positions: int | None,
     row: int | None,
     asked: AskedOptions,
-    loading: dict[str, Any],
     figures: str | None,
 ) -> None:
     """Read MODEL layer by layer on PROBES (the logit lens).
@@ -62,16 +49,17 @@ def lens(
     """
     from mergekit_snrf.evidence import lens as lenses
     from mergekit_snrf.evidence import lens_tokens as grids
+    from mergekit_snrf.evidence.analysis import loaded
     from mergekit_snrf.files.writing import write_text
     from mergekit_snrf.profiling.probes.rows import load_rows
 
     if row is not None and figures is not None:
         raise click.UsageError("--figures does not go with --tokens")
-    check_outputs(out, figures)
+    common.check_outputs(out, figures)
     settings: dict[str, Any] = {}
     with naming(lambda field: "--probes" if field == "dataset" else option(field)):
-        how = load_asked(probes, construct(ModelRef, {"model": model, **loading}), asked)
-        silence_progress()
+        how = load_asked(probes, asked.ref(model), asked)
+        common.silence_progress()
         rows = load_rows(how.source, answers=False)
         chosen = rows if row is None else _only(rows, row)
         net, processor = loaded(how.model, settings, images=how.source.images is not None)
@@ -81,11 +69,10 @@ def lens(
             if out is not None:
                 write_text(out, grids.grid_html(grid))
             return
-        result = lenses.lens(
-            chosen, net, processor, how, positions=positions, settings=settings, progress=not is_quiet()
-        )
+        more: dict[str, Any] = {"settings": settings, "progress": not common.is_quiet()}
+        result = lenses.lens(chosen, net, processor, how, positions=positions, **more)
     click.echo(_text(result))
-    for path in write_outputs(result, out, figures, _drawings(result)):
+    for path in common.write_outputs(result, out, figures):
         click.echo(path)
 
 
@@ -103,9 +90,3 @@ def _text(result: Lens) -> str:
     by_layer, frequent = lens_table(result), frequent_table(result)
     parts = [table(by_layer.header, by_layer.rows), f"{frequent.caption}:", table(frequent.header, frequent.rows)]
     return "\n\n".join([*parts, "\n".join(lens_sentences(result))])
-
-
-def _drawings(result: Lens) -> Iterator[tuple[str, Drawing]]:
-    from mergekit_snrf.evidence.lens_figures import lens_drawings
-
-    yield from lens_drawings(result).items()

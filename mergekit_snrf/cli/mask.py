@@ -19,7 +19,8 @@ from mergekit_snrf.errors import SnrfError, naming, option
 
 if TYPE_CHECKING:
     from mergekit_snrf.models.decoder import DecoderShape
-    from mergekit_snrf.neurons.maskfile import ModelProvenance
+    from mergekit_snrf.neurons.lists import KvIndices
+    from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance
     from mergekit_snrf.neurons.sets import NeuronSet
 
 
@@ -39,6 +40,13 @@ def _shape(model: str) -> tuple[DecoderShape, ModelProvenance]:
     checkpoint = open_checkpoint(model)
     provenance = ModelProvenance(path=model, model_type=checkpoint.model_type, config_sha256=checkpoint.config_sha256)
     return find_decoder(checkpoint).shape, provenance
+
+
+def _write(out: str, neurons: NeuronSet, provenance: Provenance) -> None:
+    from mergekit_snrf.neurons.maskfile import write_mask
+
+    write_mask(out, neurons, provenance)
+    click.echo(f"{out}: {neurons.count()} neurons")
 
 
 @mask.command()
@@ -80,14 +88,13 @@ def _combination(name: str, operation: Callable[[NeuronSet, NeuronSet], NeuronSe
     @click.argument("out", type=click.Path(dir_okay=False))
     @command_options
     def command(masks: tuple[str, ...], out: str) -> None:
-        from mergekit_snrf.neurons.maskfile import load_mask, provenance_of_operation, write_mask
+        from mergekit_snrf.neurons.maskfile import load_mask, provenance_of_operation
 
         if len(masks) < 2:
             raise click.UsageError("give at least two masks and the output file")
         inputs = [load_mask(reference) for reference in masks]
         result = reduce(operation, (content.neurons for content in inputs))
-        write_mask(out, result, provenance_of_operation(name, inputs))
-        click.echo(f"{out}: {result.count()} neurons")
+        _write(out, result, provenance_of_operation(name, inputs))
 
     return mask.command(name, help=text)(command)
 
@@ -116,7 +123,7 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     """
     import torch
 
-    from mergekit_snrf.neurons.maskfile import Provenance, load_mask, provenance_of_operation, write_mask
+    from mergekit_snrf.neurons.maskfile import Provenance, load_mask, provenance_of_operation
     from mergekit_snrf.neurons.sets import NeuronSet
 
     if len(files) != (2 if model is None else 1) or (model is None) != (ratio is None):
@@ -137,8 +144,7 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
         first = NeuronSet({site: torch.arange(n) < round(ratio * n) for site, n in sizes.items()})
         neurons = first.random(seed)
         provenance = Provenance(target=target, operation="random", selection={"ratio": ratio}, seed=seed)
-    write_mask(out, neurons, provenance)
-    click.echo(f"{out}: {neurons.count()} neurons")
+    _write(out, neurons, provenance)
 
 
 @mask.command("import")
@@ -156,7 +162,7 @@ def random(files: tuple[str, ...], seed: int, model: str | None, ratio: float | 
     help="Whether attn_k and attn_v count heads repeated for grouped-query attention, as the released code does.",
 )
 @command_options
-def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: str) -> None:
+def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: KvIndices) -> None:
     """Convert a list of neurons to a mask.
 
     FILE is the JSON of SNRF's released code, with the correct rows for grouped-query attention; a .pth file of LAPE or
@@ -164,14 +170,13 @@ def import_(file: str, out: str, model: str, chosen: str | None, kv_indices: str
     """
     from mergekit_snrf.files.references import sha256
     from mergekit_snrf.neurons.lists import read_neurons
-    from mergekit_snrf.neurons.maskfile import Provenance, write_mask
+    from mergekit_snrf.neurons.maskfile import Provenance
 
     shape, target = _shape(model)
     with naming({"set": "--set"}):
-        neurons = read_neurons(file, shape, chosen=chosen, kv_indices="rows" if kv_indices == "rows" else "repeated")
+        neurons = read_neurons(file, shape, chosen=chosen, kv_indices=kv_indices)
     source = {"file": Path(file).name, "sha256": sha256(file), **({} if chosen is None else {"set": chosen})}
-    write_mask(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
-    click.echo(f"{out}: {neurons.count()} neurons")
+    _write(out, neurons, Provenance(target=target, operation="import", inputs=[source]))
 
 
 @mask.command()
@@ -233,7 +238,7 @@ def select(profiles: tuple[str, ...], out: str, rule: dict[str, Any]) -> None:
     """
     from mergekit_snrf.files import references
     from mergekit_snrf.files.references import local_path
-    from mergekit_snrf.neurons.maskfile import Provenance, write_mask
+    from mergekit_snrf.neurons.maskfile import Provenance
     from mergekit_snrf.profiling.result.profilefile import read_profile
     from mergekit_snrf.profiling.result.selection import Selection
     from mergekit_snrf.profiling.result.selection import select as select_neurons
@@ -257,5 +262,4 @@ def select(profiles: tuple[str, ...], out: str, rule: dict[str, Any]) -> None:
         inputs=[{"file": path.name, "sha256": references.sha256(path)} for path in paths],
         seed=contents[0].provenance.seed,
     )
-    write_mask(out, neurons, provenance)
-    click.echo(f"{out}: {neurons.count()} neurons")
+    _write(out, neurons, provenance)

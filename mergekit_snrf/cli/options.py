@@ -22,12 +22,6 @@ SEEDS = click.IntRange(0, 2**32 - 1)
 mask_option = click.option("--mask", required=True, metavar="MASK", help="A file, or hf://owner/repo@revision/path.")
 eval_help = "file.yml (exact match), path/file.py:name, package.module:name, or an entry point."
 eval_option = click.option("--eval", "reference", required=True, metavar="EVAL", help=eval_help)
-seed_option = click.option(
-    "--seed", type=SEEDS, default=0, show_default=True, help="Seed of the first draw, and of the intervals."
-)
-draws_option = click.option(
-    "--draws", type=click.IntRange(1), default=3, show_default=True, help="Number of random draws of a control."
-)
 workers_option = click.option(
     "--workers", type=click.IntRange(1), help="Tensors computed at once, a thread each; default: the cores."
 )
@@ -123,10 +117,6 @@ def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_
         return wrapper  # type: ignore[return-value]
 
     return decorate
-
-
-loading_options = settings_options("loading", ModelRef, "device", "dtype", "trust_remote_code")
-"""How a model is loaded: one argument ``loading``, for ``ModelRef``."""
 
 
 def run_options(function: _F) -> _F:

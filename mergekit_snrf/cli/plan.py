@@ -55,14 +55,14 @@ def plan(recipe: str, certify: bool, out_path: str | None, reading: dict[str, An
     draft = draft_merge(load_recipe(recipe), options, out_path=out_path, recipe_folder=folder, merge_adapter=certify)
     plan = None if draft.problems else draft.finish()
     certified = list(certified_edits(plan, options)) if certify and plan is not None else []
+    tally = _tally(certified)
     if certified and plan is not None:
         # The merge itself finds updates of zero, too.
-        tally = _tally(certified)
         if (problem := tally.problem()) is not None and not plan.recipe.value("allow_noop"):
             draft.problems.append(problem)
         draft.warnings += filter(None, [tally.zeros()])
     if json_file != "-":
-        click.echo(_as_text(draft, plan, certified))
+        click.echo(_as_text(draft, plan, certified, tally))
     write_json(json_file, _as_json(draft, plan, certified))
     if draft.problems:
         raise click.exceptions.Exit(1)
@@ -98,7 +98,7 @@ def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
 
 def _edit_as_json(edit: PlannedEdit, fused: Fused | None) -> dict[str, Any]:
     content = {
-        **{role: getattr(edit, f"{role}_name") for role in ("target", "source", "source_base")},
+        **{role: edit.names.get(role) for role in ("target", "source", "source_base")},
         **{"shape": list(edit.shape), "dtype": edit.dtype, "axis": "columns" if edit.site.axis else "rows"},
         **{"neurons": edit.neurons, **asdict(edit.fusion)},
     }
@@ -119,7 +119,7 @@ def _model_as_json(draft: PlanDraft, role: str) -> dict[str, Any] | None:
     }
 
 
-def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) -> str:
+def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified, tally: Tally) -> str:
     lines = []
     for role, model in draft.models.items():
         checkpoint, decoder = model.checkpoint, model.decoder
@@ -138,7 +138,7 @@ def _as_text(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
     elif plan is not None:
         lines += ["", "nothing would change: no masked neuron has an update (beta 0, or an empty mask)"]
     if certified:
-        lines += ["", _certified_as_text(certified)]
+        lines += ["", _certified_as_text(certified, tally)]
     lines += [f"warning: {warning}" for warning in draft.warnings]
     if draft.problems:
         lines += ["", "This merge cannot run:"]
@@ -163,8 +163,8 @@ def _edits_as_text(plan: MergePlan) -> str:
     )
 
 
-def _certified_as_text(certified: _Certified) -> str:
-    rows, tally = [_certified_row(edit, fused) for edit, fused in certified], _tally(certified)
+def _certified_as_text(certified: _Certified, tally: Tally) -> str:
+    rows = [_certified_row(edit, fused) for edit, fused in certified]
     # A column that says nothing of any tensor is left out.
     filled = [column for column in range(len(_CERTIFIED)) if any(row[column] != "-" for row in rows)]
     shown = table([_CERTIFIED[column] for column in filled], [[row[column] for column in filled] for row in rows])

@@ -13,7 +13,7 @@ from mergekit_snrf.errors import SnrfError, naming, option
 from mergekit_snrf.evidence.options import Reading
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
+    from mergekit_snrf.evidence.study_results import TunedPoint, Tuning
 
 
 @click.command()
@@ -76,9 +76,10 @@ def tune(
 
 
 def _tuned(recipe: str, max_kl: float, profile: str | None, reference: str | None, reading: Reading) -> Tuning:
+    from mergekit_snrf.evidence.analysis import loaded
     from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
-    from mergekit_snrf.evidence.heldout import held_out, kinds_of
     from mergekit_snrf.evidence.recipes import load_recipe_at, merge_options, open_recipe
+    from mergekit_snrf.evidence.tune import held_out, kinds_of
     from mergekit_snrf.evidence.tune import tune as bisect
     from mergekit_snrf.profiling.settings import load_profile_config
 
@@ -93,7 +94,8 @@ def _tuned(recipe: str, max_kl: float, profile: str | None, reference: str | Non
     evaluation = None if reference is None else load_evaluation(reference)
     common.silence_progress()
     settings: dict[str, Any] = {"recipe": recipe, "moments": moments.path, "evaluation": reference}
-    model, processor = common.loaded(opened.ref(reading), settings)
+    with naming(option):
+        model, processor = loaded(opened.ref(reading), settings)
     folders = [Path(os.path.realpath(place)).parent for place in (profile, moments.path, recipe) if place is not None]
     found = held_out(kinds, model, processor, folders)
 

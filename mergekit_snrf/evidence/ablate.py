@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from mergekit_snrf.errors import SnrfError, naming
-from mergekit_snrf.evidence.analysis import digest, loaded, of_mask
+from mergekit_snrf.evidence.analysis import digest, least_important, loaded, of_mask, read_profile_of
 from mergekit_snrf.evidence.evaluation import AnyEvaluation, load_evaluation
-from mergekit_snrf.evidence.least import least_important, read_profile_of
 from mergekit_snrf.evidence.options import AblationOptions, takes
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Draw, Row, Setup, run_study
@@ -21,7 +20,6 @@ from mergekit_snrf.files.settings import construct
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
 from mergekit_snrf.models.edits import deactivate
-from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.neurons.maskfile import AnyNeurons, mask_of
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import check_fit
@@ -48,8 +46,7 @@ def ablate(
         SnrfError: an option or a file is wrong, which is found before the model is loaded; or the evaluation fails.
     """
     how = construct(AblationOptions, options)
-    place = how.model_dump(include={"device", "dtype", "trust_remote_code"})
-    ref = construct(ModelRef, {"model": os.fspath(model), **place})
+    ref = how.ref(model)
     checkpoint = open_checkpoint(ref.model, trust_remote_code=ref.trust_remote_code)
     with naming({"neurons": "mask"}):
         chosen = mask_of(mask, towers=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from mergekit_snrf.errors import SnrfError, invalid
-from mergekit_snrf.files.settings import Settings
+from mergekit_snrf.evidence.options import Loading
 from mergekit_snrf.models.reference import ModelRef
 from mergekit_snrf.profiling.probes.source import AnswerRule, Count, Name, ProbeSource, Seed, Template
 
@@ -25,8 +25,8 @@ NEW_TOKENS = 128
 BATCH_SIZE = 8
 
 
-class AskedOptions(Settings):
-    """What replaces the settings of a profile.yml, or describes a data file."""
+class AskedOptions(Loading):
+    """What replaces the settings of a profile.yml, or describes a data file; and how the model is loaded."""
 
     question: Name | None = Field(default=None, description="Column of the data file; default: question.")
     images: Name | None = Field(default=None, description="Column of the data file, one or several images in a row.")
@@ -68,7 +68,8 @@ def load_asked(path: str | os.PathLike[str], model: ModelRef, options: AskedOpti
 
     Of a profile.yml the side with this model is taken, or else the target; ``options`` replace its settings.
     """
-    path, given = Path(path), (options or AskedOptions()).model_dump(exclude_none=True)
+    path = Path(path)
+    given = (options or AskedOptions()).model_dump(exclude_none=True, exclude=set(Loading.model_fields))
     tokens, size = given.pop("max_new_tokens", None), given.pop("batch_size", None)
     try:
         if path.suffix not in (".yml", ".yaml"):

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fusion, fuse, masked_update
+from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, masked_update
 from mergekit_snrf.fusion.lowrank import frobenius_norm
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.models.decoder import DecoderShape
 from mergekit_snrf.models.edits import Edit, fuse_model
-from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.live import find_live_decoder
-from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.moments import Filters, Moments, filter_at
 from mergekit_snrf.models.weights import Weights, bias_name
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import every_neuron
@@ -125,17 +124,10 @@ class Merge:
             base = None if self.source_base is None else self.source_base.bias(site)
             if ours is None or theirs is None or (self.source_base is not None and base is None):
                 raise SnrfError(name, "is missing in one of the models", "remove biases from the recipe")
-            fused = fuse(
-                ours,
-                theirs.to(ours.device),
-                self.neurons[site],
-                0,
-                fusion,
-                name=name,
-                source_base=None if base is None else base.to(ours.device),
-            )
-            selected = self.neurons[site].nonzero().flatten().to(ours.device)
-            edit.write(module.bias, 0, selected, fused[selected])
+            theirs, base = theirs.to(ours.device), None if base is None else base.to(ours.device)
+            neurons = self.neurons[site]
+            fused = fuse_neurons(ours, theirs, neurons, 0, fusion, name=name, source_base=base).tensor
+            edit.write(module.bias, 0, neurons.nonzero().flatten().to(ours.device), fused)
 
 
 def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Merge:
@@ -143,7 +135,12 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
-    movable = [site for site in shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    models = [(model.decoder, model.checkpoint.tensors) for model in plan.models.values()]
+    movable = [
+        site
+        for site in shape.sites()
+        if site.axis == 0 and all(bias_name(decoder.weight_name(site)) in tensors for decoder, tensors in models)
+    ]
     return Merge(
         shape=shape,
         neurons=NeuronSet({edit.site: edit.member for edit in plan.edits}),
@@ -154,10 +151,6 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         source_base=source_base,
         moments=plan.moments,
     )
-
-
-def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models)
 
 
 def linear(merge: Merge, beta: float) -> Merge:

@@ -1,4 +1,4 @@
-"""Sweeps of a recipe's parameters: one loaded target is edited to every combination and back, no model is written."""
+"""The grid of a sweep: the combinations of a recipe's parameters, their curves, and the best of them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,20 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mergekit_snrf.errors import SnrfError, did_you_mean
-from mergekit_snrf.evidence.evaluation import Evaluation
 from mergekit_snrf.evidence.items import Role, Scores
-from mergekit_snrf.evidence.results import Study
-from mergekit_snrf.evidence.study import Row, Setup, build_study, score
 from mergekit_snrf.evidence.sweep import Curve
-from mergekit_snrf.evidence.swept import ScoredRow, Sweep
 from mergekit_snrf.files.reading import load_yaml, parse_yaml
 from mergekit_snrf.files.references import sha256
 from mergekit_snrf.merge.recipe import SPEC
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.profiling.request import versions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _PARAMETERS = tuple(parameter.name for parameter in SPEC.parameters)
 _STRENGTHS = ("keep", "beta")
@@ -145,37 +138,6 @@ def curves(found: Sequence[Combination]) -> dict[str, tuple[Curve, float]]:
     return points
 
 
-def run_sweep(
-    rows: Sequence[Row],
-    model: PreTrainedModel,
-    processor: Any,
-    evaluation: Evaluation,
-    started: Sweep,
-    visit: Callable[[Sweep], None],
-) -> dict[str, list[Scores]]:
-    """Score every row that ``started`` does not have with the same settings; ``visit`` gets the sweep after each.
-
-    Raises:
-        SnrfError: an edit does not fit the model, the evaluation fails, or its items changed since the start.
-    """
-    settings = {row.name: dict(row.settings) for row in rows}
-    usable = [row for row in started.rows if row.settings == settings.get(row.name)]
-    # Rows of another grid on the same file stay in it.
-    others = [row for row in started.rows if row.name not in settings]
-    sweep = started.model_copy(update={"rows": (*others, *usable), "best": None, "recipe": None, "study": None})
-    scores: dict[str, list[Scores]] = {row.name: [row.scores] for row in usable}
-    like = next((found[0] for found in scores.values()), None)
-    for row in rows:
-        if row.name in scores:
-            continue
-        scores[row.name] = list(score(row, model, processor, evaluation, like))
-        like = like or scores[row.name][0]
-        scored = ScoredRow(name=row.name, settings=dict(row.settings), scores=dict(scores[row.name][0]))
-        sweep = sweep.model_copy(update={"rows": (*sweep.rows, scored)})
-        visit(sweep)
-    return scores
-
-
 def best_row(
     names: Sequence[str], scores: Mapping[str, Sequence[Scores]], roles: Mapping[str, Role], reference: str, drop: float
 ) -> tuple[str, bool]:
@@ -186,38 +148,21 @@ def best_row(
         drop: how far each metric to keep may fall below the reference, in the unit of the tables.
     """
 
+    # Tables show a metric whose means are shares in points.
+    scales = {
+        metric: 100.0 if all(0 <= one[metric].mean <= 1 for draws in scores.values() for one in draws) else 1.0
+        for metric in scores[reference][0]
+    }
+
     def change(name: str, role: Role) -> list[float]:
         metrics = [metric for metric in scores[reference][0] if roles.get(metric, "gain") == role]
         pairs = [[scores[one][0][metric].mean for one in (name, reference)] for metric in metrics]
-        return [_scale(metric, scores) * (own - before) for metric, (own, before) in zip(metrics, pairs, strict=True)]
+        return [scales[metric] * (own - before) for metric, (own, before) in zip(metrics, pairs, strict=True)]
 
     kept = [name for name in names if min(change(name, "keep"), default=0.0) >= -drop - 1e-9]
     if kept:
         return max(kept, key=lambda name: sum(change(name, "gain"))), True
     return max(names, key=lambda name: min(change(name, "keep"), default=0.0)), False
-
-
-def _scale(metric: str, scores: Mapping[str, Sequence[Scores]]) -> float:
-    """Return 100 for a metric whose means are shares, which tables show in points."""
-    return 100.0 if all(0 <= one[metric].mean <= 1 for draws in scores.values() for one in draws) else 1.0
-
-
-def swept_study(
-    setup: Setup,
-    rows: Sequence[Row],
-    scores: Mapping[str, Sequence[Scores]],
-    roles: Mapping[str, Role],
-    best: str,
-    tried: int,
-) -> Study:
-    """Return the rows as a comparison whose claim is the best of the ``tried`` ones, and say that it was chosen."""
-    claimed = [replace(row, role="claim") if row.name == best else row for row in rows]
-    study = build_study(setup, claimed, scores, roles)
-    chosen = (
-        f"{best} was chosen among {tried} combinations on these items, which makes it look better than it is: "
-        f"check it on other items before you rely on it."
-    )
-    return study.model_copy(update={"verdict": [*study.verdict, chosen]})
 
 
 def sweep_key(content: Mapping[str, Any], evaluation: str, models: Sequence[Checkpoint]) -> str:

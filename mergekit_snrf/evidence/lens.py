@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.asked import Asked
-from mergekit_snrf.evidence.lens_positions import ANSWER, Positions
 from mergekit_snrf.evidence.results import KINDS, Lens, LensAnswer, LensKind
 from mergekit_snrf.evidence.tokens import token_text
 from mergekit_snrf.models.live import LiveDecoder, LiveHead, find_live_decoder, find_live_head
@@ -43,6 +42,9 @@ TOP = 10
 """Most frequent tokens in a result."""
 # Logits that are computed at a time.
 _BLOCK = 2**23
+# Text tokens whose attention is read, for each position of a kind.
+_TEXT = 4
+IMAGE, PROMPT, ANSWER = range(len(KINDS))
 
 
 @dataclass(frozen=True)
@@ -233,19 +235,10 @@ def lens(
     settings: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Lens:
-    """Read a model layer by layer on probes that it answers itself, in one pass over them.
+    """Read a model in eval mode layer by layer on rows that it answers itself, in one pass over them.
 
-    Args:
-        rows: of ``load_rows``.
-        model: in eval mode.
-        processor: of the model.
-        asked: of the rows.
-        positions: as ``Lensed.positions``.
-        settings: kept in the result.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        SnrfError: as ``prepare`` and ``probe_batches``, or the model is not supported.
+    ``positions`` are as in ``Lensed``, ``settings`` are kept in the result. ``SnrfError``: as ``prepare`` and
+    ``probe_batches``, or the model is not supported.
     """
     lensed = Lensed.of(model, positions, asked.model.model)
     probes = asked.probes(rows, model, processor)
@@ -301,3 +294,55 @@ def _result(sums: LensSums, probes: Probes, processor: Any, asked: Asked, settin
         image_attention=(sums.attention / sums.with_images).tolist() if sums.with_images else None,
         settings={"probes_sha256": probes_sha256(probes), "with_images": sums.with_images, **settings},
     )
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Positions of a batch that are read.
+
+    Attributes:
+        probe: index in the batch.
+        place: of the token in its probe.
+        kind: index in ``KINDS``.
+        next: the token that follows, 0 behind the last one.
+        image: all tokens of images in the batch.
+        text: other tokens, evenly spaced, whose attention to images is read.
+    """
+
+    probe: Int[Tensor, " positions"]
+    place: Int[Tensor, " positions"]
+    kind: Int[Tensor, " positions"]
+    next: Int[Tensor, " positions"]
+    image: Bool[Tensor, "batch tokens"]
+    text: Bool[Tensor, "batch tokens"]
+
+    @staticmethod
+    def of(batch: ProbeBatch, images: tuple[int, ...], limit: Callable[[int], int]) -> Positions:
+        """Return evenly spaced positions, of each kind at most ``limit`` of the number of tokens in every probe."""
+        ids, real, answer = (
+            one.cpu() for one in (batch.inputs["input_ids"], batch.attention_mask != 0, batch.answer_mask)
+        )
+        image = real & torch.isin(ids, torch.tensor(images, dtype=ids.dtype))
+        predicts = torch.zeros_like(answer)
+        predicts[:, :-1] = answer[:, 1:]
+        kinds = torch.where(image, IMAGE, torch.where(predicts, ANSWER, PROMPT)).where(real, -1)
+        # The answer's own last token predicts nothing that is known.
+        kinds[answer & ~predicts] = -1
+        found, text = [], torch.zeros_like(image)
+        for number, row in enumerate(kinds):
+            most = limit(int(real[number].sum()))
+            for index in range(len(KINDS)):
+                places = _spaced((row == index).nonzero().flatten(), most)
+                found += [(number, at, index) for at in places.tolist()]
+            others = (real & ~image)[number].nonzero().flatten()
+            text[number, _spaced(others, _TEXT * most)] = True
+        probe, place, kind = torch.tensor(found, dtype=torch.long).view(-1, 3).unbind(1)
+        following = torch.nn.functional.pad(ids, (0, 1))[probe, place + 1]
+        return Positions(probe, place, kind, following, image, text)
+
+
+def _spaced(places: Int[Tensor, " places"], most: int) -> Int[Tensor, " chosen"]:
+    """Return at most so many of some places, evenly spaced."""
+    if len(places) <= most:
+        return places
+    return places[(torch.arange(most) * 2 + 1) * len(places) // (2 * most)]

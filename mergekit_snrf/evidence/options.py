@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field
 
 from mergekit_snrf.errors import did_you_mean
-from mergekit_snrf.files.settings import Settings, own_first
+from mergekit_snrf.files.settings import Settings, construct, own_first
 from mergekit_snrf.models.reference import Dtype, ModelRef
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -81,6 +81,10 @@ class Loading(Settings):
     device: str | None = ModelRef.model_fields["device"]  # type: ignore[assignment]
     dtype: Dtype = ModelRef.model_fields["dtype"]  # type: ignore[assignment]
     trust_remote_code: bool = ModelRef.model_fields["trust_remote_code"]  # type: ignore[assignment]
+
+    def ref(self, model: str | os.PathLike[str]) -> ModelRef:
+        """Return a folder or hub id with how it is loaded; ``SnrfError``: a value is not allowed."""
+        return construct(ModelRef, {"model": os.fspath(model), **self.model_dump(include=set(Loading.model_fields))})
 
 
 class Reading(Loading):

@@ -45,9 +45,8 @@ class OpenedRecipe:
 
     def ref(self, reading: Reading) -> ModelRef:
         """Return how the target is loaded, in the recipe's dtype unless another was chosen."""
-        dtype = self.dtype if reading.dtype == "auto" else reading.dtype
-        place = {"device": reading.device, "trust_remote_code": reading.trust_remote_code}
-        return construct(ModelRef, {"model": str(self.target_folder), "dtype": dtype, **place})
+        ref = reading.ref(self.target_folder)
+        return construct(ModelRef, {**ref.model_dump(), "dtype": self.dtype}) if ref.dtype == "auto" else ref
 
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any]
@@ -83,14 +82,14 @@ def open_recipe(config: MergeConfiguration, options: MergeOptions, recipe_folder
     """
     with keys_of_file():
         plan = draft_merge(config, options, recipe_folder=recipe_folder).finish()
-    target, source = plan.target.checkpoint, plan.source.checkpoint
+    target, source = plan.target.checkpoint, plan.checkpoints["source"]
     name = plan.recipe.working_dtype(plan.edits[0].dtype if plan.edits else "F32")
     dtype: torch.dtype | None = dtype_from_name(name)
     warnings = list(plan.warnings)
     if config.out_dtype is not None and config.out_dtype != name:
         made_in = f"the comparison is made in {name or 'the dtype of the checkpoint'}"
         warnings.append(f"out_dtype {config.out_dtype} rounds the merged folder once more; {made_in}")
-    base = None if plan.source_base is None else plan.source_base.checkpoint
+    base = plan.checkpoints.get("source_base")
     cache = options.transformers_cache
     of_base = None if base is None else stored_weights(base, base.local(cache), dtype)
     merge = planned(plan, stored_weights(source, source.local(cache), dtype), of_base)

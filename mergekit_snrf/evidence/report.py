@@ -14,7 +14,16 @@ from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing, svg
 from mergekit_snrf.evidence.overlap import overlaps, site_order
-from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, OverlapPairs, Result, Study
+from mergekit_snrf.evidence.results import (
+    Amplification,
+    DomainAblation,
+    Lens,
+    Overlap,
+    OverlapPairs,
+    Result,
+    Study,
+    Tuning,
+)
 from mergekit_snrf.evidence.sections import (
     amplification_section,
     domains_section,
@@ -25,7 +34,6 @@ from mergekit_snrf.evidence.sections import (
     study_section,
     tuning_section,
 )
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.files import references
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.profiling.result.profilefile import Profile
@@ -69,7 +77,10 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
 
     digest = references.sha256(mask.path)
     computed = _from_profiles(mask, profiles)
-    read = [pair for result in results for pair in _overlaps_in(result)]
+    pairs = [
+        [one] if isinstance(one, Overlap) else one.pairs for one in results if isinstance(one, Overlap | OverlapPairs)
+    ]
+    read = [pair for of_result in pairs for pair in of_result]
     sections = [mask_section(mask), *(overlap_section(title, pair) for title, pair in _titled(computed, read))]
     for result in results:
         if isinstance(result, Study):
@@ -108,13 +119,9 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_finalize,
+        # Markup made here passes.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
     )
-
-
-def _finalize(value: object) -> object:
-    """Write out characters that are not for display; markup made here passes."""
-    return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def _title(mask: Mask) -> str:
@@ -138,12 +145,6 @@ def _from_profiles(mask: Mask, profiles: Sequence[Profile]) -> list[Overlap]:
     if not rule.keys() & {"top_ratio", "sigma"}:
         rule = {"top_ratio": 0.1}
     return overlaps(profiles, curve=True, **rule)
-
-
-def _overlaps_in(result: Result) -> list[Overlap]:
-    if isinstance(result, OverlapPairs):
-        return result.pairs
-    return [result] if isinstance(result, Overlap) else []
 
 
 def _titled(computed: Sequence[Overlap], read: Sequence[Overlap]) -> list[tuple[str, Overlap]]:

@@ -14,15 +14,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid, printable
-from mergekit_snrf.evidence.study_results import STRICT
 from mergekit_snrf.evidence.study_results import Condition as Condition
 from mergekit_snrf.evidence.study_results import Contrast as Contrast
 from mergekit_snrf.evidence.study_results import DomainAblation as DomainAblation
 from mergekit_snrf.evidence.study_results import DomainStudy as DomainStudy
 from mergekit_snrf.evidence.study_results import Interval as Interval
 from mergekit_snrf.evidence.study_results import Measured as Measured
+from mergekit_snrf.evidence.study_results import Part
 from mergekit_snrf.evidence.study_results import Study as Study
-from mergekit_snrf.evidence.tuned import Tuning
+from mergekit_snrf.evidence.study_results import Sweep as Sweep
+from mergekit_snrf.evidence.study_results import Tuning as Tuning
 from mergekit_snrf.files import writing
 from mergekit_snrf.files.reading import read_bytes
 from mergekit_snrf.files.shown import Plotted
@@ -31,14 +32,10 @@ from mergekit_snrf.neurons.sites import MAX_LAYERS, PROJECTIONS
 _MAX_BYTES = 50_000_000
 
 
-class _Part(BaseModel):
-    model_config = STRICT
-
-
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-class Counts(_Part):
+class Counts(Part):
     """How many of the ``neurons`` to choose from two sets share, and how many are in one ``only``.
 
     ``chance`` is how many random sets of these sizes share on average, with its standard ``deviation``.
@@ -100,7 +97,7 @@ class OverlapPoint(Counts):
     projections: dict[str, tuple[int, int, int]]
 
 
-class Overlap(Plotted, _Part):
+class Overlap(Plotted, Part):
     """How much two profiles share (Fig. 3, 4, 8, 9, 10): ``sites`` under ``rule``, ``curve`` over top ratios."""
 
     format: Literal["snrf-overlap"] = "snrf-overlap"
@@ -108,7 +105,7 @@ class Overlap(Plotted, _Part):
     names: tuple[str, str]
     rule: dict[str, Any]
     sites: list[SiteOverlap]
-    curve: list[OverlapPoint] = []
+    curve: list[OverlapPoint] = Field(default=[])
 
     def __repr__(self) -> str:
         shared, union = sum(site.shared for site in self.sites), sum(site.union for site in self.sites)
@@ -122,7 +119,7 @@ class Overlap(Plotted, _Part):
         return points
 
 
-class OverlapPairs(Plotted, _Part):
+class OverlapPairs(Plotted, Part):
     """The overlaps of every two of several profiles."""
 
     format: Literal["snrf-overlap-pairs"] = "snrf-overlap-pairs"
@@ -133,7 +130,7 @@ class OverlapPairs(Plotted, _Part):
         return f"<OverlapPairs: {len(self.pairs)}>"
 
 
-class TokenOdds(_Part):
+class TokenOdds(Part):
     """How often a token was generated with the neuron amplified and plain, and the log of the odds ratio."""
 
     token: str
@@ -142,7 +139,7 @@ class TokenOdds(_Part):
     plain: int
 
 
-class AmplifiedNeuron(_Part):
+class AmplifiedNeuron(Part):
     """What amplifying one neuron does to the generated tokens.
 
     Attributes:
@@ -161,7 +158,7 @@ class AmplifiedNeuron(_Part):
     changed: int | None = None
 
 
-class Amplification(_Part):
+class Amplification(Part):
     """Amplified generations against plain ones (Eq. 7, 8; Fig. 6, 11, 12).
 
     ``math_neuron_ratio`` is the share of neurons most of whose leading tokens are math tokens by ``classifier``.
@@ -178,7 +175,7 @@ class Amplification(_Part):
     neurons: list[AmplifiedNeuron]
     math_neuron_ratio: float | None = None
     plain_math_share: float | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
 
 
 Kind = Literal["image", "prompt", "answer"]
@@ -187,7 +184,7 @@ Curve = list[float]
 """A number before the first layer and after each."""
 
 
-class LensKind(_Part):
+class LensKind(Part):
     """What the logit lens shows of one kind of positions, means over ``tokens`` of them; entropy and KL in nats.
 
     Attributes:
@@ -204,7 +201,7 @@ class LensKind(_Part):
     top: list[list[tuple[str, Count]]]
 
 
-class LensAnswer(_Part):
+class LensAnswer(Part):
     """Mean rank and probability of the answer's tokens by layer, and the share that are the most probable one."""
 
     rank: Curve
@@ -212,7 +209,7 @@ class LensAnswer(_Part):
     hits: Curve
 
 
-class Lens(_Part):
+class Lens(Part):
     """What a model would predict after each layer; ``count`` probes, answered by itself.
 
     Attributes:
@@ -229,7 +226,7 @@ class Lens(_Part):
     kinds: list[LensKind]
     answer: LensAnswer | None = None
     image_attention: list[float] | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
 
     @model_validator(mode="after")
     def _of_its_layers(self) -> Lens:

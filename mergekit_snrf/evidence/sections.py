@@ -9,7 +9,7 @@ from pathlib import Path
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study
+from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study, Tuning
 from mergekit_snrf.evidence.tables import (
     Table,
     layers_table,
@@ -18,7 +18,6 @@ from mergekit_snrf.evidence.tables import (
     study_table,
     tuning_table,
 )
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
@@ -143,8 +142,7 @@ def study_section(study: Study, digest: str, neurons: NeuronSet) -> Section:
 
 def domains_section(result: DomainAblation) -> Section:
     """Show the ablation of every domain's neurons: a heat map, a table for each module, and how to repeat it."""
-    from mergekit_snrf.evidence.domain_figures import matrix_drawing
-    from mergekit_snrf.evidence.domains import matrix_tables
+    from mergekit_snrf.evidence.domains import matrix_drawing, matrix_tables
 
     study = result.studies[0].study
     title = f"Each domain's neurons off ({wording.without_folders(study.model)})"

@@ -5,7 +5,7 @@ A study is a list of rows: one reference, one claim, and controls. Ablations and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -73,33 +73,45 @@ def run_study(
     The weights are put back bit for bit after every evaluation, including one that fails. Rows whose scores are
     ``known``, by name, are not evaluated.
     """
-    scores: dict[str, list[Scores]] = {row.name: [] for row in rows} | dict(known or {})
-    like = next((found[0] for found in scores.values() if found), None)
-    todo = [row for row in rows if not scores[row.name]]
+    todo = [row for row in rows if row.name not in (known or {})]
     with tqdm(total=sum(max(1, len(row.draws)) for row in todo), unit="evaluation", disable=not progress) as bar:
-        for row in todo:
+
+        def visit(row: Row, found: Scores) -> None:
             bar.set_description(row.name)
-            for found in score(row, model, processor, evaluation, like):
-                scores[row.name].append(found)
-                like = like or found
-                bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
-                bar.update()
-    return build_study(setup, rows, scores, {metric: evaluation.role(metric) for metric in like or {}})
+            bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
+            bar.update()
+
+        scores = score_rows(rows, model, processor, evaluation, known or {}, visit)
+    return build_study(setup, rows, scores, {metric: evaluation.role(metric) for metric in scores[rows[0].name][0]})
 
 
-def score(
-    row: Row, model: PreTrainedModel, processor: Any, evaluation: Evaluation, like: Scores | None = None
-) -> Iterator[Scores]:
-    """Yield the scores of a loaded target under each of a row's edits, on the metrics and items of ``like``.
+def score_rows(
+    rows: Sequence[Row],
+    model: PreTrainedModel,
+    processor: Any,
+    evaluation: Evaluation,
+    known: Mapping[str, Sequence[Scores]],
+    visit: Callable[[Row, Scores], None],
+) -> dict[str, list[Scores]]:
+    """Return the scores of a loaded target under each row's edits, all on the same metrics and items.
+
+    Rows that are ``known`` are not evaluated; ``visit`` gets every score of the others.
 
     Raises:
         SnrfError: an edit does not fit the model, or the evaluation fails.
     """
-    for draw in row.draws or (None,):
-        with nullcontext() if draw is None else draw(model):
-            found = evaluate(evaluation, model, processor, like=like)
-        like = like or found
-        yield found
+    scores: dict[str, list[Scores]] = {row.name: list(known.get(row.name, ())) for row in rows}
+    like = next((found[0] for found in known.values()), None)
+    for row in rows:
+        if row.name in known:
+            continue
+        for draw in row.draws or (None,):
+            with nullcontext() if draw is None else draw(model):
+                found = evaluate(evaluation, model, processor, like=like)
+            like = like or found
+            scores[row.name].append(found)
+            visit(row, found)
+    return scores
 
 
 def build_study(
@@ -163,8 +175,8 @@ def _with_equals(
         sweep = {row.name: row.strength for row in points if row.strength is not None}
         found = [at_equal(metric, ends, curve, sweep, bootstraps, measured) for metric in keep]
         rows[place:place] = [
-            Row(one.name, "control", neurons=points[-1].neurons, words=one.words, settings=one.settings)
-            for one in found
+            Row(name, "control", neurons=points[-1].neurons, words=words, settings=settings)
+            for name, words, settings in found
         ]
     return rows
 

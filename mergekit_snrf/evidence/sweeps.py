@@ -9,17 +9,21 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from mergekit_snrf.errors import SnrfError
+from pydantic import ValidationError
+
+from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.evidence import grid
 from mergekit_snrf.evidence.analysis import loaded
 from mergekit_snrf.evidence.compare import Controls, comparison_rows
-from mergekit_snrf.evidence.evaluation import AnyEvaluation, load_evaluation
+from mergekit_snrf.evidence.evaluation import AnyEvaluation, Evaluation, load_evaluation
 from mergekit_snrf.evidence.grid import Combination, Values
-from mergekit_snrf.evidence.items import Role, Scores
-from mergekit_snrf.evidence.options import SweepOptions, takes
+from mergekit_snrf.evidence.items import Scores
+from mergekit_snrf.evidence.options import ComparisonOptions, SweepOptions, takes
 from mergekit_snrf.evidence.recipes import OpenedRecipe, Recipe, merge_options, open_recipe, recipe_content
-from mergekit_snrf.evidence.study import Row, Setup
-from mergekit_snrf.evidence.swept import ScoredRow, Sweep, read_sweep, write_sweep
+from mergekit_snrf.evidence.results import write_result
+from mergekit_snrf.evidence.study import Row, Setup, build_study, score_rows
+from mergekit_snrf.evidence.study_results import ScoredRow, Sweep
+from mergekit_snrf.files.reading import DATA_BYTES, read_bytes
 from mergekit_snrf.files.references import sha256
 from mergekit_snrf.files.settings import construct
 from mergekit_snrf.merge.recipefile import checked_recipe
@@ -70,55 +74,79 @@ def sweep(
     models = {name: value for name, value in opened[0].settings.items() if name != "update"}
     ref = opened[0].ref(how)
     like = {"recipe": content, "loading": ref.model_dump(exclude={"model"}), **models}
-    started = Sweep(key=grid.sweep_key(like, evaluation.name, (opened[0].target, opened[0].source)))
-    if json is not None:
-        started = read_sweep(json, started.key)
+    started = _started(json, grid.sweep_key(like, evaluation.name, (opened[0].target, opened[0].source)))
     made: dict[str, Any] = {"recipe": content if isinstance(recipe, Mapping) else where, **models}
     model, processor = loaded(ref, made)
-    rows = _rows(found, opened, how.linear_betas, model)
+    rows = _rows(found, opened, ComparisonOptions(rows=("linear",), linear_betas=how.linear_betas), model)
+    settings = {row.name: dict(row.settings) for row in rows}
+    # Rows of another grid on the same file stay in it.
+    others = tuple(row for row in started.rows if row.name not in settings)
+    known = {row.name: [row.scores] for row in started.rows if row.settings == settings.get(row.name)}
+    done = Sweep(key=started.key, rows=(*others, *(row for row in started.rows if row.name in known)))
 
-    def visit(so_far: Sweep) -> None:
-        if json is not None:
-            write_sweep(json, so_far)
-        if progress and so_far.study is None:
-            sys.stderr.write(_line(so_far, rows))
+    def visit(row: Row, scores: Scores) -> None:
+        nonlocal done
+        done = _kept(done.model_copy(update={"rows": (*done.rows, _scored(row, scores))}), json)
+        if progress:
+            means = "  ".join(f"{metric} {items.mean:.3f}" for metric, items in scores.items())
+            sys.stderr.write(f"{len(done.rows) - len(others):3}/{len(rows)}  {row.name}: {means}\n")
 
-    scores = grid.run_sweep(rows, model, processor, evaluation, started, visit)
-    roles = {metric: evaluation.role(metric) for metric in scores[rows[0].name][0]}
+    scores = score_rows(rows, model, processor, evaluation, known, visit)
     setup = Setup("comparison", opened[0].target.name, evaluation.name, opened[0].mask, seed=how.seed, settings=made)
-    done = _chosen(setup, rows, scores, roles, found, how.keep_drop)
-    others = [row for row in started.rows if row.name not in scores]
-    done = done.model_copy(update={"key": started.key, "rows": (*others, *done.rows)})
-    visit(done)
-    return done
+    chosen = _chosen(setup, rows, scores, evaluation, found, how.keep_drop)
+    in_order = (*others, *(_scored(row, scores[row.name][0]) for row in rows))
+    return _kept(done.model_copy(update={**chosen, "rows": in_order}), json)
 
 
-def _line(so_far: Sweep, rows: Sequence[Row]) -> str:
-    row = so_far.rows[-1]
-    means = "  ".join(f"{metric} {items.mean:.3f}" for metric, items in row.scores.items())
-    done = len({one.name for one in so_far.rows} & {one.name for one in rows})
-    return f"{done:3}/{len(rows)}  {row.name}: {means}\n"
+def _started(path: str | os.PathLike[str] | None, key: str) -> Sweep:
+    """Return the sweep of a file, or a new one if there is no file.
+
+    Raises:
+        SnrfError: it is not a sweep, or one of another recipe, evaluation or model.
+    """
+    remedy = "choose another file, or remove it"
+    if path is None or not os.path.exists(path):
+        return Sweep(key=key)
+    try:
+        found = Sweep.model_validate_json(read_bytes(path, DATA_BYTES))
+    except ValidationError as error:
+        raise invalid(path, error.errors(), remedy=remedy) from None
+    if found.key != key:
+        raise SnrfError(path, "is the sweep of another recipe, evaluation or model", remedy)
+    return found
+
+
+def _kept(sweep: Sweep, path: str | os.PathLike[str] | None) -> Sweep:
+    """Write a sweep to its file, if it has one, and return it."""
+    if path is not None:
+        write_result(path, sweep)
+    return sweep
+
+
+def _scored(row: Row, scores: Scores) -> ScoredRow:
+    return ScoredRow(name=row.name, settings=dict(row.settings), scores=dict(scores))
 
 
 def _chosen(
     setup: Setup,
     rows: Sequence[Row],
     scores: Mapping[str, Sequence[Scores]],
-    roles: Mapping[str, Role],
+    evaluation: Evaluation,
     found: Sequence[Combination],
     drop: float,
-) -> Sweep:
-    """Return the scored rows with the best combination."""
+) -> dict[str, Any]:
+    """Return the best combination, and the rows as a comparison whose claim it is, which says that it was chosen."""
+    roles = {metric: evaluation.role(metric) for metric in scores[rows[0].name][0]}
     best, enough = grid.best_row([one.name for one in found], scores, roles, rows[0].name, drop)
-    study = grid.swept_study(setup, rows, scores, roles, best, len(found))
-    if not enough:
-        note = f"No combination keeps within {drop:g}: this one keeps most. Set values of a weaker merge."
-        study = study.model_copy(update={"notes": [note]})
-    scored = tuple(
-        ScoredRow(name=row.name, settings=dict(row.settings), scores=dict(scores[row.name][0])) for row in rows
+    claimed = [replace(row, role="claim") if row.name == best else row for row in rows]
+    study = build_study(setup, claimed, scores, roles)
+    chosen = (
+        f"{best} was chosen among {len(found)} combinations on these items, which makes it look better than it is: "
+        f"check it on other items before you rely on it."
     )
-    recipe = next(dict(one.recipe) for one in found if one.name == best)
-    return Sweep(key="", rows=scored, best=best, recipe=recipe, study=study)
+    note = f"No combination keeps within {drop:g}: this one keeps most. Set values of a weaker merge."
+    study = study.model_copy(update={"verdict": [*study.verdict, chosen], "notes": [] if enough else [note]})
+    return {"best": best, "recipe": next(dict(one.recipe) for one in found if one.name == best), "study": study}
 
 
 def _opened(
@@ -135,10 +163,10 @@ def _opened(
 
 
 def _rows(
-    found: Sequence[Combination], opened: Sequence[OpenedRecipe], betas: Sequence[float], model: PreTrainedModel
+    found: Sequence[Combination], opened: Sequence[OpenedRecipe], how: ComparisonOptions, model: PreTrainedModel
 ) -> list[Row]:
     """Return the target, every combination, and the linear merge over its strengths."""
-    reference, _, *linear = comparison_rows(opened[0].merge, model, Controls(("linear",), linear_betas=betas))
+    reference, _, *linear = comparison_rows(opened[0].merge, model, Controls(how))
     shared = {key: value for key, value in found[0].values.items() if key in _OF_LINEAR}
     linear = [replace(row, settings={**row.settings, **shared}) for row in linear]
     points, rows, digest = grid.curves(found), [reference], cache(sha256)

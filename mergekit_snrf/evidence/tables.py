@@ -10,8 +10,7 @@ from typing import Any
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.overlap import by_projection, site_order
-from mergekit_snrf.evidence.results import Counts, Overlap, Study
-from mergekit_snrf.evidence.tuned import Tuning
+from mergekit_snrf.evidence.results import Counts, Overlap, Study, Tuning
 
 
 @dataclass(frozen=True)

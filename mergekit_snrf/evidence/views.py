@@ -13,11 +13,9 @@ from mergekit_snrf.errors import SnrfError, did_you_mean, printable
 from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
-from mergekit_snrf.evidence.results import Counts, Overlap, OverlapPairs, Study
+from mergekit_snrf.evidence.results import Counts, DomainAblation, Lens, Overlap, OverlapPairs, Study, Sweep, Tuning
 from mergekit_snrf.evidence.sections import metric_drawings, overlap_drawings
-from mergekit_snrf.evidence.swept import Sweep
 from mergekit_snrf.evidence.tables import Table, counts_table, projections_table, settings_table, study_table
-from mergekit_snrf.evidence.tuned import Tuning
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.edits import Edit
 from mergekit_snrf.neurons.maskfile import Mask
@@ -74,9 +72,10 @@ def _(one: Study) -> View:
     return View([study_table(one, metric) for metric in one.items], [*one.verdict, *one.notes])
 
 
-@view.register
-def _(one: Sweep) -> View:
-    return View([]) if one.study is None else view(one.study)
+@view.register(Edit)
+@view.register(Sweep)
+def _(one: Sweep | Edit) -> View:
+    return view(one.study) if isinstance(one, Sweep) and one.study is not None else View([])
 
 
 @view.register
@@ -112,11 +111,6 @@ def _(one: Profile) -> View:
     ]
     known = one.provenance.model_dump(mode="json", exclude_none=True)
     return View([Table("", ("projection", "layers", "neurons"), rows), *_facts(known)])
-
-
-@view.register
-def _(one: Edit) -> View:
-    return View([])
 
 
 @view.register
@@ -246,6 +240,20 @@ def _(one: OverlapPairs) -> dict[str, Drawing]:
         for number, pair in enumerate(one.pairs, 1)
         for kind, drawing in drawings(pair).items()
     }
+
+
+@drawings.register
+def _(one: Lens) -> dict[str, Drawing]:
+    from mergekit_snrf.evidence.lens_figures import lens_drawings
+
+    return lens_drawings(one)
+
+
+@drawings.register
+def _(one: DomainAblation) -> dict[str, Drawing]:
+    from mergekit_snrf.evidence.domains import matrix_drawing
+
+    return {"matrix": matrix_drawing(one)}
 
 
 @drawings.register

@@ -9,8 +9,7 @@ from typing import Any
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.intervals import scale_of, spoken
 from mergekit_snrf.evidence.overlap import by_projection, total
-from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, SiteOverlap, Study, TokenOdds
-from mergekit_snrf.evidence.tuned import Tuning
+from mergekit_snrf.evidence.results import AmplifiedNeuron, Counts, Overlap, SiteOverlap, Study, TokenOdds, Tuning
 from mergekit_snrf.neurons.sets import NeuronSet, Site
 
 _LONGEST_TOKEN = 30

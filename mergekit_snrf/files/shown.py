@@ -41,8 +41,7 @@ class Plotted(Shown):
     def plot(self, figure: str | None = None) -> Figure:
         """Return a matplotlib figure; ``figure`` names one of several, as ``--figures`` names its files.
 
-        Raises:
-            SnrfError: there is no such figure, or matplotlib is missing.
+        ``SnrfError``: there is no such figure, or matplotlib is missing.
         """
         found: Figure = _loaders[0]().plot(self, figure)
         return found

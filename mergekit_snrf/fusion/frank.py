@@ -31,8 +31,7 @@ class Prior:
 def prior_of(shares: Sequence[float]) -> Prior:
     """Return the prior that follows from the share of text tokens' attention that goes to images, by layer.
 
-    Raises:
-        SnrfError: there are fewer than two layers, or a share is not above 0.
+    ``SnrfError``: there are fewer than two layers, or a share is not above 0.
     """
     if len(shares) < 2 or not all(share > 0 for share in shares):
         what = f"the attention to images of {len(shares)} layers must be above 0 in two or more"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
@@ -11,11 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.delta import Matrix, difference, is_finite, panels
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
 from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import check_not_stopped
-from mergekit_snrf.fusion.updates import Update, dropped, low_rank
+from mergekit_snrf.fusion.updates import Matrix, Update, difference, dropped, is_finite, low_rank, panels
 from mergekit_snrf.neurons.sites import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")
@@ -144,6 +144,7 @@ def masked_update(
     source_base: Float[Matrix, "rows columns"] | None = None,
     site: Site | None = None,
     moments: Filter | None = None,
+    see: Callable[[slice, Tensor], None] = lambda rows, of_target: None,
 ) -> Update:
     """Return M_S(Delta_r) of Eq. 9-11, or the variant of it that ``fusion`` says, without the factor beta.
 
@@ -157,6 +158,7 @@ def masked_update(
         source_base: Delta = W_src - W_source_base in place of W_src - W_tgt.
         site: the tensor's layer and projection; DARE draws by them.
         moments: F of the tensor's input, for ``update: regmean``.
+        see: gets every panel of the target's rows.
 
     Raises:
         SnrfError: the shapes differ, the mask's length does not fit, the rank exceeds the smaller side, or a weight
@@ -164,13 +166,7 @@ def masked_update(
         ValueError: DARE without ``site``, or regmean without ``moments`` of its size.
     """
     _check(name, (target, source, source_base), neurons, axis, fusion)
-    delta = difference(name, target, source, source_base)
-    return _update(delta, neurons, axis, fusion, name, site, moments)
-
-
-def _update(
-    delta: Tensor, neurons: Tensor, axis: int, fusion: Fusion, name: str, site: Site | None, moments: Filter | None
-) -> Update:
+    delta = difference(name, target, source, source_base, see)
     by_neuron = delta if axis == 0 else delta.mT
     selected = neurons.to(delta.device).nonzero().flatten()
     if fusion.update == "regmean":
@@ -221,7 +217,7 @@ def fuse(
     axis: int,
     fusion: Fusion,
     **options: Any,
-) -> Float[Tensor, "rows ..."]:
+) -> Fused:
     """Return W_tgt + beta * M_S(Delta_r) (Eq. 11) as a new tensor in the target's dtype.
 
     Arguments, options and errors as ``masked_update``; it is also an error if the result overflows the dtype. A bias,
@@ -230,23 +226,11 @@ def fuse(
 
     >>> import torch
     >>> target, source = torch.zeros(3, 2), torch.ones(3, 2)
-    >>> fuse(target, source, torch.tensor([True, False, False]), 0, Fusion(beta=0.5, rank=1))
+    >>> fuse(target, source, torch.tensor([True, False, False]), 0, Fusion(beta=0.5, rank=1)).tensor
     tensor([[0.5000, 0.5000],
             [0.0000, 0.0000],
             [0.0000, 0.0000]])
     """
-    return fuse_and_report(target, source, neurons, axis, fusion, **options).tensor
-
-
-def fuse_and_report(
-    target: Float[Tensor, "rows ..."],
-    source: Float[Tensor, "rows ..."],
-    neurons: Bool[Tensor, " neurons"],
-    axis: int,
-    fusion: Fusion,
-    **options: Any,
-) -> Fused:
-    """Return the result of ``fuse``, the certificate of the truncation, and what rounding leaves of the update."""
     fused = fuse_neurons(target, source, neurons, axis, fusion, **options)
     return fused._replace(tensor=put_neurons(target.clone(), fused.tensor, neurons, axis))
 
@@ -273,10 +257,9 @@ def fuse_neurons(
     *,
     name: str = "weight",
     source_base: Float[Matrix, "rows ..."] | None = None,
-    site: Site | None = None,
-    moments: Filter | None = None,
+    **options: Any,
 ) -> Fused:
-    """Return what ``fuse_and_report`` does, but of the tensor the selected neurons alone: [selected, ...].
+    """Return what ``fuse`` does, but of the tensor the selected neurons alone: [selected, ...].
 
     No more than Delta and these neurons are in memory at once.
     """
@@ -285,10 +268,9 @@ def fuse_neurons(
         base = None if source_base is None else source_base[:].unsqueeze(1)
         fused = fuse_neurons(own, other, neurons, 0, fusion.of_bias(), name=name, source_base=base)
         return fused._replace(tensor=fused.tensor.squeeze(1))
-    _check(name, (target, source, source_base), neurons, axis, fusion)
     member = neurons.to(target.device)
     count = int(member.sum())
-    size = (target.shape[0], count) if axis == 1 else (count, target.shape[1])
+    size = (*target.shape[:1], count) if axis == 1 else (count, *target.shape[1:])
     # Neurons that are columns stay columns in memory: what reads and writes them goes along the rows.
     before = torch.empty(size, dtype=target.dtype, device=target.device)
     places = member.cumsum(0)
@@ -302,7 +284,8 @@ def fuse_neurons(
             end = int(places[panel][-1])
             before[end - len(chosen) : end] = chosen
 
-    update = _update(difference(name, target, source, source_base, keep), neurons, axis, fusion, name, site, moments)
+    options |= {"name": name, "source_base": source_base, "see": keep}
+    update = masked_update(target, source, neurons, axis, fusion, **options)
     rounding = _add(before, update, axis, fusion.beta, name)
     return Fused(before if axis == 0 else before.mT, update.certificate, rounding)
 

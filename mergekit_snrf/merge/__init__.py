@@ -9,20 +9,19 @@ from typing import Any
 
 from mergekit_snrf_autoload import when_imported
 
+_SCRIPTS = ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge")
+
 
 def install() -> None:
     """Register the merge method ``snrf`` and wrap mergekit's ``run_merge``; harmless when repeated.
 
     Works in the middle of mergekit's own import: it needs no more than the registry of methods.
     """
-    parameters = sys.modules.get(f"{__name__}.parameters")
-    if parameters is not None and not hasattr(parameters, "SPEC"):
-        return  # Its import of mergekit led here; it calls this function when it is complete.
     # It registers itself; where its own import led here, as soon as it is complete.
     import mergekit_snrf.merge.method  # noqa: F401
 
     when_imported("mergekit.merge", _wrap)
-    for script in ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge"):
+    for script in _SCRIPTS:
         when_imported(script, _guard)
 
 
@@ -48,7 +47,7 @@ class _MergeModule(ModuleType):
 def _wrap(module: ModuleType) -> None:
     module.__class__ = _MergeModule
     # Without the autoload they may have been imported before.
-    for script in map(sys.modules.get, ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge")):
+    for script in map(sys.modules.get, _SCRIPTS):
         if script is not None and "run_merge" in script.__dict__:
             script.run_merge = _with_sessions(script.run_merge)  # type: ignore[attr-defined]
 

@@ -25,10 +25,13 @@ from typing import Any
 import click
 from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
 from mergekit.config import InputModelDefinition, MergeConfiguration, OutputModuleDefinition
+from mergekit.graph import Task
 from mergekit.io.tasks import LoaderCache
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
@@ -36,12 +39,11 @@ from mergekit_snrf.files.reading import parse_yaml
 from mergekit_snrf.files.writing import cleaning_up_when_terminated
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.folders import CHAT_TEMPLATE_FILES, TOKENIZER_FILES, built_inside, copy_files
-from mergekit_snrf.merge.parameters import SPEC
+from mergekit_snrf.merge.method import SPEC, find_session
 from mergekit_snrf.merge.plan import MergePlan
-from mergekit_snrf.merge.planner import SessionPlanner
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipe import stray_keys
-from mergekit_snrf.merge.session import MergeSession, find_session
+from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.models import hub
 from mergekit_snrf.models.headers import FLOAT_DTYPES
 
@@ -73,11 +75,40 @@ class _LiteralModule(ModuleArchitecture):
         return ""
 
 
-RunMerge = Callable[..., None]
+class FusedTensor(Task[Tensor]):
+    """An edited tensor of a running session: nothing is loaded for it."""
+
+    key: str
+    name: str
+
+    def arguments(self) -> dict[str, Task]:
+        """Return no tasks."""
+        return {}
+
+    def group_label(self) -> str:
+        """Return the name: mergekit's executor sorts by it, as the session does."""
+        return self.name
+
+    def execute(self, **_: Any) -> Tensor:
+        """Return the tensor."""
+        fused: Tensor = find_session(self.key).fused(self.name)
+        return fused
+
+
+class SessionPlanner(MergePlanner):
+    """mergekit's planner of ``rewritten``, except that tensors which a session fuses ahead are taken from it."""
+
+    def plan_tensor(self, weight: WeightInfo, weights_in: Any, models: Any, cfg_reader: Any) -> None:
+        """Plan one tensor of the output; an edited one is that which has a source."""
+        session = session_of(self.config)
+        if len(models) > 1 and session.looks_ahead:
+            self._tensors.append((weight, FusedTensor(key=session.key, name=weight.name)))
+        else:
+            super().plan_tensor(weight, weights_in, models, cfg_reader)
 
 
 def run_session(
-    run_merge: RunMerge,
+    run_merge: Callable[..., None],
     config: MergeConfiguration,
     out_path: str,
     options: MergeOptions,
@@ -153,7 +184,7 @@ def rewritten(config: MergeConfiguration, session: MergeSession) -> MergeConfigu
     """Return a configuration that mergekit can plan: the modules ``copied`` and ``edited``, with absolute paths."""
     plan = session.plan
     # A relative path with one slash would look like a hub id to mergekit.
-    base, *donors = [InputModelDefinition(model=model.reference) for model in plan.models]
+    base, *donors = [InputModelDefinition(model=model.reference) for model in plan.models.values()]
     modules = {"copied": OutputModuleDefinition(models=[base])}
     if plan.edits:
         # The method distinguishes source and source_base by their order.
@@ -169,8 +200,7 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
     target.register_type()
     layers: list[list[WeightInfo]] = [[] for _ in range(plan.target.decoder.shape.layers)]
     for edit in plan.edits:
-        names = dict.fromkeys(name for name in (edit.source_name, edit.source_base_name) if name is not None)
-        aliases = tuple(name for name in names if name != edit.target_name) or None
+        aliases = tuple(name for name in dict.fromkeys(edit.names.values()) if name != edit.target_name) or None
         dtype = plan.recipe.wider_dtype(edit.dtype)
         layers[edit.site.layer].append(WeightInfo(name=edit.target_name, aliases=aliases, force_dtype=dtype))
     # dtype and out_dtype would round int64 buffers such as position_ids through a float type.
@@ -191,7 +221,8 @@ def architecture_of(config: MergeConfiguration, options: MergeOptions) -> ModelA
 
 def session_of(config: MergeConfiguration) -> MergeSession:
     """Return the running session of a configuration of ``rewritten``."""
-    return find_session(str((config.parameters or {}).get("masks")))
+    found: MergeSession = find_session(str((config.parameters or {}).get("masks")))
+    return found
 
 
 def _hook(names: dict[str, Any]) -> None:

@@ -207,8 +207,8 @@ def _last_part(path: str) -> str:
 def check_names(draft: PlanDraft) -> None:
     """Refuse a model with two tensors that mergekit, which takes the first of several names, would mix up."""
     for edit in draft.edits:
-        names = [name for name in (edit.target_name, edit.source_name, edit.source_base_name) if name is not None]
-        for role, own in zip(("source", "source_base"), names[1:], strict=False):
+        names = list(edit.names.values())
+        for role, own in edit.names.items():
             checkpoint = draft.checkpoints[role]
             wrong = next((name for name in names[: names.index(own)] if name in checkpoint.tensors), None)
             if wrong is not None:

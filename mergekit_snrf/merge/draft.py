@@ -17,14 +17,13 @@ from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge import checks
 from mergekit_snrf.merge.folders import Kind, output_problem
-from mergekit_snrf.merge.parameters import ALL_NEURONS
+from mergekit_snrf.merge.method import ALL_NEURONS
 from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedEdit
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.models.filters import check_moments, compare_moments
 from mergekit_snrf.models.headers import FLOAT_DTYPES
-from mergekit_snrf.models.moments import read_moments
+from mergekit_snrf.models.moments import check_moments, compare_moments, read_moments
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
@@ -244,9 +243,7 @@ def _planned_edit(
         fusion.check_rank(name, header.shape)
     return PlannedEdit(
         site=site,
-        target_name=name,
-        source_name=names["source"],
-        source_base_name=names.get("source_base"),
+        names={"target": name, **names},
         shape=header.shape,
         dtype=header.dtype,
         neurons=int(member.sum()),

@@ -25,8 +25,7 @@ _OURS = re.compile(r"^[^#\n]*\bmerge_method['\"]?\s*:\s*['\"]?snrf\b", re.MULTIL
 def open_recipe(path: str, *args: Any, **options: Any) -> TextIO:
     """Open a recipe as the built-in does.
 
-    Raises:
-        click.ClickException: it is missing, not UTF-8 text, or a device or FIFO that may never end.
+    ``click.ClickException``: it is missing, not UTF-8 text, or a device or FIFO that may never end.
     """
     if path == "-":
         return io.StringIO(sys.stdin.read())

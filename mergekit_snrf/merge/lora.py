@@ -105,7 +105,7 @@ def export_adapter(
         config, options, out_path, "adapter", recipe_folder=recipe_folder, overwrite=overwrite, problems=_problems
     )
     settings = settings or AdapterSettings()
-    plan = replace(plan, edits=tuple(_truncated(edit, settings.rank) for edit in plan.edits))
+    plan = replace(plan, edits=[_truncated(edit, settings.rank) for edit in plan.edits])
     rank = _rank(plan.edits, settings.rank)
     prefix = live_prefix(plan.target.checkpoint)
     modules = [f"{prefix}{edit.site.layer}.{edit.site.module}" for edit in plan.edits]

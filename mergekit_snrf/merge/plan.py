@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,20 +37,23 @@ class OpenedModel:
 class PlannedEdit:
     """One tensor that a merge changes: a weight, or the bias beside it, and all that a kernel needs for it.
 
-    Names are those in each model, ``source_base_name`` None where the recipe has none. ``dtype`` is the target's, such
-    as ``BF16``; ``member`` says which of its ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
+    Names are those by ``target``, ``source`` and, where the recipe has one, ``source_base``. ``dtype`` is the target's,
+    such as ``BF16``; ``member`` says which ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
     """
 
     site: Site
-    target_name: str
-    source_name: str
-    source_base_name: str | None
+    names: Mapping[str, str] = field(hash=False)
     shape: tuple[int, ...]
     dtype: str
     neurons: int
     source_bytes: int
     fusion: Fusion
     member: Bool[Tensor, " neurons"] = field(compare=False, repr=False)
+
+    @property
+    def target_name(self) -> str:
+        """The name in the target."""
+        return self.names["target"]
 
     @property
     def is_bias(self) -> bool:
@@ -63,52 +66,74 @@ class PlannedEdit:
         return self.neurons if self.is_bias else self.neurons * self.shape[1 - self.site.axis]
 
 
-@dataclass(frozen=True, repr=False)
-class MergePlan:
-    """A merge that can run.
+@dataclass(repr=False)
+class PlanDraft:
+    """What was found of a merge so far, and every problem; the merge can run only if there is none.
 
     Attributes:
-        edits: in the order of the decoder's layers.
+        warnings: one sentence each.
+        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
+        models: those of them that have a text decoder.
+        references: all models as the recipe names them, with absolute folders.
         mask: the recipe's, or all neurons of the decoder, where ``mask_path`` is None.
         moments: None: the update needs none.
-        copied: names of the target's tensors that stay as they are.
-        warnings: one sentence each.
+        edits: in the order of the decoder's layers; none where there was a problem before.
     """
 
-    recipe: Recipe
-    target: OpenedModel
-    source: OpenedModel
-    source_base: OpenedModel | None
-    mask: Mask
-    mask_path: Path | None
-    moments: Moments | None
-    edits: tuple[PlannedEdit, ...]
-    copied: tuple[str, ...]
-    warnings: tuple[str, ...]
+    problems: list[SnrfError] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    models: dict[str, OpenedModel] = field(default_factory=dict)
+    references: list[ModelReference] = field(default_factory=list)
+    mask: Mask | None = None
+    mask_path: Path | None = None
+    moments: Moments | None = None
+    edits: list[PlannedEdit] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        return f"<MergePlan of {' and '.join(model.checkpoint.name for model in self.models)}: {len(self.edits)} edits>"
-
-    @property
-    def models(self) -> tuple[OpenedModel, ...]:
-        """Target, source and, where the recipe has one, the source's base."""
-        return tuple(model for model in (self.target, self.source, self.source_base) if model is not None)
-
-    @property
-    def references(self) -> list[ModelReference]:
-        """The models as the recipe names them, with absolute folders."""
-        return [model.reference for model in self.models]
+        return f"<{type(self).__name__}: {len(self.edits)} edits, {len(self.problems)} problems>"
 
     @property
     def inputs(self) -> list[str]:
         """The local folders and files that the merge reads."""
-        return _inputs(self)
+        parts = [part.path for model in self.references for part in (model.model, model.lora) if part is not None]
+        opened = [str(checkpoint.folder) for checkpoint in self.checkpoints.values() if checkpoint.folder]
+        files = [str(self.mask_path)] if self.mask_path else []
+        files += [self.moments.path] if self.moments is not None else []
+        return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *files]
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Take what the block raises as a problem."""
+        try:
+            yield
+        except SnrfError as error:
+            self.problems.append(error)
+
+    def finish(self) -> MergePlan:
+        """Return the plan, or raise ``SnrfError`` with every problem."""
+        if self.problems:
+            raise SnrfError.several("the merge cannot run", self.problems)
+        return MergePlan(**vars(self))
+
+
+class MergePlan(PlanDraft):
+    """A merge that can run."""
+
+    recipe: Recipe
+    mask: Mask
 
     @property
-    def checkpoints(self) -> dict[str, Checkpoint]:
-        """The checkpoints by ``target``, ``source`` and ``source_base``."""
-        roles = ("target", "source", "source_base")
-        return {role: model.checkpoint for role, model in zip(roles, self.models, strict=False)}
+    def target(self) -> OpenedModel:
+        """The model whose tensors change."""
+        return self.models["target"]
+
+    @property
+    def copied(self) -> list[str]:
+        """Names of the target's tensors that stay as they are."""
+        edited = {edit.target_name for edit in self.edits}
+        return [name for name in self.target.checkpoint.tensors if name not in edited]
 
     @property
     def unmatched(self) -> list[str]:
@@ -148,7 +173,7 @@ class MergePlan:
                 said.append(f"regmean: keep {_span([fusion.keep for fusion in fusions])}")
             order = "" if set(ranks) == {0} else f", {fusions[0].order}"
             said.append(f"rank {_span(ranks)}{' (0: full rank)' if 0 in ranks else ''}{order}")
-        if self.source_base is not None:
+        if "source_base" in self.models:
             said.append("Delta = source - source_base")
         if len(fusions) < len(self.edits):
             said.append("biases")
@@ -164,73 +189,6 @@ class MergePlan:
                 tensors[edit.site.projection] += 1
                 changed[edit.site.projection] += edit.neurons
         return {name: (tensors[name], changed[name], shape.layers * shape.neurons(name)) for name in PROJECTIONS}
-
-
-@dataclass(repr=False)
-class PlanDraft:
-    """What was found of a merge so far, and every problem; the merge can run only if there is none.
-
-    Attributes:
-        warnings: one sentence each.
-        checkpoints: those that could be opened, by ``target``, ``source`` and ``source_base``.
-        models: those of them that have a text decoder.
-        references: all models as the recipe names them, with absolute folders.
-        edits: none where there was a problem before.
-    """
-
-    problems: list[SnrfError] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    recipe: Recipe | None = None
-    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
-    models: dict[str, OpenedModel] = field(default_factory=dict)
-    references: list[ModelReference] = field(default_factory=list)
-    mask: Mask | None = None
-    mask_path: Path | None = None
-    moments: Moments | None = None
-    edits: list[PlannedEdit] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"<PlanDraft: {len(self.edits)} edits, {len(self.problems)} problems, {len(self.warnings)} warnings>"
-
-    @property
-    def inputs(self) -> list[str]:
-        """The local folders and files that the merge reads."""
-        return _inputs(self)
-
-    @contextmanager
-    def collect(self) -> Iterator[None]:
-        """Take what the block raises as a problem."""
-        try:
-            yield
-        except SnrfError as error:
-            self.problems.append(error)
-
-    def finish(self) -> MergePlan:
-        """Return the plan, or raise ``SnrfError`` with every problem."""
-        if self.problems:
-            raise SnrfError.several("the merge cannot run", self.problems)
-        assert self.recipe is not None and self.mask is not None  # noqa: PT018
-        edited = {edit.target_name for edit in self.edits}
-        return MergePlan(
-            recipe=self.recipe,
-            target=self.models["target"],
-            source=self.models["source"],
-            source_base=self.models.get("source_base"),
-            mask=self.mask,
-            mask_path=self.mask_path,
-            moments=self.moments,
-            edits=tuple(self.edits),
-            copied=tuple(name for name in self.checkpoints["target"].tensors if name not in edited),
-            warnings=tuple(self.warnings),
-        )
-
-
-def _inputs(plan: MergePlan | PlanDraft) -> list[str]:
-    parts = [part.path for model in plan.references for part in (model.model, model.lora) if part is not None]
-    opened = [str(checkpoint.folder) for checkpoint in plan.checkpoints.values() if checkpoint.folder]
-    files = [str(plan.mask_path)] if plan.mask_path else []
-    files += [plan.moments.path] if plan.moments is not None else []
-    return [*dict.fromkeys([*opened, *(path for path in parts if os.path.isdir(path))]), *files]
 
 
 def _span(values: Sequence[float]) -> str:

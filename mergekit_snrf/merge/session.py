@@ -5,12 +5,10 @@ tensors' names: it loads a tensor, merges it, and keeps it until a shard is full
 the same order. So while the executor maps, copies and writes on the main thread, a pool of threads reads the tensors
 of the next edits from the shards, with plain reads and each byte once, and fuses them; where the executor wants an
 edited tensor, it takes it from the session, in most cases finished. mergekit's own loader opens these tensors' files,
-but never touches them (``merge/planner.py``).
+but never touches them (``merge/adapter.py``).
 
-``fusion/threads.py`` bounds the memory: what the running workers hold, and what waits to be taken, is at most an eighth
-of the machine's memory (at least 2 GiB). In addition mergekit's writer holds its shard. Each result depends on its own
-tensor alone, on one thread, so that the number of workers (``--num-threads``, by default the cores) changes no byte. A
-failure in a worker is raised where the executor takes the tensor, as if it had fused it itself.
+``fusion/threads.py`` bounds the memory, and the number of workers (``--num-threads``, by default the cores) changes no
+byte. A failure in a worker is raised where the executor takes the tensor, as if it had fused it itself.
 
 On another device than the CPU, and for weights in .bin files, mergekit loads the tensors and the session fuses them on
 the executor's own stream.
@@ -29,15 +27,15 @@ from mergekit.merge_methods.base import TensorEntry
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.fuse import Fused, fuse_and_report
+from mergekit_snrf.fusion.fuse import Fused, fuse
 from mergekit_snrf.fusion.threads import LookAhead, look_ahead, one_thread
 from mergekit_snrf.merge.cards import merge_card
+from mergekit_snrf.merge.method import SESSIONS
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, check_cast, kernel_options
-from mergekit_snrf.models.filters import Filters
 from mergekit_snrf.models.headers import FLOAT_DTYPES
+from mergekit_snrf.models.moments import Filters
 
 
 class MergeSession:
@@ -63,7 +61,7 @@ class MergeSession:
     @contextmanager
     def running(self, options: MergeOptions | None = None) -> Iterator[None]:
         """Let mergekit find the session in the block, and fuse ahead of it; not without options."""
-        _SESSIONS[self.key] = self
+        SESSIONS[self.key] = self
         try:
             if options is None or not self._can_look_ahead(options):
                 yield
@@ -78,10 +76,10 @@ class MergeSession:
                 yield
         finally:
             self._ahead = None
-            del _SESSIONS[self.key]
+            del SESSIONS[self.key]
 
     def _can_look_ahead(self, options: MergeOptions) -> bool:
-        files = (entry.file for model in self.plan.models for entry in model.checkpoint.tensors.values())
+        files = (entry.file for model in self.plan.models.values() for entry in model.checkpoint.tensors.values())
         on_cpu = not options.multi_gpu and torch.device(options.device or "cpu").type == "cpu"
         return on_cpu and all(file.endswith(".safetensors") for file in files)
 
@@ -111,13 +109,11 @@ class MergeSession:
             self._check_read("target", name, base)
             result = base.tensor
         else:
-            names = {"target": name, "source": edit.source_name, "source_base": edit.source_base_name}
-            for (role, own), entry in zip(names.items(), (base, *donors), strict=False):
-                self._check_read(role, str(own), entry)
-            source, *rest = [entry.tensor for entry in donors]
-            options = kernel_options(edit, rest[0] if rest else None, self._filters)
+            for (role, own), entry in zip(edit.names.items(), (base, *donors), strict=True):
+                self._check_read(role, own, entry)
+            weights = dict(zip(edit.names, (entry.tensor for entry in (base, *donors)), strict=True))
             with one_thread():
-                return self._finished(name, fuse_and_report(base.tensor, source, **options))
+                return self._finished(name, fuse(**weights, **kernel_options(edit, self._filters)))
         self._check_written(name, result)
         return result
 
@@ -144,18 +140,3 @@ class MergeSession:
         # What mergekit rounds after the method has returned was not counted.
         changed = None if recipe.out_dtype else self.tally.changed
         return merge_card(self.plan, self._recipe, cast=recipe.out_dtype or recipe.dtype, changed=changed)
-
-
-_SESSIONS: dict[str, MergeSession] = {}
-
-
-def find_session(key: str) -> MergeSession:
-    """Return the running session of a key.
-
-    Raises:
-        SnrfError: there is none.
-    """
-    if key not in _SESSIONS:
-        what = f"no snrf merge with masks {key!r} is running"
-        raise SnrfError(None, what, "import mergekit_snrf.merge before run_merge, and call run_merge")
-    return _SESSIONS[key]

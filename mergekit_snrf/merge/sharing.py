@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePath
 
 import safetensors
@@ -16,9 +16,8 @@ from mergekit_snrf.files.markdown import front_matter
 from mergekit_snrf.files.reading import open_regular, parse_yaml, read_text
 from mergekit_snrf.files.references import sha256
 from mergekit_snrf.files.writing import write_text
-from mergekit_snrf.merge.cards import AGAIN, NO_LICENSE, THIS_LICENSE
+from mergekit_snrf.merge.cards import AGAIN, HUB_ID, LICENSE, NO_LICENSE, THIS_LICENSE
 from mergekit_snrf.merge.folders import KIT
-from mergekit_snrf.merge.origins import HUB_ID, LICENSE
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.headers import read_header
@@ -81,19 +80,17 @@ def add_kit(folder: Path, card: str, path: Path) -> list[str]:
 def problems(folder: str) -> Iterator[tuple[str, str | None]]:
     """Yield (what was looked at, what is wrong with it or None) for everything that a shared folder needs."""
     adapter = os.path.exists(os.path.join(folder, "adapter_config.json"))
-    for what, check in (("weights and configuration", _adapter if adapter else _model), ("card", _card)):
+    checks: dict[str, Callable[[str], Iterable[str]]] = {
+        "weights and configuration": _adapter if adapter else _model,
+        "card": _card,
+        "local paths": _local_paths,
+    }
+    for what, check in checks.items():
         try:
-            found = check(folder)
+            found: list[str | None] = [*check(folder)]
         except SnrfError as error:
             found = [str(error)]
-        yield from _said(what, found)
-    yield from _said("local paths", list(_local_paths(Path(folder))))
-
-
-def _said(what: str, found: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    yield from ((what, one) for one in found)
-    if not found:
-        yield what, None
+        yield from ((what, one) for one in found or [None])
 
 
 def _model(folder: str) -> list[str]:
@@ -130,8 +127,8 @@ def _card(folder: str) -> list[str]:
     return found
 
 
-def _local_paths(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*")):
+def _local_paths(folder: str) -> Iterator[str]:
+    for path in sorted(Path(folder).rglob("*")):
         if not path.is_file() or path.name in _VOCABULARIES:
             continue
         name = path.relative_to(folder).as_posix()

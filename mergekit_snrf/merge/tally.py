@@ -39,7 +39,7 @@ class Tally:
         LOG.info("%s", self.summary())
         LOG.log(logging.WARNING if self.lost > LOST_TOO_MUCH else logging.INFO, "%s", self.sentence())
         if warning := self.zeros():
-            LOG.warning("%s", warning)
+            LOG.warning(warning)
 
     @property
     def changed(self) -> int | None:

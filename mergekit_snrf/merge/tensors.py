@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,25 +14,23 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.delta import Matrix
 from mergekit_snrf.fusion.fuse import Fused, fuse_neurons, masked_update, put_neurons
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.filters import Filters, filter_at
 from mergekit_snrf.models.headers import ITEM_BYTES
-from mergekit_snrf.models.shards import ByteRange, StoredTensor, read_tensor
+from mergekit_snrf.models.moments import Filters, filter_at
+from mergekit_snrf.models.shards import ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
 
-def kernel_options(edit: PlannedEdit, source_base: Matrix | None, filters: Filters | None) -> dict[str, Any]:
-    """Return what a function of ``fusion.fuse`` takes for a planned edit besides target and source."""
+def kernel_options(edit: PlannedEdit, filters: Filters | None) -> dict[str, Any]:
+    """Return what a function of ``fusion.fuse`` takes for a planned edit besides the weights."""
     return {
         "neurons": edit.member,
         "axis": edit.site.axis,
         "fusion": edit.fusion,
         "name": edit.target_name,
-        "source_base": source_base,
         "site": edit.site,
         "moments": filter_at(edit.site, edit.fusion, filters),
     }
@@ -60,28 +58,30 @@ def check_cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> None:
         raise SnrfError(name, what, f"merge in a wider dtype than {kind}")
 
 
-class _CastTensor(StoredTensor):
-    """A stored tensor that is read in the recipe's dtype; raises as ``check_cast``."""
+@dataclass(frozen=True)
+class _CastTensor:
+    """A stored tensor that is read in a dtype; raises as ``check_cast``."""
 
-    def __init__(self, where: ByteRange, dtype: torch.dtype | None, name: str, device: torch.device) -> None:
-        super().__init__(where)
-        self._dtype, self._name, self._device = dtype or where.dtype, name, device
+    where: ByteRange
+    cast: torch.dtype | None
+    name: str
+    device: torch.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._dtype
+        return self.cast or self.where.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self._device
+    def shape(self) -> tuple[int, ...]:
+        return self.where.shape
 
     def __getitem__(self, rows: slice) -> Tensor:
-        panel = super().__getitem__(rows).to(self._device)
+        panel = self.where[rows].to(self.device)
         try:
-            return cast(panel, self._dtype, self._name)
+            return cast(panel, self.dtype, self.name)
         except SnrfError:
             # The message names the largest weight of the whole tensor.
-            check_cast(read_tensor(self.where), self._dtype, self._name)
+            check_cast(read_tensor(self.where), self.dtype, self.name)
             raise
 
 
@@ -100,15 +100,13 @@ class Tensors:
 
     def __init__(self, plan: MergePlan, options: MergeOptions) -> None:
         self.filters = None if plan.moments is None else Filters(plan.moments)
-        names = {
-            "target": [edit.target_name for edit in plan.edits],
-            "source": [edit.source_name for edit in plan.edits],
-            "source_base": [edit.source_base_name for edit in plan.edits if edit.source_base_name is not None],
-        }
         folders = {role: one.local(options.transformers_cache) for role, one in plan.checkpoints.items()}
         self.target_folder = folders["target"]
         self._recipe, self._device = plan.recipe, torch.device(options.device or "cpu")
-        self._ranges = {role: stored_ranges(one, folders[role], names[role]) for role, one in plan.checkpoints.items()}
+        self._ranges = {
+            role: stored_ranges(one, folders[role], [edit.names[role] for edit in plan.edits])
+            for role, one in plan.checkpoints.items()
+        }
 
     def workers(self, wanted: int | None) -> int | None:
         """Return how many tensors are computed at once: by default one on an accelerator, None on the CPU."""
@@ -121,36 +119,31 @@ class Tensors:
     def update(self, edit: PlannedEdit) -> Update:
         """Return the update of an edit, without the factor beta.
 
-        Raises:
-            SnrfError: a shard ends early, a weight is not finite, or a dtype of the recipe cannot hold it.
+        ``SnrfError``: a shard ends early, a weight is not finite, or a dtype of the recipe cannot hold it.
         """
-        target, source, base = self._matrices(edit)
-        update = masked_update(target, source, **kernel_options(edit, base, self.filters))
+        update = masked_update(**self._inputs(edit))
         left = None if update.left is None else update.left.cpu()
         return replace(update, selected=update.selected.cpu(), left=left, right=update.right.cpu())
 
     def neurons(self, edit: PlannedEdit) -> Fused:
         """Return the fused neurons of an edit, [selected, ...]; raises as ``update``, or where they overflow."""
-        target, source, base = self._matrices(edit)
-        fused = fuse_neurons(target, source, **kernel_options(edit, base, self.filters))
+        fused = fuse_neurons(**self._inputs(edit))
         return fused._replace(tensor=fused.tensor.cpu())
 
     def whole(self, edit: PlannedEdit) -> Fused:
         """Return the whole fused tensor of an edit; raises as ``neurons``."""
-        target, source, base = self._matrices(edit)
-        weight = target[:]
-        fused = fuse_neurons(weight, source, **kernel_options(edit, base, self.filters))
+        inputs = self._inputs(edit)
+        weight = inputs["target"][:]
+        fused = fuse_neurons(**{**inputs, "target": weight})
         return fused._replace(tensor=put_neurons(weight, fused.tensor, edit.member, edit.site.axis))
 
-    def _matrices(self, edit: PlannedEdit) -> tuple[Matrix, Matrix, Matrix | None]:
+    def _inputs(self, edit: PlannedEdit) -> dict[str, Any]:
+        """Return the arguments of a kernel."""
         dtype = dtype_from_name(self._recipe.working_dtype(edit.dtype))
-        names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
-        target, source, base = (
-            None if name is None else _CastTensor(self._ranges[role][name], dtype, name, self._device)
-            for role, name in names.items()
-        )
-        assert target is not None and source is not None  # noqa: PT018
-        return target, source, base
+        matrices = {
+            role: _CastTensor(self._ranges[role][name], dtype, name, self._device) for role, name in edit.names.items()
+        }
+        return {**kernel_options(edit, self.filters), **matrices}
 
     def memory(self, edit: PlannedEdit, *, whole: bool = False) -> Memory:
         """Return what ``whole``, or ``neurons``, of an edit takes.
@@ -159,8 +152,7 @@ class Tensors:
         target's, for ``whole`` the target's tensor, and F.
         """
         size, item = math.prod(edit.shape), ITEM_BYTES[edit.dtype]
-        names = {"target": edit.target_name, "source": edit.source_name, "source_base": edit.source_base_name}
-        stored = (self._ranges[role][name].dtype for role, name in names.items() if name is not None)
+        stored = (self._ranges[role][name].dtype for role, name in edit.names.items())
         work = 8 if torch.float64 in stored else 4
         neurons = edit.parameters * item
         kept = size * item if whole else neurons

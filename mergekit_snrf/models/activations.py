@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder
 from mergekit_snrf.neurons.sites import TOWERS, Site
 
@@ -22,7 +21,6 @@ DECODER, VISION, PROJECTOR = MODULES = ("decoder", "vision", "projector")
 
 _STEMS = {DECODER: "text.layers", VISION: "vision.layers", PROJECTOR: "projector"}
 _CLASSES = ("torch.nn.modules.activation", "transformers.activations")
-_UNKNOWN = "the model is not supported"
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,14 @@ def activation_key(module: str, layer: int) -> str:
 def find_activations(model: nn.Module, decoder: LiveDecoder) -> list[Activation]:
     """Return the activations of all MLPs of a loaded model.
 
-    Raises:
-        SnrfError: the activation of an MLP of the text decoder is not a module, or one is not elementwise.
+    ``SnrfError``: the activation of an MLP of the text decoder is not a module, or one is not elementwise.
     """
     found = []
     for number, layer in enumerate(decoder.layers):
         path = f"{decoder.path}.{number}.mlp"
         act = _activation(layer.get_submodule("mlp"))
         if act is None:
-            raise SnrfError(decoder.model, f"the activation of {path} is not a module", _UNKNOWN)
+            raise decoder.unsupported(f"the activation of {path} is not a module")
         mlp = layer.get_submodule("mlp")
         found.append(Activation(DECODER, number, f"{path}.{act}", mlp.get_submodule(act), _width(mlp)))
     counts = dict.fromkeys((VISION, PROJECTOR), 0)
@@ -84,9 +81,9 @@ def find_activations(model: nn.Module, decoder: LiveDecoder) -> list[Activation]
     for one in found:
         if not _elementwise(one):
             what = f"the activation {one.path}, {type(one.act).__name__}, is not elementwise"
-            raise SnrfError(decoder.model, f"{what}, so no neuron has an activation of its own", _UNKNOWN)
+            raise decoder.unsupported(f"{what}, so no neuron has an activation of its own")
     if len({id(one.act) for one in found}) < len(found):
-        raise SnrfError(decoder.model, "several layers share one activation module", _UNKNOWN)
+        raise decoder.unsupported("several layers share one activation module")
     return found
 
 

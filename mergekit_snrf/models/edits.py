@@ -6,8 +6,8 @@ A loaded model is edited neuron by neuron, and only what is overwritten is kept:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, closing
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -20,9 +20,8 @@ from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons, put_neurons
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.models.activations import Activation, find_activations
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.filters import Filters, check_moments, filter_at
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.moments import Moments, moments_of
+from mergekit_snrf.models.moments import Filters, Moments, check_moments, filter_at, moments_of
 from mergekit_snrf.models.weights import Weights, bias_name, state_weights, weights_of
 from mergekit_snrf.neurons.maskfile import AnyNeurons, mask_of
 from mergekit_snrf.neurons.sets import NeuronSet
@@ -68,8 +67,7 @@ class Edit(Shown):
     def undo(self) -> None:
         """Put back every value as it was; a second call changes nothing.
 
-        Raises:
-            SnrfError: the model was cast or moved since, or a later edit of the same weights was not undone before.
+        ``SnrfError``: the model was cast or moved since, or a later edit of the same weights was not undone before.
         """
         while self._silenced:
             self._silenced.pop().remove()
@@ -92,17 +90,6 @@ class Edit(Shown):
         silenced = f", {len(self._silenced)} activations" if self._silenced else ""
         return f"<Edit of {len(self._saved)} tensors, {rows} rows and columns{silenced}>"
 
-    @classmethod
-    @contextmanager
-    def whole(cls) -> Iterator[Edit]:
-        """Give an edit to fill; whatever interrupts the block, the model is then as before."""
-        edit = cls()
-        try:
-            yield edit
-        except BaseException:
-            edit.undo()
-            raise
-
     def __enter__(self) -> Edit:
         """Return the edit; it is undone at the end of the block."""
         return self
@@ -123,7 +110,8 @@ def deactivate(model: nn.Module, neurons: AnyNeurons) -> Edit:
     whole, where = _of(neurons, towers=True)
     decoder, chosen = _prepared(model, whole.of(*PROJECTIONS), where)
     towers = _towers(model, decoder, whole.of(*TOWERS).nonempty(), where)
-    with Edit.whole() as edit:
+    with ExitStack() as undoing:
+        edit = undoing.enter_context(Edit())
         for activation, member in towers:
             edit.silence(activation.act, member.nonzero().flatten())
         for site, member in chosen.items():
@@ -131,6 +119,7 @@ def deactivate(model: nn.Module, neurons: AnyNeurons) -> Edit:
             edit.write(module.weight, site.axis, selected, 0.0)
             if site.axis == 0 and module.bias is not None:
                 edit.write(module.bias, 0, selected, 0.0)
+        undoing.pop_all()
     return edit
 
 
@@ -169,12 +158,14 @@ def fuse_model(
         check_moments(found, decoder.shape, decoder.model)
         filters = Filters(found)
     changes = _fused(decoder, source, chosen, fusion, source_base, biases, filters)
-    with Edit.whole() as edit, closing(changes):
+    with ExitStack() as undoing, closing(changes):
+        edit = undoing.enter_context(Edit())
         for site, fused, fused_bias in changes:
             module, selected = decoder.module(site), chosen[site].nonzero().flatten()
             edit.write(module.weight, site.axis, selected, fused)
             if fused_bias is not None:
                 edit.write(module.bias, 0, selected, fused_bias)
+        undoing.pop_all()
     return edit
 
 

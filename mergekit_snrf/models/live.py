@@ -30,6 +30,11 @@ class LiveDecoder:
     layers: tuple[nn.Module, ...] = field(repr=False)
     shape: DecoderShape
 
+    def unsupported(self, what: str, *place: object) -> SnrfError:
+        """Return the error of a model whose ``place``, a layer and a module of it, is of an unknown kind."""
+        where = ".".join(map(str, (f"{self.model}: {self.path}", *place))) if place else self.model
+        return SnrfError(where, what, "the model is not supported")
+
     def module(self, site: Site) -> Any:
         """Return the ``nn.Linear`` of a projection; raise ``SnrfError`` if there is no such layer."""
         if site.layer >= self.shape.layers:
@@ -65,7 +70,9 @@ def find_live_decoder(model: nn.Module, shape: DecoderShape | None = None, *, na
         if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_decoder_layer, module))
     ]
     if len(stacks) > 1:
-        size = (shape.layers, shape.hidden_size) if shape else _configured_size(model)
+        text = _text_config(model)
+        size = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+        size = (shape.layers, shape.hidden_size) if shape else size
         stacks = [(path, layers) for path, layers in stacks if (len(layers), _width(layers[0])) == size] or stacks
     if len(stacks) > 1:
         # The stack with embeddings and a final norm is the decoder; a resampler's has neither.
@@ -118,10 +125,9 @@ def _features(layer: nn.Module, projection: str) -> tuple[int, int]:
     return int(linear.in_features), int(linear.out_features)
 
 
-def _configured_size(model: nn.Module) -> tuple[int | None, int | None]:
+def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def _live_shape(name: str, path: str, layers: tuple[nn.Module, ...]) -> DecoderShape:
@@ -188,11 +194,7 @@ class LiveHead:
 
 
 def find_live_head(model: nn.Module, decoder: LiveDecoder) -> LiveHead:
-    """Return what the model puts behind its text decoder.
-
-    Raises:
-        SnrfError: there is no final norm or no head.
-    """
+    """Return what the model puts behind its text decoder. ``SnrfError``: there is no final norm or no head."""
     above = decoder.path.rpartition(".")[0]
     norm = getattr(model.get_submodule(above), "norm", None)
     head: Any = None
@@ -205,6 +207,4 @@ def find_live_head(model: nn.Module, decoder: LiveDecoder) -> LiveHead:
     if norm is None or not isinstance(getattr(head, "out_features", None), int):
         what = "has no final norm and linear head behind its text decoder"
         raise SnrfError(decoder.model, what, "use a model that generates text")
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return LiveHead(decoder.model, norm, head, getattr(text, "final_logit_softcapping", None))
+    return LiveHead(decoder.model, norm, head, getattr(_text_config(model), "final_logit_softcapping", None))

@@ -14,23 +14,32 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, os_reason
-from mergekit_snrf.fusion.delta import panels
+from mergekit_snrf.fusion.updates import panels
 from mergekit_snrf.models.headers import FLOAT_DTYPES, read_header
 
 # Linux reads and writes at most 2 GiB at once; smaller pieces can be interrupted.
 _AT_ONCE = 1 << 26
 _AGAIN = "get the file again"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Where a floating-point tensor lies in a shard; ``offset`` is from the start of the file."""
+    """A floating-point tensor in a shard; ``tensor[begin:end]`` reads these rows, and raises as ``read_tensor``.
+
+    ``offset`` is from the start of the file, ``device`` that of the rows.
+    """
 
     path: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     bytes: int
+    device: torch.device = _CPU
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, end, _ = rows.indices(self.shape[0])
+        return _read(self, start, end, (end - start, *self.shape[1:]))
 
 
 def byte_ranges(path: Path) -> dict[str, ByteRange]:
@@ -69,32 +78,6 @@ def _read(where: ByteRange, start: int, end: int, shape: tuple[int, ...]) -> Ten
     return torch.frombuffer(buffer, dtype=where.dtype).view(shape)
 
 
-class StoredTensor:
-    """A tensor in a shard; ``stored[begin:end]`` reads these rows, and raises as ``read_tensor``."""
-
-    def __init__(self, where: ByteRange) -> None:
-        self.where = where
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As of a tensor."""
-        return self.where.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows that are read."""
-        return self.where.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        start, end, _ = rows.indices(self.shape[0])
-        return _read(self.where, start, end, (end - start, *self.shape[1:]))
-
-
 def overwrite_neurons(
     where: ByteRange,
     path: Path,
@@ -128,9 +111,8 @@ def overwrite_neurons(
                 _write(file, where.offset + start * width, rows)
                 written += end - start
             return written * width
-        stored = StoredTensor(where)
         for panel in panels(where.shape):
-            rows = stored[panel]
+            rows = where[panel]
             rows[:, neurons] = values[:, panel].mT
             _write(file, where.offset + panel.start * width, rows)
     return where.bytes

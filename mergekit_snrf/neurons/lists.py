@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.reading import DATA_BYTES, load_json, open_regular, parse_json, read_text
+from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_text
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
 from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
@@ -61,7 +61,7 @@ def read_neurons(
         return _of_names(where, [name for name in _SPACES.split(text) if name], shape)
     content = parse_json(text, where)
     if isinstance(content, dict) and not any(isinstance(one, list) for one in content.values()):
-        return read_released(where, shape, kv_indices)
+        return _of_released(where, content, shape, kv_indices)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return _of_names(where, content, shape)
     return _of_layers(where, _chosen(where, content, chosen), shape)
@@ -117,27 +117,23 @@ def _of_layers(path: Path, layers: Any, shape: DecoderShape) -> NeuronSet:
     if not isinstance(layers, list | tuple) or len(layers) != shape.layers:
         found = f"{len(layers)} layers" if isinstance(layers, list | tuple) else type(layers).__name__
         raise SnrfError(path, f"has {found} in a set, the model has {shape.layers} layers", _MODEL)
-    members: dict[Site, torch.Tensor] = {}
+    neurons: dict[Site, list[int]] = {}
     for layer, given in enumerate(layers):
-        member = torch.zeros(shape.intermediate_size, dtype=torch.bool)
-        member[_indices(path, layer, given, shape.intermediate_size)] = True
-        members |= {Site(layer, name): member for name in ("fwd.up", "fwd.down")}
-    return NeuronSet(members)
+        indices = _indices(path, f"layer {layer}", given, shape.intermediate_size, "in this model")
+        neurons |= {Site(layer, name): indices for name in ("fwd.up", "fwd.down")}
+    return _set_of(neurons, shape)
 
 
-def _indices(path: Path, layer: int, given: Any, limit: int) -> torch.Tensor:
-    field = f"layer {layer}"
-    if isinstance(given, list | tuple) and len(given) <= limit and all(type(index) is int for index in given):
-        # An integer of JSON has any length, a tensor's 64 bits.
-        given = torch.tensor([min(max(index, -1), limit) for index in given], dtype=torch.int64)
-    if not isinstance(given, torch.Tensor) or given.ndim != 1 or given.numel() > limit:
-        raise SnrfError(path, f"must be at most {limit} whole numbers", _MODEL, field=field)
-    if given.numel() and (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool):
-        raise SnrfError(path, f"must be whole numbers, got {given.dtype}", "save indices", field=field)
-    indices = given.long()
-    if bool(((indices < 0) | (indices >= limit)).any()):
-        raise SnrfError(path, f"an index is not in [0, {limit}), the range in this model", _MODEL, field=field)
-    return indices
+def _indices(path: Path, field: str, given: Any, limit: int, of: str) -> list[int]:
+    """Return indices below ``limit``, the range ``of`` what they count."""
+    if isinstance(given, torch.Tensor) and given.ndim == 1 and given.numel() <= limit:
+        given = given.tolist()
+    if not isinstance(given, list | tuple) or len(given) > limit or not all(type(index) is int for index in given):
+        raise SnrfError(path, f"must be a list of at most {limit} whole numbers", _MODEL, field=field)
+    worst = min([0, *given]) or max(given, default=0)
+    if not 0 <= worst < limit:
+        raise SnrfError(path, f"index {worst} is not in [0, {limit}), the range {of}", _MODEL, field=field)
+    return list(given)
 
 
 def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSet:
@@ -148,15 +144,10 @@ def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSe
     except SnrfError as error:
         raise error.at(path) from None
     check_fit(neurons, shape, where=path, model="the model")
-    members: defaultdict[Site, list[int]] = defaultdict(list)
+    found: defaultdict[Site, list[int]] = defaultdict(list)
     for neuron in neurons:
-        members[neuron.site].append(neuron.index)
-    return NeuronSet(
-        {
-            site: torch.zeros(shape.neurons(site.projection), dtype=torch.bool).index_fill(0, torch.tensor(found), True)
-            for site, found in members.items()
-        }
-    )
+        found[neuron.site].append(neuron.index)
+    return _set_of(found, shape)
 
 
 def kv_row(index: int, shape: DecoderShape) -> int:
@@ -164,15 +155,8 @@ def kv_row(index: int, shape: DecoderShape) -> int:
     return (index // shape.head_dim // shape.repeats) * shape.head_dim + index % shape.head_dim
 
 
-def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices: KvIndices = "repeated") -> NeuronSet:
-    """Read the released code's JSON as a set of neurons of a decoder of this shape.
-
-    ``kv_indices`` is ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
-    """
-    members: dict[Site, torch.Tensor] = {}
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
+def _of_released(path: Path, content: Mapping[str, Any], shape: DecoderShape, kv_indices: KvIndices) -> NeuronSet:
+    found: dict[Site, list[int]] = {}
     for key, by_layer in content.items():
         if key in _NEVER_EDITED:
             continue
@@ -187,19 +171,18 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
             field = f"{key}, layer {layer!r:.20}"
             if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
                 raise SnrfError(path, f"the model has layers 0 to {shape.layers - 1}", _MODEL, field=field)
-            if not isinstance(indices, list) or not all(type(index) is int for index in indices):
-                raise SnrfError(path, "must be a list of whole numbers", "correct the file", field=field)
-            if not indices:
-                continue
-            worst = max(indices) if min(indices) >= 0 else min(indices)
-            if not 0 <= worst < limit:
-                heads = " over repeated heads" if repeated else ""
-                what = f"index {worst} is not in [0, {limit}), the range of {name} in this model{heads}"
-                raise SnrfError(path, what, _MODEL, field=field)
-            rows = [kv_row(index, shape) for index in indices] if repeated else indices
-            member = torch.zeros(shape.neurons(name), dtype=torch.bool)
-            member[torch.tensor(rows)] = True
-            members[Site(int(layer), name)] = member
+            heads = " over repeated heads" if repeated else ""
+            given = _indices(path, field, indices, limit, f"of {name} in this model{heads}")
+            if given:
+                found[Site(int(layer), name)] = [kv_row(index, shape) for index in given] if repeated else given
+    return _set_of(found, shape)
+
+
+def _set_of(found: Mapping[Site, list[int]], shape: DecoderShape) -> NeuronSet:
+    members = {}
+    for site, indices in found.items():
+        empty = torch.zeros(shape.neurons(site.projection), dtype=torch.bool)
+        members[site] = empty.index_fill(0, torch.tensor(indices, dtype=torch.int64), True)
     return NeuronSet(members)
 
 

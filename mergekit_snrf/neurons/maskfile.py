@@ -37,10 +37,15 @@ MASK = Format(
 )
 
 
-class ModelProvenance(BaseModel):
-    """A model that a mask was made from; every field is optional and unknown fields are kept."""
+class _Recorded(BaseModel):
+    """What a file says; every field is optional and unknown fields are kept."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+
+class ModelProvenance(_Recorded):
+    """A model that a mask was made from."""
+
     path: str | None = None
     revision: str | None = None
     model_type: str | None = None
@@ -48,10 +53,9 @@ class ModelProvenance(BaseModel):
     probes: dict[str, Any] | None = None
 
 
-class RunProvenance(BaseModel):
-    """What a run through one model writes down; every field is optional and unknown fields are kept."""
+class RunProvenance(_Recorded):
+    """What a run through one model writes down."""
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
     model: ModelProvenance | None = None
     seed: int | None = None
     dtype: str | None = None
@@ -59,10 +63,9 @@ class RunProvenance(BaseModel):
     fingerprint: str | None = None
 
 
-class Provenance(BaseModel):
-    """Where a mask comes from; every field is optional and unknown fields are kept."""
+class Provenance(_Recorded):
+    """Where a mask comes from."""
 
-    model_config = ConfigDict(extra="allow")
     target: ModelProvenance | None = None
     source: ModelProvenance | None = None
     selection: dict[str, Any] | None = None

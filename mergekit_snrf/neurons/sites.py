@@ -57,8 +57,7 @@ _KEY = re.compile(rf"layers\.{_LAYER}\.(?P<projection>[a-z]+\.[a-z]+)")
 class Site:
     """One projection in one decoder layer, the place of a set of neurons.
 
-    Raises:
-        SnrfError: the projection is unknown or the layer number is not in [0, MAX_LAYERS).
+    ``SnrfError``: the projection is unknown or the layer number is not in [0, MAX_LAYERS).
     """
 
     layer: int

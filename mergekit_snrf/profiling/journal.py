@@ -19,7 +19,7 @@ from typing import Any
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.statistics import Sums
 
 _FORMAT = Format("snrf-journal", 2, "delete it to start again", "delete it to start again")
 
@@ -79,13 +79,15 @@ class Progress:
 class Journals:
     """The journals of one side of a run; a journal of another ``request`` is an error.
 
-    ``stem`` is the path of the mask without suffix, with the side: ``folder/mask.target``.
+    ``stem`` is the path of the mask without suffix, with the side: ``folder/mask.target``. A process writes its own
+    every few ``seconds`` (0: after every group), less often where that takes long.
     """
 
-    def __init__(self, stem: Path, request: Mapping[str, Any]) -> None:
+    def __init__(self, stem: Path, request: Mapping[str, Any], seconds: float = 0.0) -> None:
         self._stem = stem
         self._pattern = f"{glob.escape(stem.name)}.journal-*.safetensors"
         self._request = json.loads(json.dumps(request))
+        self._seconds, self._due = seconds, time.monotonic() + seconds
 
     def path(self, rank: int) -> Path:
         """Return the journal of one process."""
@@ -105,6 +107,14 @@ class Journals:
             "tally": {**vars(tally), "digest": f"{tally.digest:064x}"},
         }
         _FORMAT.write(self.path(rank), progress.statistics.state(), content)
+
+    def write_if_due(self, rank: int, progress: Progress) -> None:
+        """Replace the journal of one process if it is time to."""
+        start = time.monotonic()
+        if start >= self._due:
+            self.write(rank, progress)
+            now = time.monotonic()
+            self._due = now + (max(self._seconds, (now - start) / _SHARE) if self._seconds else 0.0)
 
     def read(self, empty: Callable[[], Sums]) -> Progress:
         """Return what all journals hold together; ``SnrfError``: one is damaged, of another run, or overlaps."""
@@ -148,24 +158,6 @@ class Journals:
                 raise
             reason = error if isinstance(error, SnrfError) else repr(error)
             raise SnrfError(path, f"is damaged ({reason})", _FORMAT.again) from None
-
-
-class JournalWriter:
-    """Writes the journal of one process every few seconds (0: after every group), less often where that takes long."""
-
-    def __init__(self, journals: Journals, rank: int, seconds: float) -> None:
-        self._journals, self._rank, self._seconds = journals, rank, seconds
-        self._interval, self._written = seconds, time.monotonic()
-
-    def write(self, progress: Progress, *, now: bool = False) -> None:
-        """Write the journal if it is time to, or ``now``."""
-        start = time.monotonic()
-        if not now and start - self._written < self._interval:
-            return
-        self._journals.write(self._rank, progress)
-        self._written = time.monotonic()
-        if self._interval:
-            self._interval = max(self._seconds, (self._written - start) / _SHARE)
 
 
 def differences(was: Any, now: Any, key: str = "") -> list[str]:

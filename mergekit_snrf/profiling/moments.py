@@ -9,41 +9,22 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mergekit_snrf.errors import SnrfError, naming
+from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.loading import load_model
-from mergekit_snrf.models.moments import (
-    MOMENTS,
-    InputSite,
-    Moments,
-    MomentsProvenance,
-    read_moments,
-    write_moments,
-)
-from mergekit_snrf.profiling.groups import Groups, RunOptions, probes_of, rows_of, started
-from mergekit_snrf.profiling.journal import Journals, Progress, Tally
-from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_once, watched_inputs
+from mergekit_snrf.models.moments import MOMENTS, InputSite, Moments, MomentsProvenance, read_moments, write_moments
+from mergekit_snrf.profiling.groups import Groups, Prompts, RunOptions, loaded, started
+from mergekit_snrf.profiling.journal import Progress, Tally
+from mergekit_snrf.profiling.measure.inputs import input_sizes, run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
-from mergekit_snrf.profiling.probes.batches import ProbeBatch, Probes
-from mergekit_snrf.profiling.probes.rows import Rows
-from mergekit_snrf.profiling.request import (
-    ModelInfo,
-    check_model,
-    fingerprint,
-    model_provenance,
-    probes_provenance,
-    request_of,
-    stem_of,
-    versions,
-)
+from mergekit_snrf.profiling.probes.batches import ProbeBatch
+from mergekit_snrf.profiling.request import ModelInfo, fingerprint, opened, stem_of
 from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
-from mergekit_snrf.profiling.result.statistics import Statistics
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.statistics import Statistics, Sums
 from mergekit_snrf.profiling.settings import ProfileConfig
 
 if TYPE_CHECKING:
@@ -67,13 +48,16 @@ class Watch:
     @staticmethod
     def of(config: ProfileConfig, groups: tuple[Groups, ...], model: PreTrainedModel, decoder: LiveDecoder) -> Watch:
         """Clip at three medians of the norm of every input over the first group of each kind; equal on all ranks."""
-        norms = NormMedians()
+        norms: dict[InputSite, list[Tensor]] = {}
+
+        def keep(site: InputSite, rows: Tensor) -> None:
+            norms.setdefault(site, []).append(rows.norm(dim=1).double().cpu())
+
         for one in groups:
             for batch in one.batches(model, 0):
-                with watched_inputs(decoder, batch.attention_mask != 0, norms.visit), torch.no_grad():
+                with watched_inputs(decoder, batch.attention_mask != 0, keep), torch.no_grad():
                     run_once(model, batch.inputs)
-        medians = groups[0].options.ranks.from_first(norms.medians())
-        return Watch(config, model, decoder, {site: CLIP * median for site, median in medians.items()})
+        return Watch(config, model, decoder, groups[0].options.ranks.from_first(_clips(norms)))
 
     def empty(self) -> MomentSums:
         """Return sums of no tokens."""
@@ -88,6 +72,10 @@ class Watch:
         """Return a context in which the inputs of a batch are added to sums while others run it through the model."""
         sums.count(len(batch.numbers))
         return watched_inputs(self.decoder, batch.attention_mask != 0, lambda site, rows: sums.sums[site].add(rows))
+
+
+def _clips(norms: dict[InputSite, list[Tensor]]) -> dict[InputSite, float]:
+    return {site: CLIP * float(torch.cat(parts).median()) for site, parts in norms.items()}
 
 
 class ImpactsAndMoments(Sums):
@@ -110,29 +98,13 @@ class ImpactsAndMoments(Sums):
         return {**self.statistics.parts(), **{f"gain.{key}": part for key, part in self.gain.parts().items()}}
 
 
-class _Part(NamedTuple):
-    """What the file holds of one set, ``gain`` or ``keep``."""
-
-    which: str
-    facts: dict[str, dict[str, float]]
-    tensors: dict[str, Tensor]
-
-    @staticmethod
-    def of(which: str, sums: MomentSums) -> _Part:
-        """Take the moments of sums, which are given up on the way."""
-        _warn_of_few_tokens(sums, which)
-        return _Part(which, sums.facts(), sums.tensors(which))
-
-
 @dataclass(frozen=True)
 class MomentsRun:
-    """The probes to gain and the kinds of probes to keep, ready to go through the target."""
+    """The probes to gain and then the kinds of probes to keep, ready to go through the target."""
 
     config: ProfileConfig
-    info: ModelInfo
     out: Path
-    gain: Groups
-    keep: tuple[Groups, ...]
+    groups: tuple[Groups, ...]
     fingerprint: str
 
     def with_impacts(self, groups: Groups, model: PreTrainedModel, meter: Meter) -> Progress:
@@ -146,102 +118,85 @@ class MomentsRun:
 
         return groups.measure(model, lambda: ImpactsAndMoments(Statistics(meter.neurons), watch.empty()), visit)
 
-    def take(self, model: PreTrainedModel, gain: tuple[MomentSums, Tally] | None = None) -> None:
-        """Take the moments that are not there yet, and write the file on rank 0."""
-        first = self.gain.options.ranks.first
-        decoder = find_live_decoder(model, self.info.shape, name=self.config.target.model)
-        if gain is None:
-            watch = Watch.of(self.config, (self.gain,), model, decoder)
-            done = self.gain.measure(model, watch.empty, watch.visit)
-            if first:
-                self.gain.journals.write(0, done)
-            gain = done.statistics, done.tally
+    def take(self, model: PreTrainedModel, measured: tuple[MomentSums, Tally] | None = None) -> None:
+        """Take the moments, unless those to gain are ``measured``, and write the file on rank 0."""
+        gain, *keep = self.groups
+        first = gain.options.ranks.first
+        decoder = find_live_decoder(model, gain.info.shape, name=gain.kind.model.model)
+        if measured is None:
+            watch = Watch.of(self.config, (gain,), model, decoder)
+            done = gain.measure(model, watch.empty, watch.visit, hold=True)
+            measured = done.statistics, done.tally
             del done
         # What the file holds is a tenth of the sums, which are given up before those of the probes to keep begin.
-        parts = [_Part.of("gain", gain[0])] if first else []
-        tallies = [gain[1]]
-        del gain
-        watch = Watch.of(self.config, self.keep, model, decoder)
+        tallies, tensors, facts = [measured[1]], dict[str, Tensor](), dict[str, dict[str, Any]]()
+        if first:
+            _give_up(measured[0], "gain", tensors, facts)
+        del measured
+        watch = Watch.of(self.config, tuple(keep), model, decoder)
         total: MomentSums | None = None
-        for groups in self.keep:
-            done = groups.measure(model, watch.empty, watch.visit)
+        for groups in keep:
+            done = groups.measure(model, watch.empty, watch.visit, hold=True)
             tallies.append(done.tally)
             if not first:
                 continue
-            # A run that is interrupted in a later kind starts there again.
-            groups.journals.write(0, done)
             done.statistics.normalise()
             if total is None:
                 total = done.statistics
             else:
                 total.merge(done.statistics)
             del done
-        if total is not None:
-            parts.append(_Part.of("keep", total))
-            self._write(model, parts, tallies)
-
-    def _write(self, model: PreTrainedModel, parts: list[_Part], tallies: list[Tally]) -> None:
-        """Write the moments of both sets, with the tallies of the probes to gain and of every kind to keep."""
-        folder = self.gain.options.folder
-        origins = [
-            probes_provenance(groups.kind, folder, groups.probes, tally)
-            for groups, tally in zip((self.gain, *self.keep), tallies, strict=True)
-        ]
-        provenance = MomentsProvenance(
-            model=model_provenance(self.gain.kind, self.info, model, folder),
-            gain=origins[0],
-            keep=[
-                {"name": groups.kind.name, "seed": self.config.seed, **origin}
-                for groups, origin in zip(self.keep, origins[1:], strict=True)
-            ],
-            inputs={key: {part.which: part.facts[key] for part in parts} for key in parts[0].facts},
-            sketch=self.config.sketch,
-            seed=self.config.seed,
-            dtype=str(model.dtype).removeprefix("torch."),
-            versions=versions(),
-            fingerprint=self.fingerprint,
-        )
-        write_moments(self.out, {key: tensor for part in parts for key, tensor in part.tensors.items()}, provenance)
+        if total is None:
+            return
+        _give_up(total, "keep", tensors, facts)
+        origins = [groups.origin(tally) for groups, tally in zip(self.groups, tallies, strict=True)]
+        names = [{"name": groups.kind.name, "seed": self.config.seed} for groups in keep]
+        own: dict[str, Any] = {"gain": origins[0], "inputs": facts, "sketch": self.config.sketch}
+        own["keep"] = [{**name, **origin} for name, origin in zip(names, origins[1:], strict=True)]
+        write_moments(self.out, tensors, gain.provenance(MomentsProvenance, model, self.fingerprint, **own))
 
     def delete_journals(self) -> None:
         """Delete what an unfinished run would need."""
-        for groups in (self.gain, *self.keep):
+        for groups in self.groups:
             groups.journals.delete()
 
 
+def _give_up(
+    sums: MomentSums, which: str, tensors: dict[str, Tensor], facts: dict[str, dict[str, dict[str, float]]]
+) -> None:
+    """Turn the sums of ``gain`` or ``keep`` into what the file holds of them."""
+    _warn_of_few_tokens(sums, which)
+    for key, one in sums.facts().items():
+        facts.setdefault(key, {})[which] = one
+    tensors |= sums.tensors(which)
+
+
 def prepare_moments(
-    config: ProfileConfig, info: ModelInfo, options: RunOptions, out: Path, gain: Rows | Probes, *, again: bool = True
+    gain: Prompts, info: ModelInfo, options: RunOptions, out: Path, *, again: bool = True
 ) -> MomentsRun | None:
     """Return all probes with their rows, images and prompts checked; no weights are loaded.
 
-    Args:
-        gain: the probes to gain, or their rows.
-        again: False: return None if an earlier run has written the file with the same settings.
+    ``SnrfError``: there is no kind of probes to keep, rows cannot be read or rendered, or another kind of file is at
+    ``out``.
 
-    Raises:
-        SnrfError: there is no kind of probes to keep, rows cannot be read or rendered, or another kind of file is at
-            ``out``.
+    Args:
+        gain: the probes to gain.
+        again: False: return None if an earlier run has written the file with the same settings.
     """
+    config = gain.config
+    assert isinstance(config, ProfileConfig)
     if not config.keep:
         raise SnrfError(None, "key 'keep' is missing", "add a list of probes that the merge keeps")
-    kinds = config.kind("target"), *config.kept()
-    read = [gain if isinstance(gain, Rows) else gain.rows, *(rows_of(kind, options.folder) for kind in kinds[1:])]
-    requests = [
-        request_of(config, kind, info, rows, options.folder, sketch=config.sketch, device=config.device)
-        for kind, rows in zip(kinds, read, strict=True)
-    ]
-    wanted = fingerprint(requests)
+    more = {"sketch": config.sketch, "device": config.device}
+    parts = {"gain": gain} | {f"keep-{n}": Prompts(config, one, gain.folder) for n, one in enumerate(config.kept())}
+    groups = tuple(Groups(prompts, info, options, part, more) for part, prompts in parts.items())
+    wanted = fingerprint([one.request for one in groups])
     if options.ranks.first:
         MOMENTS.check_replaceable(out)
         again = again or not out.is_file() or read_moments(out).provenance.fingerprint != wanted
     if not options.ranks.from_first(again):
         return None
-    groups = []
-    for index, (kind, rows, request) in enumerate(zip(kinds, read, requests, strict=True)):
-        journals = Journals(stem_of(options.out, f"keep-{index - 1}" if index else "gain"), request)
-        probes = gain if isinstance(gain, Probes) and not index else probes_of(config, kind, rows)
-        groups.append(Groups(kind, probes, journals, options))
-    return MomentsRun(config, info, out, groups[0], tuple(groups[1:]), wanted)
+    return MomentsRun(config, out, tuple(one.ready() for one in groups), wanted)
 
 
 def moments_path(mask: str | os.PathLike[str]) -> Path:
@@ -264,31 +219,22 @@ def _warn_of_few_tokens(sums: MomentSums, which: str) -> None:
 def take_moments(config: ProfileConfig, out: str | os.PathLike[str], **how: Any) -> Moments | None:
     """Take the moments of the target alone, without source model and mask, and write them.
 
+    ``SnrfError``: a problem that the user can fix: the settings, the model, the probes, the memory.
+
     Args:
         config: a checked profile.yml; its source is not used.
         out: the moments file to write.
-        how: as of ``groups.started``.
+        how: further fields of ``groups.RunOptions``.
 
     Returns:
         The file, read again; None on ranks other than the first.
-
-    Raises:
-        SnrfError: a problem that the user can fix: the settings, the model, the probes, the memory.
     """
     with started(config, out, MOMENTS, **how) as (config, options):
-        kind = config.kind("target")
-        run = prepare_moments(config, check_model(kind), options, options.out, rows_of(kind, options.folder))
+        gain = Prompts(config, config.kind("target"), options.folder)
+        run = prepare_moments(gain, opened(gain.kind)[0], options, options.out)
         assert run is not None
-        run.take(load_target(run))
+        run.take(loaded(run.groups))
         if not options.ranks.first:
             return None
         run.delete_journals()
         return read_moments(options.out)
-
-
-def load_target(run: MomentsRun) -> PreTrainedModel:
-    """Return the target, with its images if any kind of probes has some."""
-    kind = run.gain.kind
-    images = any(groups.probes.rows.source.images is not None for groups in (run.gain, *run.keep))
-    with naming(kind.model_keys):
-        return load_model(kind.model, images=images)[0]

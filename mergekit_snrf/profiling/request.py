@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,19 +14,18 @@ from typing import Any
 
 import torch
 
-from mergekit_snrf.errors import SnrfError, naming, os_reason
+from mergekit_snrf.errors import SnrfError, naming
 from mergekit_snrf.files.container import Format
 from mergekit_snrf.files.references import sha256
+from mergekit_snrf.files.writing import check_writable
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import DecoderShape, find_decoder, pairing_problems
 from mergekit_snrf.models.loading import load_config
 from mergekit_snrf.neurons.maskfile import MASK, ModelProvenance
-from mergekit_snrf.profiling.journal import Tally, differences
-from mergekit_snrf.profiling.probes.batches import Probes, probes_sha256
-from mergekit_snrf.profiling.probes.rows import Rows
+from mergekit_snrf.profiling.journal import differences
 from mergekit_snrf.profiling.probes.source import ProbeColumns, Prompting
 from mergekit_snrf.profiling.result.profilefile import ProfileProvenance
-from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, RunConfig, SideName
+from mergekit_snrf.profiling.settings import SIDES, Kind, ProfileConfig, SideName
 
 _PACKAGES = ("mergekit-snrf", "torch", "transformers")
 
@@ -61,19 +59,10 @@ def profile_path(mask: str | os.PathLike[str], side: SideName) -> Path:
 
 def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = MASK) -> None:
     """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``."""
-    if not os.fspath(mask):
-        raise SnrfError(None, "the path of the mask to write is empty", "use one such as mask.safetensors")
+    check_writable(mask)
     path = Path(mask)
-    if path.is_dir():
-        raise SnrfError(path, "is a folder", f"use the path of a mask file, such as {path / 'mask.safetensors'}")
     if path.suffix != ".safetensors":
         raise SnrfError(path, "is not the name of a mask file", "use a name that ends in .safetensors")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        what = f"cannot be written ({os_reason(error)})"
-        raise SnrfError(path, what, "choose a folder that exists and is writable") from None
     kind.check_replaceable(path)
     found = path.parent.glob("*.journal-*.safetensors")
     unfinished = sorted(file for file in found if file.name.startswith(stem_of(path, "").name))
@@ -85,7 +74,7 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = M
 
 def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
     """Return the headers of both models; an error if they have no usable text decoders of the same shape."""
-    (target, of_target), (source, of_source) = (_opened(config.kind(name)) for name in SIDES)
+    (target, of_target), (source, of_source) = (opened(config.kind(name)) for name in SIDES)
     if of_target is not None and of_source is not None:
         problems = pairing_problems(of_target, of_source, any_family=True)
         if problems:
@@ -94,16 +83,15 @@ def check_models(config: ProfileConfig) -> dict[SideName, ModelInfo]:
             logger.warning("%s", problem.what)
     elif target.shape != source.shape:
         what = f"the decoder has the shape {source.shape}, that of {config.target.model} has {target.shape}"
-        raise SnrfError(config.side("source").model, what, "use a source with the same decoder shape")
+        raise SnrfError(config.kind("source").model.model, what, "use a source with the same decoder shape")
     return {"target": target, "source": source}
 
 
-def check_model(kind: Kind) -> ModelInfo:
-    """Return the headers of a model; an error if it cannot be read, or has no usable text decoder."""
-    return _opened(kind)[0]
+def opened(kind: Kind) -> tuple[ModelInfo, Checkpoint | None]:
+    """Return the headers of a model, and its checkpoint unless it is GGUF.
 
-
-def _opened(kind: Kind) -> tuple[ModelInfo, Checkpoint | None]:
+    ``SnrfError``: it cannot be read, or has no usable text decoder.
+    """
     ref = kind.model
     with naming(kind.model_keys):
         if ref.gguf_file is not None:
@@ -122,40 +110,6 @@ def _content_sha256(checkpoint: Checkpoint) -> str:
     if folder is not None:
         for name in checkpoint.side_files():
             digest.update(name.encode() + b"\0" + bytes.fromhex(sha256(folder / name)))
-    return digest.hexdigest()
-
-
-def request_of(
-    config: RunConfig, kind: Kind, model: ModelInfo, rows: Rows, folder: Path | None, **more: Any
-) -> dict[str, Any]:
-    """Return everything that the result of one kind of probes depends on, ``more`` among it, as JSON values.
-
-    Paths are as the user wrote them: those found beside profile.yml are relative to it.
-    """
-    return {
-        "model": {
-            "path": _written(kind.model.model, folder),
-            "revision": kind.model.revision,
-            "gguf_file": kind.model.gguf_file,
-            "config_sha256": model.config_sha256,
-            "content_sha256": model.content_sha256,
-        },
-        "probes": {**_columns(kind, folder), "rows_sha256": _rows_sha256(rows)},
-        "template": kind.source.template,
-        **_chat(kind),
-        "answer": kind.rule.model_dump(exclude_none=True),
-        "limit": kind.source.limit,
-        **{key: getattr(config, key) for key in ("seed", "batch_size", "token_limit", "dtype")},
-        "versions": versions(),
-        **more,
-    }
-
-
-def _rows_sha256(rows: Rows) -> str:
-    digest = hashlib.sha256()
-    for row in rows.rows:
-        content = [row.number, dict(row.fields), row.question, list(row.images), row.answer, *row.turns]
-        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -185,56 +139,6 @@ def changes(was: ProfileProvenance, request: Mapping[str, Any]) -> list[str]:
     return differences(before, now)
 
 
-def model_provenance(kind: Kind, info: ModelInfo, model: Any, folder: Path | None, **more: Any) -> ModelProvenance:
-    """Return which model a loaded one is."""
-    return ModelProvenance(
-        path=_written(kind.model.model, folder),
-        revision=kind.model.revision or getattr(model.config, "_commit_hash", None),
-        model_type=info.model_type,
-        config_sha256=info.config_sha256,
-        **more,
-    )
-
-
-def probes_provenance(kind: Kind, folder: Path | None, probes: Probes, tally: Tally) -> dict[str, Any]:
-    """Return where the probes of one kind come from, and how many there are."""
-    more = {"limit": kind.source.limit, "template": kind.source.template, **_chat(kind)}
-    answer = kind.rule.model_dump(exclude_none=True)
-    return {
-        **_columns(kind, folder),
-        **{key: value for key, value in more.items() if value is not None},
-        "answer": {**answer, "cut": tally.cut} if answer["by"] == "model" else answer,
-        "count": len(probes),
-        "left_out": len(probes.bad),
-        "tokens": tally.tokens,
-        "answer_tokens": tally.answer_tokens,
-        "sha256": probes_sha256(probes),
-        "tokens_sha256_sum": f"{tally.digest:064x}",
-    }
-
-
-def _chat(kind: Kind) -> dict[str, Any]:
-    """Return what the chat template is given beside the question, where that is set."""
-    written = {key: getattr(kind.source, key) for key in ("system", "chat_template_kwargs")}
-    return {key: value for key, value in written.items() if value is not None}
-
-
 def versions() -> dict[str, str]:
     """Return the versions of the packages that the numbers depend on."""
     return {package: torch.__version__ if package == "torch" else version(package) for package in _PACKAGES}
-
-
-def _columns(kind: Kind, folder: Path | None) -> dict[str, Any]:
-    return {
-        **kind.columns.model_dump(mode="json", exclude_none=True),
-        "dataset": _written(kind.columns.dataset, folder),
-    }
-
-
-def _written(value: str, folder: Path | None) -> str:
-    if folder is None or folder == Path():
-        return value
-    try:
-        return Path(value).relative_to(folder).as_posix()
-    except ValueError:
-        return value

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mergekit_snrf.errors import SnrfError, invalid
 from mergekit_snrf.files.reading import load_yaml
+from mergekit_snrf.files.settings import Settings
 from mergekit_snrf.models.reference import Loading, ModelName, ModelRef
 from mergekit_snrf.profiling.measure.meter import Measure
 from mergekit_snrf.profiling.probes.source import (
-    DATA_SUFFIXES,
     AnswerRule,
     Count,
     Name,
@@ -27,6 +27,7 @@ from mergekit_snrf.profiling.probes.source import (
     Seed,
     Template,
     check_prompt,
+    found_beside,
 )
 from mergekit_snrf.profiling.result.selection import Selection
 
@@ -36,13 +37,18 @@ if TYPE_CHECKING:
 SideName = Literal["target", "source"]
 SIDES: tuple[SideName, ...] = ("target", "source")
 
-_Columns = TypeVar("_Columns", bound=ProbeColumns)
 _Config = TypeVar("_Config", bound="RunConfig")
-MODEL_FIELDS = tuple(ModelName.model_fields)
+_Part = TypeVar("_Part", bound=Settings)
 ANSWER_KEYS = {field: f"answer.{field}" for field in AnswerRule.model_fields}
 
 
-class SideConfig(ModelName, Prompting):
+class LocatedModel(ModelName):
+    """A model whose folder may lie beside the file that names it."""
+
+    _beside = field_validator("model")(found_beside)
+
+
+class SideConfig(LocatedModel, Prompting):
     """One of the two models, the target or the source, with its probes."""
 
     probes: ProbeColumns = Field(description="The data set and its columns.")
@@ -127,21 +133,25 @@ class RunConfig(Loading):
     def kinds(self) -> tuple[Kind, ...]:
         """Return the probes that the run measures, with their models."""
 
-    @abstractmethod
-    def located(self, path: Path) -> Self:
-        """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
+    def kind_of(
+        self,
+        name: str,
+        model: tuple[ModelName, str],
+        columns: ProbeColumns,
+        prompting: Prompting,
+        keys: dict[str, str],
+        **own: Any,
+    ) -> Kind:
+        """Return probes with what all share.
 
-    def source_of(self, columns: ProbeColumns, prompting: Prompting, limit: int | None = None) -> ProbeSource:
-        """Return where probes come from, with what all probes share."""
-        found = {field: getattr(columns, field) for field in ProbeColumns.model_fields}
-        found["answer"] = columns.answer or self.answer.column
-        found |= {field: getattr(prompting, field) for field in Prompting.model_fields}
-        return ProbeSource(**found, limit=limit or self.limit, seed=self.seed)
-
-    def reference(self, written: Any) -> ModelRef:
-        """Return the model that ``written`` names, as it is loaded."""
-        shared = {key: getattr(self, key) for key in Loading.model_fields}
-        return ModelRef(**{key: getattr(written, key) for key in MODEL_FIELDS}, **shared)
+        ``model`` comes with what precedes its keys, ``own`` are a limit and a rule of their own.
+        """
+        written = part_of(ProbeColumns, columns)
+        found = {**dict(written), "answer": columns.answer or self.answer.column, **dict(part_of(Prompting, prompting))}
+        source = ProbeSource(**found, limit=own.get("limit") or self.limit, seed=self.seed)
+        model_keys = {**{field: f"{model[1]}{field}" for field in ModelName.model_fields}, "images": keys["images"]}
+        ref = ModelRef(**dict(part_of(ModelName, model[0])), **dict(part_of(Loading, self)))
+        return Kind(name, ref, written, source, own.get("rule", self.answer), {**ANSWER_KEYS, **keys}, model_keys)
 
     def override(self, **values: Any) -> Self:
         """Return a copy with some top-level keys replaced and everything checked again; a None changes nothing."""
@@ -170,78 +180,42 @@ class ProfileConfig(RunConfig, Measure):
 
     def written(self) -> dict[str, ProbeColumns]:
         """Return all probes by the key under which they are written."""
-        written: dict[str, ProbeColumns] = {f"{name}.probes": self.side(name).probes for name in self.sides}
+        sides = {"target": self.target} if self.source is None else {"target": self.target, "source": self.source}
+        written: dict[str, ProbeColumns] = {f"{name}.probes": side.probes for name, side in sides.items()}
         return written | {f"keep.{index}": kind for index, kind in enumerate(self.keep)}
-
-    def located(self, path: Path) -> ProfileConfig:
-        """Return a copy whose relative paths are looked up in the working folder, then beside the file."""
-        found: dict[str, Any] = {name: _located(self.side(name), path, name) for name in self.sides}
-        kept = enumerate(self.keep)
-        found["keep"] = tuple(located_data(kind, path, f"keep.{index}") for index, kind in kept)
-        return self.model_copy(update=found)
-
-    @property
-    def sides(self) -> tuple[SideName, ...]:
-        """The sides that are written."""
-        return SIDES if self.source is not None else ("target",)
-
-    def side(self, name: SideName) -> SideConfig:
-        """Return one of the two sides, as it is written; an error if the source is missing."""
-        side = self.target if name == "target" else self.source
-        if side is None:
-            raise SnrfError(None, f"key {name!r} is missing", "add it")
-        return side
 
     def kinds(self) -> tuple[Kind, ...]:
         """Return the probes of both sides, with their models."""
         return tuple(self.kind(name) for name in SIDES)
 
     def kind(self, name: SideName) -> Kind:
-        """Return the probes and the model of a side."""
-        side = self.side(name)
+        """Return the probes and the model of a side; an error if the source is missing."""
+        side = self.target if name == "target" else self.source
+        if side is None:
+            raise SnrfError(None, f"key {name!r} is missing", "add it")
         keys = {field: f"{name}.probes.{field}" for field in ProbeColumns.model_fields}
-        keys |= {**{field: f"{name}.{field}" for field in Prompting.model_fields}, **ANSWER_KEYS}
-        return Kind(
-            name,
-            self.model_of(name),
-            side.probes,
-            self.source_of(side.probes, side),
-            self.answer,
-            keys,
-            {**{field: f"{name}.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
-        )
+        keys |= {field: f"{name}.{field}" for field in Prompting.model_fields}
+        return self.kind_of(name, (side, f"{name}."), side.probes, side, keys)
 
     def kept(self) -> tuple[Kind, ...]:
         """Return the kinds of probes to keep, which go through the target."""
-        return tuple(self._kept(index, kind) for index, kind in enumerate(self.keep))
-
-    def _kept(self, index: int, kind: KeepConfig) -> Kind:
-        rule, tokens = self.answer, kind.max_new_tokens
-        keys = keep_keys(index)
-        return Kind(
-            kind.name or Path(kind.dataset).stem,
-            self.model_of("target"),
-            ProbeColumns(**{field: getattr(kind, field) for field in ProbeColumns.model_fields}),
-            self.source_of(kind, self._prompting(kind), kind.limit),
-            rule if tokens is None or rule.by != "model" else AnswerRule(max_new_tokens=tokens),
-            keys,
-            {**{field: f"target.{field}" for field in MODEL_FIELDS}, "images": keys["images"]},
-        )
-
-    def _prompting(self, kind: KeepConfig) -> Prompting:
-        """Return how probes to keep are rendered: chat templates get the variables that the target's side sets."""
-        if kind.template is not None or kind.chat_template_kwargs is not None:
-            return kind
-        return kind.model_copy(update={"chat_template_kwargs": self.target.chat_template_kwargs})
-
-    def model_of(self, name: SideName) -> ModelRef:
-        """Return the model of a side."""
-        return self.reference(self.side(name))
+        found = []
+        for index, kind in enumerate(self.keep):
+            rule, prompting = self.answer, kind
+            if kind.max_new_tokens is not None and rule.by == "model":
+                rule = AnswerRule(max_new_tokens=kind.max_new_tokens)
+            if kind.template is None and kind.chat_template_kwargs is None:
+                # Chat templates get the variables that the target's side sets.
+                prompting = kind.model_copy(update={"chat_template_kwargs": self.target.chat_template_kwargs})
+            name, keys = kind.name or Path(kind.dataset).stem, keep_keys(index)
+            own = {"limit": kind.limit, "rule": rule}
+            found.append(self.kind_of(name, (self.target, "target."), kind, prompting, keys, **own))
+        return tuple(found)
 
     @property
     def measure(self) -> Measure:
         """What counts as the impact of a neuron."""
-        return Measure(**{key: getattr(self, key) for key in Measure.model_fields})
+        return part_of(Measure, self)
 
 
 def keep_keys(index: int) -> dict[str, str]:
@@ -249,13 +223,17 @@ def keep_keys(index: int) -> dict[str, str]:
     return {**ANSWER_KEYS, **{field: f"keep.{index}.{field}" for field in KeepConfig.model_fields}}
 
 
+def part_of(of: type[_Part], value: Any) -> _Part:
+    """Return the fields of one type out of a value that has more."""
+    return of.model_construct(**{field: getattr(value, field) for field in of.model_fields})
+
+
 def load_profile_config(path: str | os.PathLike[str]) -> ProfileConfig:
     """Return the checked content of a profile.yml; ``SnrfError`` names the key at fault.
 
     Relative paths of models and data files are looked for in the working folder, then beside the file.
     """
-    raw = read_settings(path, "target and source")
-    return validated(ProfileConfig, raw, path).located(Path(path))
+    return validated(ProfileConfig, read_settings(path, "target and source"), path, beside=Path(path).parent)
 
 
 def read_settings(path: str | os.PathLike[str], keys: str) -> dict[str, Any]:
@@ -266,36 +244,10 @@ def read_settings(path: str | os.PathLike[str], keys: str) -> dict[str, Any]:
     return raw
 
 
-def _located(side: SideConfig, path: Path, name: str) -> SideConfig:
-    model = find_beside(side.model, path, f"{name}.model", "model")
-    return side.model_copy(update={"model": model, "probes": located_data(side.probes, path, f"{name}.probes")})
-
-
-def located_data(columns: _Columns, path: Path, key: str) -> _Columns:
-    """Return probes with their data looked up in the working folder, then beside the file."""
-    return columns.model_copy(update={"dataset": find_beside(columns.dataset, path, f"{key}.dataset", "dataset")})
-
-
-def find_beside(value: str, path: Path, key: str, what: str) -> str:
-    """Return ``value`` itself if it is in the working folder or a hub id, else its path beside profile.yml."""
-    places = [Path(os.path.expanduser(value))]
-    if not places[0].is_absolute():
-        places.append(path.parent / value)
-    for place in places:
-        if os.path.exists(place):
-            return value if str(place) == value else str(place)
-    looks_local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).suffix in DATA_SUFFIXES
-    if looks_local or (what == "model" and value.count("/") != 1):
-        looked = " and ".join(str(place.absolute()) for place in places)
-        message = f"{value!r} does not exist, looked for {looked}"
-        raise SnrfError(path, message, f"correct the path, or use a hub id such as owner/{what}", field=f"key {key!r}")
-    return value
-
-
-def validated(config: type[_Config], raw: Mapping[str, Any], where: object) -> _Config:
+def validated(config: type[_Config], raw: Mapping[str, Any], where: object, beside: Path | None = None) -> _Config:
     """Return checked settings; ``SnrfError`` names every key that is unknown, missing or not allowed."""
     try:
-        return config.model_validate(raw)
+        return config.model_validate(raw, context=beside)
     except ValidationError as error:
         found = [_problem(config, entry) for entry in error.errors()]
         problems = list({str(problem): problem for problem in found}.values())
@@ -306,6 +258,9 @@ def validated(config: type[_Config], raw: Mapping[str, Any], where: object) -> _
 
 def _problem(config: type[BaseModel], entry: Mapping[str, Any]) -> SnrfError:
     keys = [str(part) for part in entry["loc"]]
+    raised = (entry.get("ctx") or {}).get("error")
+    if isinstance(raised, SnrfError):
+        return raised.at(field=".".join(keys))
     section: Any = config
     for key in keys[:-1]:
         field = section.model_fields.get(key) if isinstance(section, type) and issubclass(section, BaseModel) else None

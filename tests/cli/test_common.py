@@ -58,13 +58,6 @@ def test_verbosity(monkeypatch: pytest.MonkeyPatch, options: list[str], level: i
     assert given == [level]
 
 
-def test_help_names_the_options() -> None:
-    result = CliRunner().invoke(command, ["--help"])
-    assert "-v" in result.stdout
-    assert "--quiet" in result.stdout
-    assert command.name == "command"
-
-
 def test_table() -> None:
     assert table(("name", "n"), [("a", 1000), ("longer", 2), ("", "")]) == "\n".join(
         ["name       n", "a       1000", "longer     2", ""]

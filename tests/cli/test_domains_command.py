@@ -25,7 +25,7 @@ from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.edits import deactivate, fuse_model
 from mergekit_snrf.neurons.maskfile import ModelProvenance, load_mask, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet, Site
-from mergekit_snrf.profiling.result.domainsfile import DomainsProvenance, write_domains
+from mergekit_snrf.profiling.result.domains import DomainsProvenance, write_domains
 
 TOKENS = 100
 MLPS = {

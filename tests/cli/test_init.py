@@ -43,7 +43,7 @@ def test_files_are_taken_by_the_other_commands(models: Path, tmp_path: Path, mon
     assert result.exit_code == 0, result.output
     folder = tmp_path / "merge"
     config = load_profile_config(folder / "profile.yml")
-    assert Path(config.model_of("target").model).samefile(models / "vlm")
+    assert Path(config.kind("target").model.model).samefile(models / "vlm")
     assert config.kind("target").source.images == "images"
     assert [kind.name for kind in config.kept()] == ["vqa", "ocr", "count", "objects"]
     assert (config.limit, config.answer.max_new_tokens, config.kept()[0].rule.max_new_tokens) == (100, 512, 64)

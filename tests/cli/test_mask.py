@@ -140,15 +140,6 @@ def test_combinations(folder: Path, operation: str, expected: NeuronSet, count: 
     assert inputs(mask) == [(name, digest(name)) for name in "abc"]
 
 
-@pytest.mark.parametrize(("operation", "count"), [("intersect", 5), ("union", 5), ("subtract", 0)])
-def test_a_mask_combines_with_itself(folder: Path, operation: str, count: int) -> None:
-    done(operation, "a", "./a", "out")
-    mask = read_mask("out")
-    assert mask.neurons.count() == count
-    assert inputs(mask) == [("a", digest("a"))] * 2
-    assert mask.provenance.source == SOURCE
-
-
 def test_the_output_may_be_an_input(folder: Path) -> None:
     before = digest("a")
     done("union", "a", "b", "a")
@@ -270,22 +261,6 @@ def test_export_and_import_give_the_mask_back(folder: Path, model: str) -> None:
 def test_masks_of_another_model_are_not_exported(folder: Path, model: str) -> None:
     assert "layers.0.attn.k" in error_of("export", "a", "neurons.json", "--model", model)
     assert not Path("neurons.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "neurons.json: not valid JSON ("),
-        ("[]", "neurons.json: names no neuron"),
-        ('{"attn_x": {}}', "neurons.json: unknown projection 'attn_x'"),
-        ('{"attn_q": {"2": [0]}}', "neurons.json: attn_q, layer '2': the model has layers 0 to 1"),
-        ('{"attn_k": {"1": [12]}}', "neurons.json: attn_k, layer '1': index 12 is not in [0, 12)"),
-    ],
-)
-def test_bad_json_is_not_imported(folder: Path, model: str, content: str, message: str) -> None:
-    Path("neurons.json").write_text(content)
-    assert error_of("import", "neurons.json", "out", "--model", model).startswith(message)
-    assert not Path("out").exists()
 
 
 def test_the_model_is_needed_and_checked(folder: Path, model: str) -> None:

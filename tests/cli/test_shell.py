@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli import plan as planning
-from mergekit_snrf.cli.examples import EXAMPLES
 from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
 
@@ -29,11 +28,10 @@ def commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.
 
 
 def test_every_command_ends_with_two_examples_that_parse() -> None:
-    known = dict(commands(snrf))
-    assert known.keys() == EXAMPLES.keys()
-    for name, command in known.items():
-        assert (command.epilog or "").count("\n  snrf ") == 2, name
-        for line in EXAMPLES[name]:
+    for name, command in commands(snrf):
+        examples = [line.strip() for line in (command.epilog or "").splitlines() if line.startswith("  snrf ")]
+        assert len(examples) == 2, name
+        for line in examples:
             words = shlex.split(line)
             assert words[: 1 + len(name.split())] == ["snrf", *name.split()], line
             arguments = words[1 + len(name.split()) :]

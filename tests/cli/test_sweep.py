@@ -17,8 +17,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence.grid import Sweep, best_row, combinations
+from mergekit_snrf.evidence.grid import best_row, combinations
 from mergekit_snrf.evidence.items import Items
+from mergekit_snrf.evidence.results import Sweep
 
 # Scores that only depend on the weights, and a count of the calls.
 EVALUATION = """
@@ -140,7 +141,7 @@ def test_imports_in_a_process_of_its_own() -> None:
         "import importlib, sys; importlib.import_module(sys.argv[1]); "
         "from mergekit.merge_methods import registry; assert 'snrf' in registry._METHODS"
     )
-    for module in ("mergekit_snrf.evidence.grid", "mergekit_snrf.merge.parameters"):
+    for module in ("mergekit_snrf.evidence.grid", "mergekit_snrf.merge.method"):
         subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", program, module], check=True)
 
 

@@ -20,7 +20,7 @@ from mergekit_snrf.evidence.results import (
     Study,
     TokenOdds,
 )
-from mergekit_snrf.evidence.tuned import TunedPoint, Tuning
+from mergekit_snrf.evidence.study_results import TunedPoint, Tuning
 from mergekit_snrf.neurons.maskfile import ModelProvenance
 from mergekit_snrf.neurons.sets import Site
 from mergekit_snrf.profiling.result.profilefile import EDGES, Profile, ProfileProvenance, SiteProfile, edge_ranks

@@ -1,15 +1,15 @@
 """Runs lmms-eval and lm-evaluation-harness for real and stores their tiny outputs in ``fixtures/``.
 
     python3 -m venv lmms && lmms/bin/pip install lmms_eval==0.7.3 decord "filelock<4"
-    python3 -m venv lm && lm/bin/pip install "lm_eval[hf]" xlsxwriter openpyxl
+    python3 -m venv lm && lm/bin/pip install "lm_eval[hf]"
     python tests/evidence/make_fixtures.py lmms/bin/python lm/bin/python
 
 Both tools need environments of their own. Nothing is downloaded: the tasks have local data, and the models are the
 tools' own dummies and tiny checkpoints with random weights. Removed from the results: the environment (which is that of
 one machine) and the path of the temporary folder.
 
-VLMEvalKit is not on PyPI. Its tables are written here with the calls of its ``dump`` (``vlmeval/smp/file.py``): they
-have its names, columns and formats, but it did not run. The answers are made up.
+VLMEvalKit is not on PyPI and did not run. Its tables in ``fixtures/vlmevalkit`` have the names, columns and formats of
+its ``dump`` (``vlmeval/smp/file.py``) and made-up answers.
 """
 
 from __future__ import annotations
@@ -190,126 +190,17 @@ def store(source: Path, target: Path, folder: Path) -> None:
         place.write_text(text)
 
 
-def tables(folder: Path) -> None:
-    """Write VLMEvalKit's tables; run in an environment with pandas and xlsxwriter."""
-    import csv
-
-    import pandas as pd
-
-    def dump(rows: list[dict[str, Any]], path: Path) -> None:
-        data = pd.DataFrame(rows)
-        if path.suffix == ".xlsx":
-            options = {"options": {"strings_to_formulas": False}}
-            with pd.ExcelWriter(path, engine="xlsxwriter", engine_kwargs=options) as writer:
-                data.to_excel(writer, index=False)
-        elif path.suffix == ".tsv":
-            data.to_csv(path, sep="\t", index=False, encoding="utf-8", quoting=csv.QUOTE_ALL)
-        else:
-            with open(path, "w") as file:
-                json.dump(data.to_dict("records"), file, indent=4, ensure_ascii=False)
-
-    for model, shift in (("base-vl", 0), ("merged-vl", 1)):
-        place = folder / "vlmevalkit" / model / "T20260102-030405"
-        shutil.rmtree(place.parent, ignore_errors=True)
-        place.mkdir(parents=True)
-        yes_no = ["Yes", "No"]
-        mme = [
-            {
-                "index": 2 * picture + question,
-                "category": category,
-                "image_path": f"{category}/{picture}.jpg",
-                "question": f"Is it {question}?",
-                "answer": yes_no[question],
-                "prediction": yes_no[question if (picture + question + shift) % 3 else 1 - question] + ".",
-            }
-            for category, pictures in (("color", range(3)), ("OCR", range(3, 5)), ("code_reasoning", range(5, 7)))
-            for picture in pictures
-            for question in range(2)
-        ]
-        pope = [
-            {
-                "index": index,
-                "category": category,
-                "question": f"Is there a {index}?",
-                "answer": yes_no[index % 2],
-                "prediction": yes_no[(index // (2 + shift)) % 2],
-            }
-            for index, category in enumerate(["adversarial,popular,random", "random", "popular,random", "random"] * 2)
-        ]
-        for rows in (mme, pope):
-            for row in rows:
-                row["extracted"] = row["prediction"].strip(".")
-        mmmu = [
-            {"index": index, "question": f"Q{index}", "answer": "ABCD"[index % 4], "split": split, "prediction": "A"}
-            for index, split in enumerate(["dev"] * 3 + ["validation"] * 5)
-        ]
-        for row in mmmu:
-            row["prediction"] = "ABCD"[(row["index"] + row["index"] % (2 + shift)) % 4]
-        kinds: list[tuple[str, str, Any, Any, str, Any, str]] = [
-            ("multi_choice", "text", "['3/11', '8/11']", "B", "8/11", "B", "B) 8/11"),
-            ("multi_choice", "text", "['3/11', '8/11']", "B", "8/11", "8/11", "3/11"),
-            ("free_form", "integer", None, None, "14", "14", "14.5"),
-            ("free_form", "float", None, None, "1.20", "1.2", "about 1.2"),
-            ("free_form", "list", None, None, "[2007, 2008]", "[2007, 2008]", "[2007]"),
-        ]
-        vista = [
-            {
-                "index": index,
-                "question": f"Q{index}",
-                "answer": answer,
-                "question_type": question_type,
-                "answer_type": answer_type,
-                "choices": choices,
-                "answer_option": option,
-                "task": "geometry",
-                "skills": "['arithmetic']",
-                "prediction": f"It is {responses[shift]}",
-                "res": responses[shift],
-                "log": "Succeed",
-            }
-            for index, (question_type, answer_type, choices, option, answer, *responses) in enumerate(kinds)
-        ]
-        extracted = {"score": lambda row: row["answer"] == row["extracted"]}
-        hit = {"hit": lambda row: int(row["answer"] == row["prediction"]), "log": lambda _: "match"}
-        half = {"eval_score": lambda row: 0.5 * (row["answer"] == row["prediction"])}
-        verified = {"verifier_score": lambda row: row["answer"] == row["prediction"]}
-        scored: list[tuple[str, str, str, list[dict[str, Any]], dict[str, Any]]] = [
-            ("MME", "_auxmatch", ".xlsx", mme, extracted),
-            ("POPE", "_auxmatch", ".tsv", pope, extracted),
-            ("MMMU_DEV_VAL", "_exact_matching_result", ".xlsx", mmmu, hit),
-            ("ChartQA_TEST", "_results", ".json", mmmu, half),
-            ("MathVision", "_detailed_results", ".xlsx", mmmu, verified),
-            ("MathVista_MINI", "_gpt-4o-mini", ".xlsx", vista, {}),
-        ]
-        columns = {"extracted", "res", "log"}
-        for name, kind, suffix, rows, functions in scored:
-            asked = [{key: value for key, value in row.items() if key not in columns} for row in rows]
-            dump(asked, place / f"{model}_{name}{suffix}")
-            judged = [{**row, **{key: function(row) for key, function in functions.items()}} for row in rows]
-            dump(judged, place / f"{model}_{name}{kind}{suffix}")
-        status = {"schema_version": "1.0", "eval_id": place.name, "model_name": model, "datasets": {}}
-        (place / "status.json").write_text(json.dumps(status, indent=2))
-
-
 def versions(python: str, *packages: str) -> dict[str, str]:
     code = "import sys, json\nfrom importlib.metadata import version as of\n"
     code += "print(json.dumps({name: of(name) for name in sys.argv[1:]}))"
     return json.loads(subprocess.run([python, "-c", code, *packages], check=True, capture_output=True).stdout)
 
 
-def write_versions(lmms: str, lm: str) -> None:
-    known = {
-        "lmms_eval": versions(lmms, "lmms_eval", "torch", "transformers"),
-        "lm_eval": versions(lm, "lm_eval", "torch", "transformers"),
-        "vlmevalkit (not run)": versions(lm, "pandas", "xlsxwriter"),
-    }
-    (FIXTURES / "versions.json").write_text(json.dumps(known, indent=1) + "\n")
-
-
 def main(lmms: str, lm: str) -> None:
     sys.path.insert(0, str(HERE.parent))
     from checkpoints import make_source, make_target
 
+    tools = {"lmms_eval": lmms, "lm_eval": lm}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tasks(folder)
@@ -334,12 +225,11 @@ def main(lmms: str, lm: str) -> None:
         for model, arguments in models.items():
             evaluate([*lm_eval, *arguments], folder, folder / "lm_eval" / model)
             store(folder / "lm_eval" / model, FIXTURES / "lm_eval" / model, folder)
-    subprocess.run([lm, __file__, "--tables", str(FIXTURES)], check=True)
-    write_versions(lmms, lm)
+    versions_file = FIXTURES / "versions.json"
+    known = json.loads(versions_file.read_text())
+    known |= {name: versions(python, name, "torch", "transformers") for name, python in tools.items()}
+    versions_file.write_text(json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--tables":
-        tables(Path(sys.argv[2]))
-    else:
-        main(*sys.argv[1:3])
+    main(*sys.argv[1:3])

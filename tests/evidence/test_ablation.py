@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.ablate import ablation_rows
+from mergekit_snrf.evidence.analysis import least_important
 from mergekit_snrf.evidence.evaluation import Evaluation
 from mergekit_snrf.evidence.items import Items
-from mergekit_snrf.evidence.least import least_important
 from mergekit_snrf.evidence.results import Study
 from mergekit_snrf.evidence.study import Setup, run_study
 from mergekit_snrf.models.checkpoint import open_checkpoint

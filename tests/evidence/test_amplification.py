@@ -134,13 +134,6 @@ def stock_answer(model: Any, tokenizer: Any, question: str) -> tuple[int, ...]:
     return tuple(model.generate(**ids, generation_config=greedy)[0, ids["input_ids"].shape[1] :].tolist())
 
 
-def test_many_neurons_in_a_run_give_what_each_gives_alone(tiny: Tiny) -> None:
-    together = tiny.generate(NEURONS, batch_size=11)
-    for neuron in NEURONS[::4]:
-        alone = tiny.generate([neuron], batch_size=1)
-        assert alone == {key: ids for key, ids in together.items() if key[1] in (None, neuron)}
-
-
 def test_both_ends_of_a_hidden_unit_give_the_same_generations(tiny: Tiny) -> None:
     up, down = (Neuron(Site(1, name), 8) for name in ("fwd.up", "fwd.down"))
     found = tiny.generate([up, down])
@@ -188,14 +181,6 @@ def test_result_holds_the_counts_of_the_generations(
     assert (result.factor, result.count, result.classifier) == (FACTOR, 4, "words")
     write_result(tmp_path / "result.json", result)
     assert read_result(tmp_path / "result.json") == result
-
-
-def test_factor_one_changes_nothing(tiny: Tiny) -> None:
-    result = tiny.amplify(NEURONS[:3], 1.0)
-    for entry in result.neurons:
-        assert entry.changed == 0
-        assert all(token.log_odds == 0 for token in entry.tokens)
-    assert result.math_neuron_ratio == 0
 
 
 def hooks(model: nn.Module) -> int:

@@ -88,16 +88,11 @@ def test_an_entry_point(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_evaluation("yours")
 
 
-def test_roles_are_the_callables(script: Path) -> None:
-    for reference in (f"{script}:plain", f"{script}:plain?n=1"):
+def test_roles_are_the_callables_and_set_by_a_decorator(script: Path) -> None:
+    for reference in (f"{script}:plain", f"{script}:plain?n=1", f"{script}:marked?n=2"):
         evaluation = load_evaluation(reference)
         assert (evaluation.role("P"), evaluation.role("R")) == ("keep", "gain")
-
-
-def test_roles_are_set_by_a_decorator(script: Path) -> None:
-    marked = load_evaluation(f"{script}:marked?n=2")
-    assert [marked.role(metric) for metric in "RP"] == ["gain", "keep"]
-    assert evaluate(marked, MODEL, None)["R"].scores == (1.0, 1.0)
+    assert scores(reference) == (1.0, 1.0)
     with pytest.raises(SnrfError, match=r"roles must map metrics to 'gain' or 'keep', got \{'R': 'lose'\}"):
         mergekit_snrf.evaluation(roles={"R": "lose"})  # type: ignore[dict-item]
 

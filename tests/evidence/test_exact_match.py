@@ -74,11 +74,6 @@ def board_with(path: Path, old: str, new: str) -> Any:
     return load_evaluation(str(path))
 
 
-def test_the_batch_size_changes_no_score(board: tuple[Any, Any], tmp_path: Path) -> None:
-    reference = evaluate(load_evaluation(str(BOARD / "exact_match.yml")), *board)
-    assert evaluate(board_with(tmp_path / "other.yml", "batch_size: 32", "batch_size: 7"), *board) == reference
-
-
 def test_questions_go_through_the_chat_template(tmp_path: Path) -> None:
     folder = make_source(tmp_path / "model", "qwen2", dtype=torch.float32)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)

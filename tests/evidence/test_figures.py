@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib as mpl
@@ -15,16 +16,19 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from made_results import ablation, amplification, comparison, measured_ranks, profile_of
+from made_results import ablation, amplification, comparison, measured_ranks, profile_of, tuning
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.text import Text
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence import drawing, figures, wording
+from mergekit_snrf.evidence import curves, drawing, figures, wording
+from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.overlap import overlap_of, overlaps, total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, SiteOverlap, Study, TokenOdds
+from mergekit_snrf.evidence.study import Row, Setup, build_study
+from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN
 from mergekit_snrf.neurons.sets import PROJECTIONS, NeuronSet, Site
 
 PLACES = [(layer, place, name) for layer in range(4) for place, name in enumerate(PROJECTIONS)]
@@ -46,6 +50,36 @@ DRAWN: dict[str, tuple[Callable[[], Figure], str]] = {
     "study": (lambda: figures.study_intervals(ablation(), "reasoning"), wording.study_text(ablation(), "reasoning")),
     "bars": (lambda: figures.token_bars(PROMOTED), wording.token_bars_text(PROMOTED)),
 }
+
+
+POINTS: dict[str, tuple[Any, float | None, float, float]] = {
+    # curve, strength, R, P
+    "target": (None, None, 0.3, 0.97),
+    "regmean, keep 3": (REGMEAN, 3.0, 0.6, 0.96),
+    "linear, beta 0.5": (LINEAR, 0.5, 0.7, 0.83),
+    "linear, beta 1": (LINEAR, 1.0, 0.9, 0.67),
+    "regmean, keep 30": (REGMEAN, 30.0, 0.43, 0.97),
+    "regmean, keep 1": (REGMEAN, 1.0, 0.75, 0.92),
+    "regmean from base, keep 1": (BASE, 1.0, 0.64, 0.92),
+    "DARE, drop rate 0.5": (None, None, 0.91, 0.66),
+}
+
+
+def made_tradeoff() -> Study:
+    roles = {"target": "reference", "regmean, keep 3": "claim"}
+    rows: list[Any] = []
+    scores = {}
+    for name, (curve, strength, *means) in POINTS.items():
+        settings = {} if curve is None else {curve.key: strength}
+        role: Any = roles.get(name, "control")
+        rows.append(Row(name, role, curve=curve, strength=strength, settings=settings))
+        scores[name] = [
+            {m: Items(tuple(float(n < 100 * mean) for n in range(100))) for m, mean in zip("RP", means, strict=True)}
+        ]
+    return build_study(Setup("comparison", "m", "e"), rows, scores, {"R": "gain", "P": "keep"})
+
+
+TRADED = made_tradeoff()
 
 
 def texts(drawing: str) -> list[str]:
@@ -280,6 +314,42 @@ def test_bars_of_tokens() -> None:
     assert "'\\n' 1.35 (40:21)" in text
 
 
+def test_trade_off_is_the_points_of_the_study() -> None:
+    (drawn_one,) = curves.tradeoff_drawings(TRADED).values()
+    (panel,) = drawn_one.figure.axes
+    lines = {str(line.get_label()): np.array(line.get_xydata()) for line in panel.get_lines()}
+    expected = {
+        "regmean: keep 30 to 1": ["target", "regmean, keep 30", "regmean, keep 3", "regmean, keep 1"],
+        "linear: beta 0.5 to 1": ["target", "linear, beta 0.5", "linear, beta 1"],
+        "regmean from base: keep 1 to 1": ["target", "regmean from base, keep 1"],
+        "target": ["target"],
+        "regmean, keep 3 (the recipe)": ["regmean, keep 3"],
+    }
+    for label, names in expected.items():
+        places = [[100 * POINTS[name][3], 100 * POINTS[name][2]] for name in names]
+        np.testing.assert_allclose(lines[label], places, atol=1e-9)
+    drawn = {tuple(np.round(place, 9)) for line in lines.values() for place in line}
+    assert (66.0, 91.0) in drawn
+    # Every point but the target has the paired intervals of its changes.
+    bars = [container for container in panel.containers if len(container) == 3]
+    assert len(bars) == len(POINTS) - 1
+    for name in POINTS:
+        assert name in drawn_one.text
+    no_curve = TRADED.model_copy(update={"conditions": [c for c in TRADED.conditions if c.curve is None]})
+    assert curves.tradeoff_drawings(no_curve) == {}
+
+
+@pytest.mark.parametrize("scores", [False, True])
+def test_choice_of_keep_is_drawn(scores: bool) -> None:
+    made = curves.tuning_drawing(tuning(scores))
+    panels = made.figure.axes
+    assert len(panels) == 1 + scores
+    lines = {str(line.get_label()): np.array(line.get_xydata()) for line in panels[0].get_lines()}
+    assert lines["mean of the kinds"][:, 1] == pytest.approx([0.03 / keep for keep in lines["color"][:, 0]])
+    assert "chosen keep 3" in made.text
+    assert "mathdefault" not in drawing.svg(made.figure, made.caption, made.text)
+
+
 BIG = 1_234_567
 LONG = "a name of a model that is as long as names of models get, with its revision"
 FULL = {
@@ -289,6 +359,9 @@ FULL = {
     "apart": lambda: figures.overlap_diagram(of_sizes(0, BIG, 3)),
     "long tokens": lambda: figures.token_bars(promoted(["token" * 9 + str(place) for place in range(30)])),
     "long names": lambda: figures.study_intervals(renamed(comparison()), "reasoning"),
+    "trade-off": lambda: next(iter(curves.tradeoff_drawings(TRADED).values())).figure,
+    "keep": lambda: curves.tuning_curve(tuning(False)),
+    "keep with scores": lambda: curves.tuning_curve(tuning(True)),
     "many layers": lambda: figures.mask_map(NeuronSet({Site(n, "attn.k"): torch.arange(9999) > 0 for n in range(80)})),
 }
 

@@ -21,8 +21,7 @@ from transformers import PreTrainedModel
 from mergekit_snrf.cli.snrf import main
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.asked import Asked
-from mergekit_snrf.evidence.lens import Lensed, LensSums, add_batch, lens
-from mergekit_snrf.evidence.lens_positions import Positions
+from mergekit_snrf.evidence.lens import Lensed, LensSums, Positions, add_batch, lens
 from mergekit_snrf.evidence.lens_tokens import Place, TokenGrid, grid_html, grid_text
 from mergekit_snrf.evidence.results import KINDS, Lens, read_result
 from mergekit_snrf.models.live import find_live_decoder, find_live_head

@@ -96,41 +96,6 @@ def test_order_of_the_lines_does_not_count(tmp_path: Path) -> None:
     assert (change.low, change.high) == (0.0, 0.0)
 
 
-def mme_total(answers: list[tuple[str, str, float]]) -> float:
-    """MME's sum over categories: accuracy over questions plus accuracy over pictures with both right, in per cent."""
-    total = 0.0
-    for category in {category for category, _, _ in answers}:
-        right = [score for c, _, score in answers if c == category]
-        pictures = {q for c, q, _ in answers if c == category}
-        both = [all(s for c, q, s in answers if (c, q) == (category, picture)) for picture in pictures]
-        total += 100 * np.mean(right) + 100 * np.mean(both)
-    return total
-
-
-def test_mme_is_summed_up_as_mme_does(tmp_path: Path) -> None:
-    generator = np.random.default_rng(1)
-    # Categories of unequal size, and two metrics that share one file.
-    places = [("color", f"{n}.png") for n in range(6)] + [("OCR", f"{n}.png") for n in range(2)]
-    places = [place for place in places for _ in range(2)]
-    models: list[list[dict[str, Any]]] = []
-    totals: list[float] = []
-    for chance in (0.4, 0.9):
-        scores = (generator.random(len(places)) < chance).astype(float).tolist()
-        answers = [(c, q, s) for (c, q), s in zip(places, scores, strict=True)]
-        totals.append(mme_total(answers))
-        perception = [{"mme_perception_score": {"category": c, "question_id": q, "score": s}} for c, q, s in answers]
-        cognition = [
-            {"mme_cognition_score": {"category": "code", "question_id": "x", "score": float(k)}} for k in range(2)
-        ]
-        models.append(perception + cognition)
-    study, skipped = run(tmp_path, "mme", *models, keep=["mme_perception_score"])
-    assert skipped == []
-    assert means(study, "mme/mme_perception_score") == pytest.approx(totals)
-    assert means(study, "mme/mme_cognition_score") == pytest.approx([50.0, 50.0])
-    assert study.items == {"mme/mme_cognition_score": 1, "mme/mme_perception_score": 8}
-    assert study.roles == {"mme/mme_cognition_score": "gain", "mme/mme_perception_score": "keep"}
-
-
 @pytest.mark.parametrize(
     ("metric", "first", "other"),
     [
@@ -144,19 +109,6 @@ def test_metrics_that_are_left_out(metric: str, first: Any, other: Any, tmp_path
     study, (skipped,) = run(tmp_path, "t", first, other)
     assert list(study.items) == ["t/x"]
     assert skipped.startswith(f"Left out: t/{metric}, ")
-
-
-def test_pope_accuracy_counts_and_its_other_metrics_do_not(tmp_path: Path) -> None:
-    others = ("f1_score", "precision", "recall", "yes_ratio")
-
-    def line(score: float) -> dict[str, Any]:
-        one = {"question_id": "1", "score": score, "prediction": "yes", "ground_truth": "yes"}
-        return {f"pope_{name}": one for name in ("accuracy", *others)}
-
-    study, skipped = run(tmp_path, "pope", [line(0.0), line(1.0)], [line(1.0), line(1.0)])
-    assert means(study, "pope/pope_accuracy") == [0.5, 1.0]
-    assert list(study.items) == ["pope/pope_accuracy"]
-    assert sorted(skipped) == [f"Left out: pope/pope_{name}, which is not a mean over samples" for name in others]
 
 
 @pytest.mark.parametrize(

@@ -220,16 +220,12 @@ def test_the_first_sentence_names_a_simpler_rival_that_does_better(
     assert named is None or f"rival ({named}" in first
 
 
-def test_a_simpler_rival_is_named_without_a_metric_to_keep() -> None:
-    rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", curve=LINEAR, strength=1.0)]
-    scores = {name: [{"R": one[0]["R"]}] for name, one in zip("ab", (coin(99, 20, 0), coin(99, 40, 0)), strict=True)}
-    study = build_study(Setup("comparison", "m", "e"), rows, scores | {"linear": coin(99, 70, 0)}, {"R": "gain"})
-    assert study.verdict[0].startswith("A simpler merge does better than b")
-
-
-def test_trade_offs_are_named_where_no_point_at_equal_perception_stands_for_them() -> None:
+def test_rivals_are_named_where_no_point_at_equal_perception_stands_for_them() -> None:
     names = {"a": coin(99, 20, 50), "b": coin(99, 40, 50), "linear": coin(99, 70, 20)}
     rows = [Row("a", "reference"), Row("b", "claim"), Row("linear", "control", curve=LINEAR, strength=1.0)]
+    only_gain = {name: [{"R": one[0]["R"]}] for name, one in names.items()}
+    study = build_study(Setup("comparison", "m", "e"), rows, only_gain, {"R": "gain"})
+    assert study.verdict[0].startswith("A simpler merge does better than b")
     traded = "Better than b on some metrics and worse on others: linear (R 30.3 ["
     for role, said in (("gain", True), ("keep", False)):
         study = build_study(Setup("comparison", "m", "e"), rows, names, {"R": "gain", "P": role})  # type: ignore[dict-item]

@@ -38,11 +38,6 @@ def test_rare_tokens_are_left_out_and_ties_go_to_the_larger_count() -> None:
     assert [entry.token for entry in rank_tokens(counts, counts)] == ["z", "a", "b"]
 
 
-def test_an_unchanged_distribution_has_no_log_odds() -> None:
-    counts = {"x": 7, "y": 2, "z": 1}
-    assert all(entry.log_odds == 0 for entry in rank_tokens(counts, counts))
-
-
 def test_byte_level_tokens_keep_their_space_and_lose_their_markers() -> None:
     tokenizer = make_tokenizer(TARGET_CHATS["llava"], TARGET_CORPUS, size=320)
     ids = tokenizer(" triangle is", add_special_tokens=False).input_ids

@@ -21,12 +21,11 @@ from PIL import Image
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.evidence import heldout
+from mergekit_snrf.evidence import tune as tuning
 from mergekit_snrf.evidence.controls import Merge, regmean
-from mergekit_snrf.evidence.heldout import Distance, held_out, kinds_of
 from mergekit_snrf.evidence.recipes import open_recipe
-from mergekit_snrf.evidence.tune import HIGHEST, LOWEST, STEPS, tune
-from mergekit_snrf.evidence.tuned import Tuning
+from mergekit_snrf.evidence.study_results import Tuning
+from mergekit_snrf.evidence.tune import HIGHEST, LOWEST, STEPS, Distance, held_out, kinds_of, tune
 from mergekit_snrf.merge.recipefile import with_keep
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.models.moments import read_moments
@@ -78,8 +77,8 @@ def merge(folder: Path) -> Merge:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heldout, "LEAST", COUNT)
-    monkeypatch.setattr(heldout, "MOST", COUNT)
+    monkeypatch.setattr(tuning, "LEAST", COUNT)
+    monkeypatch.setattr(tuning, "MOST", COUNT)
 
 
 @pytest.mark.usefixtures("few")

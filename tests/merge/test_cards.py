@@ -179,8 +179,8 @@ def test_hub_models_are_named_in_the_front_matter(merged: Path) -> None:
     config = load_recipe(str(merged / "snrf.yml"))
     plan = draft_merge(config, MergeOptions(), recipe_folder=str(merged)).finish()
     target = replace(plan.target, reference=ModelReference.parse("owner/vlm@abc"))
-    source = replace(plan.source, reference=ModelReference.parse("owner/llm+owner/adapter"))
-    plan = replace(plan, target=target, source=source)
+    source = replace(plan.models["source"], reference=ModelReference.parse("owner/llm+owner/adapter"))
+    plan = replace(plan, models={"target": target, "source": source})
     card = merge_card(plan, "recipe: 1", cast="float16")
     assert front_of(card)["base_model"] == ["owner/vlm", "owner/llm", "owner/adapter"]
     assert "[owner/vlm](https://huggingface.co/owner/vlm)" in card

@@ -22,7 +22,7 @@ from forked import forked, start_forked
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from outputs import assert_refused, done, hashes, run, tree
-from pair import Pair, assert_same, make_pair, merge, plan, source_name, target_name, write_recipe
+from pair import Pair, assert_same, merge, plan, source_name, target_name, write_recipe
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
@@ -38,11 +38,6 @@ from mergekit_snrf.neurons.maskfile import write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 
 SHARD = 80_000
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return make_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
@@ -456,5 +451,5 @@ def test_devices(command: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.M
     assert hashes(tmp_path / "plain") == files
     tensors = Tensors(plan(pair.recipe()).finish(), MergeOptions(device="meta"))
     edit = plan(pair.recipe()).edits[0]
-    assert {matrix[:1].device.type for matrix in tensors._matrices(edit) if matrix is not None} == {"meta"}
+    assert {tensors._inputs(edit)[role][:1].device.type for role in edit.names} == {"meta"}
     assert (tensors.workers(None), tensors.workers(3)) == (1, 3)

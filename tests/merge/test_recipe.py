@@ -17,7 +17,7 @@ from pair import MODULES, Pair, merge, one, plan, problem, run, write_recipe
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, settings
-from mergekit_snrf.merge.parameters import SPEC
+from mergekit_snrf.merge.method import SPEC
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 
 
@@ -39,22 +39,6 @@ def recipe(source: dict[str, Any], top: dict[str, Any]) -> Recipe:
     assert read is not None
     assert problems == []
     return read
-
-
-def test_models_and_defaults_of_a_recipe() -> None:
-    found = recipe({"beta": 0.25}, {"rank": 3})
-    assert (str(found.target), str(found.source)) == ("vlm", "llm")
-    assert [found.value(name) for name in ("masks", "order", "masks_sha256", "allow_noop")] == [
-        "m",
-        "svd-then-mask",
-        "",
-        False,
-    ]
-
-
-def test_recipe_without_target_or_source_is_no_recipe() -> None:
-    assert recipe_of({}, {}, base_model=None)[0] is None
-    assert recipe_of({}, {}, models=[{"model": "a"}, {"model": "b"}])[0] is None
 
 
 def test_every_parameter_is_documented_with_its_range() -> None:
@@ -111,13 +95,6 @@ def test_every_problem_is_listed_in_the_order_of_the_recipe() -> None:
         ("parameters of b", "rank"),
     ]
     assert found[7].remedy == "did you mean 'beta'?"
-
-
-@pytest.mark.parametrize(
-    ("t", "expected"), [(0.0, Fusion(0.0, 2)), (0.25, Fusion(0.25, 4)), (0.5, Fusion(0.5, 6)), (1.0, Fusion(1.0, 10))]
-)
-def test_gradients(t: float, expected: Fusion) -> None:
-    assert recipe({"beta": [0, 0.5, 1], "rank": [2, 10]}, {}).fusion("model.layers.0.mlp.up_proj.weight", t) == expected
 
 
 def test_filters_defaults_and_precedence() -> None:

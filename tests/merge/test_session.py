@@ -22,7 +22,7 @@ from pair import Pair, assert_same, merge, one, run, source_name, target_name, w
 
 from mergekit_snrf.cli.snrf import main as snrf
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.merge import install, session
+from mergekit_snrf.merge import install, method
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.neurons.sites import Site
 
@@ -34,7 +34,7 @@ def test_the_callers_configuration_stays_as_it_is(pair: Pair, tmp_path: Path, mo
         run_merge(config, str(tmp_path / name), MergeOptions(quiet=True))
         assert config == before
     assert_same(read(tmp_path / "first"), read(tmp_path / "second"))
-    assert session._SESSIONS == {}
+    assert method.SESSIONS == {}
     # What it wrote beside the weights is a recipe, without the folders of this machine.
     assert str(pair.folder) not in (tmp_path / "first" / "mergekit_config.yml").read_text()
     monkeypatch.chdir(pair.folder)
@@ -208,6 +208,6 @@ def test_an_error_of_the_python_api_has_its_parts(pair: Pair, tmp_path: Path) ->
 
 def test_a_failed_merge_leaves_no_session(pair: Pair, tmp_path: Path) -> None:
     run(pair.recipe(source={"beta": 2}), tmp_path / "out")
-    assert session._SESSIONS == {}
+    assert method.SESSIONS == {}
     with pytest.raises(SnrfError, match="is running"):
-        session.find_session("mask.safetensors")
+        method.find_session("mask.safetensors")

@@ -270,14 +270,6 @@ def test_biases_that_are_not_there(models: Models, tmp_path: Path) -> None:
         assert found.what.startswith(f"tensor {name} of the {called} is missing, but model.layers.0.self_attn.k_proj.b")
 
 
-def test_adapter_refuses_biases(models: Models, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "recipe.yml", models.recipe(**VARIANTS["biases"]))
-    result = CliRunner().invoke(snrf, ["lora", str(recipe), str(tmp_path / "adapter")])
-    assert result.exit_code == 1
-    assert "biases: a LoRA adapter" in result.output
-    assert not (tmp_path / "adapter").exists()
-
-
 def planned(models: Models, folder: Path, variant: dict[str, Any], *options: str) -> Result:
     recipe = write_recipe(folder / "recipe.yml", models.recipe(**variant))
     return CliRunner().invoke(snrf, ["plan", str(recipe), *options])

@@ -73,7 +73,7 @@ def headers(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 @pytest.mark.parametrize("layout", ["one file", "shards", "bin", "bin shards", "state_dict"])
-def test_headers_of_every_layout(tmp_path: Path, layout: str) -> None:
+def test_headers_of_every_layout(tmp_path, layout):
     folder = folder_of(tmp_path / "model")
     if layout == "one file":
         save_file(TENSORS, folder / "model.safetensors")
@@ -94,7 +94,7 @@ def test_headers_of_every_layout(tmp_path: Path, layout: str) -> None:
     assert (checkpoint.model_type, checkpoint.needs_remote_code) == ("qwen2", False)
 
 
-def test_weights_are_not_read(tmp_path: Path) -> None:
+def test_weights_are_not_read(tmp_path):
     folder, size = folder_of(tmp_path / "model"), 4 * 10**9
     header = json.dumps({"a": {"shape": [50_000, 40_000], "dtype": "BF16", "data_offsets": [0, size]}}).encode()
     with open(folder / "model.safetensors", "wb") as file:
@@ -107,7 +107,7 @@ def test_weights_are_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
-def test_bytes_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+def test_bytes_of_every_dtype(tmp_path, dtype):
     folder = folder_of(tmp_path / "model")
     size = 6 * ITEM_BYTES[dtype]
     header = json.dumps({"a": {"shape": [2, 3], "dtype": dtype, "data_offsets": [0, size]}}).encode()
@@ -116,7 +116,7 @@ def test_bytes_of_every_dtype(tmp_path: Path, dtype: str) -> None:
     assert open_checkpoint(str(folder)).bytes == size
 
 
-def test_an_index_wins_over_a_whole_file_and_safetensors_over_bin(tmp_path: Path) -> None:
+def test_an_index_wins_over_a_whole_file_and_safetensors_over_bin(tmp_path):
     folder = sharded(folder_of(tmp_path / "model"))
     save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
     torch.save({"another": torch.zeros(1)}, folder / "pytorch_model.bin")
@@ -127,7 +127,7 @@ def test_an_index_wins_over_a_whole_file_and_safetensors_over_bin(tmp_path: Path
     assert headers(open_checkpoint(str(folder))) == {"another": ("F32", (1,))}
 
 
-def test_a_tensor_in_two_shards_is_that_of_the_index(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_that_of_the_index(tmp_path):
     folder = sharded(folder_of(tmp_path / "model"))
     save_file({**SECOND, "embed.weight": torch.zeros(9, 9)}, folder / "model-00002-of-00002.safetensors")
     checkpoint = open_checkpoint(str(folder))
@@ -145,7 +145,7 @@ def error_of(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_a_missing_shard_or_tensor(tmp_path: Path, suffix: str) -> None:
+def test_a_missing_shard_or_tensor(tmp_path, suffix):
     shard = f"model-00002-of-00002.{suffix}"
     folder = sharded(folder_of(tmp_path / "model"), suffix, **{"layers.0.weight": shard})
     assert f"{folder / shard}: lacks tensor 'layers.0.weight', which the index" in error_of(folder)
@@ -157,10 +157,12 @@ PLACES = ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "./x", "x/",
 
 
 @pytest.mark.parametrize("place", [*PLACES, "x" * 300], ids=lambda place: str(place)[:9])
-def test_an_index_that_leaves_the_folder_or_names_no_file(tmp_path: Path, place: Any) -> None:
+def test_an_index_that_leaves_the_folder_or_names_no_file(tmp_path, place):
     save_file(FIRST, tmp_path / "model.safetensors")
     folder = sharded(folder_of(tmp_path / "model"), **{"layers.0.weight": place})
     assert re.search("the index names this shard, but the file is missing|does not map tensors", error_of(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+    assert "'weight_map' does not map tensors to file names" in error_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -172,20 +174,13 @@ def test_an_index_that_leaves_the_folder_or_names_no_file(tmp_path: Path, place:
     ids=lambda value: str(value)[:20],
 )
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
-def test_broken_json(tmp_path: Path, file: str, content: bytes, message: str) -> None:
+def test_broken_json(tmp_path, file, content, message):
     folder = sharded(folder_of(tmp_path / "model"))
     (folder / file).write_bytes(content)
     assert error_of(folder).startswith(f"{folder / file}: {message}")
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": None}, {"weight_map": []}, {"weight_map": "x"}])
-def test_an_index_without_a_map(tmp_path: Path, index: Any) -> None:
-    folder = folder_of(tmp_path / "model")
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    assert "'weight_map' does not map tensors to file names" in error_of(folder)
-
-
-def test_folders_without_weights_or_config(tmp_path: Path) -> None:
+def test_folders_without_weights_or_config(tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty/config.json: cannot be read" in error_of(tmp_path / "empty")
     folder = folder_of(tmp_path / "model")
@@ -193,16 +188,8 @@ def test_folders_without_weights_or_config(tmp_path: Path) -> None:
     assert "holds neither model.safetensors nor pytorch_model.bin nor an index of shards" in error_of(folder)
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("content", [b"", b"text", b"\x80\x04N.", bytes(64)])
-def test_damaged_weights(tmp_path: Path, file: str, content: bytes) -> None:
-    folder = folder_of(tmp_path / "model")
-    (folder / file).write_bytes(content)
-    assert error_of(folder).startswith(f"{folder / file}: cannot be read (")
-
-
 @pytest.mark.parametrize("content", [[torch.zeros(2)], torch.zeros(2), 3, None, {"state_dict": 3}, {5: torch.zeros(2)}])
-def test_a_bin_that_is_no_state_dict(tmp_path: Path, content: Any) -> None:
+def test_a_bin_that_is_no_state_dict(tmp_path, content):
     folder = folder_of(tmp_path / "model")
     torch.save(content, folder / "pytorch_model.bin")
     assert "pytorch_model.bin: cannot be read (it does not map names to tensors)" in error_of(folder)
@@ -218,7 +205,7 @@ class Exploit:
         return (Path.touch, (self.path,))
 
 
-def test_a_bin_is_not_executed(tmp_path: Path) -> None:
+def test_a_bin_is_not_executed(tmp_path):
     folder = folder_of(tmp_path / "model")
     torch.save({"a": torch.zeros(1), "b": Exploit(tmp_path / "executed")}, folder / "pytorch_model.bin")
     assert "pytorch_model.bin: cannot be read" in error_of(folder)
@@ -227,7 +214,7 @@ def test_a_bin_is_not_executed(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_flipped_bytes_give_headers_or_one_error(tmp_path: Path, file: str) -> None:
+def test_flipped_bytes_give_headers_or_one_error(tmp_path, file):
     folder = folder_of(tmp_path / "model")
     if file == "model.safetensors":
         save_file(TENSORS, folder / file)
@@ -247,19 +234,19 @@ def test_flipped_bytes_give_headers_or_one_error(tmp_path: Path, file: str) -> N
 
 
 @pytest.mark.parametrize("name", ["", "model", "./model", "/no/such/model", "~/model", "a/b/c", "a/b/", "../model"])
-def test_names_that_are_no_model(name: str) -> None:
+def test_names_that_are_no_model(name):
     with pytest.raises(SnrfError, match="no such folder"):
         open_checkpoint(name)
 
 
 @pytest.mark.parametrize("name", ["owner/--model", "ow ner/model", "owner/" + "x" * 300])
-def test_names_that_are_no_hub_id(name: str, tmp_path: Path) -> None:
+def test_names_that_are_no_hub_id(name, tmp_path):
     with pytest.raises(SnrfError, match="neither a local folder nor a model") as caught:
         open_checkpoint(name, cache_dir=str(tmp_path))
     assert caught.value.where == name
 
 
-def test_text_config_is_completed_by_transformers(tmp_path: Path) -> None:
+def test_text_config_is_completed_by_transformers(tmp_path):
     text = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 7}
 
     def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -291,20 +278,20 @@ def test_text_config_is_completed_by_transformers(tmp_path: Path) -> None:
         {"model_type": "unheard_of", "llm_config": {"model_type": "qwen2", "num_hidden_layers": [1]}},
     ],
 )
-def test_configs_that_transformers_refuses(config: dict[str, Any]) -> None:
+def test_configs_that_transformers_refuses(config):
     with pytest.raises(SnrfError, match=r"^model/config\.json: transformers refuses this \w+ config") as caught:
         Checkpoint("model", None, {}, config, b"").text_config  # noqa: B018
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "internvl_chat"}, {"model_type": ["qwen2"]}])
-def test_unknown_model_types_need_remote_code_if_there_is_some(config: dict[str, Any]) -> None:
+def test_unknown_model_types_need_remote_code_if_there_is_some(config):
     assert Checkpoint("model", None, {}, config, b"").needs_remote_code == (not config)
     code = {"AutoConfig": "configuration_x.XConfig"}
     assert Checkpoint("model", None, {}, {**config, "auto_map": code}, b"").needs_remote_code
 
 
-def test_defaults_of_another_layout_are_not_taken_for_the_files() -> None:
+def test_defaults_of_another_layout_are_not_taken_for_the_files():
     config = {**CONFIG, "model_type": "llava", "mm_vision_tower": "clip"}
     assert Checkpoint("model", None, {}, config, b"").text_config == config
 
@@ -325,7 +312,7 @@ OTHER_MODELS += [".git/config.json", "__pycache__/x.pyc", ".cache/huggingface/x.
 OTHERS = [".gitattributes", ".hidden.json", "README.md", "mergekit_config.yml", "picture.png"]
 
 
-def test_side_files_are_everything_small_that_belongs_to_the_model(tmp_path: Path) -> None:
+def test_side_files_are_everything_small_that_belongs_to_the_model(tmp_path):
     folder = folder_of(tmp_path / "model")
     for name in (*SIDE_FILES, *WEIGHTS, *OTHERS, *NESTED, *OTHER_MODELS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -366,7 +353,7 @@ def cached(cache: Path, files: dict[str, bytes], revision: str = "main") -> Path
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_model_in_the_cache(tmp_path: Path) -> None:
+def test_a_model_in_the_cache(tmp_path):
     files = {"config.json": json.dumps(CONFIG).encode(), "model.safetensors": save(TENSORS)}
     folder = cached(tmp_path, files)
     old = cached(tmp_path, {**files, "model.safetensors": save(FIRST)}, "old")
@@ -377,7 +364,7 @@ def test_a_model_in_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_cache_without_what_the_configuration_calls_for_has_no_side_files(tmp_path: Path) -> None:
+def test_a_cache_without_what_the_configuration_calls_for_has_no_side_files(tmp_path):
     config = {**CONFIG, "vision_config": {}, "auto_map": {"AutoConfig": "own.Config", "AutoModel": "a/b--their.Model"}}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": save(TENSORS)}
     folder = cached(tmp_path, files)
@@ -397,7 +384,7 @@ def index_of(weight_map: Any) -> bytes:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("missing", ["config.json", "second.safetensors", "index and weights"])
-def test_an_incomplete_cache_asks_the_hub(tmp_path: Path, missing: str) -> None:
+def test_an_incomplete_cache_asks_the_hub(tmp_path, missing):
     weight_map = {**dict.fromkeys(FIRST, "first.safetensors"), **dict.fromkeys(SECOND, "second.safetensors")}
     files = {
         "config.json": json.dumps(CONFIG).encode(),
@@ -420,7 +407,7 @@ def hub_files(tensors: dict[str, Tensor], **more: bytes) -> dict[str, bytes]:
     return {**small, "model.safetensors": save(tensors), **more}
 
 
-def test_models_on_a_hub(tmp_path: Path) -> None:
+def test_models_on_a_hub(tmp_path):
     shards = hub_files({}, **{"1.safetensors": save(FIRST), "2.safetensors": save(SECOND)})
     weight_map = {**dict.fromkeys(FIRST, "1.safetensors"), **dict.fromkeys(SECOND, "2.safetensors")}
     del shards["model.safetensors"]
@@ -460,7 +447,7 @@ def test_models_on_a_hub(tmp_path: Path) -> None:
         assert "\n" not in answers[name]
 
 
-def test_a_cache_is_brought_up_to_the_hubs_revision(tmp_path: Path) -> None:
+def test_a_cache_is_brought_up_to_the_hubs_revision(tmp_path):
     """Weights and configuration alone are there, as after loading a model's class."""
     files = hub_files(TENSORS, **{"additional_chat_templates/x.jinja": b"x", "chat_template.jinja": b"y"})
     files |= {"tokenizer_config.json": b"{}"}
@@ -481,7 +468,7 @@ def test_a_cache_is_brought_up_to_the_hubs_revision(tmp_path: Path) -> None:
     assert answer.startswith("SnrfError: owner/model: neither")
 
 
-def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached(tmp_path):
     with hub_of({}) as hub:
         pass
     (answer,) = ask_hub(hub.endpoint, tmp_path, "owner/model").values()
@@ -490,9 +477,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert answer.endswith("check the name, the network and the login (hf auth login)")
 
 
-def test_files_of_a_checkpoint_are_downloaded_without_other_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_a_checkpoint_are_downloaded_without_other_weights(tmp_path, monkeypatch):
     def answer(name: str, **options: Any) -> Path:
         asked.update(options, name=name)
         if name == "owner/fails":
@@ -512,7 +497,7 @@ def test_files_of_a_checkpoint_are_downloaded_without_other_weights(
         replace(checkpoint, name="owner/fails").local()
 
 
-def test_an_adapter_and_a_sum_of_models_are_named(tmp_path: Path) -> None:
+def test_an_adapter_and_a_sum_of_models_are_named(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     assert "is an adapter without its model; write BASE+ADAPTER in a recipe" in error_of(tmp_path)
     with pytest.raises(SnrfError, match="only a recipe takes base\\+adapter"):

@@ -81,7 +81,7 @@ VISUAL = headers({f"visual.blocks.{n}.attn.qkv.weight": (48, 16) for n in range(
     ],
 )
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
-def test_decoders_of_every_layout(prefix: str, dtype: str) -> None:
+def test_decoders_of_every_layout(prefix, dtype):
     others = headers({"lm_head.weight": (9, 16), "mm.layers.0.weight": (1,)})
     tensors = {**vision_tower(), **VISUAL, **others, **stack(prefix, dtype=dtype)}
     decoder = find_decoder(checkpoint(tensors))
@@ -92,27 +92,27 @@ def test_decoders_of_every_layout(prefix: str, dtype: str) -> None:
         assert header.shape[site.axis] == SHAPE.neurons(site.projection)
 
 
-def test_sites_are_every_layer_and_projection() -> None:
+def test_sites_are_every_layer_and_projection():
     assert SHAPE.sites() == [Site(layer, name) for layer in range(3) for name in PROJECTIONS]
     assert [SHAPE.neurons(name) for name in ("attn.q", "attn.k", "attn.v", "fwd.up", "fwd.down")] == [16, 8, 8, 24, 24]
     assert SHAPE.repeats == 2
 
 
-def test_a_vision_tower_of_the_decoders_depth_and_width_is_ignored() -> None:
+def test_a_vision_tower_of_the_decoders_depth_and_width_is_ignored():
     siglip = vision_tower("vision_tower.vision_model.encoder.layers.", SHAPE.layers, SHAPE.hidden_size)
     assert find_decoder(checkpoint({**siglip, **stack("llm.model.layers.")})).prefix == "llm.model.layers."
     assert "no text decoder found" in error_of(siglip)
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_config_tells_a_resampler_from_the_decoder(first: bool) -> None:
+def test_the_config_tells_a_resampler_from_the_decoder(first):
     for resampler in (replace(SHAPE, layers=2), replace(SHAPE, hidden_size=32)):
         perceiver = stack("model.connector.perceiver_resampler.layers.", resampler)
         both = {**perceiver, **stack()} if first else {**stack(), **perceiver}
         assert find_decoder(checkpoint(both)).prefix == "model.layers."
 
 
-def test_of_two_equal_stacks_the_one_with_embeddings_and_norm_is_the_decoder() -> None:
+def test_of_two_equal_stacks_the_one_with_embeddings_and_norm_is_the_decoder():
     both = {**stack("model.resampler.layers."), **stack("model.text_model.layers.")}
     assert "several text decoders" in error_of(both)
     both |= headers({"model.text_model.embed_tokens.weight": (9, 16), "model.resampler.norm.weight": (16,)})
@@ -132,7 +132,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize(("prefix", "modules"), [(one[0], one[1:]) for one in FUSED.values()], ids=FUSED)
-def test_fused_decoders_are_refused(prefix: str, modules: tuple[str, ...]) -> None:
+def test_fused_decoders_are_refused(prefix, modules):
     fused = headers({f"{prefix}{n}.{name}.weight": (4, 4) for n in range(3) for name in modules})
     assert f"fused projections ({prefix}0.{modules[0]}.weight)" in error_of({**vision_tower(), **fused})
 
@@ -156,12 +156,12 @@ UNQUANTISED = {name: header for name, header in stack().items() if not name.ends
         ({}, "not merged", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
     ],
 )
-def test_other_kinds_of_decoders_are_refused(tensors: Headers, kind: str, example: str) -> None:
+def test_other_kinds_of_decoders_are_refused(tensors, kind, example):
     assert f"{kind} ({example})" in error_of({**tensors, **headers({example: (4, 4)})})
 
 
 @pytest.mark.parametrize("dtype", ["U8", "I8", "F8_E4M3", "F8_E5M2", "I32", "BOOL", "C64", "torch.float8_e4m3fn"])
-def test_weights_of_unusable_dtypes_are_refused_by_name(dtype: str) -> None:
+def test_weights_of_unusable_dtypes_are_refused_by_name(dtype):
     for module in MODULES:
         name = f"model.layers.1.{module}.weight"
         tensors = stack()
@@ -171,7 +171,7 @@ def test_weights_of_unusable_dtypes_are_refused_by_name(dtype: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_missing_tensor_is_named(layer: int, module: str) -> None:
+def test_a_missing_tensor_is_named(layer, module):
     name = f"model.layers.{layer}.{module}.weight"
     tensors = {**vision_tower(), **VISUAL, **stack()}
     del tensors[name]
@@ -179,14 +179,14 @@ def test_a_missing_tensor_is_named(layer: int, module: str) -> None:
 
 
 @pytest.mark.parametrize("spelling", [None, "00", "\u0660", "0x0", "-0", "100000"])
-def test_a_missing_layer_is_named_and_layer_numbers_are_plain(spelling: str | None) -> None:
+def test_a_missing_layer_is_named_and_layer_numbers_are_plain(spelling):
     tensors = {name.replace("layers.0.", f"layers.{spelling}."): header for name, header in stack().items()}
     if spelling is None:
         tensors = {name: header for name, header in tensors.items() if "layers.None." not in name}
     assert "tensor model.layers.0.mlp.down_proj.weight is missing" in error_of(tensors)
 
 
-def test_a_missing_last_layer_contradicts_the_config() -> None:
+def test_a_missing_last_layer_contradicts_the_config():
     tensors = stack(shape=replace(SHAPE, layers=2))
     perceiver = stack("model.perceiver.layers.", replace(SHAPE, layers=1, hidden_size=8))
     message = error_of({**perceiver, **tensors})
@@ -195,7 +195,7 @@ def test_a_missing_last_layer_contradicts_the_config() -> None:
 
 @pytest.mark.parametrize("shape", [(), (16,), (8,), (16, 8), (2, 16, 16)])
 @pytest.mark.parametrize("module", MODULES)
-def test_weights_of_another_shape_are_named(module: str, shape: tuple[int, ...]) -> None:
+def test_weights_of_another_shape_are_named(module, shape):
     name = f"model.layers.0.{module}.weight"
     tensors = stack()
     message = error_of({**tensors, name: replace(tensors[name], shape=shape)})
@@ -213,7 +213,7 @@ def test_weights_of_another_shape_are_named(module: str, shape: tuple[int, ...])
         ("intermediate_size", 25, "mlp.up_proj", [25, 16]),
     ],
 )
-def test_a_config_that_contradicts_the_shapes(key: str, value: Any, name: str, expected: list[int]) -> None:
+def test_a_config_that_contradicts_the_shapes(key, value, name, expected):
     config = {**TEXT, "model_type": "unheard_of", key: value}
     assert f"model.layers.0.{name}.weight has shape " in error_of(stack(), config)
     assert f"but config.json says {expected}" in error_of(stack(), config)
@@ -232,7 +232,7 @@ def test_a_config_that_contradicts_the_shapes(key: str, value: Any, name: str, e
     ],
     ids=str,
 )
-def test_configs_without_a_text_decoder(key: str, value: Any) -> None:
+def test_configs_without_a_text_decoder(key, value):
     config = {**TEXT, "model_type": "unheard_of", key: value}
     if value is ...:
         del config[key], config["model_type"]
@@ -240,18 +240,18 @@ def test_configs_without_a_text_decoder(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("layers", [9999, 10**6, 10**30])
-def test_absurd_depths_are_refused_at_once(layers: int) -> None:
+def test_absurd_depths_are_refused_at_once(layers):
     config = {**TEXT, "model_type": "unheard_of", "num_hidden_layers": layers}
     assert f"config.json says {layers} layers" in error_of(stack(), config)
 
 
-def test_defaults_of_transformers_are_not_what_config_json_says() -> None:
+def test_defaults_of_transformers_are_not_what_config_json_says():
     text = {key: value for key, value in TEXT.items() if key != "num_hidden_layers"}
     message = error_of(stack(), {"model_type": "llava", "text_config": {**text, "model_type": "llama"}})
     assert "config.json leaves out num_hidden_layers, of which transformers' default is 32 layers" in message
 
 
-def test_checkpoints_without_a_decoder() -> None:
+def test_checkpoints_without_a_decoder():
     assert "model: no text decoder found" in error_of({}, {**TEXT, "model_type": "unheard_of"})
 
 
@@ -278,11 +278,11 @@ def test_checkpoints_without_a_decoder() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
-def test_families(config: dict[str, Any], family: str) -> None:
+def test_families(config, family):
     assert find_decoder(checkpoint(stack(), config)) == Decoder("model.layers.", family, SHAPE)
 
 
-def test_families_of_flat_remote_code_show_in_biases_and_norms() -> None:
+def test_families_of_flat_remote_code_show_in_biases_and_norms():
     config = {**TEXT, "model_type": "minicpmv"}
     first = "llm.model.layers.0.self_attn."
     plain = stack("llm.model.layers.")
@@ -306,7 +306,7 @@ def model(name: str, model_type: str = "unheard_of", **changes: int) -> Checkpoi
     return checkpoint(stack(f"{name}.layers.", shape), config, name)
 
 
-def test_equal_decoders_pair_whatever_surrounds_them() -> None:
+def test_equal_decoders_pair_whatever_surrounds_them():
     target = model("target")
     vlm = replace(target, tensors={**vision_tower(), **target.tensors, **headers({"lm_head.weight": (99, 16)})})
     assert pairing_problems(vlm, model("source")) == []
@@ -327,14 +327,14 @@ def problems_of(target: Checkpoint, source: Checkpoint) -> list[str]:
         ("intermediate_size", 25, "intermediate size", "[25, 16]"),
     ],
 )
-def test_decoders_of_different_shapes_do_not_pair(attribute: str, value: int, what: str, example: str) -> None:
+def test_decoders_of_different_shapes_do_not_pair(attribute, value, what, example):
     (problem,) = map(str, pairing_problems(model("target"), model("source", **{attribute: value})))
     was = getattr(SHAPE, attribute)
     assert problem.startswith(f"{what}: the target target has {was}, the source source has {value} (target.layers.0.")
     assert example in problem
 
 
-def test_head_layouts_of_equal_weights_do_not_pair() -> None:
+def test_head_layouts_of_equal_weights_do_not_pair():
     # 4 heads of 4 and 2 of them repeated, or 2 heads of 8 and one of them repeated: the same shapes of all weights.
     target, source = model("target"), model("source", heads=2, kv_heads=1, head_dim=8)
     shapes = [[header.shape for header in side.tensors.values()] for side in (target, source)]
@@ -344,7 +344,7 @@ def test_head_layouts_of_equal_weights_do_not_pair() -> None:
     assert problems_of(model("target", "qwen2"), source) == ["layers", "intermediate size", "any_family"]
 
 
-def test_families_pair_only_on_request() -> None:
+def test_families_pair_only_on_request():
     target, source = model("target", "qwen2"), model("source", "llama")
     (problem,) = map(str, pairing_problems(target, source))
     assert "'qwen2' (target/config.json), the source's 'llama' (source/config" in problem
@@ -352,7 +352,7 @@ def test_families_pair_only_on_request() -> None:
     assert pairing_problems(target, model("source", "llama", layers=2), any_family=True) != []
 
 
-def test_a_source_without_a_decoder_is_named() -> None:
+def test_a_source_without_a_decoder_is_named():
     source = replace(model("source"), tensors=vision_tower())
     with pytest.raises(SnrfError, match=r"^source: no text decoder found"):
         pairing_problems(model("target"), source)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from made_moments import matrix_of, random_moment, sizes_of, write_random_moments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,7 +27,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_random_moments(tmp_path_factory.mktemp("moments") / "m.safetensors", SIZES, sketches={"down": 4})
 
 
-def test_what_is_written_is_read(path: Path) -> None:
+def test_what_is_written_is_read(path):
     found = read_moments(path)
     assert (found.sizes, found.sketches) == (SIZES, {site: 4 for site in SIZES if site.input == "down"})
     assert found.layers == 2
@@ -49,7 +44,7 @@ def test_what_is_written_is_read(path: Path) -> None:
     assert torch.equal(found.moment(SITE, "keep").factor, random_moment(11, 11, tokens=400, sketch=4).factor)  # type: ignore[union-attr]
 
 
-def test_equal_moments_give_equal_bytes_and_replace_only_moments(path: Path, tmp_path: Path) -> None:
+def test_equal_moments_give_equal_bytes_and_replace_only_moments(path, tmp_path):
     again = write_random_moments(tmp_path / "m.safetensors", SIZES, sketches={"down": 4})
     assert again.read_bytes() == path.read_bytes()
     write_random_moments(again, SIZES)
@@ -91,7 +86,7 @@ def put(key: str, value: Tensor) -> Change:
         (put("model.embed_tokens.weight", torch.ones(7)), "model.embed_tokens.weight"),
     ],
 )  # fmt: skip
-def test_files_of_another_structure_are_refused(change: Change, named: str, path: Path, tmp_path: Path) -> None:
+def test_files_of_another_structure_are_refused(change, named, path, tmp_path):
     bad = changed(path, tmp_path / "bad.safetensors", change)
     with pytest.raises(SnrfError, match=re.escape(named)) as caught:
         read_moments(bad)
@@ -118,54 +113,15 @@ def changed(path: Path, bad: Path, change: Change) -> Path:
         (lambda tensors: tensors[f"{SKETCH}.rest"].fill_(NAN), SITE, "keep"),
     ],
 )
-def test_values_that_no_moment_has_are_refused(
-    change: Change, site: InputSite, which: str, path: Path, tmp_path: Path
-) -> None:
+def test_values_that_no_moment_has_are_refused(change, site, which, path, tmp_path):
     found = read_moments(changed(path, tmp_path / "bad.safetensors", change))
     with pytest.raises(SnrfError, match=re.escape(f"{site.key}.{which}")):
         found.moment(site, which)
     found.moment(InputSite(1, "up"), "gain")
 
 
-@given(edits=st.lists(st.tuples(st.integers(0, 6000), st.integers(0, 255)), min_size=1, max_size=3))
-def test_mutated_headers_are_read_or_refused(
-    edits: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory, path: Path
-) -> None:
-    raw = bytearray(path.read_bytes())
-    end = 8 + struct.unpack("<Q", raw[:8])[0]
-    for position, byte in edits:
-        raw[position % end] = byte
-    bad = path.with_name("mutated.safetensors")
-    bad.write_bytes(raw)
-    with contextlib.suppress(SnrfError):
-        found = read_moments(bad)
-        for site in found.sizes:
-            found.moment(site, "gain")
-
-
-@pytest.mark.parametrize("length", [0, 7, 8, 300, -1])
-def test_truncated_files_are_refused(length: int, path: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(SnrfError):
-        read_moments(bad)
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {"format": "snrf-mask", "version": "1"},
-        {"format": "snrf-moments", "version": "2"},
-        {"format": "snrf-moments", "version": "1", "snrf": "[]"},
-        {"format": "snrf-moments", "version": "1", "snrf": json.dumps({"keep": 3})},
-        {"format": "snrf-moments", "version": "1", "snrf": json.dumps({"model": "a"})},
-        None,
-    ],
-)
-def test_other_formats_are_refused(metadata: dict[str, str] | None, path: Path, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.safetensors"
+def test_a_provenance_of_other_types_is_refused(path, tmp_path):
+    bad, metadata = tmp_path / "bad.safetensors", {"format": "snrf-moments", "version": "1", "snrf": '{"keep": 3}'}
     save_file(load_file(path), bad, metadata)
-    with pytest.raises(SnrfError):
+    with pytest.raises(SnrfError, match="key 'keep': must be a list, got 3; take the moments again"):
         read_moments(bad)
-    with pytest.raises(SnrfError):
-        read_moments(tmp_path / "absent.safetensors")

@@ -56,7 +56,7 @@ def edits(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     return before, torch.where(member, noise, before), neurons, axis
 
 
-def test_ranges_and_tensors_are_those_of_the_library(scratch: Path) -> None:
+def test_ranges_and_tensors_are_those_of_the_library(scratch):
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(5, 7, generator=generator).to(dtype) for name, dtype in FLOATS.items()}
     save_file({**tensors, "ids": torch.arange(3), "flag": torch.ones(1, dtype=torch.bool)}, scratch / "all.safetensors")
@@ -71,7 +71,7 @@ def test_ranges_and_tensors_are_those_of_the_library(scratch: Path) -> None:
             assert torch.equal(read_tensor(where), tensor)
 
 
-def test_tensor_at_an_odd_offset(scratch: Path) -> None:
+def test_tensor_at_an_odd_offset(scratch):
     values = torch.tensor([[1.5, -2.0], [0.25, 3.0]])
     header = {"flags": entry("U8", [3], [0, 3]), "weight": entry("F32", [2, 2], [3, 19])}
     path = write_raw(scratch / "odd", header, b"\1\2\3" + bits(values))
@@ -82,7 +82,7 @@ def test_tensor_at_an_odd_offset(scratch: Path) -> None:
 
 
 @given(edits())
-def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tensor, Tensor, Tensor, int]) -> None:
+def test_overwritten_neurons_equal_a_whole_write(scratch, edit):
     before, after, neurons, axis = edit
     neighbours = {"a": torch.full((3, 3), 7.0), "z": torch.full((3,), -7.0, dtype=torch.float16)}
     save_file({**neighbours, "weight": before}, scratch / "before.safetensors")
@@ -97,7 +97,7 @@ def test_overwritten_neurons_equal_a_whole_write(scratch: Path, edit: tuple[Tens
 
 
 @pytest.mark.parametrize("at_once", [3, 7, 64])
-def test_reads_and_writes_in_pieces(scratch: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+def test_reads_and_writes_in_pieces(scratch, monkeypatch, at_once):
     monkeypatch.setattr(shards, "_AT_ONCE", at_once)
     for unix in ("preadv", "pread", "pwrite", "pwritev", "sendfile", "O_NONBLOCK"):
         monkeypatch.delattr(os, unix, raising=False)
@@ -112,7 +112,7 @@ def test_reads_and_writes_in_pieces(scratch: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 3)])
-def test_an_empty_weight_and_no_neurons_write_nothing(scratch: Path, shape: tuple[int, int], axis: int) -> None:
+def test_an_empty_weight_and_no_neurons_write_nothing(scratch, shape, axis):
     data = bytes(4 * shape[0] * shape[1])
     path = write_raw(scratch / "empty", {"w": entry("F32", shape, [0, len(data)])}, data)
     (where,) = byte_ranges(path).values()
@@ -131,7 +131,7 @@ def test_an_empty_weight_and_no_neurons_write_nothing(scratch: Path, shape: tupl
         (torch.ones(2, 3), torch.ones(2, dtype=torch.bool), 1),
     ],
 )
-def test_weight_that_does_not_fit_is_not_written(scratch: Path, weight: Tensor, neurons: Tensor, axis: int) -> None:
+def test_weight_that_does_not_fit_is_not_written(scratch, weight, neurons, axis):
     path = write_raw(scratch / "unfit", {"w": entry("F32", [2, 3], [0, 24])}, bytes(24))
     (where,) = byte_ranges(path).values()
     with pytest.raises(ValueError, match=r"expected torch.float32 of shape \[2, 3\]"):
@@ -139,7 +139,7 @@ def test_weight_that_does_not_fit_is_not_written(scratch: Path, weight: Tensor, 
     assert path.read_bytes().endswith(bytes(24))
 
 
-def test_file_that_was_cut_short(scratch: Path) -> None:
+def test_file_that_was_cut_short(scratch):
     path = write_raw(scratch / "cut", {"w": entry("F32", [2, 3], [0, 24])}, bytes(24))
     (where,) = byte_ranges(path).values()
     os.truncate(path, path.stat().st_size - 1)
@@ -147,71 +147,46 @@ def test_file_that_was_cut_short(scratch: Path) -> None:
         read_tensor(where)
 
 
-DAMAGED_ENTRIES: list[dict[str, Any]] = [
-    *({"shape": shape} for shape in (None, "23", [2, 4], [-2, -3], [2.0, 3.0], [True, 6])),
-    {"shape": [2**32, 2**32], "offsets": [0, 0]},
-    {"shape": [10**30, 0, 10**30], "offsets": [0, 4]},
-    *({"offsets": offsets} for offsets in ([0], [0, 24, 24], [24, 0], [-24, 0], [8, 32], [0.0, 24.0], ["0", "24"])),
-    {"offsets": [float("nan"), float("inf")]},
-    *({"dtype": dtype} for dtype in ("F99", ["F32"], None)),
-]
-
-
 @pytest.mark.parametrize(
-    "header",
+    ("content", "length"),
     [
-        *(b"", b"{", b"\xff\xfe", b"[" * 100_000, []),
-        *({"w": value} for value in (None, [], {}, *(entry(**changes) for changes in DAMAGED_ENTRIES))),
+        (b"", None),
+        (b"\xff\xfe", None),
+        (b"[" * 100_000, None),
+        *((json.dumps({"w": value}).encode(), None) for value in (None, [], entry("F99"), entry(shape=[2, 4]))),
+        *((json.dumps({"w": entry(offsets=value)}).encode(), None) for value in ([0], [24, 0], [8, 32], ["0", "24"])),
+        # Longer than the file, or than any number.
+        *((b"{}", length) for length in (25 + 8, 2**64 - 1)),
+        (None, None),
     ],
-    ids=lambda header: str(header)[:40],
+    ids=lambda value: str(value)[:40],
 )
-def test_damaged_header(scratch: Path, header: Any) -> None:
-    path = write_raw(scratch / "damaged", header, bytes(24))
-    with pytest.raises(SnrfError, match=r"damaged: cannot be read \(.*\); get the file again"):
-        byte_ranges(path)
-
-
-@pytest.mark.parametrize("length", [25 + 8, 10**8 + 1, 2**62, 2**64 - 1])
-def test_header_length_beyond_the_file_or_the_format(scratch: Path, length: int) -> None:
-    path = write_raw(scratch / "long", b"{}", bytes(24), length=length)
-    if length == 10**8 + 1:
-        # A sparse file: long enough, but no header may be that long.
-        os.truncate(path, 2 * 10**8)
-    with pytest.raises(SnrfError, match="long: cannot be read"):
-        byte_ranges(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\0\0\0\0\0\0\0", None], ids=["empty", "short", "FIFO"])
-def test_what_is_not_a_shard(scratch: Path, content: bytes | None) -> None:
+def test_what_is_not_a_shard(scratch, content, length):
+    path = scratch / "damaged"
+    path.unlink(missing_ok=True)
     if content is None:
-        os.mkfifo(scratch / "fifo")
-        path = scratch / "fifo"
+        os.mkfifo(path)
     else:
-        path = scratch / "tiny"
-        path.write_bytes(content)
-    with pytest.raises(SnrfError, match=f"{path.name}: (cannot be read|is not a regular file)"):
+        write_raw(path, content, bytes(24), length=length)
+    with pytest.raises(SnrfError, match=r"damaged: (cannot be read \(|is not a regular file)"):
         byte_ranges(path)
 
 
-def test_missing_file(scratch: Path) -> None:
+def test_missing_file(scratch):
     with pytest.raises(SnrfError, match=r"missing: cannot be read \(No such file"):
         byte_ranges(scratch / "missing")
 
 
-def assert_ranges_inside_or_an_error(path: Path) -> None:
-    with suppress(SnrfError):
-        for where in byte_ranges(path).values():
-            assert 8 <= where.offset <= where.offset + where.bytes <= path.stat().st_size
-            assert tuple(read_tensor(where).shape) == where.shape
-
-
 @given(st.data())
 @settings(max_examples=100)
-def test_fuzzed_bytes_raise_snrf_errors_alone(scratch: Path, data: st.DataObject) -> None:
+def test_fuzzed_bytes_raise_snrf_errors_alone(scratch, data):
     save_file({"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}, scratch / "good.safetensors")
     content = bytearray((scratch / "good.safetensors").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path = scratch / "fuzzed"
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
-    assert_ranges_inside_or_an_error(path)
+    with suppress(SnrfError):
+        for where in byte_ranges(path).values():
+            assert 8 <= where.offset <= where.offset + where.bytes <= path.stat().st_size
+            assert tuple(read_tensor(where).shape) == where.shape

@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import os
 import re
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.maskfile import (
-    Mask,
     ModelProvenance,
     Provenance,
     read_mask,
@@ -86,40 +77,6 @@ def test_round_trip(folder: Path, neurons: NeuronSet, provenance: Provenance) ->
     before = path.read_bytes()
     write_mask(path, mask.neurons, mask.provenance)
     assert path.read_bytes() == before
-
-
-def test_an_empty_mask_is_a_valid_file(tmp_path: Path) -> None:
-    write_mask(tmp_path / "empty.safetensors", NeuronSet({K0: torch.zeros(4, dtype=torch.bool)}))
-    assert read_mask(tmp_path / "empty.safetensors").neurons == NeuronSet({})
-    # The file still knows the size of the layer.
-    assert load_file(tmp_path / "empty.safetensors")[K0.key].shape == (4,)
-    with safe_open(tmp_path / "empty.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "snrf-mask", "version": "1", "snrf": "{}"}
-
-
-WRITE = """
-import sys
-import torch
-from mergekit_snrf.neurons.maskfile import Provenance, write_mask
-from mergekit_snrf.neurons.sets import NeuronSet
-from mergekit_snrf.neurons.sites import PROJECTIONS, Site
-sites = {Site(layer, name) for layer in range(12) for name in PROJECTIONS}
-labels = {f"label{number}" for number in range(12)}
-provenance = Provenance(selection={label: 1 for label in labels}, **{label: label for label in labels})
-write_mask(sys.argv[1], NeuronSet({site: torch.arange(7) % 3 == site.layer % 3 for site in sites}), provenance)
-print([site.key for site in sites])
-"""
-
-
-def test_equal_inputs_give_equal_bytes_in_every_process(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONHASHSEED": "1"}
-    command = [sys.executable, "-c", WRITE, str(tmp_path / "1")]
-    there = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    with contextlib.redirect_stdout(io.StringIO()) as here, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["", str(tmp_path / "2")])
-        exec(WRITE, {})
-    assert here.getvalue() != there
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -199,16 +156,3 @@ def test_unknown_provenance_does_no_harm(tmp_path: Path, name: str) -> None:
     assert mask.provenance.seed == 5
     write_mask(path, mask.neurons, mask.provenance)
     assert read_mask(path).provenance.model_dump(exclude_none=True) == json.loads(snrf)
-
-
-def saved(path: Path, neurons: NeuronSet, **provenance: Any) -> Mask:
-    write_mask(path, neurons, Provenance(**provenance))
-    return read_mask(path)
-
-
-def test_read_members_are_independent_of_the_file(tmp_path: Path) -> None:
-    mask = saved(tmp_path / "a", MASK)
-    member: Tensor = mask.neurons[K0]
-    write_mask(tmp_path / "a", NeuronSet({K0: ~member}))
-    (tmp_path / "a").unlink()
-    assert torch.equal(member, MASK[K0])

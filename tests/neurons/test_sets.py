@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import doctest
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons import sets as neurons
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
@@ -82,17 +80,6 @@ def test_counts_and_order(a: NeuronSet) -> None:
     assert repr(a) == f"NeuronSet({len(listed)} neurons at {len(a.nonempty())} sites)"
 
 
-def test_an_absent_site_is_an_empty_set() -> None:
-    site, other = Site(0, "fwd.up"), Site(1, "fwd.up")
-    a = subset(site, 2)
-    with_empty = NeuronSet({site: a[site], other: torch.zeros(9, dtype=torch.bool)})
-    assert with_empty == a
-    assert a.count(other) == with_empty.count(other) == 0
-    assert other not in a
-    assert a & subset(other, 2) == NeuronSet({})
-    assert a - subset(other, 2) == a
-
-
 def test_sets_equal_only_sets_of_the_same_model() -> None:
     site = Site(0, "attn.q")
     assert subset(site, 1, length=4) != subset(site, 1, length=5)
@@ -146,9 +133,3 @@ def test_seeds_out_of_range_are_refused(seed: int) -> None:
     with pytest.raises(SnrfError, match=str(seed)) as caught:
         NeuronSet({}).random(seed)
     assert caught.value.field == "seed"
-
-
-def test_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(neurons)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -11,17 +11,6 @@ examples = settings(max_examples=50)
 sites = st.builds(Site, st.integers(0, 3), st.sampled_from(list(PROJECTIONS)))
 
 
-def test_projections_are_those_of_the_paper() -> None:
-    assert {name: (projection.module, projection.axis) for name, projection in PROJECTIONS.items()} == {
-        "attn.q": ("self_attn.q_proj", 0),
-        "attn.k": ("self_attn.k_proj", 0),
-        "attn.v": ("self_attn.v_proj", 0),
-        "fwd.up": ("mlp.up_proj", 0),
-        "fwd.down": ("mlp.down_proj", 1),
-    }
-    assert [str(projection) for projection in PROJECTIONS.values()] == list(PROJECTIONS)
-
-
 def test_unknown_projection_is_named_beside_the_known_ones() -> None:
     with pytest.raises(SnrfError, match=r"'fwd\.gate'.*attn\.q, attn\.k, attn\.v, fwd\.up"):
         Site(0, "fwd.gate")
@@ -41,10 +30,6 @@ def test_neuron_round_trip(site: Site, index: int) -> None:
     neuron = Neuron(site, index)
     assert str(neuron) == f"{site.projection}.L{site.layer}.N{index}"
     assert Neuron.parse(str(neuron)) == neuron
-
-
-def test_neuron_of_the_papers_figure() -> None:
-    assert Neuron.parse("fwd.up.L14.N12953") == Neuron(Site(14, "fwd.up"), 12953)
 
 
 KEYS = (

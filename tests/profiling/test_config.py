@@ -40,10 +40,10 @@ def load(folder: Path, text: str) -> ProfileConfig:
     return load_profile_config(write(folder, text))
 
 
-def test_the_example_of_the_design(tmp_path: Path) -> None:
+def test_the_example_of_the_design(tmp_path):
     config = load(tmp_path, DESIGN)
     target, source = config.kind("target").source, config.kind("source").source
-    assert (config.model_of("target").model, config.model_of("source").model) == (
+    assert (config.kind("target").model.model, config.kind("source").model.model) == (
         "Qwen/Qwen2.5-VL-7B-Instruct",
         "Qwen/Qwen2.5-Math-7B",
     )
@@ -52,7 +52,7 @@ def test_the_example_of_the_design(tmp_path: Path) -> None:
     assert (target.limit, source.limit, target.seed) == (100, 100, 0)
 
 
-def test_every_further_key(tmp_path: Path) -> None:
+def test_every_further_key(tmp_path):
     text = """\
 target:
   model: a/target
@@ -76,19 +76,19 @@ trust_remote_code: true
     config = load(tmp_path, text)
     assert config.measure == Measure(tokens="answer", scoring="exact", weight="residual", site="post_o")
     assert (config.backend, config.batch_size, config.token_limit) == ("sdpa", 4, 2048)
-    assert config.model_of("target") == ModelRef(
+    assert config.kind("target").model == ModelRef(
         model="a/target", revision="main", dtype="float32", device="cuda:1", trust_remote_code=True
     )
-    assert config.model_of("source").gguf_file == "model.Q8_0.gguf"
+    assert config.kind("source").model.gguf_file == "model.Q8_0.gguf"
     assert (config.kind("target").source.answer, config.kind("source").source.answer) == ("solution", "answer")
     assert (config.kind("target").source.revision, config.kind("target").source.split) == ("v1", "train[:5]")
 
 
-def test_defaults(tmp_path: Path) -> None:
+def test_defaults(tmp_path):
     config = load(tmp_path, SIDES)
     assert (config.answer, config.limit, config.seed) == (AnswerRule(), None, 0)
     assert config.measure == Measure()
-    assert config.model_of("source") == ModelRef(model="a/source")
+    assert config.kind("source").model == ModelRef(model="a/source")
     assert config.kind("source").source == ProbeSource(dataset="a/texts", question="q")
 
 
@@ -121,7 +121,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path: Path, case: str) -> None:
+def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path, case):
     text, key, fragment = WRONG[case]
     with pytest.raises(SnrfError) as caught:
         load(tmp_path, SIDES + text + "\n")
@@ -132,7 +132,7 @@ def test_an_error_names_the_file_the_key_and_what_is_allowed(tmp_path: Path, cas
     assert "dictionary" not in message
 
 
-def test_keys_of_a_section_are_named_with_their_place(tmp_path: Path) -> None:
+def test_keys_of_a_section_are_named_with_their_place(tmp_path):
     with pytest.raises(SnrfError, match=r"'target.probes.imges'; did you mean 'images'"):
         load(tmp_path, SIDES.replace("images: i", "imges: i"))
     with pytest.raises(SnrfError, match=r"'source.model' is missing"):
@@ -146,7 +146,7 @@ def test_keys_of_a_section_are_named_with_their_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"target: {model: a\nsource: }\n", b"- a\n- b\n", b"\xff\xfe\x00", None])
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "profile.yml").write_bytes(content)
     with pytest.raises(SnrfError) as caught:
@@ -154,9 +154,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
     assert caught.value.where == str(tmp_path / "profile.yml")
 
 
-def test_paths_are_looked_for_in_the_working_folder_and_then_beside_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_looked_for_in_the_working_folder_and_then_beside_the_file(tmp_path, monkeypatch):
     beside, working = tmp_path / "beside", tmp_path / "working"
     for folder in (beside, working):
         (folder / "target").mkdir(parents=True)
@@ -173,14 +171,14 @@ source: {model: source, probes: {dataset: texts.csv, question: q}}
     assert Path(config.source.model) == beside / "source"
     assert Path(config.target.probes.dataset) == beside / "images.jsonl"
     for line in ("model: target", "dataset: texts.csv"):
-        with pytest.raises(SnrfError, match=r"profile.yml: key .* does not exist, looked for .*working.* and .*beside"):
+        with pytest.raises(SnrfError, match=r"profile.yml: .* does not exist, looked for .*working.* and .*beside"):
             load(beside, text.replace(line, f"{line[:-1]}x.csv"))
     for model in ("a/" * 2000, "~nobody/model"):
-        with pytest.raises(SnrfError, match=r"key .target.model.: .*; correct the path"):
+        with pytest.raises(SnrfError, match=r"target.model: .*; correct the path"):
             load(beside, text.replace("model: target", f"model: {model}"))
 
 
-def test_a_shared_template_serves_the_sides_without_one(tmp_path: Path) -> None:
+def test_a_shared_template_serves_the_sides_without_one(tmp_path):
     text = SIDES.replace("model: a/target", "model: a/target, template: '<image> {q}'") + "template: '{q} calc :'\n"
     config = load(tmp_path, text)
     assert (config.kind("target").source.template, config.kind("source").source.template) == (
@@ -189,7 +187,7 @@ def test_a_shared_template_serves_the_sides_without_one(tmp_path: Path) -> None:
     )
 
 
-def test_override_checks_like_the_file(tmp_path: Path) -> None:
+def test_override_checks_like_the_file(tmp_path):
     config = load(tmp_path, DESIGN)
     changed = config.override(limit=5, dtype="float32", device=None)
     assert (changed.limit, changed.dtype, changed.device) == (5, "float32", None)
@@ -199,12 +197,7 @@ def test_override_checks_like_the_file(tmp_path: Path) -> None:
         config.override(limit=0)
 
 
-def test_a_dump_reads_back_the_same(tmp_path: Path) -> None:
-    config = load(tmp_path, DESIGN)
-    assert ProfileConfig.model_validate(config.model_dump(exclude_unset=True)) == config
-
-
-def test_a_template_is_filled_with_columns_only() -> None:
+def test_a_template_is_filled_with_columns_only():
     assert template_fields("<image> {a b} calc {{x}} {c}{c}") == ("a b", "c")
     assert fill_template("<image> {a b} calc {{x}} {c}{c}", {"a b": "{1}", "c": "2"}) == "<image> {1} calc {x} 22"
     with pytest.raises(SnrfError, match="no column 'd'"):
@@ -212,6 +205,6 @@ def test_a_template_is_filled_with_columns_only() -> None:
 
 
 @pytest.mark.parametrize("template", ["{a.b}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{a:{b}}", "{a", "a}"])
-def test_a_template_runs_nothing(template: str) -> None:
+def test_a_template_runs_nothing(template):
     with pytest.raises(SnrfError, match=r"plain name of a column|not a format string"):
         template_fields(template)

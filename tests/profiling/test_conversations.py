@@ -50,9 +50,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("conversation", [MESSAGES, SHARED], ids=["messages", "conversations"])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_conversation_is_the_templates_own(
-    llama: Path, tmp_path: Path, conversation: list[dict[str, str]], suffix: str
-) -> None:
+def test_conversation_is_the_templates_own(llama, tmp_path, conversation, suffix):
     from datasets import Dataset
 
     path = lines(tmp_path / "chats.jsonl", [{"chat": conversation}] * 2)
@@ -70,7 +68,7 @@ def test_conversation_is_the_templates_own(
         Renderer(tokenizer, ProbeSource(dataset=str(path), question="chat", template="{chat}")).render(row)
 
 
-def test_system_prompt_and_variables(llama: Path, tmp_path: Path) -> None:
+def test_system_prompt_and_variables(llama, tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{"q": "What is 2 + 2?"}] * 2)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = THINKING
@@ -80,7 +78,7 @@ def test_system_prompt_and_variables(llama: Path, tmp_path: Path) -> None:
     assert prompt == "[system] Be brief.\n[user] What is 2 + 2?\n[assistant] <think></think>"
 
 
-def test_columns_of_images(llava: Path, tmp_path: Path) -> None:
+def test_columns_of_images(llava, tmp_path):
     """MMMU's layout: image_1, image_2, ..., marked in the question by number; missing ones are null."""
     for name, color in (("a", "red"), ("b", "blue")):
         Image.new("RGB", (20, 20), color).save(tmp_path / f"{name}.png")
@@ -104,7 +102,7 @@ def test_columns_of_images(llava: Path, tmp_path: Path) -> None:
         renderer.render(rows.rows[2])
 
 
-def test_messages_around_the_last_question() -> None:
+def test_messages_around_the_last_question():
     user, empty = {"role": "user", "content": "a"}, {"role": "assistant", "content": ""}
     assert read_conversation(
         [user, {"role": "system", "content": "n"}, {"role": "assistant", "content": "b"}], "c"
@@ -116,7 +114,7 @@ def test_messages_around_the_last_question() -> None:
     assert read_conversation([user], "c") == ((("user", "a"),), None)
 
 
-def test_own_system_prompt_replaces_that_of_a_conversation(llama: Path, tmp_path: Path) -> None:
+def test_own_system_prompt_replaces_that_of_a_conversation(llama, tmp_path):
     path = lines(tmp_path / "rows.jsonl", [{"q": MESSAGES}] * 2)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     # As templates of reasoning models do, this one leaves out earlier thoughts.
@@ -127,7 +125,7 @@ def test_own_system_prompt_replaces_that_of_a_conversation(llama: Path, tmp_path
     assert prompt == "[system] Mine.\n[user] What is 2 + 2?\n[assistant] 4\n[user] And 3 + 3?\n[assistant]"
 
 
-def test_settings_reach_the_probes(llama: Path, tmp_path: Path) -> None:
+def test_settings_reach_the_probes(llama, tmp_path):
     data = lines(tmp_path / "rows.jsonl", [{"q": "What is 2 + 2?"}] * 2)
     side = {"model": str(llama), "probes": {"dataset": str(data), "question": "q"}}
     more = {"system": "Be brief.", "chat_template_kwargs": {"enable_thinking": False}}
@@ -163,6 +161,6 @@ def test_settings_reach_the_probes(llama: Path, tmp_path: Path) -> None:
         ([{"from": 3}], "a message of '3'"),
     ],
 )
-def test_conversations_that_cannot_be_used(value: Any, message: str) -> None:
+def test_conversations_that_cannot_be_used(value, message):
     with pytest.raises(RowError, match=message):
         read_conversation(value, "chat")

@@ -28,7 +28,7 @@ TINY = {
 }
 
 
-def test_a_layer_never_waits_for_the_device_and_launches_no_more_than_it_did() -> None:
+def test_a_layer_never_waits_for_the_device_and_launches_no_more_than_it_did():
     counts = count_layer(TINY, 40)
     assert {part: dict(counted.waits) for part, counted in counts.items()} == {part: {} for part in counts}
     launches = {part: len(counted.operations) for part, counted in counts.items()}
@@ -42,7 +42,7 @@ def test_a_layer_never_waits_for_the_device_and_launches_no_more_than_it_did() -
     assert 1.7 < len(heads.operations) / launches["impacts"] < 2
 
 
-def test_flops_and_bytes_are_those_of_the_definition() -> None:
+def test_flops_and_bytes_are_those_of_the_definition():
     tokens, heads, groups, head_dim = 40, 4, 2, 16
     fused = [one for one in count_layer(TINY, tokens)["impacts"].operations if one.name == "sdpa"]
     # A causal attention for every neuron of q, one for each query head that reads a neuron of k, and one unchanged.
@@ -62,14 +62,14 @@ def test_flops_and_bytes_are_those_of_the_definition() -> None:
         lambda x: x[x > 0],
     ],
 )
-def test_whatever_waits_for_the_device_is_seen(wait: object) -> None:
+def test_whatever_waits_for_the_device_is_seen(wait):
     with Counted() as counted:
         wait(torch.ones(3))  # type: ignore[operator]
     assert sum(counted.waits.values()) == 1
 
 
 @pytest.mark.parametrize(("free", "where"), [(900, "cuda"), (200, "cpu")])
-def test_sums_of_moments_live_on_a_device_that_has_room(free: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_of_moments_live_on_a_device_that_has_room(free, where, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**20, 1000 * 2**20))
     with FakeTensorMode():
         one = InputSum(4, 1.0, torch.randn(4, 2))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -13,8 +11,7 @@ from hypothesis import strategies as st
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sites import Site
 from mergekit_snrf.profiling.result.choice import Choice
-from mergekit_snrf.profiling.result.domains import choose, entropy
-from mergekit_snrf.profiling.result.domainsfile import Domains, DomainsProvenance
+from mergekit_snrf.profiling.result.domains import Domains, DomainsProvenance, choose
 
 KINDS = ("image", "prompt", "answer")
 
@@ -81,7 +78,7 @@ def by_numpy(found: Domains, module: str, choice: Choice) -> tuple[list[set[tupl
         assign=st.sampled_from(["bar", "argmax", "exclusive"]),
     ),
 )
-def test_selection_is_that_of_numpy(seed: int, sizes: Any, module: str, choice: Choice) -> None:
+def test_selection_is_that_of_numpy(seed, sizes, module, choice):
     found = made(seed, *sizes)
     expected, bar, entropies = by_numpy(found, module, choice)
     chosen = choose(found, module, choice)
@@ -107,26 +104,7 @@ def test_selection_is_that_of_numpy(seed: int, sizes: Any, module: str, choice: 
     assert chosen.unspecific == (lowest > 0.95 * np.log(len(found.names)))
 
 
-def test_entropy_by_hand() -> None:
-    shares = torch.tensor([[0.5, 0.0, 0.2, 0.1], [0.5, 0.0, 0.0, 0.3]], dtype=torch.float64)
-    expected = [np.log(2), 0.0, 0.0, -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))]
-    assert entropy(shares).tolist() == pytest.approx(expected, abs=1e-15)
-
-
-def test_of_equal_entropy_the_lower_layer_and_index_wins() -> None:
-    layer = torch.tensor([[[0, 0, 0, 0], [0, 4, 4, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0]]])
-    tokens = {"decoder": torch.tensor([[0, 4, 0], [0, 4, 0]])}
-    found = Domains({"decoder": [layer, layer]}, tokens, DomainsProvenance(names=["a", "b"]))
-    chosen = choose(found, "decoder", Choice(top=3 / 8, percentile=0.5, tokens="prompt"))
-    assert [str(neuron) for neuron in chosen.sets["a"].of("fwd.up").neurons()] == [
-        "fwd.up.L0.N1",
-        "fwd.up.L0.N2",
-        "fwd.up.L1.N1",
-    ]
-    assert not chosen.sets["b"].count()
-
-
-def test_tokens_and_modules_that_were_not_counted_are_named() -> None:
+def test_tokens_and_modules_that_were_not_counted_are_named():
     found = made(0, 3, 1, 4)
     found.tokens["decoder"][1, 2] = 0
     with pytest.raises(SnrfError, match="has no tokens of the decoder for d1") as caught:

@@ -28,7 +28,7 @@ from mergekit_snrf.profiling.domains import DomainsConfig, count_domains, load_c
 from mergekit_snrf.profiling.measure.activations import ActivationCounter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch, prepare, probe_batches
 from mergekit_snrf.profiling.probes.rows import load_rows
-from mergekit_snrf.profiling.result.domainsfile import read_domains
+from mergekit_snrf.profiling.result.domains import read_domains
 
 # The linear layer whose output an activation takes: of SiLU and all GELUs, the one is positive where the other is.
 GATES = {
@@ -47,14 +47,6 @@ GATES = {
 }
 DECODERS = {"idefics3": "text_model", "smolvlm": "text_model", "llama": "model", "minicpmv": "llm.model"}
 WITH_PROCESSOR = ("llava", "idefics3", "gemma3")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +127,7 @@ def kinds_of(ids: list[int], image: int | None, answer: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("family", GATES)
-def test_counts_of_every_family_are_those_of_hooks_on_its_linear_layers(family: str, target: Any) -> None:
+def test_counts_of_every_family_are_those_of_hooks_on_its_linear_layers(family, target):
     """One padded batch, put together by hand where no processor loads; the answer is three tokens."""
     folder = target(family)
     model = load(folder / "target").double()
@@ -191,7 +183,7 @@ def write_config(folder: Path, name: str = "domains.yml", images: bool = True, *
 
 @pytest.mark.parametrize("family", WITH_PROCESSOR)
 @pytest.mark.parametrize("answer", [None, {"by": "model", "max_new_tokens": 4}])
-def test_a_run_counts_what_probes_count_one_by_one(family: str, answer: Any, target: Any, tmp_path: Path) -> None:
+def test_a_run_counts_what_probes_count_one_by_one(family, answer, target, tmp_path):
     folder = target(family)
     path = write_config(folder, **({} if answer is None else {"answer": answer}))
     config = load_config(path)
@@ -199,7 +191,7 @@ def test_a_run_counts_what_probes_count_one_by_one(family: str, answer: Any, tar
     found = count_domains(config, tmp_path / "d.safetensors", folder=folder, progress=False)
     assert found is not None
     stored = load_file(tmp_path / "d.safetensors")
-    model, processor = load_model(config.reference(config), images=True)
+    model, processor = load_model(config.kinds()[0].model, images=True)
     gates, image = gates_of(model, family), model.config.image_token_id
     for number, kind in enumerate(config.kinds()):
         rows = load_rows(kind.source, answers=False, folder=folder)
@@ -219,7 +211,7 @@ def test_a_run_counts_what_probes_count_one_by_one(family: str, answer: Any, tar
     assert int(stored["text.tokens"][1, 0]) == int(stored["vision.tokens"][1]) == 0
 
 
-def test_padded_patches_do_not_count(target: Any, tmp_path: Path) -> None:
+def test_padded_patches_do_not_count(target, tmp_path):
     """Two images of different sizes in one batch of idefics3, the smaller one padded, against each alone."""
     folder = target("idefics3")
     model = load(folder / "target").double()
@@ -255,14 +247,14 @@ class Glu(nn.Module):
         (None, r"the activation of model\.layers\.1\.mlp is not a module"),
     ],
 )
-def test_an_activation_that_is_not_elementwise_is_refused_by_name(act: Any, message: str, target: Any) -> None:
+def test_an_activation_that_is_not_elementwise_is_refused_by_name(act, message, target):
     model = load(target("llama") / "target")
     model.model.layers[1].mlp.act_fn = act
     with pytest.raises(SnrfError, match=message):
         ActivationCounter(model, find_live_decoder(model))
 
 
-def test_a_shared_activation_nan_and_a_layer_that_did_not_run_are_refused(target: Any) -> None:
+def test_a_shared_activation_nan_and_a_layer_that_did_not_run_are_refused(target):
     model = load(target("llava") / "target")
     inputs = example_inputs(target("llava") / "target")
     mask = inputs["attention_mask"]
@@ -290,7 +282,7 @@ def test_a_shared_activation_nan_and_a_layer_that_did_not_run_are_refused(target
     assert not any(one.act._forward_hooks for one in counter.activations)
 
 
-def test_an_interrupted_run_resumes_to_the_same_bytes(target: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(target, tmp_path, monkeypatch):
     folder = target("llava")
     config = load_config(write_config(folder))
     assert isinstance(config, DomainsConfig)
@@ -321,7 +313,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(target: Any, tmp_path: Pat
     # Six groups, one of which was interrupted and is counted again.
     assert len(calls) == 7
     assert [path.name for path in tmp_path.glob("d.*")] == ["d.safetensors"]
-    monkeypatch.setattr("mergekit_snrf.profiling.domains.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("loaded"))
     assert counted(out, resume=True) == whole
     config = config.override(seed=5)
     with pytest.raises(SnrfError, match="were made with other settings") as caught:
@@ -329,7 +321,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(target: Any, tmp_path: Pat
     assert caught.value.field == "resume"
 
 
-def test_two_processes_write_the_bytes_of_one(target: Any, tmp_path: Path) -> None:
+def test_two_processes_write_the_bytes_of_one(target, tmp_path):
     path = write_config(target("llama"), images=False)
     one = CliRunner().invoke(main, [str(path), str(tmp_path / "one.safetensors"), "--quiet"])
     assert one.exit_code == 0, one.output
@@ -338,7 +330,7 @@ def test_two_processes_write_the_bytes_of_one(target: Any, tmp_path: Path) -> No
     assert (tmp_path / "two.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
 
 
-def test_dry_run_shows_the_probes_of_every_domain(target: Any) -> None:
+def test_dry_run_shows_the_probes_of_every_domain(target):
     shown = CliRunner().invoke(main, [str(write_config(target("llama"), images=False)), "--dry-run"])
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("--- answer: (none)") == 6
@@ -356,14 +348,14 @@ def test_dry_run_shows_the_probes_of_every_domain(target: Any) -> None:
         ({"answer": "column", "domains": {n: {"dataset": "text.jsonl", "question": "q"} for n in "ab"}}, "domains.a"),
     ],
 )
-def test_settings_that_are_not_valid_are_named(keys: dict[str, Any], message: str, target: Any) -> None:
+def test_settings_that_are_not_valid_are_named(keys, message, target):
     path = write_config(target("llama"), "bad.yml", images=False, **keys)
     result = CliRunner().invoke(main, [str(path), "out.safetensors"])
     assert result.exit_code == 1
     assert message in result.output
 
 
-def test_damaged_files_are_refused(target: Any, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(target, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import brute_force
 import pytest
 import torch
-from checkpoints import example_inputs, load, make_source, make_target
+from checkpoints import example_inputs, load
 from profiling.test_capture import Batch, hooks, left_padded, oracle
 from torch import Tensor, nn
 
@@ -20,16 +18,12 @@ from mergekit_snrf.profiling.measure.gradient import ATTENTION, FFN, layer_gradi
 from mergekit_snrf.profiling.measure.meter import Measure, Meter
 
 
-@pytest.fixture(scope="module")
-def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    @functools.cache
-    def folder(kind: str, family: str) -> Path:
-        path = tmp_path_factory.mktemp("model") / f"{kind}-{family}"
-        return make_target(path, family, "hub") if kind == "target" else make_source(path, family)
-
+@pytest.fixture
+def model_of(folder_of: Any) -> Any:
     def make(kind: str, family: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Batch]:
-        batch = left_padded() if kind == "source" else Batch(example_inputs(folder(kind, family)))
-        return load(folder(kind, family), dtype=dtype), batch
+        folder = folder_of(kind, family)
+        batch = left_padded() if kind == "source" else Batch(example_inputs(folder))
+        return load(folder, dtype=dtype), batch
 
     return make
 

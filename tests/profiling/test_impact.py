@@ -71,9 +71,7 @@ def assert_close(actual: AttentionScores, expected: AttentionScores, tolerance: 
 
 @pytest.mark.parametrize("backend", ["blocked", "sdpa"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_neuron_equals_zeroing_it_in_the_real_module(
-    name: str, backend: Backend, record_property: Callable[[str, object], None]
-) -> None:
+def test_every_neuron_equals_zeroing_it_in_the_real_module(name, backend, record_property):
     layer = family(name)
     if backend == "sdpa" and layer.inputs.softcap is not None:
         pytest.skip("fused attention cannot cap the scores")
@@ -97,14 +95,14 @@ def test_every_neuron_equals_zeroing_it_in_the_real_module(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_inputs_explain_what_the_model_did(name: str) -> None:
+def test_the_inputs_explain_what_the_model_did(name):
     layer = family(name)
     ours, theirs = attention_output(layer.inputs), layer.attended * layer.counted[..., None]
     assert (ours - theirs).abs().max() <= 1e-12 * (10 if "400" in name else 1) * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_each_impact_is_accurate_by_itself_where_it_is_not_negligible(name: str) -> None:
+def test_each_impact_is_accurate_by_itself_where_it_is_not_negligible(name):
     layer = family(name)
     for projection, actual in zip(ATTENTION, attention_impact(layer.inputs), strict=True):
         expected = norms(differences(name, projection, "pre_o"), layer.counted)
@@ -116,7 +114,7 @@ def test_each_impact_is_accurate_by_itself_where_it_is_not_negligible(name: str)
     "name", ["Llama, 2 heads a kv head", "Gemma3, norms, window", "Qwen2.5-VL, M-RoPE with an image"]
 )
 @pytest.mark.parametrize("site", ["pre_o", "post_o"])
-def test_position_weights_multiply_the_squared_changes(name: str, site: str) -> None:
+def test_position_weights_multiply_the_squared_changes(name, site):
     layer = family(name)
     residual = torch.rand(layer.counted.shape, generator=torch.Generator().manual_seed(2)) * layer.counted
     answer = torch.where(torch.arange(layer.counted.shape[1]) >= 8, layer.counted, 0.0)
@@ -132,7 +130,7 @@ def test_position_weights_multiply_the_squared_changes(name: str, site: str) -> 
 
 
 @pytest.mark.parametrize("name", ["Qwen3, q_norm and k_norm", "Gemma2, soft-capped, window", "Mistral, window"])
-def test_a_whole_mask_replaces_causal_window_and_key_mask(name: str) -> None:
+def test_a_whole_mask_replaces_causal_window_and_key_mask(name):
     layer = family(name)
     expected = attention_impact(layer.inputs)
     for mask in (layer.mask, layer.mask == 0, layer.mask.to(torch.bfloat16), layer.mask.clamp(min=-torch.inf)):
@@ -141,7 +139,7 @@ def test_a_whole_mask_replaces_causal_window_and_key_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama, 2 heads a kv head", "Qwen3, q_norm and k_norm", "Gemma2, soft-capped"])
-def test_finite_entries_of_an_additive_mask_bias_the_scores(name: str) -> None:
+def test_finite_entries_of_an_additive_mask_bias_the_scores(name):
     layer = family(name)
     noise = torch.randn(layer.mask.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     mask = torch.where(layer.mask == 0, noise, layer.mask)
@@ -157,7 +155,7 @@ def test_finite_entries_of_an_additive_mask_bias_the_scores(name: str) -> None:
         assert max(error(one, other) for one, other in zip(actual, expected, strict=True)) <= 1e-12
 
 
-def test_a_mask_that_is_not_causal() -> None:
+def test_a_mask_that_is_not_causal():
     layer = family("Llama, 2 heads a kv head")
     visible = torch.rand(2, 1, 11, 11, generator=torch.Generator().manual_seed(5)) < 0.4
     visible[:, :, range(11), range(11)] = True
@@ -185,7 +183,7 @@ def random_inputs(
     return AttentionInputs(query, key, value, 16, 0.25, angle.cos(), angle.sin(), **fields)  # type: ignore[arg-type]
 
 
-def test_results_do_not_depend_on_blocks_threads_or_the_rest_of_the_batch() -> None:
+def test_results_do_not_depend_on_blocks_threads_or_the_rest_of_the_batch():
     key_mask = torch.ones(2, 70)
     key_mask[0, :21] = 0
     inputs = random_inputs(tokens=70, key_mask=key_mask)
@@ -229,7 +227,7 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("backend", "size"), [("blocked", 200_000), ("sdpa", 700_000)])
-def test_no_tensor_outgrows_the_block(backend: Backend, size: int) -> None:
+def test_no_tensor_outgrows_the_block(backend, size):
     inputs = random_inputs(tokens=400, batch=1)
     with Operations() as seen:
         attention_impact(inputs, block_bytes=size, backend=backend)
@@ -238,7 +236,7 @@ def test_no_tensor_outgrows_the_block(backend: Backend, size: int) -> None:
     assert seen.largest <= size
 
 
-def test_only_attended_keys_and_counted_rows_are_visited() -> None:
+def test_only_attended_keys_and_counted_rows_are_visited():
     key_mask = (torch.arange(400) >= 200).float()[None]
     inputs = random_inputs(tokens=400, batch=1, key_mask=key_mask)
     pairs = 6 * 2 * 16 * 400 * 400
@@ -254,7 +252,7 @@ def test_only_attended_keys_and_counted_rows_are_visited() -> None:
 
 
 @pytest.mark.skipif(not impact_blocks._onednn_linear(), reason="this torch has no oneDNN product")
-def test_probes_of_all_lengths_share_few_shapes_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_of_all_lengths_share_few_shapes_of_products(monkeypatch):
     monkeypatch.setattr(impact_blocks, "_is_intel", lambda: False)
     with Operations() as seen:
         for tokens in range(50, 200, 3):
@@ -267,7 +265,7 @@ def test_probes_of_all_lengths_share_few_shapes_of_products(monkeypatch: pytest.
     assert {shape[-1] for shape in seen.products} == {80, 112, 144}
 
 
-def test_padding_may_hold_anything() -> None:
+def test_padding_may_hold_anything():
     key_mask = torch.ones(2, 150)
     key_mask[0, :37] = 0
     key_mask[1, 140:] = 0
@@ -289,7 +287,7 @@ def test_padding_may_hold_anything() -> None:
     assert torch.equal(ffn_impact(spoilt, torch.ones(8), key_mask), ffn_impact(hidden, torch.ones(8), key_mask))
 
 
-def test_rows_that_attend_to_nothing_contribute_nothing() -> None:
+def test_rows_that_attend_to_nothing_contribute_nothing():
     key_mask = torch.ones(2, 150)
     key_mask[0, :37] = 0
     inputs = random_inputs(key_mask=key_mask)
@@ -299,7 +297,7 @@ def test_rows_that_attend_to_nothing_contribute_nothing() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-6, 30.0, 1e4])
-def test_scores_of_any_size_stay_finite(factor: float) -> None:
+def test_scores_of_any_size_stay_finite(factor):
     norm = torch.full((16,), factor)
     for inputs in (random_inputs(), random_inputs(query_norm=norm, key_norm=norm), random_inputs(softcap=30.0)):
         extreme = replace(inputs, query=inputs.query * factor, key=inputs.key * factor)
@@ -310,9 +308,7 @@ def test_scores_of_any_size_stay_finite(factor: float) -> None:
 @pytest.mark.parametrize("outlier", [1.0, 30.0, 1e3])
 @pytest.mark.parametrize("norms", [(), ("query_norm",), ("key_norm",), ("query_norm", "key_norm")])
 @pytest.mark.parametrize("product", ["MKL", "oneDNN"])
-def test_few_large_neurons_are_exact_beside_small_ones(
-    outlier: float, norms: tuple[str, ...], product: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_large_neurons_are_exact_beside_small_ones(outlier, norms, product, monkeypatch):
     monkeypatch.setattr(impact_blocks, "_is_intel", lambda: product == "MKL")
     key_mask = torch.ones(2, 150)
     key_mask[0, :37] = 0
@@ -326,7 +322,7 @@ def test_few_large_neurons_are_exact_beside_small_ones(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_is_computed_in_float32(dtype):
     half = to_dtype(random_inputs(), dtype)
     actual, expected = attention_impact(half), attention_impact(to_dtype(half, torch.float32))
     assert all(
@@ -352,7 +348,7 @@ def reduced_precision(request: pytest.FixtureRequest) -> Iterator[Callable[[], o
         backend.fp32_precision = before
 
 
-def test_reduced_precision_is_put_aside_and_restored(reduced_precision: Callable[[], object]) -> None:
+def test_reduced_precision_is_put_aside_and_restored(reduced_precision):
     inputs, setting = random_inputs(), reduced_precision()
     expected = to_dtype(inputs, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -366,7 +362,7 @@ def test_reduced_precision_is_put_aside_and_restored(reduced_precision: Callable
 @pytest.mark.parametrize(
     "name", ["Llama, 2 heads a kv head", "Qwen3, q_norm and k_norm", "Qwen2.5-VL, M-RoPE with an image"]
 )
-def test_released_scores_equal_the_released_formulas(name: str) -> None:
+def test_released_scores_equal_the_released_formulas(name):
     layer = family(name)
     query, key = layer.rotated
     key = key.repeat_interleave(2, dim=1)
@@ -386,7 +382,7 @@ def test_released_scores_equal_the_released_formulas(name: str) -> None:
     torch.testing.assert_close(released_ffn_scores(up, weights), up[:, 3:].abs().sum(1))
 
 
-def test_an_interleaved_rotary_layout_is_recognised_as_foreign() -> None:
+def test_an_interleaved_rotary_layout_is_recognised_as_foreign():
     glm = text_layer("Glm", head_dim=8, rope_parameters=PARTIAL)
     assert (attention_output(glm.inputs) - glm.attended * glm.counted[..., None]).abs().max() > 0.1
 
@@ -413,12 +409,12 @@ def test_an_interleaved_rotary_layout_is_recognised_as_foreign() -> None:
         ({"mask": torch.ones(2, 1, 10, 10), "window": 3}, "leave window and key_mask out"),
     ],
 )
-def test_inputs_that_do_not_fit_together_are_refused(fields: dict[str, object], message: str) -> None:
+def test_inputs_that_do_not_fit_together_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         replace(random_inputs(tokens=10), **fields)
 
 
-def test_arguments_that_do_not_fit_the_inputs_are_refused() -> None:
+def test_arguments_that_do_not_fit_the_inputs_are_refused():
     inputs = random_inputs(tokens=10)
     with pytest.raises(ValueError, match=r"weights must have shape \[2, 10\], got \[10\]"):
         attention_impact(inputs, torch.ones(10))

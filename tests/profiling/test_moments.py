@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from checkpoints import LAYERS, SOURCE_OF, example_inputs, load, make_source, make_target, read, write
 from click.testing import CliRunner
 from forked import forked_ranks
 from made_moments import matrix_of
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
-from test_run import has_processor, write_probes
+from test_run import config_of, write_probes
+from test_run import write_config as write_profile_yml
 
 from mergekit_snrf.cli.profile import main as snrf_profile
 from mergekit_snrf.cli.snrf import main as snrf
@@ -34,21 +34,11 @@ ODD = {"hidden_size": 52, "intermediate_size": 91}
 
 def write_config(folder: Path, family: str, **keys: Any) -> Path:
     """Image probes to gain and two kinds to keep, of images where the family's processor loads, and of text."""
-    images = {"dataset": "image.jsonl", "images": "image"} if has_processor(family) else {"dataset": "text.jsonl"}
-    config = {
-        "target": {"model": "target", "probes": {**images, "question": "question"}},
-        "keep": [
-            {**images, "question": "question", "name": "see", "limit": 3, "max_new_tokens": 2},
-            {"dataset": "text.jsonl", "question": "question", "name": "read", "limit": 5},
-        ],
-        "answer": {"by": "model", "max_new_tokens": 4},
-        "batch_size": 3,
-        "dtype": "float64",
-        **keys,
-    }
-    path = folder / "profile.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    keep = [
+        {**config_of(family)["target"]["probes"], "name": "see", "limit": 3, "max_new_tokens": 2},
+        {"dataset": "text.jsonl", "question": "question", "name": "read", "limit": 5},
+    ]
+    return write_profile_yml(folder, family, **{"source": None, "keep": keep, "dtype": "float64", **keys})
 
 
 def make_folder(folder: Path, family: str, decoder: dict[str, int] | None = None) -> Path:
@@ -78,7 +68,7 @@ def gathered(config: ProfileConfig, folder: Path) -> dict[str, list[list[dict[In
     sources |= {kind.name: (kind.source, kind.rule) for kind in config.kept()}
     found: dict[str, list[list[dict[InputSite, np.ndarray]]]] = {}
     for name, (source, rule) in sources.items():
-        model, processor = load_model(config.model_of("target"), images=source.images is not None)
+        model, processor = load_model(config.kind("target").model, images=source.images is not None)
         rows = load_rows(source, answers=False, folder=folder)
         probes: Probes = prepare(
             rows, processor, rule=rule, batch_size=config.batch_size, token_limit=None, config=model.config
@@ -142,7 +132,7 @@ def lower_median(groups: list[list[dict[InputSite, np.ndarray]]], site: InputSit
         ("idefics3", None, False),
     ],
 )
-def test_moments_are_those_of_numpy(family: str, decoder: dict[str, int] | None, massive: bool, tmp_path: Path) -> None:
+def test_moments_are_those_of_numpy(family, decoder, massive, tmp_path):
     folder = make_folder(tmp_path, family, decoder)
     if massive:
         make_massive(folder / "target")
@@ -178,7 +168,7 @@ def test_moments_are_those_of_numpy(family: str, decoder: dict[str, int] | None,
 
 
 @pytest.mark.parametrize(("sketch", "exact"), [(60, True), (12, False)])
-def test_sketches_hold_the_leading_directions(sketch: int, exact: bool, tmp_path: Path) -> None:
+def test_sketches_hold_the_leading_directions(sketch, exact, tmp_path):
     folder = make_folder(tmp_path, "llama")
     config = load_profile_config(write_config(folder, "llama"))
     dense = take_moments(config, tmp_path / "dense.safetensors", folder=folder, progress=False)
@@ -200,27 +190,23 @@ def test_sketches_hold_the_leading_directions(sketch: int, exact: bool, tmp_path
             assert error < (2e-3 if exact else 0.3), (stem, error)
 
 
-def test_padding_and_batches_do_not_count(tmp_path: Path) -> None:
+def test_padding_and_batches_do_not_count(tmp_path, monkeypatch):
     """One probe a batch has no padding. The clip is fixed, since another first group would have another median."""
     folder = make_folder(tmp_path, "qwen2")
     written = []
     for size in (1, 5):
         config = load_profile_config(write_config(folder, "qwen2", batch_size=size))
-        patch = pytest.MonkeyPatch()
-        patch.setattr(taking.NormMedians, "medians", lambda norms: dict.fromkeys(norms._norms, 2.0))
-        with patch.context():
-            take_moments(config, tmp_path / f"{size}.safetensors", folder=folder, progress=False)
-        patch.undo()
+        monkeypatch.setattr(taking, "_clips", lambda norms: dict.fromkeys(norms, 6.0))
+        take_moments(config, tmp_path / f"{size}.safetensors", folder=folder, progress=False)
         written.append(load_file(tmp_path / f"{size}.safetensors"))
     for key, tensor in written[0].items():
         torch.testing.assert_close(written[1][key], tensor, rtol=1e-3, atol=1e-3)
 
 
-def test_profiling_writes_the_same_moments_in_its_own_passes(tmp_path: Path) -> None:
+def test_profiling_writes_the_same_moments_in_its_own_passes(tmp_path):
     folder = make_folder(tmp_path, "idefics3")
     make_source(folder / "source", SOURCE_OF["idefics3"], dtype=torch.float32)
-    source = {"model": "source", "probes": {"dataset": "text.jsonl", "question": "question"}}
-    path = write_config(folder, "idefics3", source=source, select={"top_ratio": 0.5})
+    path = write_config(folder, "idefics3", source=config_of("idefics3")["source"])
     result = CliRunner().invoke(snrf_profile, [str(path), str(tmp_path / "mask.safetensors")])
     assert result.exit_code == 0, result.output
     assert CliRunner().invoke(snrf, ["moments", str(path), str(tmp_path / "alone.safetensors")]).exit_code == 0
@@ -232,11 +218,10 @@ def test_profiling_writes_the_same_moments_in_its_own_passes(tmp_path: Path) -> 
     assert "keep see: 3 probes of image.jsonl" in shown.output
 
 
-def test_from_profile_yml_to_a_loaded_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_profile_yml_to_a_loaded_merge(tmp_path, monkeypatch):
     folder = make_folder(tmp_path, "idefics3")
     make_source(folder / "source", SOURCE_OF["idefics3"], dtype=torch.float32)
-    source = {"model": "source", "probes": {"dataset": "text.jsonl", "question": "question"}}
-    path = write_config(folder, "idefics3", source=source, dtype="auto")
+    path = write_config(folder, "idefics3", source=config_of("idefics3")["source"], dtype="auto")
     recipe = folder / "regmean.yml"
     recipe.write_text(
         "merge_method: snrf\nbase_model: target\nmodels: [{model: source}]\n"
@@ -271,9 +256,7 @@ def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 # The first passes find the norms to clip at: 1 of the probes to gain, then 3 groups, then 1 + 1 of those to keep.
 @pytest.mark.parametrize("after", [3, 5, 8])
-def test_an_interrupted_run_resumes_to_the_same_bytes(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(after, tmp_path, monkeypatch):
     folder = make_folder(tmp_path, "llama")
     config = load_profile_config(write_config(folder, "llama", dtype="float32"))
     out = tmp_path / "m.safetensors"
@@ -294,7 +277,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["m.safetensors", "whole.safetensors"]
 
 
-def test_two_processes_take_the_moments_of_one(tmp_path: Path) -> None:
+def test_two_processes_take_the_moments_of_one(tmp_path):
     folder = make_folder(tmp_path, "llama")
     path = write_config(folder, "llama", dtype="float32", batch_size=2)
     config = load_profile_config(path)
@@ -309,7 +292,7 @@ def test_two_processes_take_the_moments_of_one(tmp_path: Path) -> None:
     assert read_moments(out).provenance.inputs == read_moments(tmp_path / "one.safetensors").provenance.inputs
 
 
-def test_few_tokens_are_a_warning_with_the_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_few_tokens_are_a_warning_with_the_number(tmp_path, caplog):
     folder = make_folder(tmp_path, "llama", {"intermediate_size": 400})
     config = load_profile_config(write_config(folder, "llama", limit=2))
     take_moments(config, tmp_path / "m.safetensors", folder=folder, progress=False)
@@ -324,11 +307,9 @@ def test_few_tokens_are_a_warning_with_the_number(tmp_path: Path, caplog: pytest
         ({"keep": [{"dataset": "text.jsonl", "question": "question", "images": "absent"}]}, "keep.0.images"),
     ],
 )
-def test_mistakes_are_found_before_a_model_is_loaded(
-    keys: dict[str, Any], field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mistakes_are_found_before_a_model_is_loaded(keys, field, tmp_path, monkeypatch):
     folder = make_folder(tmp_path, "llama")
-    monkeypatch.setattr(taking, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     config = load_profile_config(write_config(folder, "llama", **keys))
     with pytest.raises(SnrfError) as caught:
         take_moments(config, tmp_path / "m.safetensors", folder=folder, progress=False)

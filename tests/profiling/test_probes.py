@@ -85,9 +85,7 @@ def qwen(folders: dict[str, Path], data: Path) -> tuple[Any, Any]:
 
 
 class TestPrompts:
-    def test_the_prompt_and_its_tokens_are_those_of_the_models_own_chat(
-        self, data: Path, folders: dict[str, Path], llama: tuple[Any, Any], llava: tuple[Any, Any]
-    ) -> None:
+    def test_the_prompt_and_its_tokens_are_those_of_the_models_own_chat(self, data, folders, llama, llava):
         config = options(folders["llama"], data / "texts.jsonl", answer={"by": "column", "column": "a"}, batch_size=1)
         tokenizer = llama[1]
         for batch in config.batches(*llama):
@@ -106,9 +104,7 @@ class TestPrompts:
             assert torch.equal(batch.inputs["input_ids"][~batch.answer_mask], expected["input_ids"][0])
             assert torch.equal(batch.inputs["pixel_values"], expected["pixel_values"].double())
 
-    def test_images_go_where_the_question_says(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_images_go_where_the_question_says(self, data, folders, llava):
         texts = ["a", "<image>a", "a <image> b", "a<image><image>"]
         pictures = ["0.png", "1.png"]
         content = [{"q": text, "images": pictures[: max(1, text.count("<image>"))]} for text in texts]
@@ -126,9 +122,7 @@ class TestPrompts:
         with pytest.raises(RowError, match=r"the question has 2 <image> for 1 image"):
             config.render(config.rows().rows[0], llava[1])
 
-    def test_a_template_replaces_the_chat(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any], qwen: tuple[Any, Any]
-    ) -> None:
+    def test_a_template_replaces_the_chat(self, data, folders, llava, qwen):
         keys = {"images": "images", "template": "<image> {q} calc :", "limit": 2, "seed": 1}
         config = options(folders["llava"], data / "images.jsonl", **keys)
         first = config.rows().rows[0]
@@ -137,16 +131,12 @@ class TestPrompts:
         marker = "<|vision_start|><|image_pad|><|vision_end|>"
         assert config.render(first, qwen[1]) == f"{marker} {first.question} calc :"
 
-    def test_a_template_has_as_many_placeholders_as_a_row_has_images(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_a_template_has_as_many_placeholders_as_a_row_has_images(self, data, folders, llava):
         config = options(folders["llava"], data / "images.jsonl", images="images", template="<image> {q}")
         with pytest.raises(SnrfError, match=r"1 of 6 rows .*row 3: the template has 1 <image> for 2 image"):
             config.prepare(llava[1])
 
-    def test_a_template_leaves_the_begin_of_the_text_to_the_tokenizer_once(
-        self, data: Path, folders: dict[str, Path]
-    ) -> None:
+    def test_a_template_leaves_the_begin_of_the_text_to_the_tokenizer_once(self, data, folders):
         from tokenizers.processors import TemplateProcessing
 
         processor = options(folders["llama"], data / "texts.jsonl").processor()
@@ -160,7 +150,7 @@ class TestPrompts:
             added = probes.probes[0].tokens - len(ids)
             assert ids.count(begin[1]) + added == count
 
-    def test_a_model_without_a_chat_template_needs_a_template(self, data: Path, folders: dict[str, Path]) -> None:
+    def test_a_model_without_a_chat_template_needs_a_template(self, data, folders):
         config = options(folders["mistral"], data / "texts.jsonl")
         tokenizer = config.processor()
         with pytest.raises(SnrfError) as caught:
@@ -182,9 +172,7 @@ class TestPrompts:
             ("{% if", "fails"),
         ],
     )
-    def test_a_chat_template_that_fails_or_does_not_end_is_one_error_with_the_model(
-        self, data: Path, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, template: str, reason: str
-    ) -> None:
+    def test_a_chat_template_that_fails_is_one_error_with_the_model(self, data, folders, monkeypatch, template, reason):
         if reason == "seconds":
             monkeypatch.setattr(render, "MAX_SECONDS", 0.3)
         config = options(folders["llama"], data / "texts.jsonl")
@@ -194,16 +182,14 @@ class TestPrompts:
             config.prepare(tokenizer)
         assert (caught.value.where, caught.value.field) == (str(folders["llama"]), "template")
 
-    def test_what_fails_on_every_row_is_the_fault_of_the_model(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_fails_on_every_row_is_the_fault_of_the_model(self, data, folders, llava, monkeypatch):
         config = options(folders["llava"], data / "images.jsonl", images="images")
         monkeypatch.setattr(llava[1], "patch_size", None)
         with pytest.raises(SnrfError, match=r"none of the 6 rows can be used, all for the same reason") as caught:
             config.prepare(llava[1])
         assert caught.value.where == str(folders["llava"])
 
-    def test_nothing_is_cut(self, tmp_path: Path, folders: dict[str, Path]) -> None:
+    def test_nothing_is_cut(self, tmp_path, folders):
         path = lines(tmp_path / "rows.jsonl", [{"q": "one two three " * 40}])
         config = options(folders["llama"], path)
         tokenizer = config.processor()
@@ -212,9 +198,7 @@ class TestPrompts:
         tokenizer.model_max_length = 16
         assert config.prepare(tokenizer).probes[0].tokens == whole > 100
 
-    def test_a_probe_over_the_limit_is_left_out_and_counted(
-        self, tmp_path: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
+    def test_a_probe_over_the_limit_is_left_out_and_counted(self, tmp_path, folders, llama):
         path = lines(tmp_path / "rows.jsonl", [{"q": "word " * (200 if i == 11 else 3)} for i in range(20)])
         for limit in ({"token_limit": 64}, {}):
             config = options(folders["llama"], path, answer={"max_new_tokens": 20}, **limit)
@@ -239,9 +223,7 @@ class TestPrompts:
         with pytest.raises(SnrfError, match=r"row 0: .* tokens and an answer of up to 20 exceed the token_limit"):
             config.prepare(tokenizer)
 
-    def test_the_sha256_knows_prompts_images_and_answers(
-        self, tmp_path: Path, data: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_the_sha256_knows_prompts_images_and_answers(self, tmp_path, data, folders, llava):
         for name in ("0.png", "1.png"):
             (tmp_path / name).write_bytes((data / name).read_bytes())
         path = lines(tmp_path / "rows.jsonl", [{"q": "a", "a": "1", "images": ["0.png"]}])
@@ -302,7 +284,7 @@ def case(request: pytest.FixtureRequest, data: Path, folders: dict[str, Path]) -
 class TestBatches:
     @pytest.mark.parametrize("case", CASES, indirect=True)
     @pytest.mark.parametrize("by", ["model", "column"])
-    def test_a_probe_in_a_batch_is_the_probe_alone(self, case: tuple[Options, Any, Any], by: str) -> None:
+    def test_a_probe_in_a_batch_is_the_probe_alone(self, case, by):
         config, model, processor = case
         if by == "column":
             config = config.of_column()
@@ -328,7 +310,7 @@ class TestBatches:
                 torch.testing.assert_close(logits[index][real], expected, rtol=1e-10, atol=1e-10)
 
     @pytest.mark.parametrize("case", CASES, indirect=True)
-    def test_the_answer_is_the_models_own_greedy_one(self, case: tuple[Options, Any, Any]) -> None:
+    def test_the_answer_is_the_models_own_greedy_one(self, case):
         config, model, processor = case
         tokenizer = getattr(processor, "tokenizer", processor)
         never = {model.config.image_token_id} if config.source.images else set()
@@ -338,9 +320,7 @@ class TestBatches:
             assert batch.inputs["input_ids"][batch.answer_mask].tolist() == expected
             assert batch.answers == (tokenizer.decode(expected, skip_special_tokens=True),)
 
-    def test_an_answer_ends_with_its_end_token_or_is_counted_as_cut(
-        self, data: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
+    def test_an_answer_ends_with_its_end_token_or_is_counted_as_cut(self, data, folders, llama):
         config = options(folders["llama"], data / "texts.jsonl", answer={"max_new_tokens": 7})
         model, tokenizer = llama
         free = {number: ids for batch in config.batches(*llama) for number, ids in answer_ids(batch).items()}
@@ -359,9 +339,7 @@ class TestBatches:
                 assert flag == (end in free[number])
         assert not all(flag for batch in ended for flag in batch.ended)
 
-    def test_sampling_and_penalties_of_the_checkpoint_change_nothing(
-        self, data: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
+    def test_sampling_and_penalties_of_the_checkpoint_change_nothing(self, data, folders, llama):
         config = options(folders["llama"], data / "texts.jsonl", answer={"max_new_tokens": 7})
         model = llama[0]
         expected = [batch.answers for batch in config.batches(*llama)]
@@ -382,9 +360,7 @@ class TestBatches:
         finally:
             model.generation_config = own
 
-    def test_an_answer_never_holds_an_image_token(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_an_answer_never_holds_an_image_token(self, data, folders, llava):
         config = options(
             folders["llava"], data / "images.jsonl", images="images", answer={"max_new_tokens": 3}, limit=2
         )
@@ -404,17 +380,13 @@ class TestBatches:
         finally:
             handle.remove()
 
-    def test_a_text_probe_of_a_vision_language_model_holds_no_image_token(
-        self, tmp_path: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_a_text_probe_of_a_vision_language_model_holds_no_image_token(self, tmp_path, folders, llava):
         path = lines(tmp_path / "rows.jsonl", [{"q": "what is <image> ?"}])
         config = options(folders["llava"], path)
         with pytest.raises(SnrfError, match="row 0: the prompt contains a token that stands for an image"):
             config.prepare(config.processor(), llava[0])
 
-    def test_groups_are_of_similar_length_and_shards_make_the_same_batches(
-        self, tmp_path: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
+    def test_groups_are_of_similar_length_and_shards_make_the_same_batches(self, tmp_path, folders, llama):
         draw = np.random.RandomState(0)
         path = lines(tmp_path / "rows.jsonl", [{"q": "word " * int(n)} for n in draw.randint(1, 60, 30)])
         config = options(folders["llama"], path, answer={"max_new_tokens": 2}, batch_size=4)
@@ -439,9 +411,7 @@ class TestBatches:
             for name, tensor in batch.inputs.items():
                 assert torch.equal(tensor, same.inputs[name])
 
-    def test_answers_of_uneven_length_share_no_batch(
-        self, data: Path, folders: dict[str, Path], llama: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_answers_of_uneven_length_share_no_batch(self, data, folders, llama, monkeypatch):
         lengths = {0: 3, 1: 90, 2: 80, 3: 2, 4: 1, 5: 85}
 
         def of_these_lengths(model: Any, processor: Any, inputs: dict[str, Tensor], most: int) -> list[Answer]:
@@ -460,9 +430,7 @@ class TestBatches:
             real = batch.attention_mask.sum(dim=1)
             assert real.min() >= 0.7 * real.max()
 
-    def test_an_answer_from_the_dataset_is_appended_as_it_is(
-        self, data: Path, folders: dict[str, Path], llama: tuple[Any, Any]
-    ) -> None:
+    def test_an_answer_from_the_dataset_is_appended_as_it_is(self, data, folders, llama):
         config = options(folders["llama"], data / "texts.jsonl", answer={"by": "column", "column": "a"})
         tokenizer = llama[1]
         found = {number: ids for batch in config.batches(*llama) for number, ids in answer_ids(batch).items()}
@@ -470,9 +438,7 @@ class TestBatches:
             i: tokenizer(f"x = {i * 17}", add_special_tokens=False)["input_ids"] for i in range(len(QUESTIONS))
         }
 
-    def test_a_dataset_answer_with_an_image_token_is_bad(
-        self, data: Path, folders: dict[str, Path], llava: tuple[Any, Any]
-    ) -> None:
+    def test_a_dataset_answer_with_an_image_token_is_bad(self, data, folders, llava):
         path = lines(data / "one.jsonl", [{"q": "a", "a": "<image>", "images": ["0.png"]}])
         config = options(folders["llava"], path, images="images", answer={"by": "column", "column": "a"})
         with pytest.raises(SnrfError, match="row 0: the answer contains a token that stands for an image"):

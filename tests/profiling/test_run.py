@@ -23,7 +23,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import load_model
 from mergekit_snrf.neurons.maskfile import read_mask
 from mergekit_snrf.neurons.sets import PROJECTIONS, Site
-from mergekit_snrf.profiling.groups import probes_of, rows_of
+from mergekit_snrf.profiling.groups import Prompts
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.moments import take_moments
 from mergekit_snrf.profiling.notebook import profile
@@ -38,7 +38,7 @@ FILES = ("m.safetensors", "m.target.profile.safetensors", "m.source.profile.safe
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mergekit_snrf.profiling.side.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +115,8 @@ def invoke(path: Path, out: Path, *options: str) -> Result:
 
 
 def batches_of(config: ProfileConfig, name: SideName, folder: Path) -> tuple[Any, Iterator[ProbeBatch]]:
-    probes = probes_of(config, config.kind(name), rows_of(config.kind(name), folder))
-    model, processor = load_model(config.model_of(name), images=probes.rows.source.images is not None)
+    probes = Prompts(config, config.kind(name), folder).probes
+    model, processor = load_model(config.kind(name).model, images=probes.rows.source.images is not None)
     return model, probe_batches(probes, model, processor, rule=config.answer, device="cpu")
 
 
@@ -267,7 +267,7 @@ def test_other_probes_to_keep_change_the_moments_and_not_the_profile(pair, tmp_p
     assert changed == {"m.moments.safetensors"}
     take_moments(load_profile_config(path), tmp_path / "alone.safetensors", folder=path.parent, progress=False)
     assert (tmp_path / "alone.safetensors").read_bytes() == after["m.moments.safetensors"]
-    monkeypatch.setattr("mergekit_snrf.profiling.moments.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("mergekit_snrf.profiling.groups.load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     assert profiled(path, tmp_path, resume=True)["m.moments.safetensors"] == after["m.moments.safetensors"]
 
 
@@ -379,31 +379,21 @@ def test_answers_that_were_cut_are_told(pair, tmp_path, caplog):
     assert "answers reached max_new_tokens = 1 before they ended" in caplog.text
 
 
-def faulty(config: dict[str, Any], folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Faults of the source and of the run, with the place that the error names."""
-    source = config["source"]
-    yield (
-        f"{folder / 'text.jsonl'}: source.probes.question: ",
-        {**source, "probes": {**source["probes"], "question": "q"}},
-    )
-    yield f"{folder / 'text.jsonl'}: source.probes.images: ", {**source, "probes": {**source["probes"], "images": "i"}}
-    yield "source.probes.dataset", {**source, "probes": {**source["probes"], "dataset": "nobody/nothing"}}
-    yield (
-        f"{folder / 'source'}: source.probes.images: ",
-        {
-            **source,
-            "probes": {"dataset": "image.jsonl", "question": "question", "images": "image"},
-        },
-    )
-
-
-@pytest.mark.parametrize("case", range(4))
-def test_faults_of_the_source_are_found_before_the_target_is_loaded(case, pair, tmp_path, no_model):
-    folder = pair("llama")
-    place, source = list(faulty(config_of("llama"), folder))[case]
-    result = invoke(write_config(folder, name=f"fault{case}.yml", source=source), tmp_path / "m.safetensors")
+@pytest.mark.parametrize(
+    ("place", "probes"),
+    [
+        ("text.jsonl: source.probes.question: ", {"question": "q"}),
+        ("text.jsonl: source.probes.images: ", {"images": "i"}),
+        ("source.probes.dataset", {"dataset": "nobody/nothing"}),
+        ("source: source.probes.images: ", {"dataset": "image.jsonl", "images": "image"}),
+    ],
+)
+def test_faults_of_the_source_are_found_before_the_target_is_loaded(place, probes, pair, tmp_path, no_model):
+    source = config_of("llama")["source"]
+    source["probes"] |= probes
+    result = invoke(write_config(pair("llama"), name="fault.yml", source=source), tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert place in result.output
+    assert f"{pair('llama')}/{place}" in result.output or place == "source.probes.dataset" in result.output
     assert "Traceback" not in result.output
 
 
@@ -436,17 +426,11 @@ def test_a_mask_that_cannot_be_written_is_found_before_a_model_is_read(mask, pai
 
 
 def test_models_of_different_depth_are_told_from_their_headers(pair, tmp_path, no_model):
-    folder = pair("llama")
-    other = make_source(tmp_path / "source", "llama")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    tensors = {name: tensor for name, tensor in read(other).items() if "layers.2." not in name}
-    torch.save(tensors, other / "pytorch_model.bin")
-    (other / "model.safetensors").unlink()
-    path = write_config(folder, name="depth.yml", source={**config_of("llama")["source"], "model": str(other)})
-    result = invoke(path, tmp_path / "m.safetensors")
+    other = make_source(tmp_path / "source", "llama", safe=False, decoder={"num_hidden_layers": 2})
+    source = {**config_of("llama")["source"], "model": str(other)}
+    result = invoke(write_config(pair("llama"), name="depth.yml", source=source), tmp_path / "m.safetensors")
     assert result.exit_code == 1
-    assert "layers" in result.output
+    assert "layers: the target" in result.output
 
 
 def test_weights_that_are_not_finite_are_an_error(tmp_path):
@@ -464,21 +448,24 @@ def test_weights_that_are_not_finite_are_an_error(tmp_path):
     assert name in result.output
 
 
-def test_out_of_memory_gives_advice(pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"),
+            SnrfError,
+            r"target: out of memory \(CUDA out .* 2.00 GiB.\); lower batch_size \(now 3\)",
+        ),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), RuntimeError, "mat1 and mat2"),
+    ],
+    ids=["memory", "other"],
+)
+def test_running_out_of_memory_gives_advice(raised, error, message, pair, tmp_path, monkeypatch):
     def impacts(self: Meter, batch: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        raise raised
 
     monkeypatch.setattr(Meter, "impacts", impacts)
-    with pytest.raises(SnrfError, match=r"target: out of memory \(CUDA out .* 2.00 GiB.\); lower batch_size \(now 3\)"):
-        profiled(write_config(pair("llama")), tmp_path)
-
-
-def test_other_runtime_errors_are_not_taken_for_memory(pair, tmp_path, monkeypatch):
-    def impacts(self: Meter, batch: Any) -> Any:
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-    monkeypatch.setattr(Meter, "impacts", impacts)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(error, match=message):
         profiled(write_config(pair("llama")), tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from mergekit_snrf.profiling.impact.sdpa import uses_sdpa
 from mergekit_snrf.profiling.measure.meter import Meter
 
 
-def test_probes_without_holes_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probes_without_holes_need_no_mask(monkeypatch):
     """Flash attention takes none."""
     seen: list[dict[str, object]] = []
     real = functional.scaled_dot_product_attention
@@ -40,7 +39,7 @@ def test_probes_without_holes_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> N
     assert all("attn_mask" in call for call in seen)
 
 
-def test_the_backend_follows_the_device_and_the_cap() -> None:
+def test_the_backend_follows_the_device_and_the_cap():
     inputs = random_inputs(5)
     on_cuda = replace(inputs, softcap=None)
     object.__setattr__(on_cuda, "query", _OnCuda())
@@ -55,7 +54,7 @@ def test_the_backend_follows_the_device_and_the_cap() -> None:
         attention_impact(capped, backend="sdpa")
 
 
-def test_a_model_that_caps_its_scores_is_told_apart(tmp_path: Path) -> None:
+def test_a_model_that_caps_its_scores_is_told_apart(tmp_path):
     model = load(make_source(tmp_path / "gemma2", "gemma2"), dtype=torch.float32)
     with pytest.raises(SnrfError, match="backend: caps its attention scores"):
         Meter(model, backend="sdpa").impacts(left_padded())

@@ -14,8 +14,7 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.sets import Site
 from mergekit_snrf.profiling.result.profilefile import EDGES
-from mergekit_snrf.profiling.result.selection import select
-from mergekit_snrf.profiling.result.statistics import Statistics, ranks
+from mergekit_snrf.profiling.result.statistics import Statistics
 
 QUERY, UP, DOWN = Site(0, "attn.q"), Site(2, "fwd.up"), Site(2, "fwd.down")
 NEURONS = {QUERY: 5, UP: 7}
@@ -106,18 +105,6 @@ def test_statistics_are_what_exact_arithmetic_over_the_whole_corpus_gives(corpus
             assert found.hits[neuron].cumsum(0).tolist() == counted
 
 
-def test_reducing_over_processes_is_merging():
-    corpora = [{QUERY: torch.rand(probes, 5), UP: torch.rand(probes, 7)} for probes in (3, 2)]
-    here, there, merged = measured(corpora[0]), measured(corpora[1]), measured(corpora[0])
-    merged.merge(measured(corpora[1]))
-    sent: list[Tensor] = []
-    there.reduce(lambda tensor, operation: sent.append(tensor.clone()))
-    combine = {"min": torch.minimum, "max": torch.maximum, "sum": torch.add}
-    here.reduce(lambda tensor, operation: tensor.copy_(combine[operation](tensor, sent.pop(0))))
-    assert (sent, here.probes) == ([], 5)
-    assert all(torch.equal(here.state()[key], tensor) for key, tensor in merged.state().items())
-
-
 def test_largest_sums_do_not_overflow():
     site, largest = Site(0, "attn.v"), float(np.finfo(np.float32).max)
     statistics = Statistics({site: 2})
@@ -136,25 +123,12 @@ def test_mean_of_equal_impacts_is_that_impact():
     assert torch.equal(statistics.profile().sites[site].mean_impact, values[0])
 
 
-def test_ties_are_broken_by_index():
-    assert ranks(torch.tensor([[2.0, 5.0, 2.0, 5.0, 2.0]])).tolist() == [[3, 1, 4, 2, 5]]
-    assert ranks(torch.tensor([[0.0, -0.0, 0.0]])).tolist() == [[1, 2, 3]]
-
-
 def test_fwd_down_is_stored_with_the_statistics_of_fwd_up():
     corpus = {QUERY: torch.rand(3, 5), UP: torch.rand(3, 7)}
     profile = measured(corpus).profile()
     assert list(profile.sites) == [QUERY, DOWN, UP]
     assert profile.sites[DOWN] is profile.sites[UP]
     assert Statistics({UP: 7, DOWN: 7}).neurons == {UP: 7}
-
-
-def test_every_probe_counts_as_in_eq_5():
-    corpus = {QUERY: torch.tensor([[5.0, 4, 3, 2, 1], [5, 4, 1, 2, 3], [5, 1, 4, 3, 2]]), UP: torch.rand(3, 7)}
-    profile = measured(corpus).profile()
-    per_probe = [set(row.topk(3).indices.tolist()) for row in corpus[QUERY]]
-    chosen = select([profile], top_ratio=0.6)[QUERY].nonzero().flatten().tolist()
-    assert set(chosen) == set.intersection(*per_probe) == {0}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 1e300])

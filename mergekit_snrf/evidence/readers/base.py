@@ -1,12 +1,11 @@
-"""What a reader does: find the files of every task in a folder, and turn them into items."""
+"""What readers share: they find the files of every task in a folder, and turn them into items."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.items import Items
@@ -44,35 +43,6 @@ class Task:
     evidence: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
 
 
-class Reader(Protocol):
-    """Reads the folders of one tool; ``remedy`` says how to make the tool write samples."""
-
-    @property
-    def name(self) -> str:
-        """Of the tool."""
-
-    @property
-    def remedy(self) -> str:
-        """How to make the tool write samples."""
-
-    def find(self, files: Sequence[Path]) -> dict[str, Found]:
-        """Return the files of every task among all files of a folder; none: the tool wrote no samples here.
-
-        Raises:
-            SnrfError: the folder holds results of several models.
-        """
-
-    def wrote(self, file: Path) -> bool:
-        """Return whether the tool writes such a file also without samples."""
-
-    def read(self, task: str, paths: Sequence[Path]) -> Task:
-        """Return the items of a task.
-
-        Raises:
-            SnrfError: a file is damaged or too large.
-        """
-
-
 def files_in(folder: Path) -> list[Path]:
     """Return all files below a folder.
 
@@ -82,13 +52,8 @@ def files_in(folder: Path) -> list[Path]:
     if not os.path.isdir(folder):
         raise SnrfError(folder, "is not a folder", "give the folder that the evaluation wrote")
     files: list[Path] = []
-    for part in _walk(folder):
-        files += part
+    for place, _, names in os.walk(folder):
+        files += [Path(place, name) for name in names]
         if len(files) > _MAX_FILES:
             raise SnrfError(folder, f"has more than {_MAX_FILES} files", "give a model's folder")
     return sorted(files)
-
-
-def _walk(folder: Path) -> Iterator[list[Path]]:
-    for place, _, names in os.walk(folder):
-        yield [Path(place, name) for name in names]

@@ -15,6 +15,7 @@ A table with several splits has a metric for each. Pickles are never read.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,6 @@ from typing import Any
 from mergekit_snrf.errors import SnrfError, printable
 from mergekit_snrf.evidence.items import Items
 from mergekit_snrf.evidence.readers.base import MAX_NAME, Found, Task, UnknownMetricError
-from mergekit_snrf.evidence.readers.mathvista import is_right
 from mergekit_snrf.evidence.readers.scores import Value, items_of, mme_items, score
 from mergekit_snrf.evidence.readers.sheets import SUFFIXES, columns_of, read_rows
 from mergekit_snrf.files.reading import load_json
@@ -37,6 +37,8 @@ _AGAIN = "run VLMEvalKit with --mode all, which also evaluates"
 _METRICS = {"hit": "accuracy", "eval_score": "eval_score", "verifier_score": "verifier_score", "score": "score"}
 _MATHVISTA = {"res", "question_type", "answer_type", "answer_option", "choices"}
 _REASONING = {"code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"}
+_MARKS = re.compile(r"[.()\[\],:;!*#{}]")
+_LAST = 4
 _Row = Mapping[str, Any]
 
 
@@ -182,11 +184,7 @@ def _mme(values: Sequence[Value], rows: Sequence[_Row]) -> dict[str, Callable[[]
     for value, row in zip(values, rows, strict=True):
         half = "reasoning" if row["category"] in _REASONING else "perception"
         halves[half].append((str(row["category"]), str(row["image_path"]), value))
-    return {half: partial(_pictures, answers) for half, answers in halves.items()}
-
-
-def _pictures(answers: Sequence[tuple[str, str, Value]]) -> Items:
-    return mme_items([(category, picture, score(one.value, one.place)) for category, picture, one in answers])
+    return {half: partial(mme_items, answers) for half, answers in halves.items()}
 
 
 def _pope(values: Sequence[Value], rows: Sequence[_Row]) -> Items:
@@ -197,8 +195,35 @@ def _pope(values: Sequence[Value], rows: Sequence[_Row]) -> Items:
     return Items(scores, ids=tuple(v.sample for v in values))
 
 
-def _mathvista(row: _Row, place: str) -> Any:
+def _mathvista(row: _Row, place: str) -> bool:
+    """Return whether ``res`` is the answer, as ``MathVista_acc`` decides: the same choice, number or text."""
+    response, answer = row["res"], row.get("answer")
+    if row["question_type"] == "multi_choice":
+        return _choice(str(response), _choices(row["choices"], place)) == row["answer_option"]
+    number = {"integer": int, "float": float}.get(str(row["answer_type"]))
     try:
-        return is_right(row)
-    except ValueError as error:
-        raise SnrfError(place, str(error), _AGAIN) from None
+        return str(response) == str(answer) if number is None else number(response) == number(answer)
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _choices(text: Any, place: str) -> dict[str, str]:
+    try:
+        choices = ast.literal_eval(text) if isinstance(text, str) else text
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        choices = None
+    if not isinstance(choices, list) or len(choices) > 26:
+        raise SnrfError(place, "its choices are not a list", _AGAIN)
+    return {chr(ord("A") + index): str(choice) for index, choice in enumerate(choices)}
+
+
+def _choice(response: str, choices: Mapping[str, str]) -> str | None:
+    """Return the only letter of a choice among the words, if it is one of the last; else the only choice quoted."""
+    words = _MARKS.sub(" ", response).split()
+    letters = [letter for letter in choices if letter in words]
+    if len(letters) == 1 and words.index(letters[0]) >= len(words) - _LAST:
+        return letters[0]
+    if len(response) > 2 * sum(map(len, choices.values())):
+        return None
+    quoted = [letter for letter, choice in choices.items() if choice.lower() in response.lower()]
+    return quoted[0] if len(quoted) == 1 else None

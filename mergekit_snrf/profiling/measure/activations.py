@@ -17,8 +17,8 @@ from mergekit_snrf.models.live import LiveDecoder
 from mergekit_snrf.profiling.measure.inputs import run_once
 from mergekit_snrf.profiling.probes.answers import image_ids
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
-from mergekit_snrf.profiling.result.domainsfile import KINDS, tokens_key
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.domains import KINDS, tokens_key
+from mergekit_snrf.profiling.result.statistics import Sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,9 +50,7 @@ class ActivationCounter:
     """Counts the activations of a model above zero, in one forward pass for each batch.
 
     Padding never counts, and neither do the patches that pad an image, where the vision tower is given their mask.
-
-    Raises:
-        SnrfError: an activation of the text decoder is not a module, or one is not elementwise.
+    ``SnrfError``: an activation of the text decoder is not a module, or one is not elementwise.
     """
 
     def __init__(self, model: PreTrainedModel, decoder: LiveDecoder) -> None:
@@ -67,8 +65,7 @@ class ActivationCounter:
     def visit(self, sums: ActivationCounts, batch: ProbeBatch) -> None:
         """Run a batch through the model and count.
 
-        Raises:
-            SnrfError: an activation did not run, has another size or gives NaN, or images cannot be counted.
+        ``SnrfError``: an activation did not run, has another size or gives NaN, or images cannot be counted.
         """
         seen: dict[str, int] = {}
         kinds = self._kinds(batch)
@@ -154,4 +151,4 @@ class ActivationCounter:
                 raise self._unsupported(f"{beside}: {one.path}")
 
     def _unsupported(self, what: str) -> SnrfError:
-        return SnrfError(self.decoder.model, f"its activations cannot be counted: {what}", "the model is not supported")
+        return self.decoder.unsupported(f"its activations cannot be counted: {what}")

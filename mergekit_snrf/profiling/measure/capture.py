@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder, weight_of
 from mergekit_snrf.neurons.sites import PROJECTIONS
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs
@@ -70,12 +69,11 @@ def run_layers(
 
     def finished(index: int, seen: dict[str, Any], stream: Tensor) -> None:
         if index in visited:
-            raise _unsupported(f"{decoder.model}: {decoder.path}.{index}", "ran twice in one forward pass")
+            raise decoder.unsupported("ran twice in one forward pass", index)
         layer = decoder.layers[index]
         missing = sorted({"call", *_SEEN} - seen.keys())
         if missing:
-            where = f"{decoder.model}: {decoder.path}.{index}.{missing[0]}"
-            raise _unsupported(where, "did not run as a module of the layer")
+            raise decoder.unsupported("did not run as a module of the layer", index, missing[0])
         visited.append(index)
         attention = _attention_inputs(decoder, index, seen, attention_mask, norms[index])
         up, hidden = seen.get(PROJECTIONS["fwd.up"].module), seen[PROJECTIONS["fwd.down"].module]
@@ -87,7 +85,7 @@ def run_layers(
         forward()
     if sorted(visited) != list(range(len(decoder.layers))):
         missed = sorted(set(range(len(decoder.layers))) - set(visited))
-        raise _unsupported(f"{decoder.model}: {decoder.path}.{missed[0]}", "did not run in the forward pass")
+        raise decoder.unsupported("did not run in the forward pass", missed[0])
 
 
 @contextmanager
@@ -126,14 +124,11 @@ def _hooked(
 def _norms(decoder: LiveDecoder, index: int) -> tuple[Tensor | None, Tensor | None, float]:
     """Return what q_norm and k_norm of a layer multiply with, and their epsilon."""
     attention = decoder.layers[index].get_submodule("self_attn")
-    where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
-    query, key = (
-        _norm(f"{where}.{name}", getattr(attention, name, None), decoder.shape.head_dim)
-        for name in ("q_norm", "k_norm")
-    )
+    query, key = (_norm(decoder, index, name, getattr(attention, name, None)) for name in ("q_norm", "k_norm"))
     epsilons = {epsilon for _, epsilon in (query, key) if epsilon is not None}
     if len(epsilons) > 1:
-        raise _unsupported(where, f"q_norm and k_norm have different epsilons {sorted(epsilons)}")
+        what = f"q_norm and k_norm have different epsilons {sorted(epsilons)}"
+        raise decoder.unsupported(what, index, "self_attn")
     return query[0], key[0], epsilons.pop() if epsilons else 1e-6
 
 
@@ -146,12 +141,11 @@ def _attention_inputs(
 ) -> AttentionInputs:
     attention = decoder.layers[index].get_submodule("self_attn")
     call = _arguments(seen["call"])
-    where = f"{decoder.model}: {decoder.path}.{index}.self_attn"
     query, key, value = (seen[PROJECTIONS[name].module] for name in ("attn.q", "attn.k", "attn.v"))
-    cos, sin = _rotary_tables(where, attention, call)
+    cos, sin = _rotary_tables(decoder, index, call)
     # The mask that the layer was given is the truth: images may see each other in both directions.
     mask = call.get("attention_mask")
-    mask = _whole_mask(where, mask, query) if isinstance(mask, Tensor) and mask.ndim > 2 else None
+    mask = _whole_mask(decoder, index, mask, query) if isinstance(mask, Tensor) and mask.ndim > 2 else None
     try:
         return AttentionInputs(
             query=query,
@@ -172,7 +166,8 @@ def _attention_inputs(
             mask=mask,
         )
     except ValueError as error:
-        raise _unsupported(where, f"the captured tensors do not fit together ({error})") from None
+        what = f"the captured tensors do not fit together ({error})"
+        raise decoder.unsupported(what, index, "self_attn") from None
 
 
 def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
@@ -184,18 +179,20 @@ def _arguments(call: inspect.BoundArguments) -> dict[str, Any]:
     return arguments
 
 
-def _rotary_tables(where: str, attention: nn.Module, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+def _rotary_tables(decoder: LiveDecoder, index: int, call: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    attention, place = decoder.layers[index].get_submodule("self_attn"), (index, "self_attn")
     if not getattr(attention, "use_rope", True):
         return None, None
     tables = call.get("position_embeddings")
     if not isinstance(tables, tuple | list) or [isinstance(table, Tensor) for table in tables] != [True, True]:
-        raise _unsupported(where, "was not given (cos, sin) as position_embeddings, so its rotary layout is unknown")
+        what = "was not given (cos, sin) as position_embeddings, so its rotary layout is unknown"
+        raise decoder.unsupported(what, *place)
     cos, sin = tables
     if cos.ndim == 4:
         config = getattr(attention, "rope_parameters", None) or getattr(attention, "rope_scaling", None) or {}
         sections = config.get("mrope_section")
         if not sections or 2 * sum(sections) != cos.shape[-1] or len(sections) != len(cos):
-            raise _unsupported(where, f"rotary tables of shape {list(cos.shape)} are unknown")
+            raise decoder.unsupported(f"rotary tables of shape {list(cos.shape)} are unknown", *place)
         cos, sin = mixed_sections(cos, sections), mixed_sections(sin, sections)
     return cos, sin
 
@@ -211,13 +208,13 @@ def mixed_sections(
     return torch.cat([part[place % len(sections)] for place, part in enumerate(parts)], dim=-1)
 
 
-def _norm(where: str, norm: Any, head_dim: int) -> tuple[Tensor | None, float | None]:
+def _norm(decoder: LiveDecoder, index: int, name: str, norm: Any) -> tuple[Tensor | None, float | None]:
     """Return what an RMS norm over heads multiplies with, found by trying it (Gemma: weight + 1), and its epsilon."""
     if norm is None or isinstance(norm, nn.Identity):
         return None, None
-    weight = weight_of(norm)
+    weight, head_dim = weight_of(norm), decoder.shape.head_dim
     names = ("variance_epsilon", "eps")
-    epsilon = next((float(getattr(norm, name)) for name in names if hasattr(norm, name)), None)
+    epsilon = next((float(getattr(norm, one)) for one in names if hasattr(norm, one)), None)
     if weight.shape == (head_dim,) and epsilon is not None and epsilon > 0:
         trial = torch.linspace(-1, 2, head_dim, dtype=weight.dtype, device=weight.device)
         result = norm(trial).float()
@@ -227,14 +224,15 @@ def _norm(where: str, norm: Any, head_dim: int) -> tuple[Tensor | None, float | 
             if torch.allclose(result, normalised * multiplier.float(), rtol=tolerance, atol=tolerance):
                 return multiplier, epsilon
     found = f"{type(norm).__name__} with a weight of shape {list(weight.shape)}"
-    raise _unsupported(where, f"{found} is not an RMS norm over heads of size {head_dim}")
+    what = f"{found} is not an RMS norm over heads of size {head_dim}"
+    raise decoder.unsupported(what, index, "self_attn", name)
 
 
-def _whole_mask(where: str, mask: Tensor, query: Tensor) -> Tensor:
+def _whole_mask(decoder: LiveDecoder, index: int, mask: Tensor, query: Tensor) -> Tensor:
     batch, tokens, _ = query.shape
     if mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1 or mask.shape[2:] != (tokens, tokens):
         found = f"an attention mask of shape {list(mask.shape)} for {batch} probes of {tokens} tokens"
-        raise _unsupported(where, f"{found} is unknown")
+        raise decoder.unsupported(f"{found} is unknown", index, "self_attn")
     return mask
 
 
@@ -243,7 +241,3 @@ def _window(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window or None
     return getattr(getattr(attention, "config", None), "sliding_window", None) or None
-
-
-def _unsupported(where: str, what: str) -> SnrfError:
-    return SnrfError(where, what, "the model is not supported")

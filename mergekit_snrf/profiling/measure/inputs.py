@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder
 from mergekit_snrf.models.moments import INPUTS, InputSite
 
@@ -46,8 +45,7 @@ def watched_inputs(
             tensor: Tensor = args[0].detach()
             if tensor.shape[:2] != counted.shape or tensor.shape[2] != sizes[site]:
                 what = f"reads {list(tensor.shape)}, expected [{', '.join(map(str, counted.shape))}, {sizes[site]}]"
-                remedy = "the model is not supported"
-                raise SnrfError(f"{decoder.model}: {decoder.path}.{site.layer}.{site.module}", what, remedy)
+                raise decoder.unsupported(what, site.layer, site.module)
             rows = tensor.flatten(0, 1)
             rows = rows if places is None else rows[places.to(tensor.device)]
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
@@ -62,24 +60,7 @@ def watched_inputs(
         yield
     missing = sorted(sizes.keys() - seen)
     if missing:
-        what = "did not run as a module of the layer"
-        remedy = "the model is not supported"
-        raise SnrfError(f"{decoder.model}: {decoder.path}.{missing[0].layer}.{missing[0].module}", what, remedy)
-
-
-class NormMedians:
-    """Norms of the first inputs, from whose median the norm to clip at follows."""
-
-    def __init__(self) -> None:
-        self._norms: dict[InputSite, list[Tensor]] = {}
-
-    def visit(self, site: InputSite, rows: Float[Tensor, "tokens d"]) -> None:
-        """Keep the norms of some inputs."""
-        self._norms.setdefault(site, []).append(rows.norm(dim=1).double().cpu())
-
-    def medians(self) -> dict[InputSite, float]:
-        """Return the median norm of every input."""
-        return {site: float(torch.cat(norms).median()) for site, norms in self._norms.items()}
+        raise decoder.unsupported("did not run as a module of the layer", missing[0].layer, missing[0].module)
 
 
 def run_once(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

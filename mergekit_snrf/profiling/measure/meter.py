@@ -267,4 +267,4 @@ def check_attention(decoder: LiveDecoder, layer: CapturedLayer, attention_mask: 
             f"error {float(error.median()):.2g}, allowed {tolerance:g}); its rotary layout, mask or scaling is "
             f"unknown"
         )
-        raise SnrfError(decoder.model, what, "the model is not supported")
+        raise decoder.unsupported(what)

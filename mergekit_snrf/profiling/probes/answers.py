@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.loading import tokenizer_of
@@ -109,29 +110,19 @@ def append_answers(
     No row is wider than the longest prompt with its answer. Inputs of images, which do not hold one integer a token,
     stay as they are.
     """
-    ids = inputs["input_ids"]
-    width = max(len(answer.ids) for answer in answers)
-    tail = torch.full((len(answers), width), pad, dtype=ids.dtype)
-    counted = torch.zeros(len(answers), width, dtype=torch.bool)
-    for index, answer in enumerate(answers):
-        tail[index, : len(answer.ids)] = torch.tensor(answer.ids, dtype=ids.dtype)
-        counted[index, : len(answer.ids)] = True
-    tail, counted = tail.to(ids.device), counted.to(ids.device)
-    real = torch.cat([inputs["attention_mask"] != 0, counted], dim=1)
-    first = real.long().argmax(dim=1, keepdim=True)
-    places = (torch.arange(real.shape[1], device=ids.device) + first) % real.shape[1]
-    longest = int((real.sum(dim=1)).max())
+    ids, prompts = inputs["input_ids"], inputs["attention_mask"] != 0
+    own = [torch.tensor(answer.ids, dtype=ids.dtype, device=ids.device) for answer in answers]
+    tails = {"input_ids": own, "attention_mask": [torch.ones_like(tail) for tail in own]}
 
-    def packed(tensor: Tensor, addition: Tensor) -> Tensor:
-        whole = torch.cat([tensor, addition.to(tensor.dtype)], dim=1)
-        return whole.take_along_dim(places, dim=1)[:, :longest]
+    def packed(tensor: Tensor, name: str) -> Tensor:
+        parts = zip(tensor, prompts, tails.get(name, [torch.zeros_like(tail) for tail in own]), strict=True)
+        rows = [torch.cat([row[real], tail.to(row.dtype)]) for row, real, tail in parts]
+        return pad_sequence(rows, batch_first=True, padding_value=pad if name == "input_ids" else 0)
 
-    extended = dict(inputs)
-    for name, tensor in inputs.items():
-        if is_per_token(name, tensor, ids):
-            addition = {"input_ids": tail, "attention_mask": counted}.get(name, torch.zeros_like(tail))
-            extended[name] = packed(tensor, addition)
-    return extended, packed(torch.zeros_like(ids, dtype=torch.bool), counted)
+    extended = {
+        name: packed(tensor, name) if is_per_token(name, tensor, ids) else tensor for name, tensor in inputs.items()
+    }
+    return extended, packed(torch.zeros_like(prompts), "attention_mask")
 
 
 def is_per_token(name: str, tensor: Tensor, ids: Tensor) -> bool:

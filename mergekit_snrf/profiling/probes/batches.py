@@ -1,11 +1,5 @@
 """From the rows of a data set to batches that a model takes: rendered prompts, and the answers behind them.
 
-    rows = load_rows(source, answers=False)
-    model, processor = load_model(ModelRef(model="Qwen/Qwen2.5-Math-7B"), images=False)
-    probes = prepare(rows, processor, rule=AnswerRule(), batch_size=8, config=model.config)
-    for batch in probe_batches(probes, model, processor, rule=AnswerRule(), device="cpu"):
-        model(**batch.inputs)
-
 Which rows, which probes share a batch, and the order of the batches depend on the data set, the processor and the
 settings only, not on the number of processes that share the work or on where a run was interrupted.
 """
@@ -114,17 +108,15 @@ def prepare(
 ) -> Probes:
     """Return the rows as rendered prompts, with their number of tokens, grouped by length.
 
-    A row is bad if its prompt and answer (a generated one: the longest possible) take more tokens than
-    ``token_limit`` or than the model has positions: nothing is ever cut.
+    A row is bad if its prompt and answer (a generated one: the longest possible) take more tokens than ``token_limit``
+    or than the model has positions: nothing is ever cut. ``SnrfError``: more than 5 % of the rows are bad, or the model
+    has no usable chat template.
 
     Args:
         processor: of the model, or its tokenizer.
         batch_size: probes in a group, at most.
         config: of the model, for its number of positions and the tokens that stand for images; None checks neither.
         model: name of the model, for messages.
-
-    Raises:
-        SnrfError: more than 5 % of the rows are bad, or the model has no usable chat template.
     """
     renderer = Renderer(processor, rows.source, model=model)
     reserved = set() if config is None else set(placeholder_ids(config))

@@ -25,9 +25,7 @@ def read_conversation(value: Any, column: str) -> tuple[tuple[Turn, ...], str | 
     """Return the messages up to the last question, and the reply to it if there is one.
 
     Messages are ``{role, content}`` or ``{from, value}``; a content is text, or parts of type text and image.
-
-    Raises:
-        RowError: there is no question, or a message has no text or an unknown role.
+    ``RowError``: there is no question, or a message has no text or an unknown role.
     """
     if isinstance(value, Mapping):
         lists = {name: entries for name, entries in value.items() if isinstance(entries, list | tuple)}

@@ -27,11 +27,10 @@ _IMAGES = ("images", "image", "decoded_image")
 def find_probes(name: str, *, images: bool) -> dict[str, Any]:
     """Return the keys of a known data set, or of a local file whose columns have usual names.
 
+    ``SnrfError``: the name is unknown, or the file has no column with a usual name for the question.
+
     Args:
         images: the model reads images, so a column of them is used if there is one.
-
-    Raises:
-        SnrfError: the name is unknown, or the file has no column with a usual name for the question.
     """
     if name in KNOWN:
         found = dict(KNOWN[name])

@@ -83,34 +83,24 @@ class Renderer:
         asked = [content for role, content in messages if role != "assistant"]
         texts = [text for content in asked for text in content if text is not None]
         # Templates of text models take a string, those of vision-language models a list of parts; many take both.
-        forms: list[list[dict[str, Any]]] = [
-            [{"role": role, "content": [_part(text) for text in content]} for role, content in messages]
-        ]
-        if any(role == "system" for role, _ in messages):
-            of_parts = forms[0]
-            forms.append(
-                [
-                    {**of_part, "content": content[0]} if role == "system" else of_part
-                    for of_part, (role, content) in zip(of_parts, messages, strict=True)
-                ]
-            )
+        roles = {role for role, _ in messages}
+        forms = [_form(messages, set()), *([_form(messages, {"system"})] if "system" in roles else [])]
         if not row.images:
-            forms.append([{"role": role, "content": "".join(map(str, content))} for role, content in messages])
+            forms.append(_form(messages, roles))
         if tokenizer_of(self.processor) is self.processor:
             forms.reverse()
-        failed, left_out = None, False
+        failed: list[RowError] = []
         for form in forms:
             try:
                 prompt = self._apply(form)
             except RowError as error:
-                failed = failed or error
+                failed.append(error)
                 continue
-            left_out = True
             if all(text.strip() in prompt for text in texts) and _SHOWN_PART not in prompt:
                 return prompt
+        if len(failed) == len(forms):
+            raise failed[0]
         what = "the question or its images" if row.images else "the question"
-        if failed is not None and not left_out:
-            raise failed
         raise self._template_error(f"the chat template leaves out {what}")
 
     def _apply(self, messages: list[dict[str, Any]]) -> str:
@@ -164,8 +154,13 @@ _SHOWN_PART = "{'type': 'text', 'text': "
 """In a prompt whose template takes strings and was given parts."""
 
 
-def _part(text: str | None) -> dict[str, str]:
-    return {"type": "image"} if text is None else {"type": "text", "text": text}
+def _form(messages: list[tuple[str, list[str | None]]], as_text: set[str]) -> list[dict[str, Any]]:
+    """Return messages as templates take them: a string for some roles, a list of parts for others."""
+    parts = [[{"type": "image"} if one is None else {"type": "text", "text": one} for one in c] for _, c in messages]
+    return [
+        {"role": role, "content": "".join(filter(None, content)) if role in as_text else several}
+        for (role, content), several in zip(messages, parts, strict=True)
+    ]
 
 
 def _messages(row: Row) -> list[tuple[str, list[str | None]]]:

@@ -83,15 +83,13 @@ def load_rows(source: ProbeSource, *, answers: bool, folder: Path | None = None,
 
     With ``limit`` these are the first ``limit`` of a permutation of all rows that depends only on ``seed`` and on the
     number of rows (numpy's legacy MT19937 generator, whose stream never changes), so a smaller limit gives a subset of
-    the rows of a larger one. Bad rows are not replaced by others.
+    the rows of a larger one. Bad rows are not replaced by others. ``SnrfError``: the data set cannot be read, a column
+    does not exist, or more than 5 % of the rows are bad.
 
     Args:
         answers: read the column of the answers.
         folder: where a relative data file is looked for after the working folder.
         behind: as many rows of the permutation are skipped, those that a draw of this limit took.
-
-    Raises:
-        SnrfError: the data set cannot be read, a column does not exist, or more than 5 % of the rows are bad.
     """
     dataset, images_folder = _open(source, folder)
     columns = _check_columns(source, answers, dataset)

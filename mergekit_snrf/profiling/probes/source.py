@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import string
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationInfo, model_validator
 
 from mergekit_snrf.errors import SnrfError, did_you_mean
 from mergekit_snrf.files.settings import Settings
@@ -24,6 +26,27 @@ _RESERVED = {
     *("processor_kwargs", "return_dict", "return_tensors", "tokenize", "truncation"),
 }
 """Arguments of ``apply_chat_template`` that are not variables of the template."""
+
+
+def found_beside(value: str, info: ValidationInfo) -> str:
+    """Return ``value`` if it is in the working folder or a hub id, else its path in the folder that is the context.
+
+    ``SnrfError``: it is a path, and there is no such file or folder. Without context nothing is looked up.
+    """
+    places = [Path(os.path.expanduser(value))]
+    if info.context is None:
+        return value
+    if not places[0].is_absolute():
+        places.append(info.context / value)
+    for place in places:
+        if os.path.exists(place):
+            return str(place)
+    looks_local = value.startswith(("/", ".", "~")) or value.count("/") > 1 or Path(value).suffix in DATA_SUFFIXES
+    if looks_local or (info.field_name == "model" and value.count("/") != 1):
+        looked = " and ".join(str(place.absolute()) for place in places)
+        remedy = f"correct the path, or use a hub id such as owner/{info.field_name}"
+        raise SnrfError(None, f"{value!r} does not exist, looked for {looked}", remedy)
+    return value
 
 
 class RowError(SnrfError):
@@ -45,7 +68,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 class ProbeColumns(Settings):
     """A data set and the columns that are read."""
 
-    dataset: Name = Field(
+    dataset: Annotated[Name, AfterValidator(found_beside)] = Field(
         description="A hub id, a local .jsonl, .json, .parquet or .csv file, or a folder that datasets can read."
     )
     config: Name | None = Field(default=None, description="Configuration of the data set, such as main.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mergekit_snrf.fusion.regmean import DenseMoment, Moment, SketchMoment
 from mergekit_snrf.models.moments import DEFAULT_SKETCH, DENSE_LIMIT, InputSite, moment_tensors
-from mergekit_snrf.profiling.result.sums import Sums
+from mergekit_snrf.profiling.result.statistics import Sums
 
 CLIP = 3.0
 """Inputs are clipped at this many medians of their norm."""
