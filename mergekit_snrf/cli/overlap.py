@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +11,8 @@ from mergekit_snrf.cli.options import figures_option, json_option, selection_opt
 from mergekit_snrf.errors import naming, option, printable
 
 if TYPE_CHECKING:
-    from mergekit_snrf.evidence.results import Counts, Overlap
+    from mergekit_snrf.evidence.results import Overlap
+    from mergekit_snrf.evidence.tables import Table
 
 _NOTE = (
     "Shares are of the union of both sets. chance is what random sets of the same sizes share on average, z how many\n"
@@ -48,10 +48,7 @@ def overlap(
     with naming(option):
         result = overlapping(*profiles, curve=curve, **rule)
     pairs = [result] if isinstance(result, Overlap) else result.pairs
-    if len(pairs) == 1:
-        say(_pair_text(pairs[0]))
-    else:
-        say(_pairs_text(pairs))
+    say(_text(pairs))
     if layers or curve:
         for pair in pairs:
             say(_details(pair, layers, named=len(pairs) > 1))
@@ -60,28 +57,21 @@ def overlap(
         say(path)
 
 
-def _counts(label: str, rows: Iterable[tuple[str, Counts]]) -> str:
-    from mergekit_snrf.evidence.tables import counts_table
-
-    found = counts_table("", label, rows)
-    return table(found.header, found.rows)
-
-
-def _pair_text(pair: Overlap) -> str:
-    from mergekit_snrf.evidence.overlap import by_projection
+def _text(pairs: list[Overlap]) -> str:
+    from mergekit_snrf.evidence.overlap import total
+    from mergekit_snrf.evidence.tables import counts_table, projections_table
     from mergekit_snrf.evidence.wording import chance_sentence, rule
 
-    sums = by_projection(pair)
-    heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\nselected by {rule(pair.rule)}"
-    return f"{heading}\n\n{_counts('projection', sums.items())}\n\n{chance_sentence(sums['all'])}"
+    by = f"selected by {rule(pairs[0].rule)}"
+    if len(pairs) > 1:
+        return f"{by}\n\n{_shown(counts_table('', 'A, B', [(_name(pair), total(pair.sites)) for pair in pairs]))}"
+    (pair,) = pairs
+    heading = f"A  {printable(pair.names[0])}\nB  {printable(pair.names[1])}\n{by}"
+    return f"{heading}\n\n{_shown(projections_table(pair))}\n\n{chance_sentence(total(pair.sites))}"
 
 
-def _pairs_text(pairs: list[Overlap]) -> str:
-    from mergekit_snrf.evidence.overlap import total
-    from mergekit_snrf.evidence.wording import rule
-
-    rows = [(_name(pair), total(pair.sites)) for pair in pairs]
-    return f"selected by {rule(pairs[0].rule)}\n\n{_counts('A, B', rows)}"
+def _shown(found: Table) -> str:
+    return table(found.header, found.rows)
 
 
 def _name(pair: Overlap) -> str:
@@ -89,15 +79,15 @@ def _name(pair: Overlap) -> str:
 
 
 def _details(pair: Overlap, layers: bool, named: bool) -> str:
-    from mergekit_snrf.evidence.tables import layers_table
+    from mergekit_snrf.evidence.tables import counts_table, layers_table
 
     parts = [f"\n{_name(pair)}"] if named else []
     if layers:
-        found = layers_table(pair)
-        parts.append(f"\n{table(found.header, found.rows)}")
+        parts.append(f"\n{_shown(layers_table(pair))}")
     if pair.curve:
         points = {f"{point.rule['top_ratio']:g}": point for point in pair.curve}
         # Hits know the edges of their bins only; those are few enough to show all of them.
         shown = set(points if "at_least" in pair.curve[0].rule else _SHOWN_RATIOS)
-        parts.append(f"\n{_counts('top ratio', [(ratio, points[ratio]) for ratio in points if ratio in shown])}")
+        rows = [(ratio, points[ratio]) for ratio in points if ratio in shown]
+        parts.append(f"\n{_shown(counts_table('', 'top ratio', rows))}")
     return "\n".join(parts)

@@ -7,12 +7,12 @@ strength, which is swept.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.evidence.controls import Merge, dare, frank, is_regmean, linear, regmean, rescaled
-from mergekit_snrf.evidence.options import KEEPS, LINEAR_BETAS, ROWS
+from mergekit_snrf.evidence.options import ComparisonOptions
 from mergekit_snrf.evidence.study import Row
 from mergekit_snrf.evidence.sweep import BASE, LINEAR, REGMEAN, Curve
 from mergekit_snrf.evidence.verdict import Words
@@ -32,49 +32,44 @@ _NONE = Words()
 class Controls:
     """Which controls a comparison has; ``least`` and ``base`` of None, and no moments, leave their rows out.
 
-    ``draws`` sets of random neurons, or of DARE's masks, are drawn with ``seed``, ``seed + 1``, ... The strengths of
-    the linear merge and of RegMean (``keeps``) are swept. ``moments`` None: those of the recipe.
-    ``frank`` is lambda_R of FRANK by layer, ``rivals`` the merges of other recipes of the same target, by name.
+    Random neurons, or DARE's masks, are drawn with the seed of ``how``, that and one, ... ``moments`` None: those of
+    the recipe. ``frank`` is lambda_R of FRANK by layer, ``rivals`` the merges of other recipes of the same target.
     """
 
-    rows: Collection[str] = ROWS
-    draws: int = 3
-    seed: int = 0
+    how: ComparisonOptions
     least: NeuronSet | None = None
     base: Weights | None = None
-    linear_betas: Sequence[float] = LINEAR_BETAS
-    drop_rate: float = 0.5
     moments: Moments | None = None
-    keeps: Sequence[float] = KEEPS
     rivals: Mapping[str, Merge] = field(default_factory=dict)
     frank: Sequence[float] | None = None
 
 
 def comparison_rows(merge: Merge, model: PreTrainedModel, controls: Controls) -> list[Row]:
     """Return the target, the claim and its controls; norms are computed from the loaded target, which stays."""
-    seeds = [(controls.seed + draw) % 2**32 for draw in range(controls.draws)]
+    how = controls.how
+    seeds = [(how.seed + draw) % 2**32 for draw in range(how.draws)]
     rows = [Row(TARGET, "reference"), _claim(merge)]
     if merge.neurons != every_neuron(merge.shape):
         rows += _other_neurons(merge, model, controls, seeds)
-    if "linear" in controls.rows:
+    if "linear" in how.rows:
         about = "the recipe's update" if is_regmean(merge) else LINEAR.about
         curve = replace(LINEAR, about=about)
-        rows += [_point(curve, beta, linear(merge, beta), {"rank": 0}) for beta in controls.linear_betas]
-    if "regmean" in controls.rows:
+        rows += [_point(curve, beta, linear(merge, beta), {"rank": 0}) for beta in how.linear_betas]
+    if "regmean" in how.rows:
         rows += _regmean_sweeps(merge, controls)
-    if "dare" in controls.rows:
-        name = f"DARE, drop rate {controls.drop_rate:g}"
-        dropped = [dare(merge, controls.drop_rate, one) for one in seeds]
+    if "dare" in how.rows:
+        name = f"DARE, drop rate {how.drop_rate:g}"
+        dropped = [dare(merge, how.drop_rate, one) for one in seeds]
         words = Words(
-            f"DARE with drop rate {controls.drop_rate:g} on the {_neurons(merge)}",
+            f"DARE with drop rate {how.drop_rate:g} on the {_neurons(merge)}",
             # DARE at RegMean's strength is at another point of the trade-off.
             "" if is_regmean(merge) else "the recipe's update in place of DARE's",
         )
-        settings = {"seeds": seeds, "drop_rate": controls.drop_rate, "rescale": True}
+        settings = {"seeds": seeds, "drop_rate": how.drop_rate, "rescale": True}
         rows.append(_row(name, dropped, words, settings))
-    if "frank" in controls.rows and controls.frank is not None:
+    if "frank" in how.rows and controls.frank is not None:
         rows += _franks(merge, controls.frank)
-    if "base" in controls.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
+    if "base" in how.rows and controls.base is not None and not any(row.curve is BASE for row in rows):
         words = Words("the common base as source on the same neurons", "what the source learnt beyond the base")
         rows.append(_row("base as source", [replace(merge, source=controls.base, source_base=None)], words))
     for name, rival in controls.rivals.items():
@@ -100,17 +95,17 @@ def _other_neurons(merge: Merge, model: PreTrainedModel, controls: Controls, see
     rows = []
     of_seeds: dict[str, Any] = {"seeds": list(seeds)}
     random = [replace(merge, neurons=merge.neurons.random(one)) for one in seeds]
-    if "random" in controls.rows:
+    if "random" in controls.how.rows:
         words = Words("the same update on random neurons of the same counts", "the choice of neurons")
         rows.append(_row("random neurons", random, words, of_seeds))
-    if "equal-norm" in controls.rows:
+    if "equal-norm" in controls.how.rows:
         norms = {site: norm * merge.fusions[site].beta for site, norm in merge.norms(model).items()}
         scaled = [rescaled(one, model, norms) for one in random]
         words = Words(
             "the same update on random neurons, rescaled to equal norm", "the choice of neurons at equal norm"
         )
         rows.append(_row("random neurons, equal norm", scaled, words, settings={**of_seeds, **_strengths(scaled)}))
-    if "least" in controls.rows and controls.least is not None:
+    if "least" in controls.how.rows and controls.least is not None:
         words = Words("the same update on as many of the least important neurons", "the choice of important neurons")
         rows.append(_row("least important neurons", [replace(merge, neurons=controls.least)], words))
     return rows
@@ -132,10 +127,10 @@ def _regmean_sweeps(merge: Merge, controls: Controls) -> list[Row]:
     moments = controls.moments or merge.moments
     if moments is None:
         return []
-    keeps = sorted(set(controls.keeps), reverse=True)
+    keeps = sorted(controls.how.keeps, reverse=True)
     claimed = _claim(merge).strength
     rows = [_point(REGMEAN, keep, regmean(merge, keep, moments)) for keep in keeps if keep != claimed]
-    if "base" not in controls.rows or controls.base is None:
+    if "base" not in controls.how.rows or controls.base is None:
         return rows
     source = replace(merge, source=controls.base, source_base=None)
     both = keeps if claimed is None else sorted({*keeps, claimed}, reverse=True)

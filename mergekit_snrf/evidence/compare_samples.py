@@ -67,16 +67,9 @@ def compare_runs(
     _check_chosen("task", tasks, known)
     known = [task for task in known if not tasks or task in tasks]
     scores, left_out = _read(reader, dict(zip(names, runs, strict=True)), known, metrics)
-    paths = {
-        name: [path for task in known if task in run for path in run[task].paths]
-        for name, run in zip(names, runs, strict=True)
-    }
-    several = [
-        f"{name} has {run[task].note}."
-        for name, run in zip(names, runs, strict=True)
-        for task in known
-        if task in run and run[task].note
-    ]
+    read = {name: [run[task] for task in known if task in run] for name, run in zip(names, runs, strict=True)}
+    paths = {name: [path for one in of_run for path in one.paths] for name, of_run in read.items()}
+    several = [f"{name} has {one.note}." for name, of_run in read.items() for one in of_run if one.note]
     study = _study(f"{reader.name}: {', '.join(known)}", paths, scores, keep, seed)
     return study, [*several, *(f"Left out: {reason}" for reason in left_out)]
 
@@ -146,7 +139,12 @@ def _read_task(reader: Reader, runs: Mapping[str, Mapping[str, Found]], task: st
     for name, other in zip(names[1:], read[1:], strict=True):
         first, second = read[0].evidence, other.evidence
         alone = sorted(first.keys() ^ second.keys())
-        differ = sorted(key for key in first.keys() & second.keys() if not _agree(first[key], second[key]))
+        # What one of both does not say agrees.
+        differ = sorted(
+            key
+            for key in first.keys() & second.keys()
+            if any(a != b for a, b in zip(first[key], second[key], strict=True) if a is not None and b is not None)
+        )
         if alone or differ:
             what = (
                 f"of the {len(first.keys() | second.keys())} samples of {task}, {len(alone)} are in one only, and "
@@ -154,10 +152,6 @@ def _read_task(reader: Reader, runs: Mapping[str, Mapping[str, Found]], task: st
             )
             raise SnrfError(f"{names[0]} and {name}", what, "evaluate both on the same samples")
     return read
-
-
-def _agree(a: Sequence[str | None], b: Sequence[str | None]) -> bool:
-    return all(x is None or y is None or x == y for x, y in zip(a, b, strict=True))
 
 
 def _paired(names: Sequence[str], read: Sequence[Task], metric: str) -> list[Items]:

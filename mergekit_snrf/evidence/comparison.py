@@ -68,7 +68,11 @@ def compare(
             raise SnrfError(None, f"has an effect on {of} only", "leave it out", field=name)
     how: Any = construct(own, options)
     if from_samples:
-        folders = [_folder(place) for place in places]
+        folders = []
+        for place in places:
+            if not isinstance(place, str | os.PathLike):
+                raise unexpected("places", place, "the folder of a run")
+            folders.append(place)
         study, notes = compare_runs(folders, tasks=how.task, metrics=how.metric, keep=how.keep, seed=how.seed)
         return study.model_copy(update={"notes": notes})
     if len(places) != 1:
@@ -76,13 +80,12 @@ def compare(
         raise SnrfError(None, what, "to compare folders of samples use --from, from_samples=True in Python")
     if eval is None:
         raise SnrfError(None, "is missing", "name what the models are asked, such as evaluation.py:name", field="eval")
-    return _Comparison.opened(places[0], how, quiet=not progress).run(eval, progress)
-
-
-def _folder(place: Recipe) -> str:
-    if not isinstance(place, str | os.PathLike):
-        raise unexpected("places", place, "the folder of a run")
-    return os.fspath(place)
+    merging = merge_options(how, quiet=not progress)
+    config, folder = load_recipe_at(places[0])
+    opened = open_recipe(config, merging, folder)
+    warn(opened.warnings)
+    written = dict(places[0]) if isinstance(places[0], Mapping) else os.fspath(places[0])
+    return _Comparison(opened, how, merging, {"recipe": written, **opened.settings}).run(eval, progress)
 
 
 @dataclass
@@ -95,16 +98,6 @@ class _Comparison:
     settings: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    @classmethod
-    def opened(cls, recipe: Recipe, how: ComparisonOptions, *, quiet: bool) -> _Comparison:
-        """Open the recipe."""
-        merging = merge_options(how, quiet=quiet)
-        config, folder = load_recipe_at(recipe)
-        opened = open_recipe(config, merging, folder)
-        warn(opened.warnings)
-        written = dict(recipe) if isinstance(recipe, Mapping) else os.fspath(recipe)
-        return cls(opened, how, merging, {"recipe": written, **opened.settings})
-
     def run(self, eval: AnyEvaluation, progress: bool) -> Study:
         """Open what the controls need, load the target, and evaluate every row."""
         how, opened = self.how, self.opened_recipe
@@ -112,10 +105,9 @@ class _Comparison:
         base, franks = self.of_base()
         more: dict[str, Any] = {"least": least, "base": base, "frank": franks, "moments": self.moments()}
         more["rivals"] = open_rivals(how.rival, opened, self.merging)
-        shared = {name: getattr(how, name) for name in ("rows", "draws", "seed", "linear_betas", "drop_rate", "keeps")}
         evaluation = load_evaluation(eval)
         model, processor = loaded(opened.ref(how), self.settings)
-        rows = comparison_rows(opened.merge, model, Controls(**shared, **more))
+        rows = comparison_rows(opened.merge, model, Controls(how, **more))
         mask = {} if opened.mask is None else of_mask(read_mask(opened.mask))
         setup: dict[str, Any] = {"seed": how.seed, "settings": self.settings, **mask}
         study = run_study(

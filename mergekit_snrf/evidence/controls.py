@@ -135,7 +135,12 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
     weights = {edit.site: edit.fusion for edit in plan.edits if not edit.is_bias}
     biases = {edit.site: edit.fusion for edit in plan.edits if edit.is_bias}
     shape = plan.target.decoder.shape
-    movable = [site for site in shape.sites() if site.axis == 0 and _all_have_bias(plan, site)]
+    models = [(model.decoder, model.checkpoint.tensors) for model in plan.models.values()]
+    movable = [
+        site
+        for site in shape.sites()
+        if site.axis == 0 and all(bias_name(decoder.weight_name(site)) in tensors for decoder, tensors in models)
+    ]
     return Merge(
         shape=shape,
         neurons=NeuronSet({edit.site: edit.member for edit in plan.edits}),
@@ -146,10 +151,6 @@ def planned(plan: MergePlan, source: Weights, source_base: Weights | None) -> Me
         source_base=source_base,
         moments=plan.moments,
     )
-
-
-def _all_have_bias(plan: MergePlan, site: Site) -> bool:
-    return all(bias_name(model.decoder.weight_name(site)) in model.checkpoint.tensors for model in plan.models.values())
 
 
 def linear(merge: Merge, beta: float) -> Merge:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, styled
+from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, plain_axis, styled
 from mergekit_snrf.evidence.intervals import spoken
 from mergekit_snrf.evidence.results import Condition, Study, Tuning
 from mergekit_snrf.evidence.wording import scale
@@ -56,7 +56,7 @@ def tradeoff(study: Study, gain: str, keep: str) -> Figure:
     for name, members in curves.items():
         color, marker, dash = looks[name]
         places = [start, *(_place(one, gain, keep, factors) for one in members)]
-        label = f"{name}: {_strengths(members)}"
+        label = f"{name}: {_key(members)} {members[0].strength or 0.0:g} to {members[-1].strength or 0.0:g}"
         panel.plot(*zip(*places, strict=True), color=color, linestyle=dash, linewidth=1.3, label=label, zorder=2)
         for one in members:
             _cross(panel, one, (gain, keep), factors, (color, marker))
@@ -118,12 +118,6 @@ def _key(members: Sequence[Condition]) -> str:
     return "keep" if "keep" in members[0].settings else "beta"
 
 
-def _strengths(members: Sequence[Condition]) -> str:
-    key = _key(members)
-    first, last = (members[place].strength or 0.0 for place in (0, -1))
-    return f"{key} {first:g} to {last:g}"
-
-
 def tradeoff_text(study: Study, gain: str, keep: str) -> str:
     """Describe the figure of a trade-off."""
     factors = scale(study, gain)[0], scale(study, keep)[0]
@@ -172,10 +166,8 @@ def tuning_curve(tuning: Tuning) -> Figure:
         panel.set_xscale("log")
         panel.axvline(tuning.keep, color=INK, linewidth=0.8)
         panel.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-        # The style takes mathematics as text, so that powers of ten are written out.
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:.10g}")
-            axis.set_minor_formatter(lambda value, _: "")
+        plain_axis(panel.xaxis)
+        plain_axis(panel.yaxis)
         panel.set_xticks([1, 3, 10, 30, 100, 0.1, 0.3], minor=False)
         panel.set_xlim(min(keeps) / 1.15, max(keeps) * 1.15)
     panels[-1].set_xlabel(f"keep; chosen: {tuning.keep:g}")

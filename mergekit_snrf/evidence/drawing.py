@@ -22,6 +22,7 @@ from mergekit_snrf.files.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 _P = ParamSpec("_P")
@@ -108,6 +109,17 @@ def new_figure(height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, 
     figure._repr_png_ = partial(png, figure)  # type: ignore[attr-defined]
     FigureCanvasAgg(figure)
     return figure, [figure.add_subplot(rows, columns, panel + 1) for panel in range(rows * columns)]
+
+
+def percent_axis(axis: Axis) -> None:
+    """Label an axis of shares in per cent."""
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+
+
+def plain_axis(axis: Axis) -> None:
+    """Label an axis with numbers written out, as powers of ten: the style takes mathematics as text."""
+    axis.set_major_formatter(lambda value, _: f"{value:.10g}")
+    axis.set_minor_formatter(lambda value, _: "")
 
 
 @styled

@@ -100,8 +100,7 @@ def load_evaluation(reference: AnyEvaluation) -> Evaluation:
     if reference.endswith(_YAML):
         from mergekit_snrf.evidence.exact_match import load_exact_match
 
-        exact_match = load_exact_match(reference)
-        return Evaluation(reference, exact_match, exact_match.roles)
+        return Evaluation(reference, *load_exact_match(reference))
     place, _, query = reference.partition("?")
     found = _attribute(place) if ":" in place else _from_entry_point(reference, place)
     return _called(reference, found, _arguments(reference, query) if query else {})

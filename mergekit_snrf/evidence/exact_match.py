@@ -21,7 +21,7 @@ the rare answer whose two best tokens are as good as equal: never more than the 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -107,7 +107,6 @@ class ExactMatchConfig(Settings):
 
 @dataclass(frozen=True)
 class _Metric:
-    config: MetricConfig
     rule: AnswerRule
     batch_size: int
     rows: Rows
@@ -115,36 +114,27 @@ class _Metric:
     expected: Mapping[int, str | Decimal]
 
 
-@dataclass(frozen=True)
-class ExactMatch:
-    """An exact-match evaluation with its rows."""
+def load_exact_match(path: str | os.PathLike[str]) -> tuple[Callable[[Any, Any], dict[str, Items]], dict[str, Role]]:
+    """Read the YAML file of an exact-match evaluation and the data files that it names; all rows must be usable.
 
-    path: Path
-    metrics: Mapping[str, _Metric]
-
-    @property
-    def roles(self) -> dict[str, Role]:
-        """Role of every metric."""
-        return {name: metric.config.role for name, metric in self.metrics.items()}
-
-    def __call__(self, model: PreTrainedModel, processor: Any) -> dict[str, Items]:
-        """Ask a model for its answers."""
-        found = {}
-        for name, metric in self.metrics.items():
-            with _naming(name, self.path):
-                found[name] = _ask(metric, model, processor)
-        return found
-
-
-def load_exact_match(path: str | os.PathLike[str]) -> ExactMatch:
-    """Read the YAML file of an exact-match evaluation and the data files that it names; all rows must be usable."""
+    Returns:
+        A function of a loaded model and its processor, and the role of every metric.
+    """
     path = Path(path)
     config = _read_config(path)
     metrics = {}
     for name, metric in config.metrics.items():
         with _naming(name, path):
             metrics[name] = _load_metric(metric, config, path.parent)
-    return ExactMatch(path, metrics)
+
+    def ask(model: PreTrainedModel, processor: Any) -> dict[str, Items]:
+        found = {}
+        for name, metric in metrics.items():
+            with _naming(name, path):
+                found[name] = _ask(metric, model, processor)
+        return found
+
+    return ask, {name: metric.role for name, metric in config.metrics.items()}
 
 
 def extract(pattern: regex.Pattern[str] | None, text: str) -> str | None:
@@ -203,7 +193,7 @@ def _load_metric(metric: MetricConfig, config: ExactMatchConfig, folder: Path) -
         expected[row.number] = normalised(answer if found is None else found)
     asked = replace(rows, rows=tuple(replace(row, answer=None) for row in rows.rows))
     rule = AnswerRule(max_new_tokens=config.max_new_tokens)
-    return _Metric(metric, rule, config.batch_size, asked, pattern, expected)
+    return _Metric(rule, config.batch_size, asked, pattern, expected)
 
 
 def _read_config(path: Path) -> ExactMatchConfig:

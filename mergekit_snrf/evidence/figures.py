@@ -8,7 +8,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import CHANCE, COLORS, INK, new_figure, styled
+from mergekit_snrf.evidence.drawing import CHANCE, COLORS, INK, new_figure, percent_axis, styled
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import AmplifiedNeuron, Overlap, Study
 from mergekit_snrf.evidence.wording import leading, percent, quoted, scale
@@ -127,7 +127,7 @@ def _map(cells: Mapping[Site, tuple[float, str]], title: str) -> Figure:
     panel.spines[["left", "bottom"]].set_visible(False)
     bar = figure.colorbar(mesh, ax=panel, location="bottom", aspect=40, shrink=0.8, pad=0.02, fraction=0.35 / height)
     bar.set_label(title)
-    bar.ax.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    percent_axis(bar.ax.xaxis)
     bar.outline.set_visible(False)
     assert bar.solids is not None
     # Without edges of their own, viewers leave gaps between the steps.
@@ -171,7 +171,7 @@ def overlap_curve(overlap: Overlap) -> Figure:
     fair = [_share(*count) for count in counts if not _is_few(count)] + [share for share in expected if share < 1]
     panel.set(xlabel="top ratio", ylabel="shared, share of the union", xlim=(ratios[0], ratios[-1]))
     panel.set_ylim(0, min(1.02, 1.05 * max(fair, default=1.0)) or 1.0)
-    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
+    percent_axis(panel.yaxis)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 

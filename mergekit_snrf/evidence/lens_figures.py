@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mergekit_snrf.errors import printable
-from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, styled
+from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, percent_axis, plain_axis, styled
 from mergekit_snrf.evidence.results import KINDS, Lens
 from mergekit_snrf.evidence.tables import Table
 from mergekit_snrf.evidence.wording import percent, quoted, without_folders
@@ -27,7 +27,10 @@ _FREQUENT = 5
 
 def lens_drawings(lens: Lens) -> dict[str, Drawing]:
     """Return the figures of a lens by the names of their files: a line a kind, the answer's tokens, the attention."""
-    drawings = {"lens": Drawing(_by_kind(lens), "By layer, a line for each kind of position", _text(lens))}
+    parts = [f"{one.kind} {', '.join(f'{value:.2f}' for value in one.entropy)}" for one in lens.kinds]
+    charts = "Line charts of entropy, KL to the last layer and agreement with it by layer"
+    text = f"{charts}. Entropy from layer 0 on: {'; '.join(parts)}."
+    drawings = {"lens": Drawing(_by_kind(lens), "By layer, a line for each kind of position", text)}
     if lens.answer is not None:
         values = ", ".join(
             f"{100 * p:.1f} % (mean rank {r:.1f})"
@@ -42,12 +45,6 @@ def lens_drawings(lens: Lens) -> dict[str, Drawing]:
     return drawings
 
 
-def _text(lens: Lens) -> str:
-    parts = [f"{one.kind} {', '.join(f'{value:.2f}' for value in one.entropy)}" for one in lens.kinds]
-    charts = "Line charts of entropy, KL to the last layer and agreement with it by layer"
-    return f"{charts}. Entropy from layer 0 on: {'; '.join(parts)}."
-
-
 @styled
 def _by_kind(lens: Lens) -> Figure:
     figure, panels = new_figure(6.6, rows=len(_PANELS))
@@ -55,7 +52,7 @@ def _by_kind(lens: Lens) -> Figure:
         curves: dict[str, list[float]] = {one.kind: getattr(one, name) for one in lens.kinds}
         _plot(panel, curves, range(lens.layers + 1), label)
     panels[-1].set_ylim(0, 1.02)
-    _percent(panels[-1])
+    percent_axis(panels[-1].yaxis)
     panels[-1].set_xlabel("layer (0: before the first)")
     labels = {one.kind: f"{one.kind} ({one.tokens} positions)" for one in lens.kinds}
     handles, names = panels[0].get_legend_handles_labels()
@@ -70,12 +67,11 @@ def _answer(lens: Lens) -> Figure:
     shares = {"probability": lens.answer.probability, "most probable": lens.answer.hits}
     _plot(panels[0], shares, range(lens.layers + 1), "of the answer's tokens")
     panels[0].set_ylim(0, 1.02)
-    _percent(panels[0])
+    percent_axis(panels[0].yaxis)
     panels[0].legend(fontsize=8)
     _plot(panels[1], {"rank": lens.answer.rank}, range(lens.layers + 1), "mean rank (1: most probable)")
     panels[1].set_yscale("log")
-    panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:.10g}")
-    panels[1].yaxis.set_minor_formatter(lambda value, _: "")
+    plain_axis(panels[1].yaxis)
     panels[1].set_xlabel("layer (0: before the first)")
     return figure
 
@@ -86,7 +82,7 @@ def _attention(lens: Lens) -> Figure:
     figure, (panel,) = new_figure(2.6)
     _plot(panel, {"image": lens.image_attention}, range(1, lens.layers + 1), "attention of text to images")
     panel.set_ylim(0, None)
-    _percent(panel)
+    percent_axis(panel.yaxis)
     panel.set_xlabel("layer")
     return figure
 
@@ -101,10 +97,6 @@ def _plot(panel: Axes, curves: Mapping[str, Sequence[float]], layers: range, lab
     panel.set_xlim(layers[0] - 0.2, layers[-1] + 0.2)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(color=INK, alpha=0.15, linewidth=0.6)
-
-
-def _percent(panel: Axes) -> None:
-    panel.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g} %")
 
 
 def lens_table(lens: Lens) -> Table:

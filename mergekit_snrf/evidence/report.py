@@ -77,7 +77,10 @@ def report(mask: Mask, profiles: Sequence[Profile] = (), results: Sequence[Resul
 
     digest = references.sha256(mask.path)
     computed = _from_profiles(mask, profiles)
-    read = [pair for result in results for pair in _overlaps_in(result)]
+    pairs = [
+        [one] if isinstance(one, Overlap) else one.pairs for one in results if isinstance(one, Overlap | OverlapPairs)
+    ]
+    read = [pair for of_result in pairs for pair in of_result]
     sections = [mask_section(mask), *(overlap_section(title, pair) for title, pair in _titled(computed, read))]
     for result in results:
         if isinstance(result, Study):
@@ -116,13 +119,9 @@ def environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_finalize,
+        # Markup made here passes.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(str(value)),
     )
-
-
-def _finalize(value: object) -> object:
-    """Write out characters that are not for display; markup made here passes."""
-    return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def _title(mask: Mask) -> str:
@@ -146,12 +145,6 @@ def _from_profiles(mask: Mask, profiles: Sequence[Profile]) -> list[Overlap]:
     if not rule.keys() & {"top_ratio", "sigma"}:
         rule = {"top_ratio": 0.1}
     return overlaps(profiles, curve=True, **rule)
-
-
-def _overlaps_in(result: Result) -> list[Overlap]:
-    if isinstance(result, OverlapPairs):
-        return result.pairs
-    return [result] if isinstance(result, Overlap) else []
 
 
 def _titled(computed: Sequence[Overlap], read: Sequence[Overlap]) -> list[tuple[str, Overlap]]:

@@ -175,8 +175,8 @@ def _with_equals(
         sweep = {row.name: row.strength for row in points if row.strength is not None}
         found = [at_equal(metric, ends, curve, sweep, bootstraps, measured) for metric in keep]
         rows[place:place] = [
-            Row(one.name, "control", neurons=points[-1].neurons, words=one.words, settings=one.settings)
-            for one in found
+            Row(name, "control", neurons=points[-1].neurons, words=words, settings=settings)
+            for name, words, settings in found
         ]
     return rows
 

@@ -53,15 +53,6 @@ REGMEAN = Curve("regmean", "keep", "RegMean")
 BASE = Curve("regmean from base", "keep", "RegMean from the common base")
 
 
-@dataclass(frozen=True)
-class AtEqual:
-    """The point of a sweep that keeps as much of a metric as the claim does."""
-
-    name: str
-    words: Words
-    settings: Mapping[str, Any]
-
-
 def at_equal(
     metric: str,
     ends: tuple[str, str],
@@ -69,10 +60,11 @@ def at_equal(
     sweep: Mapping[str, float],
     bootstraps: Mapping[str, Bootstrap],
     measured: dict[str, dict[str, Measured]],
-) -> AtEqual:
-    """Find the point of a sweep at the claim's level of a metric; add it to bootstraps and measurements.
+) -> tuple[str, Words, dict[str, Any]]:
+    """Return name, words and settings of the point of a sweep that keeps as much of a metric as the claim does.
 
-    Its strength is found, and all metrics are interpolated at it, in every resample anew.
+    Its strength is found, and all metrics are interpolated at it, in every resample anew; the point is added to
+    bootstraps and measurements.
 
     Args:
         metric: the one to keep.
@@ -112,24 +104,16 @@ def at_equal(
         ours, theirs = (f"{scale * kept.estimates[one]:.1f}" for one in (name, claim))
         subject = f"{strength}, which comes closest to the {metric} of {claim} ({ours} against {theirs}{unit}),"
     words = Words(subject, f"{curve.about} at equal {metric}" if exact and curve.about else "")
-    return AtEqual(name, words, {curve.key: at.model_dump(), "metric": metric, "reached": exact})
+    return name, words, {curve.key: at.model_dump(), "metric": metric, "reached": exact}
 
 
 def restoration(
     gain: str, keep: str, reference: str, whole: str, bootstrap: Bootstrap, measured: Mapping[str, Any]
 ) -> str | None:
-    """Say which share of RegMean's gain the common base as source has, at equal perception.
+    """Say which share of RegMean's ``gain`` the common base as source has where both have the same ``keep``.
 
-    Args:
-        gain: the metric.
-        keep: the metric at which both are equal.
-        reference: the target.
-        whole: name of RegMean from the source.
-        bootstrap: of ``gain``.
-        measured: by condition and metric.
-
-    Returns:
-        A sentence; None where it is not sure that there is a gain.
+    ``whole`` is the name of RegMean from the source, ``bootstrap`` of ``gain``, ``measured`` by condition and metric.
+    None where it is not sure that there is a gain.
     """
     base = f"{BASE.name} at equal {keep}"
     gained = bootstrap.difference(whole, reference)

@@ -18,7 +18,7 @@ from mergekit_snrf.evidence.compare import Controls, comparison_rows
 from mergekit_snrf.evidence.evaluation import AnyEvaluation, Evaluation, load_evaluation
 from mergekit_snrf.evidence.grid import Combination, Values
 from mergekit_snrf.evidence.items import Scores
-from mergekit_snrf.evidence.options import SweepOptions, takes
+from mergekit_snrf.evidence.options import ComparisonOptions, SweepOptions, takes
 from mergekit_snrf.evidence.recipes import OpenedRecipe, Recipe, merge_options, open_recipe, recipe_content
 from mergekit_snrf.evidence.results import write_result
 from mergekit_snrf.evidence.study import Row, Setup, build_study, score_rows
@@ -77,7 +77,7 @@ def sweep(
     started = _started(json, grid.sweep_key(like, evaluation.name, (opened[0].target, opened[0].source)))
     made: dict[str, Any] = {"recipe": content if isinstance(recipe, Mapping) else where, **models}
     model, processor = loaded(ref, made)
-    rows = _rows(found, opened, how.linear_betas, model)
+    rows = _rows(found, opened, ComparisonOptions(rows=("linear",), linear_betas=how.linear_betas), model)
     settings = {row.name: dict(row.settings) for row in rows}
     # Rows of another grid on the same file stay in it.
     others = tuple(row for row in started.rows if row.name not in settings)
@@ -163,10 +163,10 @@ def _opened(
 
 
 def _rows(
-    found: Sequence[Combination], opened: Sequence[OpenedRecipe], betas: Sequence[float], model: PreTrainedModel
+    found: Sequence[Combination], opened: Sequence[OpenedRecipe], how: ComparisonOptions, model: PreTrainedModel
 ) -> list[Row]:
     """Return the target, every combination, and the linear merge over its strengths."""
-    reference, _, *linear = comparison_rows(opened[0].merge, model, Controls(("linear",), linear_betas=betas))
+    reference, _, *linear = comparison_rows(opened[0].merge, model, Controls(how))
     shared = {key: value for key, value in found[0].values.items() if key in _OF_LINEAR}
     linear = [replace(row, settings={**row.settings, **shared}) for row in linear]
     points, rows, digest = grid.curves(found), [reference], cache(sha256)

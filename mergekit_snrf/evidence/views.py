@@ -72,9 +72,10 @@ def _(one: Study) -> View:
     return View([study_table(one, metric) for metric in one.items], [*one.verdict, *one.notes])
 
 
-@view.register
-def _(one: Sweep) -> View:
-    return View([]) if one.study is None else view(one.study)
+@view.register(Edit)
+@view.register(Sweep)
+def _(one: Sweep | Edit) -> View:
+    return view(one.study) if isinstance(one, Sweep) and one.study is not None else View([])
 
 
 @view.register
@@ -110,11 +111,6 @@ def _(one: Profile) -> View:
     ]
     known = one.provenance.model_dump(mode="json", exclude_none=True)
     return View([Table("", ("projection", "layers", "neurons"), rows), *_facts(known)])
-
-
-@view.register
-def _(one: Edit) -> View:
-    return View([])
 
 
 @view.register

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, first_line, os_reason
 from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_bytes
-from mergekit_snrf.fusion.delta import panels
+from mergekit_snrf.fusion.updates import panels
 
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,

@@ -17,9 +17,7 @@ from made_profiles import impact_profile
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.evidence.compare import Controls
 from mergekit_snrf.evidence.evaluation import evaluate, load_evaluation
-from mergekit_snrf.evidence.options import ComparisonOptions
 from mergekit_snrf.evidence.results import Study, read_result
 from mergekit_snrf.merge import install
 from mergekit_snrf.models.loading import load_model
@@ -198,9 +196,3 @@ def test_rows_that_lack_something_are_named(monkeypatch: pytest.MonkeyPatch) -> 
         result = CliRunner().invoke(snrf, [*words, "--rows", row])
         assert result.exit_code == 1
         assert f"--rows: the row {row} needs the option {needed}" in result.output
-
-
-def test_defaults_of_the_options_are_those_of_the_controls() -> None:
-    options, defaults = ComparisonOptions(), Controls()
-    for name in ("rows", "draws", "seed", "linear_betas", "keeps", "drop_rate"):
-        assert getattr(options, name) == getattr(defaults, name)

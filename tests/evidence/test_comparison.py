@@ -15,13 +15,14 @@ from made_moments import FilterOracle, sizes_of, write_random_moments
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from pair import write_recipe
+from pair import Pair, write_recipe
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.evidence.compare import CLAIM, TARGET, Controls, comparison_rows
 from mergekit_snrf.evidence.controls import Merge
 from mergekit_snrf.evidence.evaluation import Evaluation
+from mergekit_snrf.evidence.options import ComparisonOptions
 from mergekit_snrf.evidence.recipes import OpenedRecipe, open_base, open_recipe
 from mergekit_snrf.evidence.study import Row, Setup, run_study
 from mergekit_snrf.merge import install
@@ -85,20 +86,8 @@ def recipe(folder: Path, variant: str = "plain", **changes: Any) -> dict[str, An
         top["source_base"] = str(folder / "base")
     if top.get("update") == "regmean":
         top["moments"] = str(folder / "moments.safetensors")
-    parameters = {"beta": 0.7, "rank": 3, **source, **changes}
-    shared = {"masks": str(folder / "mask.safetensors"), **top}
-    return {
-        "merge_method": "snrf",
-        "base_model": str(folder / "target"),
-        "models": [
-            {
-                "model": str(folder / "source"),
-                "parameters": {name: value for name, value in parameters.items() if value is not None},
-            }
-        ],
-        "parameters": {name: value for name, value in shared.items() if value is not None},
-        **other,
-    }
+    pair = Pair(folder, folder / "target", folder / "source", folder / "mask.safetensors", NeuronSet({}))
+    return pair.recipe(parameters=top, source={"beta": 0.7, "rank": 3, **source, **changes}, **other)
 
 
 def opened(folder: Path, variant: str = "plain", **changes: Any) -> OpenedRecipe:
@@ -145,7 +134,12 @@ def live(state: dict[str, Tensor], site: Site) -> np.ndarray:
 
 
 def rows_of(folder: Path, model: Any, variant: str = "plain", **options: Any) -> dict[str, Row]:
-    return {row.name: row for row in comparison_rows(opened(folder, variant).merge, model, Controls(**options))}
+    return {row.name: row for row in comparison_rows(opened(folder, variant).merge, model, controls(**options))}
+
+
+def controls(**options: Any) -> Controls:
+    needed = {name: options.pop(name) for name in ("least", "base", "moments", "frank") if name in options}
+    return Controls(ComparisonOptions(**options), **needed)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -284,7 +278,7 @@ def test_base_row_moves_the_same_neurons_towards_the_base(variant: str, folder: 
     model = load(folder / "target", dtype=torch.float32)
     found = opened(folder, variant, rank=0)
     base = open_base(str(folder / "base"), found, MergeOptions())
-    rows = {row.name: row for row in comparison_rows(found.merge, model, Controls(["base"], base=base))}
+    rows = {row.name: row for row in comparison_rows(found.merge, model, controls(rows=["base"], base=base))}
     after = changed_by(rows["base as source"].draws[0], model)
     for site, member in found.merge.neurons.items():
         target, other = arrays(folder / "target", site), arrays(folder / "base", site)
@@ -382,8 +376,8 @@ def probe(model: Any, processor: Any) -> dict[str, list[float]]:
 def test_compare_asks_every_row_and_restores_the_target(folder: Path) -> None:
     model = load(folder / "target", dtype=torch.float32)
     before = weights(model)
-    controls = Controls(["random", "linear"], draws=2, linear_betas=(0.5,))
-    rows = comparison_rows(opened(folder).merge, model, controls)
+    of_rows = controls(rows=["random", "linear"], draws=2, linear_betas=(0.5,))
+    rows = comparison_rows(opened(folder).merge, model, of_rows)
     setup = Setup("comparison", "T", "probe", "m", settings={"x": 1})
     study = run_study(setup, rows, model, None, Evaluation("probe", probe, {"P": "keep"}))
     assert_same(weights(model), before)

@@ -16,6 +16,7 @@ import yaml
 from checkpoints import load, make_source, make_target
 from click.testing import CliRunner
 from made_profiles import impact_profile
+from pair import Pair, write_recipe
 
 import mergekit_snrf as snrf
 from mergekit_snrf.cli.snrf import main
@@ -40,13 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_target(path / "target", "llama", "hub")
     make_source(path / "source", "llama")
     make_source(path / "base", "llama", seed=5)
-    recipe = {
-        "merge_method": "snrf",
-        "base_model": str(path / "target"),
-        "models": [{"model": str(path / "source"), "parameters": {"beta": 0.5, "rank": 4}}],
-        "parameters": {"masks": str(path / "mask.safetensors")},
-    }
-    (path / "snrf.yml").write_text(yaml.safe_dump(recipe))
+    pair = Pair(path, path / "target", path / "source", path / "mask.safetensors", snrf.NeuronSet({}))
+    write_recipe(path / "snrf.yml", pair.recipe())
     (path / "evaluation.py").write_text(EVALUATION)
     make = ["mask", "random", "--model", path / "target", "--ratio", "0.4", path / "mask.safetensors"]
     assert CliRunner().invoke(main, list(map(str, make))).exit_code == 0

@@ -99,22 +99,19 @@ def _mme(values: Sequence[Value]) -> Items:
         if not isinstance(category, str) or not isinstance(picture, str):
             what = "is not an object with category, question_id and score"
             raise UnknownMetricError(f"whose value in {one.place} {what}")
-        answers.append((category, picture, score(one.value, one.place)))
+        answers.append((category, picture, one))
     return mme_items(answers)
 
 
-def mme_items(answers: Sequence[tuple[str, str, float]]) -> Items:
+def mme_items(answers: Sequence[tuple[str, str, Value]]) -> Items:
     """Return a picture an item: accuracy plus accuracy+ of its two questions, so that the mean is MME's score.
 
-    Args:
-        answers: category, picture and score of every question.
-
-    Raises:
-        UnknownMetricError: a picture does not have two questions.
+    ``answers`` are category, picture and value of every question. ``UnknownMetricError``: a value is not understood,
+    or a picture does not have two questions.
     """
     pictures: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for category, picture, right in answers:
-        pictures[category, picture].append(right)
+    for category, picture, one in answers:
+        pictures[category, picture].append(score(one.value, one.place))
     uneven = sum(len(scores) != 2 for scores in pictures.values())
     if uneven:
         raise UnknownMetricError(f"where {uneven} of {len(pictures)} pictures do not have two questions")

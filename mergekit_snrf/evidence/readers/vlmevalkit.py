@@ -184,11 +184,7 @@ def _mme(values: Sequence[Value], rows: Sequence[_Row]) -> dict[str, Callable[[]
     for value, row in zip(values, rows, strict=True):
         half = "reasoning" if row["category"] in _REASONING else "perception"
         halves[half].append((str(row["category"]), str(row["image_path"]), value))
-    return {half: partial(_pictures, answers) for half, answers in halves.items()}
-
-
-def _pictures(answers: Sequence[tuple[str, str, Value]]) -> Items:
-    return mme_items([(category, picture, score(one.value, one.place)) for category, picture, one in answers])
+    return {half: partial(mme_items, answers) for half, answers in halves.items()}
 
 
 def _pope(values: Sequence[Value], rows: Sequence[_Row]) -> Items:
