@@ -243,9 +243,7 @@ def _planned_edit(
         fusion.check_rank(name, header.shape)
     return PlannedEdit(
         site=site,
-        target_name=name,
-        source_name=names["source"],
-        source_base_name=names.get("source_base"),
+        names={"target": name, **names},
         shape=header.shape,
         dtype=header.dtype,
         neurons=int(member.sum()),

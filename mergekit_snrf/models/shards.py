@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError, os_reason
-from mergekit_snrf.fusion.delta import panels
+from mergekit_snrf.fusion.updates import panels
 from mergekit_snrf.models.headers import FLOAT_DTYPES, read_header
 
 # Linux reads and writes at most 2 GiB at once; smaller pieces can be interrupted.
