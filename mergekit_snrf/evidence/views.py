@@ -15,7 +15,7 @@ from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import Counts, DomainAblation, Lens, Overlap, OverlapPairs, Study, Sweep, Tuning
 from mergekit_snrf.evidence.sections import metric_drawings, overlap_drawings
-from mergekit_snrf.evidence.tables import Table, counts_table, projections_table, settings_table, study_table
+from mergekit_snrf.evidence.wording import Table, counts_table, projections_table, settings_table, study_table
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.edits import Edit
 from mergekit_snrf.neurons.maskfile import Mask
