@@ -197,7 +197,7 @@ def _of_results(folder: Path) -> Iterator[Reader]:
 
     from mergekit_snrf.evidence.compare_samples import compare_runs
     from mergekit_snrf.evidence.results import Study, read_result, write_result
-    from mergekit_snrf.evidence.tables import settings_table, study_table
+    from mergekit_snrf.evidence.wording import settings_table, study_table
 
     place = _place(folder, "result")
     write_result(place / "a.json", ablation())

@@ -22,8 +22,8 @@ from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedE
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import check_moments, compare_moments, read_moments
+from mergekit_snrf.models.shards import FLOAT_DTYPES
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.shape import check_fit, every_neuron

@@ -18,8 +18,8 @@ from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder
-from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.shards import ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 

@@ -20,8 +20,8 @@ from mergekit_snrf.merge.cards import AGAIN, HUB_ID, LICENSE, NO_LICENSE, THIS_L
 from mergekit_snrf.merge.folders import KIT
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import open_checkpoint
-from mergekit_snrf.models.headers import read_header
 from mergekit_snrf.models.moments import MOMENTS
+from mergekit_snrf.models.shards import read_header
 
 _RECIPE = re.compile(rf"^{AGAIN}$.*?^(`{{3,}})yaml\n(?P<recipe>.*?\n)\1$", re.DOTALL | re.MULTILINE)
 _LICENSE_KEYS = re.compile(r"^license(_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)
