@@ -70,7 +70,7 @@ def _containers(folder: Path) -> Iterator[Reader]:
         read_moments,
         write_moments,
     )
-    from mergekit_snrf.neurons.lists import read_released
+    from mergekit_snrf.neurons.lists import read_neurons
     from mergekit_snrf.neurons.maskcard import mask_card, provenance_rows
     from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, read_mask, write_mask
     from mergekit_snrf.neurons.sets import NeuronSet
@@ -126,7 +126,7 @@ def _containers(folder: Path) -> Iterator[Reader]:
     shape = DecoderShape(layers=3, hidden_size=8, heads=4, kv_heads=2, head_dim=3, intermediate_size=10)
     neurons = {"attn_k": {"0": [1, 2], "2": [0]}, "fwd_up": {"1": [9, 0]}, "attn_q": {}}
     (place / "r.json").write_text(json.dumps(neurons))
-    yield Reader("released json", place, ("r.json",), lambda place, _: read_released(place / "r.json", shape))
+    yield Reader("released json", place, ("r.json",), lambda place, _: read_neurons(place / "r.json", shape))
 
 
 def _of_models(folder: Path) -> Iterator[Reader]:
@@ -197,7 +197,7 @@ def _of_results(folder: Path) -> Iterator[Reader]:
 
     from mergekit_snrf.evidence.compare_samples import compare_runs
     from mergekit_snrf.evidence.results import Study, read_result, write_result
-    from mergekit_snrf.evidence.tables import settings_table, study_table
+    from mergekit_snrf.evidence.wording import settings_table, study_table
 
     place = _place(folder, "result")
     write_result(place / "a.json", ablation())

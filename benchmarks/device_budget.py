@@ -34,9 +34,10 @@ from torch.utils.flop_counter import flop_registry
 
 from mergekit_snrf.fusion.fuse import Fusion, fuse_neurons
 from mergekit_snrf.models.live import find_live_decoder
+from mergekit_snrf.models.moments import input_sizes
 from mergekit_snrf.profiling.impact.blocks import Positions
 from mergekit_snrf.profiling.measure.capture import CapturedLayer, run_layers
-from mergekit_snrf.profiling.measure.inputs import input_sizes, run_once, watched_inputs
+from mergekit_snrf.profiling.measure.inputs import run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.result.moments import MomentSums
 
@@ -213,7 +214,7 @@ def count_layer(shape: dict[str, int], tokens: int, dtype: torch.dtype = torch.b
 
     run_layers(meter.decoder, forward, counted, visit)
     decoder = find_live_decoder(model, name="model")
-    sums = MomentSums(input_sizes(decoder), dict.fromkeys(input_sizes(decoder), 1.0), None, 0)
+    sums = MomentSums(input_sizes(decoder.shape), dict.fromkeys(input_sizes(decoder.shape), 1.0), None, 0)
     for one in sums.sums.values():
         one.total, one.counts, one.largest = (part.to("meta") for part in (one.total, one.counts, one.largest))
 

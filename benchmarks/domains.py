@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import bar, peak_mb, report
+from machine import bar, peak_mb, report, show
 from profiling import load, probe
 
 from mergekit_snrf.models.live import find_live_decoder
@@ -52,8 +52,7 @@ def main(tokens: int, rounds: int, probes: int, file: Path | None) -> None:
     growth = peak_mb() - before
     ratio = statistics.median(seconds["counting"]) / statistics.median(seconds["forward"])
     figures = {**{f"{name} s": times for name, times in seconds.items()}, "growth MB": [growth]}
-    for name, values in figures.items():
-        click.echo(f"{name}: {statistics.median(values):.3g}")
+    show(figures)
     bars = [
         bar("counting / forward", ratio, 1.1),
         bar(f"MB more after {probes} probes", growth, 10),

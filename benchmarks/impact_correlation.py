@@ -58,7 +58,7 @@ def load_probes(folder: str, tokens: int) -> list[ProbeBatch]:
     for number, text in enumerate(TEXTS):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
         mask = torch.ones_like(ids)
-        probes.append(Probe((number,), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool()))
+        probes.append(ProbeBatch((number,), {"input_ids": ids, "attention_mask": mask}, mask, mask.bool()))
     return probes
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import click
-from machine import bar, describe, report, run
+from machine import bar, report, run, title
 
 ROOT = Path(__file__).resolve().parents[1]
 SNRF = "from mergekit_snrf.cli.snrf import main; main()"
@@ -56,7 +56,7 @@ def main(repeats: int, work: str | None, json_path: Path | None) -> None:
         bar(f"{name} / {MERGEKIT}, CPU", least[f"{name}, CPU s"] / least[f"{MERGEKIT}, CPU s"], limit)
         for name, limit in BARS.items()
     ]
-    click.echo(f"{describe(1)['cpu']}, least of {repeats} rounds")
+    title(1, f"least of {repeats} rounds")
     for name in COMMANDS:
         cpu, imports = least[f"{name}, CPU s"], least[f"{name}, imports s"]
         click.echo(f"{name:<24} {cpu:6.2f} s CPU {imports:6.2f} s imports")

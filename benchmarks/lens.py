@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import bar, describe, peak_mb, report
+from machine import bar, peak_mb, report, show, title
 from profiling import cpu_seconds, load, probe
 
 from mergekit_snrf.evidence.lens import Lensed, LensSums, add_batch
@@ -58,10 +58,8 @@ def main(
         plain.append(cpu_seconds(lambda one=one: _forward(model, one)))
         lens.append(cpu_seconds(lambda one=one: add_batch(sums, lensed, one)))
     figures = {"forward, CPU s": plain, "lens with its forward, CPU s": lens}
-    machine = describe(threads)
-    click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads")
-    for name, values in figures.items():
-        click.echo(f"{name:<32} {statistics.median(values):7.3f} ({min(values):.3f} to {max(values):.3f})")
+    title(threads)
+    show(figures)
     ratio = statistics.median(after / before for before, after in zip(plain, lens, strict=True))
     growth = peak_mb() - early
     click.echo(f"positions read: {int(sums.tokens.sum())} of {sums.probes * tokens}")

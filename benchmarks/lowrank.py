@@ -25,7 +25,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from machine import bar, describe, report
+from machine import bar, report, title
 from torch import Tensor
 
 from mergekit_snrf.fusion.lowrank import Certificate, certified_factors, certified_subspace, gram
@@ -282,8 +282,7 @@ def bars(results: list[dict[str, Any]], worst: dict[str, dict[str, dict[str, Any
 def main(quick: bool, rounds: int, shapes: tuple[str, ...], memory: bool, json_file: Path | None) -> None:
     """Measure the rank-r update beside torch.linalg.svd and a float64 Gram matrix."""
     torch.set_num_threads(1)
-    machine = describe(1)
-    click.echo(f"{machine['cpu']}, {machine['threads']} thread, torch {machine['packages']['torch']}")
+    title(1)
     results = []
     for name in shapes or (QUICK if quick else tuple(SHAPES)):
         for spectrum in ("power",) if quick else ("power", "flat"):
@@ -291,10 +290,10 @@ def main(quick: bool, rounds: int, shapes: tuple[str, ...], memory: bool, json_f
             show(results[-1])
     worst = {}
     for shape in ((1100, 800), (800, 1100)):
-        title = "x".join(map(str, shape))
-        worst[title] = accuracy(shape)
-        click.echo(f"\n{title}, worst of ranks {RANKS} and two masks")
-        for kind, figure in worst[title].items():
+        label = "x".join(map(str, shape))
+        worst[label] = accuracy(shape)
+        click.echo(f"\n{label}, worst of ranks {RANKS} and two masks")
+        for kind, figure in worst[label].items():
             error = "-" if figure["error"] is None else f"{figure['error']:.1e}"
             click.echo(
                 f"  {kind:22s} error {error:8s} deficit {figure['energy_deficit']:.1e}  "

@@ -125,6 +125,19 @@ def figures_of(runs: Mapping[str, Sequence[Measured]]) -> dict[str, list[float]]
     }
 
 
+def title(threads: int, *more: str) -> None:
+    """Print what a benchmark runs on."""
+    machine = describe(threads)
+    packages = (f"{name} {machine['packages'][name]}" for name in ("torch", "transformers"))
+    click.echo(", ".join([machine["cpu"], f"{machine['cores']} cores", f"{threads} threads", *packages, *more]))
+
+
+def show(figures: Mapping[str, Sequence[float]]) -> None:
+    """Print the median of every figure, and its range."""
+    for name, values in figures.items():
+        click.echo(f"{name:<36} {statistics.median(values):9.3f} ({min(values):.3f} to {max(values):.3f})")
+
+
 def bar(name: str, value: float, limit: float, *, least: bool = False) -> dict[str, Any]:
     """Return one promise, what was measured, and whether it is kept."""
     met = value >= limit if least else value <= limit

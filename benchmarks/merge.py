@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import click
-from machine import bar, describe, drop_file_caches, figures_of, median, report, run_rounds
+from machine import bar, drop_file_caches, figures_of, median, report, run_rounds, title
 from pairs import MERGEKIT, SHAPES, make_pair, work_folder, write_recipes
 
 from mergekit_snrf.models.checkpoint import open_checkpoint
@@ -86,8 +86,7 @@ def main(
         bars.append(bar(f"snrf / linear, wall, rank {rank}", whole.wall_s / results["linear"].wall_s, limit))
         ratio = single.wall_s / results["passthrough"].wall_s
         bars.append(bar(f"snrf in one layer / passthrough, wall, rank {rank}", ratio, 1.0))
-    machine = describe(threads)
-    click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; {'cold' if cold else 'warm'} cache")
+    title(threads, f"{'cold' if cold else 'warm'} cache")
     click.echo(f"two bf16 checkpoints of {size_mb:.0f} MB ({size}), medians of {repeats}")
     for name, measured in results.items():
         click.echo(

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import bar, describe, peak_mb, report
+from machine import bar, peak_mb, report, show, title
 from profiling import cpu_seconds, load, probe
 from torch import nn
 from transformers import AutoTokenizer
@@ -35,11 +35,12 @@ from mergekit_snrf.models.moments import (
     SETS,
     InputSite,
     MomentsProvenance,
+    input_sizes,
     moment_tensors,
     read_moments,
     write_moments,
 )
-from mergekit_snrf.profiling.measure.inputs import NormMedians, input_sizes, run_once, watched_inputs
+from mergekit_snrf.profiling.measure.inputs import run_once, watched_inputs
 from mergekit_snrf.profiling.result.moments import CLIP, MomentSums
 
 QWEN_7B = {"attn": 3584, "up": 3584, "down": 18944}
@@ -56,11 +57,14 @@ def costs(
     """Return CPU seconds of the forward pass of a batch, and of the pass with its moments taken, alternately."""
     decoder = find_live_decoder(model, name="benchmark")
     batches = [probe(number, tokens, model.config.vocab_size, batch_size) for number in range(repeats + 1)]
-    norms = NormMedians()
-    with watched_inputs(decoder, batches[0].attention_mask != 0, norms.visit), torch.no_grad():
+    clips: dict[InputSite, float] = {}
+
+    def clip(site: InputSite, rows: torch.Tensor) -> None:
+        clips[site] = CLIP * float(rows.norm(dim=1).double().median())
+
+    with watched_inputs(decoder, batches[0].attention_mask != 0, clip), torch.no_grad():
         run_once(model, batches[0].inputs)
-    clips = {site: CLIP * median for site, median in norms.medians().items()}
-    sums = MomentSums(input_sizes(decoder), clips, sketch, 0)
+    sums = MomentSums(input_sizes(decoder.shape), clips, sketch, 0)
 
     @torch.no_grad()
     def plainly(number: int) -> None:
@@ -149,7 +153,7 @@ def rounding_errors(folder: str) -> dict[str, list[float]]:
     errors: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
     for site in sorted({site for site, _ in seen}):
-        size = input_sizes(decoder)[site]
+        size = input_sizes(decoder.shape)[site]
         x = {which: torch.cat(seen.pop((site, which))).double() for which in SETS}
         for which, one in x.items():
             norms = one.norm(dim=1, keepdim=True)
@@ -207,10 +211,8 @@ def main(
         figures |= {f"forward, beside {label}, CPU s": plain, f"moments, {label}, CPU s": watched}
         bars.append(bar(f"taking moments / forward passes, {label}, {batch_size} x {tokens} tokens", ratio, COST_BAR))
     del model
-    machine = describe(threads)
-    click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads")
-    for name, values in figures.items():
-        click.echo(f"{name:<36} {statistics.median(values):7.3f} ({min(values):.3f} to {max(values):.3f})")
+    title(threads)
+    show(figures)
     for sketch, limit in SIZE_BARS.items() if layers else ():
         work = Path(tempfile.mkdtemp(prefix="snrf-moments-"))
         try:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import bar, describe, drop_file_caches, figures_of, median, report, run_rounds
+from machine import bar, drop_file_caches, figures_of, median, report, run_rounds, title
 from pairs import MERGEKIT, SHAPES, SNRF, make_pair, work_folder, write_recipes
 from safetensors import safe_open
 
@@ -85,8 +85,7 @@ def main(
         bar("snrf patch, peak GB", patch.peak_mb / 1000, 1),
         bar("tensors in which snrf patch differs from mergekit-yaml", len(different), 0),
     ]
-    machine = describe(threads)
-    click.echo(f"{machine['cpu']}, {machine['cores']} cores, {threads} threads; {'cold' if cold else 'warm'} cache")
+    title(threads, f"{'cold' if cold else 'warm'} cache")
     click.echo(f"two bf16 checkpoints of {sizes[CP]:.0f} MB ({size}), rank {rank}, medians of {repeats}")
     for name, measured in results.items():
         click.echo(

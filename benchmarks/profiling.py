@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import torch
 import transformers
-from machine import bar, describe, report
+from machine import bar, report, title
 
 from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, block_size, product
 from mergekit_snrf.profiling.impact.layer import attention_impact, column_norms, ffn_impact
@@ -399,11 +400,7 @@ def main(
     if wall_only:
         click.echo(wall_of_impacts(folder, lengths[0]))
         return
-    machine = describe(threads)
-    click.echo(
-        f"{machine['cpu']}, {machine['cores']} cores, {threads} threads, torch {machine['packages']['torch']}, "
-        f"transformers {machine['packages']['transformers']}"
-    )
+    title(threads)
     single: dict[int, dict[str, float] | None] = {}
     growth: list[dict[str, float] | None] = []
     if memory:
@@ -453,7 +450,7 @@ def main(
     errors = exactness()
     for name, error in errors.items():
         click.echo(f"{name:<8} error float32 {error['float32']:.1e}, float64 {error['float64']:.1e}")
-    scaled = scaling(folder, lengths[0], 2) if scales and (machine["cores"] or 1) > 1 else None
+    scaled = scaling(folder, lengths[0], 2) if scales and (os.cpu_count() or 1) > 1 else None
     verdicts = bars(ratios, single, growth_mb, errors, scaled)
     details = {
         "model": folder or "random SmolLM2-135M shape",

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 import transformers
-from machine import describe, drop_file_caches, report, run_rounds
+from machine import drop_file_caches, report, run_rounds, title
 from pairs import MERGEKIT, SHAPES, SNRF, make_pair, work_folder, write_recipes
 from profiling import cpu_seconds, extra_memory, forward, probe
 
@@ -156,7 +156,7 @@ def main(
             found = None
         click.echo(json.dumps(found))
         return
-    click.echo(str(describe(threads)))
+    title(threads)
     kept = json.loads(json_path.read_text()) if json_path.exists() else {}
     details = {name: kept[name] for name in ("profiling", "merging", "gemm_flops") if name in kept}
     if part != "merging":

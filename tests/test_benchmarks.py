@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -128,3 +130,15 @@ def test_two_commits_are_measured_in_pairs(tmp_path: Path) -> None:
     code, output = compare("HEAD", "nowhere", *options)
     assert code == 1
     assert "nowhere failed" in output
+
+
+SCRIPTS = [path for folder in ("benchmarks", "examples") for path in COMPARE.parents[1].glob(f"{folder}/**/*.py")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_what_scripts_import_of_the_package_is_there(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mergekit_snrf"):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")

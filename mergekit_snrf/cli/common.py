@@ -153,7 +153,7 @@ def size(count: int) -> str:
 
 def study_text(study: Study) -> str:
     """Return a study as text: a table per metric, and the verdict."""
-    from mergekit_snrf.evidence.tables import study_table
+    from mergekit_snrf.evidence.wording import study_table
 
     parts = []
     for metric in study.items:

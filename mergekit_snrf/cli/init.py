@@ -115,11 +115,9 @@ def _chosen(probes: Sequence[str], models: dict[str, Checkpoint]) -> dict[str, l
     found: dict[str, list[dict[str, Any]]] = {}
     for role, chosen in names.items():
         images = tags["source" if role == "source" else "target"] == "image-text-to-text"
-        found[role] = [{"name": name, **find_probes(name, images=images)} for name in chosen]
-    for keys in (*found["target"], *found["source"]):
-        del keys["name"]
-    for keys in found["keep"]:
-        keys["name"] = keys["name"] if keys["name"] in KNOWN else Path(keys["name"]).stem
+        found[role] = [find_probes(name, images=images) for name in chosen]
+    labels = (name if name in KNOWN else Path(name).stem for name in names["keep"])
+    found["keep"] = [{"name": label, **keys} for label, keys in zip(labels, found["keep"], strict=True)]
     kinds = [keys["name"] for keys in found["keep"]]
     if twice := next((name for name in kinds if kinds.count(name) > 1), None):
         raise SnrfError(None, f"two kinds to keep are called {twice}", "rename one of the files", field="--probes")

@@ -11,6 +11,7 @@ import click
 from pydantic.fields import FieldInfo
 
 from mergekit_snrf.errors import SnrfError, naming, option
+from mergekit_snrf.evidence.options import Reading
 from mergekit_snrf.files import settings
 from mergekit_snrf.files.settings import Settings, own_first
 from mergekit_snrf.models.reference import ModelRef
@@ -38,11 +39,6 @@ recipe_argument = click.argument("recipe", metavar="RECIPE.yml", type=click.Path
 figures_option = click.option(
     "--figures", type=click.Path(file_okay=False), metavar="DIR", help="Write figures as SVG and PNG into this folder."
 )
-_caches = (
-    click.option("--transformers-cache", type=click.Path(), help="Storage path for downloaded models."),
-    click.option("--lora-merge-cache", type=click.Path(), help="Path to store merged LoRA models."),
-)
-_trust = click.option("--trust-remote-code", is_flag=True, help="Run code that a checkpoint brings along.")
 
 
 def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], Any]]) -> Callable[[_F], _F]:
@@ -57,10 +53,6 @@ def _bundle(name: str, fields: Sequence[str], options: Sequence[Callable[[Any], 
         return wrapper  # type: ignore[return-value]
 
     return decorate
-
-
-recipe_options = _bundle("reading", ("transformers_cache", "lora_merge_cache", "trust_remote_code"), (*_caches, _trust))
-"""How the models of a recipe are read: one argument ``reading``, for ``MergeOptions``."""
 
 
 def device_options(function: _F) -> _F:
@@ -117,6 +109,10 @@ def settings_options(name: str, of: type[Settings], *fields: str) -> Callable[[_
         return wrapper  # type: ignore[return-value]
 
     return decorate
+
+
+recipe_options = settings_options("reading", Reading, "transformers_cache", "lora_merge_cache", "trust_remote_code")
+"""How the models of a recipe are read: one argument ``reading``, for ``MergeOptions``."""
 
 
 def run_options(function: _F) -> _F:

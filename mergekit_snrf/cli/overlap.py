@@ -12,7 +12,7 @@ from mergekit_snrf.errors import naming, option, printable
 
 if TYPE_CHECKING:
     from mergekit_snrf.evidence.results import Overlap
-    from mergekit_snrf.evidence.tables import Table
+    from mergekit_snrf.evidence.wording import Table
 
 _NOTE = (
     "Shares are of the union of both sets. chance is what random sets of the same sizes share on average, z how many\n"
@@ -59,8 +59,7 @@ def overlap(
 
 def _text(pairs: list[Overlap]) -> str:
     from mergekit_snrf.evidence.overlap import total
-    from mergekit_snrf.evidence.tables import counts_table, projections_table
-    from mergekit_snrf.evidence.wording import chance_sentence, rule
+    from mergekit_snrf.evidence.wording import chance_sentence, counts_table, projections_table, rule
 
     by = f"selected by {rule(pairs[0].rule)}"
     if len(pairs) > 1:
@@ -79,7 +78,7 @@ def _name(pair: Overlap) -> str:
 
 
 def _details(pair: Overlap, layers: bool, named: bool) -> str:
-    from mergekit_snrf.evidence.tables import counts_table, layers_table
+    from mergekit_snrf.evidence.wording import counts_table, layers_table
 
     parts = [f"\n{_name(pair)}"] if named else []
     if layers:

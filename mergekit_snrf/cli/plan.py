@@ -98,7 +98,7 @@ def _as_json(draft: PlanDraft, plan: MergePlan | None, certified: _Certified) ->
 
 def _edit_as_json(edit: PlannedEdit, fused: Fused | None) -> dict[str, Any]:
     content = {
-        **{role: getattr(edit, f"{role}_name") for role in ("target", "source", "source_base")},
+        **{role: edit.names.get(role) for role in ("target", "source", "source_base")},
         **{"shape": list(edit.shape), "dtype": edit.dtype, "axis": "columns" if edit.site.axis else "rows"},
         **{"neurons": edit.neurons, **asdict(edit.fusion)},
     }

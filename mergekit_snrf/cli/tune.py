@@ -52,8 +52,7 @@ def tune(
     merge is made in memory; how far it moves is measured on held-out probes to keep, the rows behind those of the
     moments, on the target's own answers. No label is used; --eval only shows more.
     """
-    from mergekit_snrf.evidence.tables import tuning_table
-    from mergekit_snrf.evidence.wording import tuning_sentences
+    from mergekit_snrf.evidence.wording import tuning_sentences, tuning_table
     from mergekit_snrf.files import writing
     from mergekit_snrf.merge.recipefile import recipe_text, with_keep
 

@@ -18,8 +18,7 @@ from mergekit_snrf.evidence.intervals import scale_of, spoken
 from mergekit_snrf.evidence.items import Scores
 from mergekit_snrf.evidence.results import DomainAblation, DomainStudy, Study
 from mergekit_snrf.evidence.study import Setup, run_study
-from mergekit_snrf.evidence.tables import Table
-from mergekit_snrf.evidence.wording import scale
+from mergekit_snrf.evidence.wording import Table, scale
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.profiling.result.domains import Chosen
 

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from mergekit_snrf.errors import printable
 from mergekit_snrf.evidence.drawing import COLORS, INK, Drawing, new_figure, percent_axis, plain_axis, styled
 from mergekit_snrf.evidence.results import KINDS, Lens
-from mergekit_snrf.evidence.tables import Table
-from mergekit_snrf.evidence.wording import percent, quoted, without_folders
+from mergekit_snrf.evidence.wording import Table, percent, quoted, without_folders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -90,8 +90,10 @@ class Loading(Settings):
 class Reading(Loading):
     """How the models of a recipe are read, and its target is loaded."""
 
-    transformers_cache: Text | None = Field(default=None, description="Storage path for downloaded models.")
-    lora_merge_cache: Text | None = Field(default=None, description="Path to store merged LoRA models.")
+    transformers_cache: Text | None = Field(
+        default=None, title="PATH", description="Storage path for downloaded models."
+    )
+    lora_merge_cache: Text | None = Field(default=None, title="PATH", description="Path to store merged LoRA models.")
 
 
 class AblationOptions(Loading):

@@ -10,7 +10,7 @@ from mergekit_snrf.evidence import wording
 from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import Amplification, DomainAblation, Lens, Overlap, Study, Tuning
-from mergekit_snrf.evidence.tables import (
+from mergekit_snrf.evidence.wording import (
     Table,
     layers_table,
     projections_table,

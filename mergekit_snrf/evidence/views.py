@@ -15,7 +15,7 @@ from mergekit_snrf.evidence.drawing import Drawing
 from mergekit_snrf.evidence.overlap import total
 from mergekit_snrf.evidence.results import Counts, DomainAblation, Lens, Overlap, OverlapPairs, Study, Sweep, Tuning
 from mergekit_snrf.evidence.sections import metric_drawings, overlap_drawings
-from mergekit_snrf.evidence.tables import Table, counts_table, projections_table, settings_table, study_table
+from mergekit_snrf.evidence.wording import Table, counts_table, projections_table, settings_table, study_table
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.edits import Edit
 from mergekit_snrf.neurons.maskfile import Mask
@@ -137,7 +137,12 @@ def frame(one: Any) -> DataFrame:
     except ModuleNotFoundError as error:
         remedy = "pip install 'mergekit-snrf[analysis]'"
         raise SnrfError(None, f"data frames need the package {error.name}", remedy) from None
-    blocks = [pd.DataFrame(row) for row in _rows(one)]
+    parts = [one]
+    if isinstance(one, Sweep):
+        parts = [] if one.study is None else [one.study]
+    elif isinstance(one, OverlapPairs):
+        parts = list(one.pairs)
+    blocks = [pd.DataFrame(row) for part in parts for row in _rows(part.neurons if isinstance(part, Mask) else part)]
     return pd.concat(blocks, ignore_index=True) if blocks else pd.DataFrame()
 
 
@@ -158,12 +163,6 @@ def _(one: Study) -> Iterator[dict[str, Any]]:
 
 
 @_rows.register
-def _(one: Sweep) -> Iterator[dict[str, Any]]:
-    if one.study is not None:
-        yield from _rows(one.study)
-
-
-@_rows.register
 def _(one: Overlap) -> Iterator[dict[str, Any]]:
     for site in one.sites:
         counts = {"neurons": site.neurons, "shared": site.shared, "a_only": site.only[0], "b_only": site.only[1]}
@@ -172,20 +171,9 @@ def _(one: Overlap) -> Iterator[dict[str, Any]]:
 
 
 @_rows.register
-def _(one: OverlapPairs) -> Iterator[dict[str, Any]]:
-    for pair in one.pairs:
-        yield from _rows(pair)
-
-
-@_rows.register
 def _(one: NeuronSet) -> Iterator[dict[str, Any]]:
     for site, member in one.items():
         yield {"neuron": member.nonzero().flatten().numpy(), **_place(site)}
-
-
-@_rows.register
-def _(one: Mask) -> Iterator[dict[str, Any]]:
-    yield from _rows(one.neurons)
 
 
 @_rows.register

@@ -12,11 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.delta import Matrix, difference, is_finite, panels
 from mergekit_snrf.fusion.lowrank import Certificate, frobenius_norm
 from mergekit_snrf.fusion.regmean import Filter
 from mergekit_snrf.fusion.threads import check_not_stopped
-from mergekit_snrf.fusion.updates import Update, dropped, low_rank
+from mergekit_snrf.fusion.updates import Matrix, Update, difference, dropped, is_finite, low_rank, panels
 from mergekit_snrf.neurons.sites import Site
 
 ORDERS = ("svd-then-mask", "mask-then-svd")

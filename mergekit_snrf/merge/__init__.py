@@ -9,6 +9,8 @@ from typing import Any
 
 from mergekit_snrf_autoload import when_imported
 
+_SCRIPTS = ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge")
+
 
 def install() -> None:
     """Register the merge method ``snrf`` and wrap mergekit's ``run_merge``; harmless when repeated.
@@ -19,7 +21,7 @@ def install() -> None:
     import mergekit_snrf.merge.method  # noqa: F401
 
     when_imported("mergekit.merge", _wrap)
-    for script in ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge"):
+    for script in _SCRIPTS:
         when_imported(script, _guard)
 
 
@@ -45,7 +47,7 @@ class _MergeModule(ModuleType):
 def _wrap(module: ModuleType) -> None:
     module.__class__ = _MergeModule
     # Without the autoload they may have been imported before.
-    for script in map(sys.modules.get, ("mergekit.scripts.run_yaml", "mergekit.scripts.multimerge")):
+    for script in map(sys.modules.get, _SCRIPTS):
         if script is not None and "run_merge" in script.__dict__:
             script.run_merge = _with_sessions(script.run_merge)  # type: ignore[attr-defined]
 

@@ -45,7 +45,7 @@ from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.merge.recipe import stray_keys
 from mergekit_snrf.merge.session import MergeSession
 from mergekit_snrf.models import hub
-from mergekit_snrf.models.headers import FLOAT_DTYPES
+from mergekit_snrf.models.shards import FLOAT_DTYPES
 
 LOG = logging.getLogger(__name__)
 _DTYPE_KEY = re.compile(rf'("(?:torch_)?dtype"\s*:\s*")({"|".join(FLOAT_DTYPES.values())})(?=")')

@@ -18,7 +18,7 @@ from mergekit_snrf.merge.plan import PlanDraft
 from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, weight_files
 from mergekit_snrf.models.decoder import pairing_problems
-from mergekit_snrf.models.headers import FLOAT_DTYPES, ITEM_BYTES
+from mergekit_snrf.models.shards import FLOAT_DTYPES, ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask, ModelProvenance
 
 _ANOTHER = "choose another folder"

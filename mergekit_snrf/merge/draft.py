@@ -22,8 +22,8 @@ from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedE
 from mergekit_snrf.merge.recipe import Recipe, read_recipe
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import check_moments, compare_moments, read_moments
+from mergekit_snrf.models.shards import FLOAT_DTYPES
 from mergekit_snrf.models.weights import bias_name
 from mergekit_snrf.neurons.maskfile import Mask, read_mask
 from mergekit_snrf.neurons.shape import check_fit, every_neuron
@@ -243,9 +243,7 @@ def _planned_edit(
         fusion.check_rank(name, header.shape)
     return PlannedEdit(
         site=site,
-        target_name=name,
-        source_name=names["source"],
-        source_base_name=names.get("source_base"),
+        names={"target": name, **names},
         shape=header.shape,
         dtype=header.dtype,
         neurons=int(member.sum()),

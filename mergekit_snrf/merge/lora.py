@@ -35,7 +35,7 @@ from mergekit_snrf.merge.tally import no_update, some_without_update
 from mergekit_snrf.merge.tensors import Tensors, cast
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import find_decoder
-from mergekit_snrf.models.headers import TensorHeader
+from mergekit_snrf.models.shards import TensorHeader
 
 LOG = logging.getLogger(__name__)
 

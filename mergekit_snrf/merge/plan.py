@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,8 @@ from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.recipe import Recipe
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder
-from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Moments
+from mergekit_snrf.models.shards import ITEM_BYTES
 from mergekit_snrf.neurons.maskfile import Mask
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 
@@ -37,14 +37,12 @@ class OpenedModel:
 class PlannedEdit:
     """One tensor that a merge changes: a weight, or the bias beside it, and all that a kernel needs for it.
 
-    Names are those in each model, ``source_base_name`` None where the recipe has none. ``dtype`` is the target's, such
-    as ``BF16``; ``member`` says which of its ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
+    Names are those by ``target``, ``source`` and, where the recipe has one, ``source_base``. ``dtype`` is the target's,
+    such as ``BF16``; ``member`` says which ``neurons`` rows (or columns) change; ``source_bytes`` are read for it.
     """
 
     site: Site
-    target_name: str
-    source_name: str
-    source_base_name: str | None
+    names: Mapping[str, str] = field(hash=False)
     shape: tuple[int, ...]
     dtype: str
     neurons: int
@@ -53,10 +51,9 @@ class PlannedEdit:
     member: Bool[Tensor, " neurons"] = field(compare=False, repr=False)
 
     @property
-    def names(self) -> dict[str, str]:
-        """The names by ``target``, ``source`` and, where the recipe has one, ``source_base``."""
-        names = {"target": self.target_name, "source": self.source_name, "source_base": self.source_base_name}
-        return {role: name for role, name in names.items() if name is not None}
+    def target_name(self) -> str:
+        """The name in the target."""
+        return self.names["target"]
 
     @property
     def is_bias(self) -> bool:

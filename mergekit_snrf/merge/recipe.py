@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from mergekit_snrf.errors import SnrfError, did_you_mean, first_line, invalid
 from mergekit_snrf.fusion.fuse import Fusion
 from mergekit_snrf.merge.method import ALL_NEURONS, OF_FUSION, SPEC
-from mergekit_snrf.models.headers import FLOAT_DTYPES
+from mergekit_snrf.models.shards import FLOAT_DTYPES
 
 _SPECS = {parameter.name: parameter for parameter in SPEC.parameters}
 _OF_DARE = ("drop_rate", "seed", "rescale")

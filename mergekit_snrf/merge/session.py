@@ -34,8 +34,8 @@ from mergekit_snrf.merge.method import SESSIONS
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
 from mergekit_snrf.merge.tally import Tally
 from mergekit_snrf.merge.tensors import Tensors, check_cast, kernel_options
-from mergekit_snrf.models.headers import FLOAT_DTYPES
 from mergekit_snrf.models.moments import Filters
+from mergekit_snrf.models.shards import FLOAT_DTYPES
 
 
 class MergeSession:

@@ -16,13 +16,12 @@ from mergekit_snrf.files.markdown import front_matter
 from mergekit_snrf.files.reading import open_regular, parse_yaml, read_text
 from mergekit_snrf.files.references import sha256
 from mergekit_snrf.files.writing import write_text
-from mergekit_snrf.merge.cards import AGAIN, NO_LICENSE, THIS_LICENSE
+from mergekit_snrf.merge.cards import AGAIN, HUB_ID, LICENSE, NO_LICENSE, THIS_LICENSE
 from mergekit_snrf.merge.folders import KIT
-from mergekit_snrf.merge.origins import HUB_ID, LICENSE
 from mergekit_snrf.merge.portable import portable
 from mergekit_snrf.models.checkpoint import open_checkpoint
-from mergekit_snrf.models.headers import read_header
 from mergekit_snrf.models.moments import MOMENTS
+from mergekit_snrf.models.shards import read_header
 
 _RECIPE = re.compile(rf"^{AGAIN}$.*?^(`{{3,}})yaml\n(?P<recipe>.*?\n)\1$", re.DOTALL | re.MULTILINE)
 _LICENSE_KEYS = re.compile(r"^license(_name|_link)?:.*\n(?:[ -].*\n)*", re.MULTILINE)

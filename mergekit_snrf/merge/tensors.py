@@ -18,9 +18,8 @@ from mergekit_snrf.fusion.fuse import Fused, fuse_neurons, masked_update, put_ne
 from mergekit_snrf.fusion.threads import Memory, look_ahead
 from mergekit_snrf.fusion.updates import Update
 from mergekit_snrf.merge.plan import MergePlan, PlannedEdit
-from mergekit_snrf.models.headers import ITEM_BYTES
 from mergekit_snrf.models.moments import Filters, filter_at
-from mergekit_snrf.models.shards import ByteRange, read_tensor
+from mergekit_snrf.models.shards import ITEM_BYTES, ByteRange, read_tensor
 from mergekit_snrf.models.weights import stored_ranges
 
 

@@ -19,7 +19,7 @@ from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.files.reading import DATA_BYTES, open_regular, read_bytes
 from mergekit_snrf.files.shown import Shown
 from mergekit_snrf.models import hub
-from mergekit_snrf.models.headers import TensorHeader, parse_object, read_headers, weight_map
+from mergekit_snrf.models.shards import TensorHeader, parse_object, read_headers, weight_map
 
 _MEDIA = re.compile(
     r".*\.(png|jpe?g|gif|webp|svg|pdf|mp[34]|mov|avi|wav|zip|tar|gz|npz|npy|pkl|parquet|arrow)", re.IGNORECASE
@@ -234,18 +234,19 @@ def _from_hub(name: str, revision: str | None, cache_dir: str | None, trust_remo
             raise found
         checkpoint = _from_folder(name, cached, **known)
         return replace(checkpoint, missing=_missing(checkpoint))
-    known |= {"commit": found.commit, "files": found.files}
-    cached = hub.cached_snapshot(name, found.commit, cache_dir)
+    commit, files = found
+    known |= {"commit": commit, "files": files}
+    cached = hub.cached_snapshot(name, commit, cache_dir)
     if cached is not None and _has_weights(cached):
-        if hub.lacking(cached, _side_files(found.files)):
-            hub.download(name, revision, _side_files(found.files), cache_dir)
+        if hub.lacking(cached, _side_files(files)):
+            hub.download(name, revision, _side_files(files), cache_dir)
         return _from_folder(name, cached, **known)
     config_path = hub.download(name, revision, ["config.json"], cache_dir) / "config.json"
     config_bytes = read_bytes(config_path, DATA_BYTES, remedy=_AGAIN)
     return Checkpoint(
         name=name,
         folder=None,
-        tensors=hub.remote_headers(found),
+        tensors=hub.remote_headers(name, commit),
         config=parse_object(config_bytes, config_path),
         config_bytes=config_bytes,
         **known,

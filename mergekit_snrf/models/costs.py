@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import ceil
 
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.decoder import Decoder, find_decoder
-from mergekit_snrf.models.moments import DEFAULT_SKETCH, DENSE_LIMIT
+from mergekit_snrf.models.decoder import find_decoder
+from mergekit_snrf.models.moments import DEFAULT_SKETCH, DENSE_LIMIT, SETS, input_sizes
 from mergekit_snrf.neurons.sites import PROJECTIONS
 
 STATISTICS_BYTES = 92
@@ -79,7 +79,7 @@ class Costs:
             adapter=4 * rank * sum(sum(tensor.shape) for tensor in edited),
             read=sum(source.tensors[find_decoder(source).weight_name(site)].bytes for site in shape.sites()),
             memory=max(model.bytes for model in models) + STATISTICS_BYTES * neurons,
-            moments=_moments_bytes(decoder),
+            moments=len(SETS) * sum(map(_moment_bytes, input_sizes(shape).values())),
             flop=2.0 * passes * limit * PROBE_TOKENS,
             weights=batches * (answer * (target.bytes + source.bytes) + sum(keep) * target.bytes),
         )
@@ -89,11 +89,6 @@ class Costs:
         return self.flop / device.flops + self.weights / device.bandwidth
 
 
-def _moments_bytes(decoder: Decoder) -> int:
-    """Return the size of a file with the sets to gain and to keep of the inputs of attn, up and down."""
-    shape = decoder.shape
-    per_layer = 0
-    for size in (shape.hidden_size, shape.hidden_size, shape.intermediate_size):
-        dense = size * (size + 1) + 4 * size
-        per_layer += 2 * (dense if size <= DENSE_LIMIT else 2 * size * min(DEFAULT_SKETCH, size))
-    return shape.layers * per_layer
+def _moment_bytes(size: int) -> int:
+    """Return the size in a file of the moment of one input."""
+    return size * (size + 1) + 4 * size if size <= DENSE_LIMIT else 2 * size * min(DEFAULT_SKETCH, size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
-from mergekit_snrf.models.headers import FLOAT_DTYPES, TensorHeader
+from mergekit_snrf.models.shards import FLOAT_DTYPES, TensorHeader
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 

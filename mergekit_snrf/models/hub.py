@@ -5,33 +5,23 @@ from __future__ import annotations
 import os
 import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.models.headers import TensorHeader
+from mergekit_snrf.models.shards import TensorHeader
 
 _SECONDS = 10
 
 
-@dataclass(frozen=True)
-class Repository:
-    """A commit of a repository, and the paths of all its files, with ``/``."""
-
-    name: str
-    commit: str
-    files: tuple[str, ...]
-
-
-def find_repository(name: str, revision: str | None) -> Repository | SnrfError:
-    """Return the repository at the revision, or why the hub does not give it."""
+def find_repository(name: str, revision: str | None) -> tuple[str, tuple[str, ...]] | SnrfError:
+    """Return the commit of a revision and the paths of all its files, or why the hub does not give them."""
     from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
 
     try:
         # Unlike a listing this is not tried again and again while there is no network.
         found = get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=_SECONDS)
         commit = found.commit_hash or revision or "main"
-        return Repository(name, commit, tuple(sorted(HfApi().list_repo_files(name, revision=commit))))
+        return commit, tuple(sorted(HfApi().list_repo_files(name, revision=commit)))
     except Exception as error:
         # What huggingface_hub, httpx and the file system raise has no common base.
         what = f"neither a local folder nor a model that the hub gives ({_reason(error)})"
@@ -58,14 +48,13 @@ def download(name: str, revision: str | None, files: Iterable[str], cache_dir: s
         raise SnrfError(name, f"cannot be downloaded ({_reason(error)})", "check network and disk") from None
 
 
-def remote_headers(repository: Repository) -> dict[str, TensorHeader]:
+def remote_headers(name: str, commit: str) -> dict[str, TensorHeader]:
     """Return the headers of all tensors without a download; ``SnrfError``: they are not safetensors, or damaged."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
 
-    name = repository.name
     try:
-        metadata = HfApi().get_safetensors_metadata(name, revision=repository.commit)
+        metadata = HfApi().get_safetensors_metadata(name, revision=commit)
     except NotASafetensorsRepoError:
         remedy = f"download it first (hf download {name}) and give the folder"
         raise SnrfError(name, "has no safetensors weights on the hub", remedy) from None

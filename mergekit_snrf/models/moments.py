@@ -77,6 +77,12 @@ class InputSite:
         return self.key
 
 
+def input_sizes(shape: DecoderShape) -> dict[InputSite, int]:
+    """Return every input of a decoder with its size."""
+    sizes = {"attn": shape.hidden_size, "up": shape.hidden_size, "down": shape.intermediate_size}
+    return {InputSite(layer, name): sizes[name] for layer in range(shape.layers) for name in INPUTS}
+
+
 class MomentsProvenance(RunProvenance):
     """Where moments come from.
 
@@ -260,10 +266,9 @@ def check_moments(moments: Moments, shape: DecoderShape, model: str) -> None:
     if moments.layers != shape.layers:
         what = f"has moments of {moments.layers} layers, but {model} has {shape.layers}"
         raise SnrfError(moments.path, what, "use moments of this model")
-    sizes = {"attn": shape.hidden_size, "up": shape.hidden_size, "down": shape.intermediate_size}
-    for site, size in moments.sizes.items():
-        if size != sizes[site.input]:
-            what = f"has moments of {size} inputs at {site}, but {model} has {sizes[site.input]}"
+    for site, wanted in input_sizes(shape).items():
+        if (size := moments.sizes[site]) != wanted:
+            what = f"has moments of {size} inputs at {site}, but {model} has {wanted}"
             raise SnrfError(moments.path, what, "use moments of this model")
     if moments.provenance.keep == []:
         raise SnrfError(moments.path, "was taken without probes to keep", "add keep: to profile.yml and take it again")

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from mergekit_snrf.errors import SnrfError, first_line
-from mergekit_snrf.files.reading import DATA_BYTES, load_json, open_regular, parse_json, read_text
+from mergekit_snrf.files.reading import DATA_BYTES, open_regular, parse_json, read_text
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
 from mergekit_snrf.neurons.sites import GROUPED, PROJECTIONS, Neuron, Site
@@ -61,7 +61,7 @@ def read_neurons(
         return _of_names(where, [name for name in _SPACES.split(text) if name], shape)
     content = parse_json(text, where)
     if isinstance(content, dict) and not any(isinstance(one, list) for one in content.values()):
-        return read_released(where, shape, kv_indices)
+        return _of_released(where, content, shape, kv_indices)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return _of_names(where, content, shape)
     return _of_layers(where, _chosen(where, content, chosen), shape)
@@ -117,15 +117,14 @@ def _of_layers(path: Path, layers: Any, shape: DecoderShape) -> NeuronSet:
     if not isinstance(layers, list | tuple) or len(layers) != shape.layers:
         found = f"{len(layers)} layers" if isinstance(layers, list | tuple) else type(layers).__name__
         raise SnrfError(path, f"has {found} in a set, the model has {shape.layers} layers", _MODEL)
-    members: dict[Site, torch.Tensor] = {}
+    neurons: dict[Site, list[int]] = {}
     for layer, given in enumerate(layers):
-        member = torch.zeros(shape.intermediate_size, dtype=torch.bool)
-        member[_indices(path, f"layer {layer}", given, len(member), "in this model")] = True
-        members |= {Site(layer, name): member for name in ("fwd.up", "fwd.down")}
-    return NeuronSet(members)
+        indices = _indices(path, f"layer {layer}", given, shape.intermediate_size, "in this model")
+        neurons |= {Site(layer, name): indices for name in ("fwd.up", "fwd.down")}
+    return _set_of(neurons, shape)
 
 
-def _indices(path: str | os.PathLike[str], field: str, given: Any, limit: int, of: str) -> list[int]:
+def _indices(path: Path, field: str, given: Any, limit: int, of: str) -> list[int]:
     """Return indices below ``limit``, the range ``of`` what they count."""
     if isinstance(given, torch.Tensor) and given.ndim == 1 and given.numel() <= limit:
         given = given.tolist()
@@ -145,15 +144,10 @@ def _of_names(path: Path, names: Sequence[str], shape: DecoderShape) -> NeuronSe
     except SnrfError as error:
         raise error.at(path) from None
     check_fit(neurons, shape, where=path, model="the model")
-    members: defaultdict[Site, list[int]] = defaultdict(list)
+    found: defaultdict[Site, list[int]] = defaultdict(list)
     for neuron in neurons:
-        members[neuron.site].append(neuron.index)
-    return NeuronSet(
-        {
-            site: torch.zeros(shape.neurons(site.projection), dtype=torch.bool).index_fill(0, torch.tensor(found), True)
-            for site, found in members.items()
-        }
-    )
+        found[neuron.site].append(neuron.index)
+    return _set_of(found, shape)
 
 
 def kv_row(index: int, shape: DecoderShape) -> int:
@@ -161,15 +155,8 @@ def kv_row(index: int, shape: DecoderShape) -> int:
     return (index // shape.head_dim // shape.repeats) * shape.head_dim + index % shape.head_dim
 
 
-def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices: KvIndices = "repeated") -> NeuronSet:
-    """Read the released code's JSON as a set of neurons of a decoder of this shape.
-
-    ``kv_indices`` is ``repeated`` as the released code writes them, or ``rows`` for indices of real weight rows.
-    """
-    members: dict[Site, torch.Tensor] = {}
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise SnrfError(path, "must be an object", "write it as {'attn_k': {'0': [1, 2]}}")
+def _of_released(path: Path, content: Mapping[str, Any], shape: DecoderShape, kv_indices: KvIndices) -> NeuronSet:
+    found: dict[Site, list[int]] = {}
     for key, by_layer in content.items():
         if key in _NEVER_EDITED:
             continue
@@ -185,13 +172,17 @@ def read_released(path: str | os.PathLike[str], shape: DecoderShape, kv_indices:
             if _LAYER.fullmatch(layer) is None or int(layer) >= shape.layers:
                 raise SnrfError(path, f"the model has layers 0 to {shape.layers - 1}", _MODEL, field=field)
             heads = " over repeated heads" if repeated else ""
-            indices = _indices(path, field, indices, limit, f"of {name} in this model{heads}")
-            if not indices:
-                continue
-            rows = [kv_row(index, shape) for index in indices] if repeated else indices
-            member = torch.zeros(shape.neurons(name), dtype=torch.bool)
-            member[torch.tensor(rows)] = True
-            members[Site(int(layer), name)] = member
+            given = _indices(path, field, indices, limit, f"of {name} in this model{heads}")
+            if given:
+                found[Site(int(layer), name)] = [kv_row(index, shape) for index in given] if repeated else given
+    return _set_of(found, shape)
+
+
+def _set_of(found: Mapping[Site, list[int]], shape: DecoderShape) -> NeuronSet:
+    members = {}
+    for site, indices in found.items():
+        empty = torch.zeros(shape.neurons(site.projection), dtype=torch.bool)
+        members[site] = empty.index_fill(0, torch.tensor(indices, dtype=torch.int64), True)
     return NeuronSet(members)
 
 

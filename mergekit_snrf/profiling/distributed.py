@@ -19,7 +19,6 @@ T = TypeVar("T")
 
 # Ranks wait for the slowest one, and a side may take days.
 _TIMEOUT = datetime.timedelta(days=30)
-_OPERATIONS = {"min": "MIN", "max": "MAX", "sum": "SUM"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Ranks:
     def reduce(self, tensor: Tensor, operation: str) -> None:
         """Combine a CPU tensor of all ranks in place on rank 0, by ``min``, ``max`` or ``sum``."""
         if self.world > 1:
-            dist.reduce(tensor, dst=0, op=getattr(dist.ReduceOp, _OPERATIONS[operation]), group=self.group)
+            dist.reduce(tensor, dst=0, op=getattr(dist.ReduceOp, operation.upper()), group=self.group)
 
     def device(self, name: str | None) -> str | None:
         """Return the device of this rank, an own one with several CUDA devices; ``SnrfError``: all would share one."""

@@ -16,10 +16,18 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.live import LiveDecoder, find_live_decoder
-from mergekit_snrf.models.moments import MOMENTS, InputSite, Moments, MomentsProvenance, read_moments, write_moments
+from mergekit_snrf.models.moments import (
+    MOMENTS,
+    InputSite,
+    Moments,
+    MomentsProvenance,
+    input_sizes,
+    read_moments,
+    write_moments,
+)
 from mergekit_snrf.profiling.groups import Groups, Prompts, RunOptions, loaded, started
 from mergekit_snrf.profiling.journal import Progress, Tally
-from mergekit_snrf.profiling.measure.inputs import input_sizes, run_once, watched_inputs
+from mergekit_snrf.profiling.measure.inputs import run_once, watched_inputs
 from mergekit_snrf.profiling.measure.meter import Meter
 from mergekit_snrf.profiling.probes.batches import ProbeBatch
 from mergekit_snrf.profiling.request import ModelInfo, fingerprint, opened, stem_of
@@ -61,7 +69,7 @@ class Watch:
 
     def empty(self) -> MomentSums:
         """Return sums of no tokens."""
-        return MomentSums(input_sizes(self.decoder), self.clips, self.config.sketch, self.config.seed)
+        return MomentSums(input_sizes(self.decoder.shape), self.clips, self.config.sketch, self.config.seed)
 
     def visit(self, sums: MomentSums, batch: ProbeBatch) -> None:
         """Run a batch through the model and add its inputs to sums."""

@@ -242,26 +242,20 @@ def _finish(
     neurons = select(list(profiles.values()), config.select)
     if not neurons.count():
         logger.warning("no neuron is shared; choose a larger top_ratio, a smaller sigma, or at_least")
-    write_mask(mask, neurons, _mask_provenance(config, profiles, mask))
-    return Result(
-        mask,
-        neurons,
-        {name: profile_path(mask, name) for name in SIDES},
-        {name: profile.count for name, profile in profiles.items()},
-        seconds,
-    )
-
-
-def _mask_provenance(config: ProfileConfig, profiles: dict[SideName, Profile], mask: Path) -> Provenance:
+    paths = {name: profile_path(mask, name) for name in SIDES}
     target, source = (profiles[name].provenance for name in SIDES)
-    dtypes = {target.dtype, source.dtype}
-    return Provenance(
+    dtype = target.dtype
+    if source.dtype != dtype:
+        dtype = f"{dtype} (target), {source.dtype} (source)"
+    provenance = Provenance(
         target=target.model,
         source=source.model,
         selection={**config.select.rule, "measure": target.measure},
         operation="profile",
-        inputs=[{"file": f"{name} profile", "sha256": references.sha256(profile_path(mask, name))} for name in SIDES],
+        inputs=[{"file": f"{name} profile", "sha256": references.sha256(path)} for name, path in paths.items()],
         seed=config.seed,
-        dtype=target.dtype if len(dtypes) == 1 else f"{target.dtype} (target), {source.dtype} (source)",
+        dtype=dtype,
         versions=target.versions,
     )
+    write_mask(mask, neurons, provenance)
+    return Result(mask, neurons, paths, {name: profile.count for name, profile in profiles.items()}, seconds)

@@ -198,7 +198,6 @@ EVALUATIONS = """
 import sys
 def fine(model, processor): return {"R": [1.0, 0.0]}
 def leaves(model, processor): sys.exit(3)
-def interrupted(model, processor): raise KeyboardInterrupt
 """
 
 
@@ -227,13 +226,6 @@ def test_a_model_with_weights_that_are_not_finite_is_refused(mask: Path, evaluat
     weight = "weight model.language_model.layers.1.mlp.up_proj.weight has NaN or infinite values in "
     assert done.stderr.startswith(f"Error: {tmp_path / 'model'}: {weight}")
     assert done.stderr.count("\n") == 1
-
-
-def test_an_interrupted_command_says_so_and_writes_nothing(mask: Path, evaluations: Path, tmp_path: Path) -> None:
-    options = ["--mask", mask, "--eval", f"{evaluations}:interrupted", "--quiet", "--json", tmp_path / "s.json"]
-    done = run(BOARD / "target", *options)
-    assert (done.exit_code, done.output) == (130, "\nInterrupted.\n")
-    assert not (tmp_path / "s.json").exists()
 
 
 def test_quiet_is_quiet_on_data_that_was_never_read(

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.fusion.delta import working_dtype
 from mergekit_snrf.fusion.fuse import ORDERS, Fusion, fuse, masked_update
+from mergekit_snrf.fusion.updates import working_dtype
 
 examples = settings(max_examples=30)
 

@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import SOURCE_OF, TARGETS, example_inputs, load, make_source, make_target, read
-from click.testing import CliRunner
 from family_table import passed
-from mergekit.scripts.run_yaml import main as mergekit_yaml
+from pair import Pair, merge
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
-from mergekit_snrf.merge import install
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder
 from mergekit_snrf.neurons.maskfile import write_mask
@@ -25,11 +23,6 @@ from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import Site
 
 BETA, RANK = 0.5, 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _plugin() -> None:
-    install()
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +59,6 @@ def expected_weight(target: Tensor, source: Tensor, member: Tensor, axis: int) -
     return before + BETA * np.where(mask, delta_r, 0.0)
 
 
-def merge(folder: Path, target: Path, source: Path, mask: Path, *options: str) -> Path:
-    recipe = folder / "snrf.yml"
-    recipe.write_text(
-        f"merge_method: snrf\nbase_model: {target}\nmodels:\n  - model: {source}\n"
-        f"    parameters: {{beta: {BETA}, rank: {RANK}}}\nparameters:\n  masks: {mask}\n"
-    )
-    out = folder / "out"
-    result = CliRunner().invoke(mergekit_yaml, [str(recipe), str(out), "--quiet", *options], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return out
-
-
 def live_weight(model: torch.nn.Module, site: Site) -> torch.nn.Parameter:
     """The weight of a projection of the text decoder in a live model, found by module names alone."""
     found = [
@@ -100,9 +81,8 @@ def test_merge_of_family(
     neurons = some_neurons(mine)
     write_mask(tmp_path / "mask.safetensors", neurons)
     remote = ["--trust-remote-code"] if open_checkpoint(str(target)).needs_remote_code else []
-    out = merge(tmp_path, target, source, tmp_path / "mask.safetensors", *remote)
-
-    before, donor, after = read(target), read(source), read(out)
+    recipe, out = Pair(tmp_path, target, source, tmp_path / "mask.safetensors", neurons).recipe(), tmp_path / "out"
+    before, donor, after = read(target), read(source), merge(recipe, out, *remote)
     assert after.keys() == before.keys()
     edited = {mine.weight_name(site): site for site in neurons.nonempty()}
     for name, tensor in after.items():

@@ -118,11 +118,6 @@ def test_layout_of_the_base(safe: bool, pair: Pair, plain: Tensors, tmp_path: Pa
     assert weights == {"model.safetensors"}
 
 
-def test_accelerator_refuses_mixed_devices(accelerator: Accelerator) -> None:
-    with accelerator, pytest.raises(RuntimeError, match="same device"):
-        torch.ones(2).to("meta") + torch.ones(2)
-
-
 @pytest.mark.parametrize(
     ("source", "parameters"),
     [

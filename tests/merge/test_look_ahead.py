@@ -21,7 +21,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from outputs import hashes, tree
 from pair import Pair, assert_same, merge, target_name, write_recipe
 
-from mergekit_snrf.fusion import delta, threads
+from mergekit_snrf.fusion import threads, updates
 from mergekit_snrf.merge import install
 from mergekit_snrf.merge.draft import draft_merge
 from mergekit_snrf.merge.session import MergeSession
@@ -79,7 +79,7 @@ def test_an_interrupt_does_not_wait_for_workers(pair: Pair, tmp_path: Path, capf
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(100)
         torch.set_num_threads(2)
-        delta.working_dtype = endless
+        updates.working_dtype = endless
         install()
         try:
             mergekit_yaml([str(recipe), str(tmp_path / "out"), "--quiet"], prog_name="mergekit-yaml")

@@ -7,16 +7,6 @@ import pytest
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.merge.recipefile import load_recipe
 
-RECIPE = """
-merge_method: snrf
-base_model: owner/target
-models:
-  - model: owner/source
-    parameters: {beta: [0.1, 0.5], rank: 4}
-parameters: {masks: mask.safetensors}
-dtype: bfloat16
-"""
-
 PARAMETER = "': must be a value, a list of values, or a mapping with value and filter"
 
 
@@ -24,24 +14,6 @@ def recipe(folder: Path, content: str | bytes) -> str:
     path = folder / "snrf.yml"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
-
-
-def test_recipes_are_read_as_mergekit_reads_them(tmp_path: Path) -> None:
-    from mergekit.config import MergeConfiguration
-
-    config = load_recipe(recipe(tmp_path, RECIPE))
-    assert isinstance(config, MergeConfiguration)
-    assert config.merge_method == "snrf"
-    assert str(config.base_model) == "owner/target"
-    assert config.models[0].parameters == {"beta": [0.1, 0.5], "rank": 4}
-    assert config.parameters == {"masks": "mask.safetensors"}
-
-
-def test_anchors_and_merge_keys_work(tmp_path: Path) -> None:
-    text = RECIPE.replace("{beta: [0.1, 0.5], rank: 4}", "&common {beta: 0.25}").replace(
-        "parameters: {masks: mask.safetensors}", "parameters: {<<: *common, masks: m}"
-    )
-    assert load_recipe(recipe(tmp_path, text)).parameters == {"beta": 0.25, "masks": "m"}
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from pair import assert_same, merge
 from transformers import AutoModelForCausalLM
 
 from mergekit_snrf.cli.snrf import main as snrf
-from mergekit_snrf.merge.origins import Origin, common_license
+from mergekit_snrf.merge.cards import Origin, common_license
 from mergekit_snrf.neurons.maskfile import ModelProvenance, Provenance, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.sites import Site

@@ -10,8 +10,7 @@ import torch
 from checkpoints import read, write
 from pair import Pair, merge, target_name
 
-from mergekit_snrf.fusion.fuse import Fused, Fusion, Rounding, fuse
-from mergekit_snrf.merge.tally import Tally
+from mergekit_snrf.fusion.fuse import Fusion, fuse
 
 
 @pytest.fixture
@@ -45,16 +44,6 @@ def test_rounding_is_what_float64_says() -> None:
     assert rounding.update == pytest.approx(float(step.norm()), rel=1e-5)
     assert rounding.lost == pytest.approx(float(lost.norm()), rel=1e-5)
     assert (rounding.weights, rounding.changed) == (256, int((result != target).sum()))
-
-
-def test_changed_weights_are_known_when_the_last_tensor_is_done() -> None:
-    rounding = Rounding(update=1.0, lost=0.5, weights=10, changed=7)
-    tally, fused = Tally(2), Fused(torch.zeros(0), None, rounding)
-    assert tally.changed is None
-    tally.add("a", fused)
-    assert tally.changed is None
-    tally.add("b", fused)
-    assert tally.changed == 14
 
 
 def test_lost_update_warns(close: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -18,7 +18,7 @@ from mergekit_snrf.evidence.asked import AskedOptions, load_asked
 from mergekit_snrf.files import reading, references, writing
 from mergekit_snrf.models.checkpoint import open_checkpoint
 from mergekit_snrf.models.reference import ModelRef
-from mergekit_snrf.neurons.lists import read_released
+from mergekit_snrf.neurons.lists import read_neurons
 from mergekit_snrf.neurons.maskfile import load_mask, read_mask, write_mask
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape, check_fit
@@ -72,7 +72,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "neurons: fit layer": lambda: fit(of("layers.3.attn.q", 12)),
     "neurons: fit heads": lambda: fit(of("layers.0.attn.k", 12)),
     "neurons: fit neuron": lambda: fit([Neuron.parse("fwd.up.L9.N1")]),
-    "neurons: released": lambda: written('{"attn_x": {}}', lambda path: read_released(path, SHAPE)),
+    "neurons: released": lambda: written('{"attn_x": {}}', lambda path: read_neurons(path, SHAPE)),
     "models: no folder": lambda: open_checkpoint("/absent/model"),
     "profiling: unknown key": lambda: written("target: {modle: a}\nsource: {model: b}", load_profile_config),
     "profiling: selection": lambda: Selection.of(top_ratio=2),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint, open_checkpoint, weight_files
-from mergekit_snrf.models.headers import ITEM_BYTES, TensorHeader
+from mergekit_snrf.models.shards import ITEM_BYTES, TensorHeader
 
 CONFIG = {
     "model_type": "qwen2",

@@ -10,7 +10,7 @@ import pytest
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.models.checkpoint import Checkpoint
 from mergekit_snrf.models.decoder import Decoder, find_decoder, pairing_problems
-from mergekit_snrf.models.headers import TensorHeader
+from mergekit_snrf.models.shards import TensorHeader
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import PROJECTIONS, Site
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import repeat_kv
 
 from mergekit_snrf.errors import SnrfError
-from mergekit_snrf.neurons.lists import kv_row, read_released, released_json
+from mergekit_snrf.neurons.lists import kv_row, read_neurons, released_json
 from mergekit_snrf.neurons.sets import NeuronSet
 from mergekit_snrf.neurons.shape import DecoderShape
 from mergekit_snrf.neurons.sites import Site
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def imported(folder: Path, content: Any, shape: DecoderShape, **options: Any) -> NeuronSet:
     path = folder / "neurons.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_released(path, shape, **options)
+    return read_neurons(path, shape, **options)
 
 
 @examples
@@ -136,5 +136,5 @@ def test_malformed_files(tmp_path: Path, content: Any) -> None:
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else b"")
     with pytest.raises(SnrfError) as caught:
-        read_released(path, TINY) if isinstance(content, bytes | None) else imported(tmp_path, content, TINY)
+        read_neurons(path, TINY) if isinstance(content, bytes | None) else imported(tmp_path, content, TINY)
     assert caught.value.where == str(path)

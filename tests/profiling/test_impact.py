@@ -252,7 +252,8 @@ def test_only_attended_keys_and_counted_rows_are_visited():
 
 
 @pytest.mark.skipif(not impact_blocks._onednn_linear(), reason="this torch has no oneDNN product")
-def test_probes_of_all_lengths_share_few_shapes_of_products():
+def test_probes_of_all_lengths_share_few_shapes_of_products(monkeypatch):
+    monkeypatch.setattr(impact_blocks, "_is_intel", lambda: False)
     with Operations() as seen:
         for tokens in range(50, 200, 3):
             answer = (torch.arange(tokens) >= tokens % 37).float()[None]
@@ -302,6 +303,22 @@ def test_scores_of_any_size_stay_finite(factor):
         extreme = replace(inputs, query=inputs.query * factor, key=inputs.key * factor)
         assert all(scores.isfinite().all() for scores in attention_impact(extreme))
         assert all(scores.isfinite().all() for scores in released_attention_scores(extreme))
+
+
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize("norms", [(), ("query_norm",), ("key_norm",), ("query_norm", "key_norm")])
+@pytest.mark.parametrize("product", ["MKL", "oneDNN"])
+def test_few_large_neurons_are_exact_beside_small_ones(outlier, norms, product, monkeypatch):
+    monkeypatch.setattr(impact_blocks, "_is_intel", lambda: product == "MKL")
+    key_mask = torch.ones(2, 150)
+    key_mask[0, :37] = 0
+    inputs = random_inputs(dtype=torch.float64, key_mask=key_mask, **{name: torch.ones(16) for name in norms})
+    inputs.query[:, 60:70, 3] *= outlier
+    inputs.key[:, 40:, 21] += outlier
+    exact = attention_impact(inputs, backend="sdpa")
+    assert_close(attention_impact(inputs, block_bytes=20_000), exact, 1e-12)
+    single = {name: getattr(inputs, name).float() for name in ("query", "key", "value", "cos", "sin")}
+    assert_close(attention_impact(replace(inputs, **single), block_bytes=20_000), exact, 1e-5 * max(1.0, outlier / 10))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

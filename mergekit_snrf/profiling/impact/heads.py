@@ -13,97 +13,89 @@ projection: then its RMS loses x_k as well, and the other columns grow by
 ``sqrt((ms + eps) / (ms - x_k^2 / d + eps))``, ms = mean(x^2): one factor a row (attn.q) or a column (attn.k) of the
 scores. q, k and ``~`` above are after the norm and its weight, x is before them.
 
-Cap, mask and softmax then run anew on every block of changed scores. The softmax takes its own row maximum, so
-that scores of any size are safe, and a block stays in the cache from its first pass to the product with V.
+Cap, mask and softmax then run anew on every block of changed scores, which stays in the cache from its first pass to
+the product with V. Where Delta is known to be small, the row maximum of the unchanged scores serves the changed ones
+too, and their exponentials are divided by their sums after the product with V. Elsewhere the softmax takes its own row
+maximum, so that scores of any size are safe. A constant in a row of scores drops out, so that columns of keys can be
+centred, which makes Delta smaller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, Positions, block_size, product
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, working_dtype
+from mergekit_snrf.profiling.impact.sides import Rotary, Side
 
+LARGEST_CHANGE = 15.0
+"""Bound of a change of scores up to which the row maximum of the unchanged ones serves."""
 
-class Rotary(NamedTuple):
-    """RoPE of one probe as ``x~ = x cos + (x cross)[partner]``."""
-
-    cos: Float[Tensor, "#tokens 1 head_dim"]
-    cross: Float[Tensor, "#tokens 1 head_dim"]
-    partner: Int[Tensor, " head_dim"]
-
-    @staticmethod
-    def of(cos: Tensor | None, sin: Tensor | None, item: int, head_dim: int, like: Tensor) -> Rotary:
-        """Return the RoPE of probe ``item`` from cos and sin as in ``AttentionInputs``, None for no rotation."""
-        partner = torch.arange(head_dim, device=like.device)
-        if cos is None or sin is None:
-            one = like.new_ones(1, 1, head_dim)
-            return Rotary(one, torch.zeros_like(one), partner)
-        half = cos.shape[-1] // 2
-        partner[: 2 * half] = partner[: 2 * half].roll(half)
-        cos, sin = (table[item % len(table)].to(like)[:, None] for table in (cos, sin))
-        cross = torch.cat([sin[..., half:], -sin[..., :half]], dim=-1)
-        rest = head_dim - 2 * half
-        return Rotary(F.pad(cos, (0, rest), value=1.0), F.pad(cross, (0, rest)), partner)
-
-    def at(self, rows: Int[Tensor, " rows"]) -> Rotary:
-        """Return the RoPE of some positions."""
-        return self if len(self.cos) == 1 else Rotary(self.cos[rows], self.cross[rows], self.partner)
-
-
-class Side(NamedTuple):
-    """Heads of queries or keys: what norm and RoPE make of them, and what zeroing a column takes away."""
-
-    rotated: Float[Tensor, "tokens heads head_dim"]
-    direct: Float[Tensor, "tokens heads head_dim"]
-    crossed: Float[Tensor, "tokens heads head_dim"]
-    growth: Float[Tensor, "tokens heads head_dim"] | None
-
-    @staticmethod
-    def of(
-        raw: Float[Tensor, "tokens heads head_dim"],
-        norm: Float[Tensor, " head_dim"] | None,
-        eps: float,
-        rotary: Rotary,
-    ) -> Side:
-        """Apply the RMS norm, if there is one, and RoPE to the heads of a raw projection."""
-        growth = None
-        if norm is not None:
-            squares = raw.square()
-            # Sums of all squares but one, from both ends: a difference would cancel where one column dominates.
-            before = F.pad(squares.cumsum(-1)[..., :-1], (1, 0))
-            after = F.pad(squares.flip(-1).cumsum(-1)[..., :-1], (1, 0)).flip(-1)
-            mean = squares.mean(-1, keepdim=True)
-            growth = ((mean + eps) / ((before + after) / raw.shape[-1] + eps)).sqrt()
-            raw = raw * (mean + eps).rsqrt() * norm.to(raw)
-        direct, crossed = raw * rotary.cos, raw * rotary.cross
-        return Side(direct + crossed[..., rotary.partner], direct, crossed, growth)
+LOWEST_SCORE = -72.0
+"""Scores so far below the row maximum weigh nothing, LARGEST_CHANGE or not; less underflows, which slows exp down."""
 
 
 class Removal(NamedTuple):
     """Without neuron k the scores are ``growth[k] (S - sum over t of outer(query[t, k], key[t, k]))``.
 
-    ``growth`` broadcasts over rows or over tokens, whichever side the norm is on; None is 1.
+    ``growth`` broadcasts over rows or over tokens, whichever side the norm is on; None is 1. ``largest`` bounds for
+    every neuron by how much a score changes, apart from what all scores of a row share; empty if unknown.
     """
 
     query: Float[Tensor, "terms head_dim rows"]
     key: Float[Tensor, "terms head_dim tokens"]
     growth: Float[Tensor, "head_dim _ _"] | None = None
+    largest: Sequence[float] = ()
 
-    def growth_at(self, dims: slice, block: Block) -> Float[Tensor, "dims _ _"] | None:
-        """Return the growth within a block."""
+    def bounded(self, reach: float) -> Removal:
+        """Return it with ``largest``, for unchanged scores in [-reach, reach]."""
+        key = self.key
+        if self.growth is None:
+            low, high = key.aminmax(dim=-1, keepdim=True)
+            key = key - (low + high) / 2
+        largest = (self.query.abs().amax(-1) * key.abs().amax(-1)).sum(0)
+        if self.growth is not None:
+            growth = self.growth.flatten(1).amax(1)
+            largest = growth * largest + (growth - 1) * (reach if self.grows_keys else 0.0)
+        return Removal(self.query, key, self.growth, largest.tolist())
+
+    @property
+    def grows_keys(self) -> bool:
+        """Whether the growth differs from key to key."""
+        return self.growth is not None and self.growth.shape[2] > 1
+
+    def scores(
+        self, block: Block, base: Tensor, buffer: Float[Tensor, " elements"], step: int, calm: Tensor | None = None
+    ) -> Iterator[tuple[Float[Tensor, "dims rows keys"], bool]]:
+        """Yield the scores of a block without each of the neurons, ``step`` neurons at a time, in a buffer.
+
+        They come from the unchanged scores ``base``, or from ``calm`` where that is given and the change is small; the
+        second value says which.
+        """
+        queries = [term.split(step) for term in self.query[:, :, block.rows, None].unbind()]
+        keys = [term.split(step) for term in self.key[:, :, None, block.keys].unbind()]
+        growths = self._growth_at(block, step)
+        for number, (query, key) in enumerate(zip(queries[0], keys[0], strict=True)):
+            changes = self.largest[number * step : (number + 1) * step]
+            small = calm is not None and all(change <= LARGEST_CHANGE for change in changes)
+            scores = buffer[: len(query) * base.numel()].view(-1, *base.shape)
+            torch.addcmul(calm if small and calm is not None else base, query, key, value=-1, out=scores)
+            for term in range(1, len(queries)):
+                scores.addcmul_(queries[term][number], keys[term][number], value=-1)
+            yield scores if growths is None else scores.mul_(growths[number]), small
+
+    def _growth_at(self, block: Block, step: int) -> tuple[Float[Tensor, "dims _ _"], ...] | None:
         if self.growth is None:
             return None
         rows = block.rows if self.growth.shape[1] > 1 else slice(None)
         keys = block.keys if self.growth.shape[2] > 1 else slice(None)
-        return self.growth[dims, rows, keys]
+        return self.growth[:, rows, keys].split(step)
 
 
 @dataclass(frozen=True)
@@ -149,22 +141,45 @@ class HeadGroup:
             scores = self.base_scores(block)
             outputs = [product(self.softmax(base.clone(), block), values) for base in scores]
             value += self.value_squares(outputs, weights, readout)
-            for dims in self.dim_slices(block):
-                changes = []
-                for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
-                    change = product(self.changed(block, base, without_query[head], dims), values).sub_(output)
-                    if readout is not None:
-                        change = product(change, readout.heads[self.index * heads + head].to(change))
-                    query[head, dims] += energy(change, weights)
-                for head, (base, output) in enumerate(zip(scores, outputs, strict=True)):
-                    change = product(self.changed(block, base, without_key[head], dims), values).sub_(output)
-                    changes.append(change if readout is not None else energy(change, weights))
-                if readout is not None:
-                    joint = product(torch.cat(changes, dim=-1), readout.groups[self.index].to(self.values))
-                    changes = [energy(joint, weights)]
-                for change in changes:
-                    key[dims] += change
+            of_query, of_key = (
+                [self._changes(block, values, *head) for head in zip(removals, scores, outputs, strict=True)]
+                for removals in (without_query, without_key)
+            )
+            if readout is None:
+                query += torch.stack([squares(head, weights) for head in of_query])
+                key += sum(squares(head, weights) for head in of_key)
+            else:
+                factors = readout.heads[self.index * heads : (self.index + 1) * heads].to(values)
+                for head, factor in enumerate(factors):
+                    query[head] += squares((product(change, factor) for change in of_query[head]), weights)
+                factor = readout.groups[self.index].to(values)
+                joint = (torch.cat(parts, dim=-1) for parts in zip(*of_key, strict=True))
+                key += squares((product(change, factor) for change in joint), weights)
         return query, key, value
+
+    def _changes(
+        self,
+        block: Block,
+        values: Float[Tensor, "value_dim keys"],
+        removal: Removal,
+        base: Float[Tensor, "rows keys"],
+        output: Float[Tensor, "rows value_dim"],
+    ) -> Iterator[Float[Tensor, "dims rows value_dim"]]:
+        """Yield what the output of one head gains without each of its neurons, for some neurons at a time."""
+        minus, top, calm = -output, base.amax(-1, keepdim=True), None
+        if removal.largest and not self.masks_late(block):
+            calm = torch.maximum(base, top + LOWEST_SCORE)
+            if not removal.grows_keys:
+                calm -= top
+        for scores, small in removal.scores(block, base, self.buffer, self.dims_at_once(block), calm):
+            if not small:
+                yield product(self.softmax(scores, block), values).add_(minus)
+                continue
+            if removal.grows_keys:
+                scores -= top
+            total = scores.exp_().sum(-1, keepdim=True)
+            change = product(scores, values)
+            yield torch.addcdiv(minus, change, total, out=change)
 
     def base_scores(self, block: Block) -> list[Float[Tensor, "rows keys"]]:
         """Return S of every head, masked already unless a cap or a growth comes first."""
@@ -187,7 +202,7 @@ class HeadGroup:
             terms = torch.stack([self.query.direct[:, head].mT, self.query.crossed[:, head].mT]) * self.scaling
             growth = None if self.query.growth is None else self.query.growth[:, head].mT.contiguous()[:, :, None]
             removals.append(Removal(terms, keys, growth))
-        return removals
+        return self._bounded(removals)
 
     def _without_key(self) -> list[Removal]:
         keys = torch.cat([self.key.direct, self.key.crossed], dim=1).permute(1, 2, 0) * self.scaling
@@ -197,14 +212,20 @@ class HeadGroup:
         for head in range(self.query.rotated.shape[1]):
             rotated = self.query.rotated[:, head]
             removals.append(Removal(torch.stack([rotated.mT, rotated[:, self.partner].mT]), keys, growth))
-        return removals
+        return self._bounded(removals)
 
-    def dim_slices(self, block: Block) -> list[slice]:
-        """Split the neurons of a head into slices whose changed scores fit into the buffer."""
+    def _bounded(self, removals: list[Removal]) -> list[Removal]:
+        # A cap is applied before anything is shared by a row, and a GPU would be waited for.
+        if self.softcap is not None or self.values.device.type != "cpu":
+            return removals
+        query, key = (float(side.rotated.norm(dim=-1).amax()) for side in (self.query, self.key))
+        return [removal.bounded(query * key * abs(self.scaling)) for removal in removals]
+
+    def dims_at_once(self, block: Block) -> int:
+        """Return how many neurons of a head have changed scores that fit into the buffer, the same for all slices."""
         head_dim = self.query.rotated.shape[2]
         fitting = max(1, self.buffer.numel() // block.hidden.numel())
-        step = -(-head_dim // -(-head_dim // fitting))
-        return [slice(start, min(start + step, head_dim)) for start in range(0, head_dim, step)]
+        return -(-head_dim // -(-head_dim // fitting))
 
     def masks_late(self, block: Block) -> bool:
         """Return whether a cap or a growth is applied to the changed scores before the mask."""
@@ -220,21 +241,6 @@ class HeadGroup:
         if self.masks_late(block):
             scores.add_(block.bias(scores))
         return torch.softmax(scores, dim=-1, out=scores)
-
-    def changed(
-        self, block: Block, base: Float[Tensor, "rows keys"], removal: Removal, dims: slice
-    ) -> Float[Tensor, "dims rows keys"]:
-        """Return the attention weights without each of the neurons ``dims``, in the buffer."""
-        query = removal.query[:, dims, block.rows, None]
-        key = removal.key[:, dims, None, block.keys]
-        scores = self.buffer[: query.shape[1] * base.numel()].view(-1, *base.shape)
-        torch.addcmul(base, query[0], key[0], value=-1, out=scores)
-        for term in range(1, len(query)):
-            scores.addcmul_(query[term], key[term], value=-1)
-        growth = removal.growth_at(dims, block)
-        if growth is not None:
-            scores.mul_(growth)
-        return self.softmax(scores, block)
 
     def value_squares(
         self, outputs: list[Float[Tensor, "rows value_dim"]], weights: Float[Tensor, " rows"], readout: Readout | None
@@ -297,6 +303,14 @@ def head_groups(
         )
 
 
+def squares(
+    changes: Iterable[Float[Tensor, "dims rows width"]], weights: Float[Tensor, " rows"]
+) -> Float[Tensor, " neurons"]:
+    """Return ``sum_i w_i ||change_i||^2`` of the neurons of all changes, float64."""
+    norms = torch.cat([torch.linalg.vector_norm(change, dim=-1) for change in changes])
+    return (norms.square_() @ weights).double()
+
+
 def energy(change: Float[Tensor, "*dims rows width"], weights: Float[Tensor, " rows"]) -> Float[Tensor, "*dims"]:
     """Return ``sum_i w_i ||change_i||^2``, float64."""
-    return (change.square().sum(-1) @ weights).double()
+    return (torch.linalg.vector_norm(change, dim=-1).square_() @ weights).double()

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mergekit_snrf.profiling.impact.blocks import Positions, product
-from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, energy
+from mergekit_snrf.profiling.impact.heads import HeadGroup, Removal, squares
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, working_dtype
 from mergekit_snrf.profiling.impact.layer import AttentionScores, GroupSums, sum_over_positions, sums_of
 
@@ -56,7 +56,6 @@ def _group_sums(group: HeadGroup) -> GroupSums:
             attention = group.softmax(base.clone(), block)
             output = product(attention, group.values[:, block.keys]) + group.value_mean
             value += (weights @ output.abs()).double()
-            for dims in group.dim_slices(block):
-                changed = group.changed(block, base, columns[head], dims)
-                query[head, dims] += energy(changed.sub_(attention), weights)
+            changed = columns[head].scores(block, base, group.buffer, group.dims_at_once(block))
+            query[head] += squares((group.softmax(scores, block).sub_(attention) for scores, _ in changed), weights)
     return query, query.sum(0), value

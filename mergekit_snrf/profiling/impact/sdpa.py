@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.heads import HeadGroup, Side, energy
+from mergekit_snrf.profiling.impact.heads import HeadGroup, energy
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout
+from mergekit_snrf.profiling.impact.sides import Side
 
 Backend = Literal["auto", "blocked", "sdpa"]
 

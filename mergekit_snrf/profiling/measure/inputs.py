@@ -12,14 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mergekit_snrf.models.live import LiveDecoder
-from mergekit_snrf.models.moments import INPUTS, InputSite
-
-
-def input_sizes(decoder: LiveDecoder) -> dict[InputSite, int]:
-    """Return every input of a decoder with its size."""
-    shape = decoder.shape
-    sizes = {"attn": shape.hidden_size, "up": shape.hidden_size, "down": shape.intermediate_size}
-    return {InputSite(layer, name): sizes[name] for layer in range(shape.layers) for name in INPUTS}
+from mergekit_snrf.models.moments import InputSite, input_sizes
 
 
 @contextmanager
@@ -33,7 +26,7 @@ def watched_inputs(
     Later passes of the same batch, as ``weight: gradient`` makes them, are not visited again. ``visit`` takes float32,
     or float64 of a float64 model. ``SnrfError``: an input was not seen, or has another size.
     """
-    sizes, seen = input_sizes(decoder), set[InputSite]()
+    sizes, seen = input_sizes(decoder.shape), set[InputSite]()
     # Found once: a boolean index would wait for the device at every input.
     places = None if bool(counted.all()) else counted.flatten().nonzero().flatten()
 
