@@ -325,10 +325,10 @@ def _apply(tall: Tensor, block: Tensor, images: Tensor, scale: float) -> Tensor:
     """Return scale * block A^T A and write block A^T to ``images``; a panel of rows is read once for both."""
     by_row, same = tall.stride(-1) == 1, tall.dtype == block.dtype
     step = len(tall) if same and not by_row else max(1, (1 + same) * _PANEL // tall.shape[1])
-    applied = torch.zeros_like(block)
+    applied, columns = torch.zeros_like(block), block.mT.contiguous()
     for begin in range(0, len(tall), step):
         part = tall[begin : begin + step].to(block.dtype)
-        image = (part @ block.mT).mT if by_row else block @ part.mT
+        image = (part @ columns).mT if by_row else block @ part.mT
         images[:, begin : begin + step] = image
         applied.addmm_(image, part, alpha=scale)
     return applied

@@ -64,8 +64,8 @@ def difference(
         check_not_stopped()
         ours = target[panel]
         theirs = ours if source_base is None else source_base[panel]
-        torch.sub(source[panel].to(dtype), theirs.to(dtype), out=delta[panel])
-        finite = finite and is_finite(delta[panel]) and (source_base is None or is_finite(ours))
+        part = delta[panel].copy_(source[panel]).sub_(theirs)
+        finite = finite and is_finite(part) and (source_base is None or is_finite(ours))
         see(panel, ours)
     if finite:
         return delta
