@@ -8,6 +8,7 @@ FLOORS := .venv-floors
 # The versions that CI tests; `make CONSTRAINTS= demo` takes the newest instead.
 CONSTRAINTS ?= -c requirements/ci.txt
 JOBS ?= 2
+ROUNDS ?= 3
 # Without its bytecode torch and transformers are compiled again in every process: 16 s instead of 6 s.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -37,18 +38,22 @@ lint: $(VENV)/.installed
 families: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/merge/test_families.py --update-families
 
-# All figures of merging, on an idle machine with 15 GB of free disk: about an hour on two cores.
+# All figures of docs/speed.md, on an idle machine with 15 GB of free disk: with ROUNDS=2 about an hour on two cores.
 bench: $(VENV)/.installed
 	mkdir -p build/bench
 	$(BIN)/python benchmarks/imports.py --json build/bench/imports.json | tee build/bench/imports.txt
 	for size in 0.5B 7B-4layers; do \
 		$(BIN)/python benchmarks/merge.py --size $$size --rank 16 --rank 64 --workers 1 --workers 2 --workers 4 \
-			--json build/bench/merge-$$size.json | tee build/bench/merge-$$size.txt && \
-		$(BIN)/python benchmarks/patch.py --size $$size --json build/bench/patch-$$size.json \
+			--repeats $(ROUNDS) --json build/bench/merge-$$size.json | tee build/bench/merge-$$size.txt && \
+		$(BIN)/python benchmarks/patch.py --size $$size --repeats $(ROUNDS) --json build/bench/patch-$$size.json \
 			| tee build/bench/patch-$$size.txt || exit 1; \
 	done
-	$(BIN)/python benchmarks/merge.py --size 7B-4layers --only regmean --sketch 512 \
+	$(BIN)/python benchmarks/merge.py --size 7B-4layers --only regmean --sketch 512 --repeats $(ROUNDS) \
 		--json build/bench/merge-sketch.json | tee build/bench/merge-sketch.txt
+	$(BIN)/python benchmarks/profiling.py --rounds $(ROUNDS) --json build/bench/profiling.json \
+		| tee build/bench/profiling.txt
+	$(BIN)/python benchmarks/lowrank.py --rounds $(ROUNDS) --json build/bench/lowrank.json \
+		| tee build/bench/lowrank.txt
 	$(BIN)/python benchmarks/table.py build/bench
 
 # Processors that need torchvision, which belongs to one release of torch: an environment of their own.
