@@ -85,6 +85,9 @@ class TestTask:
                 assert (equals, int(result)) == ("=", python[sign](int(left), int(right)) % 10)
             assert final == f"# {steps[-1].split()[-1]}"
 
+    def test_documented_example(self) -> None:
+        assert board_task.solve(list("3+4x7")) == ("3 + 4 = 7 ; 7 x 7 = 9 ; # 9", 9)
+
     @pytest.mark.parametrize("ask", board_task.ASKS)
     def test_prompt_and_picture_determine_one_answer(self, ask: str) -> None:
         problems = [*sampled(ask, "train", seed=1), *sampled(ask, "test", seed=2)]

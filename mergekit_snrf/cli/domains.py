@@ -127,7 +127,8 @@ def ablate(model: str, file: str, reference: str, choice: Choice, modules: tuple
 
     check_outputs(options["json_file"], options["figures"])
     how: AblationOptions = construct(AblationOptions, options["given"])
-    ref = how.ref(model)
+    with naming(option):
+        ref = how.ref(model)
     found, chosen = _chosen(file, choice)
     _check_model(found, ref)
     sets = domain_sets(chosen)

@@ -147,7 +147,9 @@ def _option(name: str, field: FieldInfo, note: str | None = None) -> Callable[[_
         help_text = f"{help_text} [default: {shown}]"
     # A list that is empty by default is an option to repeat, another one is separated by commas.
     repeats = many and not field.default
-    return click.option(option(name), type=_type(kind, metadata), multiple=repeats, metavar=field.title, help=help_text)
+    # Shells complete paths.
+    of = click.Path() if field.title == "PATH" else _type(kind, metadata)
+    return click.option(option(name), type=of, multiple=repeats, metavar=field.title, help=help_text)
 
 
 def _type(kind: Any, metadata: list[Any]) -> click.ParamType:

@@ -76,8 +76,10 @@ def run_study(
     todo = [row for row in rows if row.name not in (known or {})]
     with tqdm(total=sum(max(1, len(row.draws)) for row in todo), unit="evaluation", disable=not progress) as bar:
 
-        def visit(row: Row, found: Scores) -> None:
-            bar.set_description(row.name)
+        def visit(row: Row, found: Scores | None) -> None:
+            if found is None:
+                bar.set_description(row.name)
+                return
             bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
             bar.update()
 
@@ -91,11 +93,11 @@ def score_rows(
     processor: Any,
     evaluation: Evaluation,
     known: Mapping[str, Sequence[Scores]],
-    visit: Callable[[Row, Scores], None],
+    visit: Callable[[Row, Scores | None], None],
 ) -> dict[str, list[Scores]]:
     """Return the scores of a loaded target under each row's edits, all on the same metrics and items.
 
-    Rows that are ``known`` are not evaluated; ``visit`` gets every score of the others.
+    Rows that are ``known`` are not evaluated; ``visit`` gets every score of the others, and None before it.
 
     Raises:
         SnrfError: an edit does not fit the model, or the evaluation fails.
@@ -106,6 +108,7 @@ def score_rows(
         if row.name in known:
             continue
         for draw in row.draws or (None,):
+            visit(row, None)
             with nullcontext() if draw is None else draw(model):
                 found = evaluate(evaluation, model, processor, like=like)
             like = like or found

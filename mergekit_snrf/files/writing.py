@@ -85,11 +85,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         return
     if target.is_dir():
         raise SnrfError(path, "is a folder", "give the path of a file")
-    if not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
-        reason = f"the folder {target.parent} is read-only"
-        if not target.parent.is_dir():
-            reason = f"there is no folder {target.parent}"
-        raise SnrfError(path, f"cannot be written ({reason})", _REMEDY)
+    if not target.parent.is_dir():
+        raise SnrfError(path, f"cannot be written (there is no folder {target.parent})", _REMEDY)
+    try:
+        # Permissions alone do not say it: root may write anywhere, but not where the file system refuses.
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise _not_written(path, error) from None
 
 
 def _target(path: str | os.PathLike[str]) -> Path | None:

@@ -126,10 +126,13 @@ def _of_layers(path: Path, layers: Any, shape: DecoderShape) -> NeuronSet:
 
 def _indices(path: Path, field: str, given: Any, limit: int, of: str) -> list[int]:
     """Return indices below ``limit``, the range ``of`` what they count."""
-    if isinstance(given, torch.Tensor) and given.ndim == 1 and given.numel() <= limit:
+    if isinstance(given, torch.Tensor):
+        # An expanded tensor takes a few bytes in a file, and any number of them as a list.
+        if given.ndim != 1 or given.numel() > limit:
+            raise SnrfError(path, f"must be a list of at most {limit} indices", _MODEL, field=field)
         given = given.tolist()
-    if not isinstance(given, list | tuple) or len(given) > limit or not all(type(index) is int for index in given):
-        raise SnrfError(path, f"must be a list of at most {limit} whole numbers", _MODEL, field=field)
+    if not isinstance(given, list | tuple) or not all(type(index) is int for index in given):
+        raise SnrfError(path, "must be a list of whole numbers", "save the indices of neurons", field=field)
     worst = min([0, *given]) or max(given, default=0)
     if not 0 <= worst < limit:
         raise SnrfError(path, f"index {worst} is not in [0, {limit}), the range {of}", _MODEL, field=field)

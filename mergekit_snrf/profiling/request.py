@@ -61,6 +61,8 @@ def check_output(mask: str | os.PathLike[str], *, resume: bool, kind: Format = M
     """Raise ``SnrfError`` where a file cannot be written, or an unfinished run would be lost without ``resume``."""
     check_writable(mask)
     path = Path(mask)
+    # Profiles and journals lie beside a mask that is a link.
+    check_writable(stem_of(path, "profile.safetensors"))
     if path.suffix != ".safetensors":
         raise SnrfError(path, "is not the name of a mask file", "use a name that ends in .safetensors")
     kind.check_replaceable(path)

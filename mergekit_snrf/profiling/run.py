@@ -63,12 +63,13 @@ class Side:
         profile, groups, options = self.finished, self.groups, self.groups.options
         keys = groups.kind.keys
         if not self.is_finished or self.moments is not None:
-            model = loaded([groups] if self.moments is None else self.moments.groups)
-            with self._memory_explained(), naming(keys):
-                if not self.is_finished:
-                    profile = self._measured(model)
-                elif self.moments is not None:
-                    self.moments.take(model)
+            with self._memory_explained():
+                model = loaded([groups] if self.moments is None else self.moments.groups)
+                with naming(keys):
+                    if not self.is_finished:
+                        profile = self._measured(model)
+                    elif self.moments is not None:
+                        self.moments.take(model)
         if options.ranks.first:
             if self.is_finished:
                 logger.info("%s: finished by an earlier run", self.name)
@@ -145,7 +146,8 @@ def prepare_side(config: ProfileConfig, name: SideName, info: ModelInfo, options
     prompts = Prompts(config, config.kind(name), options.folder)
     # The moments are in the journal, but the profile does not depend on them.
     groups = Groups(prompts, info, options, name, measured, {"sketch": config.sketch} if keeps else {})
-    finished = _finished(options, name, groups.request) if ranks.first else None
+    request = groups.request  # On every rank, so that each finds the same faults.
+    finished = _finished(options, name, request) if ranks.first else None
     is_finished = ranks.from_first(finished is not None)
     if not is_finished:
         groups.ready()

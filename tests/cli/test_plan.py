@@ -112,6 +112,12 @@ def test_text_says_the_same(pair: Pair, tmp_path: Path) -> None:
     assert "beta 0.5, rank 4, svd-then-mask" in result.stdout
 
 
+def test_gradients_and_filters_are_shown_as_ranges(pair: Pair, tmp_path: Path) -> None:
+    source = {"beta": [0.0, 0.25, 0.5], "rank": [{"filter": "mlp", "value": 0}]}
+    recipe = pair.recipe(source=source, parameters={"order": "mask-then-svd"})
+    assert "beta 0.25 to 0.5, rank 0 to 4 (0: full rank), mask-then-svd" in plan(recipe, tmp_path).stdout
+
+
 def test_layouts_do_not_change_the_plan(pair: Pair, tmp_path: Path) -> None:
     target = make_target(tmp_path / "target", "llava", "hub", max_shard_size=30_000)
     source = make_source(tmp_path / "source", "llama", safe=False, max_shard_size=30_000)

@@ -9,7 +9,7 @@ tools' own dummies and tiny checkpoints with random weights. Removed from the re
 one machine) and the path of the temporary folder.
 
 VLMEvalKit is not on PyPI and did not run. Its tables in ``fixtures/vlmevalkit`` have the names, columns and formats of
-its ``dump`` (``vlmeval/smp/file.py``) and made-up answers.
+its ``dump`` (``vlmeval/smp/file.py``, pandas 3.1.1 and xlsxwriter 3.3.1) and made-up answers. No script makes them.
 """
 
 from __future__ import annotations

@@ -97,6 +97,11 @@ def test_every_problem_is_listed_in_the_order_of_the_recipe() -> None:
     assert found[7].remedy == "did you mean 'beta'?"
 
 
+@pytest.mark.parametrize(("t", "expected"), [(0.25, Fusion(0.25, 4)), (1.0, Fusion(1.0, 10))])
+def test_gradients(t: float, expected: Fusion) -> None:
+    assert recipe({"beta": [0, 0.5, 1], "rank": [2, 10]}, {}).fusion("model.layers.0.mlp.up_proj.weight", t) == expected
+
+
 def test_filters_defaults_and_precedence() -> None:
     found = recipe(
         {"beta": [{"filter": "q_proj", "value": 0.125}, {"filter": "attn", "value": [0.25, 0.75]}]},

@@ -79,8 +79,8 @@ def test_names_of_neurons(tmp_path: Path) -> None:
         (as_tensors([SETS[0][:2]]), "has 2 layers in a set, the model has 3 layers"),
         ([[torch.tensor([10]), torch.tensor([]), torch.tensor([])]], r"layer 0: index -?\d+ is not in \[0, 10\)"),
         ([[torch.tensor([-1]), torch.tensor([]), torch.tensor([])]], r"layer 0: index -?\d+ is not in \[0, 10\)"),
-        ([[torch.tensor([]), torch.tensor([1.5]), torch.tensor([])]], "layer 1: must be a list of at most"),
-        ([[torch.ones(10).bool(), torch.tensor([]), torch.tensor([])]], "layer 0: must be a list of at most"),
+        ([[torch.tensor([]), torch.tensor([1.5]), torch.tensor([])]], "layer 1: must be a list of whole numbers"),
+        ([[torch.ones(10).bool(), torch.tensor([]), torch.tensor([])]], "layer 0: must be a list of whole numbers"),
         # No more than a few bytes in the file, but a terabyte when it is written out.
         (
             [[torch.zeros(1).long().expand(10**12), torch.tensor([]), torch.tensor([])]],

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.neurons.maskfile import (
@@ -63,6 +65,15 @@ def crafted(key: str, tensor: dict[str, Any], data: bytes, snrf: str = "{}") -> 
     header = {"__metadata__": {"format": "snrf-mask", "version": "1", "snrf": snrf}, key: tensor}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+def test_an_empty_mask_is_a_valid_file(tmp_path: Path) -> None:
+    write_mask(tmp_path / "empty.safetensors", NeuronSet({K0: torch.zeros(4, dtype=torch.bool)}))
+    assert read_mask(tmp_path / "empty.safetensors").neurons == NeuronSet({})
+    # The size of the layer stays in the file.
+    assert load_file(tmp_path / "empty.safetensors")[K0.key].shape == (4,)
+    with safe_open(tmp_path / "empty.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "snrf-mask", "version": "1", "snrf": "{}"}
 
 
 @examples

@@ -175,6 +175,16 @@ def test_released_scores_are_sums_over_what_the_modules_give(folder_of):
     assert torch.allclose(impacts[Site(2, "attn.v")], sums.flatten(1), rtol=1e-12)
 
 
+def test_half_precision_models_give_float32_impacts(folder_of):
+    folder = folder_of("source", "qwen3")
+    half = Meter(load(folder, dtype=torch.bfloat16)).impacts(left_padded())
+    full = Meter(load(folder, dtype=torch.float32)).impacts(left_padded())
+    for site, impacts in half.items():
+        assert impacts.dtype == torch.float32
+        relative = (impacts - full[site]).norm() / full[site].norm()
+        assert float(relative) < 0.05, site
+
+
 def test_image_tokens_of_gemma3_see_each_other_in_both_directions(folder_of):
     """Without the real mask the impacts would be those of another model."""
     folder = folder_of("target", "gemma3")

@@ -321,6 +321,18 @@ def test_few_large_neurons_are_exact_beside_small_ones(outlier, norms, product, 
     assert_close(attention_impact(replace(inputs, **single), block_bytes=20_000), exact, 1e-5 * max(1.0, outlier / 10))
 
 
+@pytest.mark.parametrize("norms", [(), ("query_norm", "key_norm")])
+@pytest.mark.parametrize("factor", [1.0, 1e5])
+def test_neurons_that_change_nothing_have_no_impact(factor, norms):
+    inputs = random_inputs(**{name: torch.ones(16) for name in norms})
+    query, key = inputs.query * factor, inputs.key * factor
+    # Dims 9 and 10 are not rotated, so that rows of zeros stay columns of zeros.
+    query[..., 9] = key[..., 26] = 0
+    scores = attention_impact(replace(inputs, query=query, key=key), block_bytes=20_000)
+    assert (scores.query[:, 9] == 0).all()
+    assert (scores.key[:, 26] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     half = to_dtype(random_inputs(), dtype)

@@ -40,6 +40,9 @@ LARGEST_CHANGE = 15.0
 LOWEST_SCORE = -72.0
 """Scores so far below the row maximum weigh nothing, LARGEST_CHANGE or not; less underflows, which slows exp down."""
 
+LARGEST_SCORE = 1e6
+"""Scores up to which a difference of LOWEST_SCORE keeps its digits in float32."""
+
 
 class Removal(NamedTuple):
     """Without neuron k the scores are ``growth[k] (S - sum over t of outer(query[t, k], key[t, k]))``.
@@ -58,7 +61,7 @@ class Removal(NamedTuple):
         key = self.key
         if self.growth is None:
             low, high = key.aminmax(dim=-1, keepdim=True)
-            key = key - (low + high) / 2
+            key = key - ((low + high) / 2).nan_to_num(0.0, 0.0, 0.0)
         largest = (self.query.abs().amax(-1) * key.abs().amax(-1)).sum(0)
         if self.growth is not None:
             growth = self.growth.flatten(1).amax(1)
@@ -166,11 +169,15 @@ class HeadGroup:
         output: Float[Tensor, "rows value_dim"],
     ) -> Iterator[Float[Tensor, "dims rows value_dim"]]:
         """Yield what the output of one head gains without each of its neurons, for some neurons at a time."""
-        minus, top, calm = -output, base.amax(-1, keepdim=True), None
+        minus, own, calm = -output, -output, None
         if removal.largest and not self.masks_late(block):
-            calm = torch.maximum(base, top + LOWEST_SCORE)
-            if not removal.grows_keys:
-                calm -= top
+            top = base.amax(-1, keepdim=True)
+            calm = (base - top).clamp_(min=LOWEST_SCORE)
+            if removal.grows_keys:
+                calm += top
+            # The output by the same operations: without a neuron that changes nothing it is the same to the last bit.
+            powers = (calm - top if removal.grows_keys else calm).exp()
+            own = (product(powers, values) / powers.sum(-1, keepdim=True)).neg_()
         for scores, small in removal.scores(block, base, self.buffer, self.dims_at_once(block), calm):
             if not small:
                 yield product(self.softmax(scores, block), values).add_(minus)
@@ -179,7 +186,7 @@ class HeadGroup:
                 scores -= top
             total = scores.exp_().sum(-1, keepdim=True)
             change = product(scores, values)
-            yield torch.addcdiv(minus, change, total, out=change)
+            yield torch.addcdiv(own, change, total, out=change)
 
     def base_scores(self, block: Block) -> list[Float[Tensor, "rows keys"]]:
         """Return S of every head, masked already unless a cap or a growth comes first."""
@@ -219,7 +226,9 @@ class HeadGroup:
         if self.softcap is not None or self.values.device.type != "cpu":
             return removals
         query, key = (float(side.rotated.norm(dim=-1).amax()) for side in (self.query, self.key))
-        return [removal.bounded(query * key * abs(self.scaling)) for removal in removals]
+        reach = query * key * abs(self.scaling)
+        # Beside the largest scores of float32 a row maximum, which is put back where keys grow, absorbs small ones.
+        return [one if one.grows_keys and not reach < LARGEST_SCORE else one.bounded(reach) for one in removals]
 
     def dims_at_once(self, block: Block) -> int:
         """Return how many neurons of a head have changed scores that fit into the buffer, the same for all slices."""
