@@ -76,14 +76,14 @@ def run_study(
     todo = [row for row in rows if row.name not in (known or {})]
     with tqdm(total=sum(max(1, len(row.draws)) for row in todo), unit="evaluation", disable=not progress) as bar:
 
-        def visit(row: Row, found: Scores | None) -> None:
-            if found is None:
-                bar.set_description(row.name)
-                return
+        def begin(row: Row) -> None:
+            bar.set_description(row.name)
+
+        def visit(row: Row, found: Scores) -> None:
             bar.set_postfix({metric: f"{items.mean:.3f}" for metric, items in found.items()})
             bar.update()
 
-        scores = score_rows(rows, model, processor, evaluation, known or {}, visit)
+        scores = score_rows(rows, model, processor, evaluation, known or {}, visit, begin)
     return build_study(setup, rows, scores, {metric: evaluation.role(metric) for metric in scores[rows[0].name][0]})
 
 
@@ -93,11 +93,12 @@ def score_rows(
     processor: Any,
     evaluation: Evaluation,
     known: Mapping[str, Sequence[Scores]],
-    visit: Callable[[Row, Scores | None], None],
+    visit: Callable[[Row, Scores], None],
+    begin: Callable[[Row], None] = lambda row: None,
 ) -> dict[str, list[Scores]]:
     """Return the scores of a loaded target under each row's edits, all on the same metrics and items.
 
-    Rows that are ``known`` are not evaluated; ``visit`` gets every score of the others, and None before it.
+    Rows that are ``known`` are not evaluated; ``begin`` and ``visit`` are called before and after every evaluation.
 
     Raises:
         SnrfError: an edit does not fit the model, or the evaluation fails.
@@ -108,7 +109,7 @@ def score_rows(
         if row.name in known:
             continue
         for draw in row.draws or (None,):
-            visit(row, None)
+            begin(row)
             with nullcontext() if draw is None else draw(model):
                 found = evaluate(evaluation, model, processor, like=like)
             like = like or found

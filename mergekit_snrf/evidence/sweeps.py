@@ -84,10 +84,8 @@ def sweep(
     known = {row.name: [row.scores] for row in started.rows if row.settings == settings.get(row.name)}
     done = Sweep(key=started.key, rows=(*others, *(row for row in started.rows if row.name in known)))
 
-    def visit(row: Row, scores: Scores | None) -> None:
+    def visit(row: Row, scores: Scores) -> None:
         nonlocal done
-        if scores is None:
-            return
         done = _kept(done.model_copy(update={"rows": (*done.rows, _scored(row, scores))}), json)
         if progress:
             means = "  ".join(f"{metric} {items.mean:.3f}" for metric, items in scores.items())

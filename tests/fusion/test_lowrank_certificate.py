@@ -23,7 +23,7 @@ from mergekit_snrf.fusion.lowrank import Certificate, certified_subspace, froben
 
 Array = NDArray[np.float64]
 RANKS = (4, 16, 64)
-SHAPES = {"tall": (680, 530), "wide": (530, 680)}
+SHAPES = {"tall": (760, 600), "wide": (600, 760)}
 
 
 def rotate(vectors: Array, generator: np.random.Generator) -> Array:

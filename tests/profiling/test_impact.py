@@ -329,8 +329,9 @@ def test_neurons_that_change_nothing_have_no_impact(factor, norms):
     # Dims 9 and 10 are not rotated, so that rows of zeros stay columns of zeros.
     query[..., 9] = key[..., 26] = 0
     scores = attention_impact(replace(inputs, query=query, key=key), block_bytes=20_000)
-    assert (scores.query[:, 9] == 0).all()
-    assert (scores.key[:, 26] == 0).all()
+    # A norm grows by a mean without the neuron, which is rounded in another order.
+    for found, all_scores in ((scores.query[:, 9], scores.query), (scores.key[:, 26], scores.key)):
+        assert (found <= (1e-5 * all_scores.max() if norms else 0)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
