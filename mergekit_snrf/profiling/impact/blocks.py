@@ -197,7 +197,7 @@ def _widened(first: int, last: int, tokens: int) -> tuple[int, int]:
 def product(weights: Float[Tensor, "*dims rows keys"], values: Float[Tensor, "width keys"]) -> Tensor:
     """Return ``weights @ values^T`` over all leading dimensions."""
     if weights.device.type == "cpu" and _is_intel():
-        return weights @ values.mT.contiguous()
+        return weights @ values.mT
     rows, keys = weights.shape[-2:]
     regular = rows in ONEDNN_ROWS and keys % key_step(keys) == 0
     if regular and weights.device.type == "cpu" and weights.dtype == torch.float32 and _onednn_linear():
@@ -205,6 +205,11 @@ def product(weights: Float[Tensor, "*dims rows keys"], values: Float[Tensor, "wi
         # keeps code, some 0.2 MB, for every shape it has seen: irregular shapes would fill the memory.
         return torch.ops.mkldnn._linear_pointwise(weights, values.contiguous(), None, "none", [], "")
     return weights @ values.mT
+
+
+def laid_out(values: Float[Tensor, "width keys"]) -> Float[Tensor, "width keys"]:
+    """Return a copy in the memory layout that ``product`` multiplies fastest."""
+    return values.mT.contiguous().mT if _is_intel() else values.contiguous()
 
 
 def key_step(keys: int) -> int:

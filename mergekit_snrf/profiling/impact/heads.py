@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, Positions, block_size, product
+from mergekit_snrf.profiling.impact.blocks import QUERY_ROWS, Block, Positions, block_size, laid_out, product
 from mergekit_snrf.profiling.impact.inputs import AttentionInputs, Readout, working_dtype
 from mergekit_snrf.profiling.impact.sides import Rotary, Side
 
@@ -47,17 +47,17 @@ LARGEST_SCORE = 1e6
 class Removal(NamedTuple):
     """Without neuron k the scores are ``growth[k] (S - sum over t of outer(query[t, k], key[t, k]))``.
 
-    ``growth`` broadcasts over rows or over tokens, whichever side the norm is on; None is 1. ``largest`` bounds for
-    every neuron by how much a score changes, apart from what all scores of a row share; empty if unknown.
+    ``growth`` broadcasts over rows or over tokens, whichever side the norm is on; None is 1. ``small`` says for every
+    neuron whether scores change by at most LARGEST_CHANGE, apart from what a row shares; empty if unknown.
     """
 
     query: Float[Tensor, "terms head_dim rows"]
     key: Float[Tensor, "terms head_dim tokens"]
     growth: Float[Tensor, "head_dim _ _"] | None = None
-    largest: Sequence[float] = ()
+    small: Sequence[bool] = ()
 
     def bounded(self, reach: float) -> Removal:
-        """Return it with ``largest``, for unchanged scores in [-reach, reach]."""
+        """Return it with ``small``, for unchanged scores in [-reach, reach]."""
         key = self.key
         if self.growth is None:
             low, high = key.aminmax(dim=-1, keepdim=True)
@@ -66,7 +66,7 @@ class Removal(NamedTuple):
         if self.growth is not None:
             growth = self.growth.flatten(1).amax(1)
             largest = growth * largest + (growth - 1) * (reach if self.grows_keys else 0.0)
-        return Removal(self.query, key, self.growth, largest.tolist())
+        return Removal(self.query, key, self.growth, (largest <= LARGEST_CHANGE).tolist())
 
     @property
     def grows_keys(self) -> bool:
@@ -85,8 +85,7 @@ class Removal(NamedTuple):
         keys = [term.split(step) for term in self.key[:, :, None, block.keys].unbind()]
         growths = self._growth_at(block, step)
         for number, (query, key) in enumerate(zip(queries[0], keys[0], strict=True)):
-            changes = self.largest[number * step : (number + 1) * step]
-            small = calm is not None and all(change <= LARGEST_CHANGE for change in changes)
+            small = calm is not None and all(self.small[number * step : (number + 1) * step])
             scores = buffer[: len(query) * base.numel()].view(-1, *base.shape)
             torch.addcmul(calm if small and calm is not None else base, query, key, value=-1, out=scores)
             for term in range(1, len(queries)):
@@ -99,6 +98,28 @@ class Removal(NamedTuple):
         rows = block.rows if self.growth.shape[1] > 1 else slice(None)
         keys = block.keys if self.growth.shape[2] > 1 else slice(None)
         return self.growth[:, rows, keys].split(step)
+
+
+class Calm(NamedTuple):
+    """Unchanged scores without large negative ones, for neurons whose changes are small.
+
+    ``scores`` are less their row maximum ``top``, except where keys grow, and ``minus`` is less the output of the head.
+    """
+
+    scores: Float[Tensor, "rows keys"]
+    top: Float[Tensor, "rows 1"]
+    minus: Float[Tensor, "rows value_dim"]
+
+    @staticmethod
+    def of(base: Float[Tensor, "rows keys"], values: Float[Tensor, "value_dim keys"], grows_keys: bool) -> Calm:
+        """Return those of the scores of a head."""
+        top = base.amax(-1, keepdim=True)
+        scores = (base - top).clamp_(min=LOWEST_SCORE)
+        if grows_keys:
+            scores += top
+        # By the operations that follow a change: without a neuron that changes nothing it is the same to the last bit.
+        powers = (scores - top if grows_keys else scores).exp()
+        return Calm(scores, top, (product(powers, values) / powers.sum(-1, keepdim=True)).neg_())
 
 
 @dataclass(frozen=True)
@@ -138,14 +159,22 @@ class HeadGroup:
         query = self.values.new_zeros(heads, head_dim, dtype=torch.float64)
         key, value = query.new_zeros(head_dim), query.new_zeros(len(self.values))
         without_query, without_key = self._without_query(), self._without_key()
+        unknown = [None] * heads
         for block in self.blocks:
             weights = self.weights[block.rows]
-            values = self.values[:, block.keys].contiguous()
+            values = laid_out(self.values[:, block.keys])
             scores = self.base_scores(block)
             outputs = [product(self.softmax(base.clone(), block), values) for base in scores]
             value += self.value_squares(outputs, weights, readout)
+            calms: dict[bool, list[Calm]] = {}
+            for removal in (without_query[0], without_key[0]):
+                if removal.small and not self.masks_late(block) and removal.grows_keys not in calms:
+                    calms[removal.grows_keys] = [Calm.of(base, values, removal.grows_keys) for base in scores]
             of_query, of_key = (
-                [self._changes(block, values, *head) for head in zip(removals, scores, outputs, strict=True)]
+                [
+                    self._changes(block, values, *head)
+                    for head in zip(removals, scores, outputs, calms.get(removals[0].grows_keys, unknown), strict=True)
+                ]
                 for removals in (without_query, without_key)
             )
             if readout is None:
@@ -167,26 +196,19 @@ class HeadGroup:
         removal: Removal,
         base: Float[Tensor, "rows keys"],
         output: Float[Tensor, "rows value_dim"],
+        calm: Calm | None,
     ) -> Iterator[Float[Tensor, "dims rows value_dim"]]:
         """Yield what the output of one head gains without each of its neurons, for some neurons at a time."""
-        minus, own, calm = -output, -output, None
-        if removal.largest and not self.masks_late(block):
-            top = base.amax(-1, keepdim=True)
-            calm = (base - top).clamp_(min=LOWEST_SCORE)
-            if removal.grows_keys:
-                calm += top
-            # The output by the same operations: without a neuron that changes nothing it is the same to the last bit.
-            powers = (calm - top if removal.grows_keys else calm).exp()
-            own = (product(powers, values) / powers.sum(-1, keepdim=True)).neg_()
-        for scores, small in removal.scores(block, base, self.buffer, self.dims_at_once(block), calm):
-            if not small:
-                yield product(self.softmax(scores, block), values).add_(minus)
+        changed = removal.scores(block, base, self.buffer, self.dims_at_once(block), calm and calm.scores)
+        for scores, small in changed:
+            if calm is None or not small:
+                yield product(self.softmax(scores, block), values).sub_(output)
                 continue
             if removal.grows_keys:
-                scores -= top
+                scores -= calm.top
             total = scores.exp_().sum(-1, keepdim=True)
             change = product(scores, values)
-            yield torch.addcdiv(own, change, total, out=change)
+            yield torch.addcdiv(calm.minus, change, total, out=change)
 
     def base_scores(self, block: Block) -> list[Float[Tensor, "rows keys"]]:
         """Return S of every head, masked already unless a cap or a growth comes first."""
