@@ -190,7 +190,7 @@ def _place(site: Any) -> dict[str, Any]:
 @singledispatch
 def drawings(one: Any) -> dict[str, Drawing]:
     """Return the figures of an object by the names of their files, the most telling one first."""
-    raise NotImplementedError(type(one))
+    raise TypeError(f"a {type(one).__name__} has no figures")
 
 
 def plot(one: Any, figure: str | None = None) -> Figure:

@@ -15,7 +15,18 @@ from torch import Tensor
 from mergekit_snrf.errors import SnrfError, first_line, naming
 from mergekit_snrf.files.references import check_sha256, local_path
 from mergekit_snrf.fusion.fuse import Fusion
-from mergekit_snrf.merge import checks
+from mergekit_snrf.merge.checks import (
+    check_chat_template,
+    check_distinct,
+    check_dtypes,
+    check_edits,
+    check_names,
+    check_output,
+    check_pairing,
+    check_remote_code,
+    check_roles,
+    compare_provenance,
+)
 from mergekit_snrf.merge.folders import Kind, output_problem
 from mergekit_snrf.merge.method import ALL_NEURONS
 from mergekit_snrf.merge.plan import MergePlan, OpenedModel, PlanDraft, PlannedEdit
@@ -60,10 +71,10 @@ def draft_merge(
                 _open(draft, role, draft.references[-1], options, merge_adapter)
     _read_mask(draft, recipe, recipe_folder)
     _read_moments(draft, recipe, recipe_folder)
-    checks.check_output(draft, config, options, out_path)
-    checks.check_dtypes(draft, config)
-    checks.check_chat_template(draft, config, options)
-    checks.check_remote_code(draft, options)
+    check_output(draft, config, options, out_path)
+    check_dtypes(draft, config)
+    check_chat_template(draft, config, options)
+    check_remote_code(draft, options)
     target = draft.models.get("target")
     if target is None:
         return draft
@@ -71,12 +82,12 @@ def draft_merge(
         with draft.collect():
             model = target.checkpoint.name
             check_fit(draft.mask.neurons, target.decoder.shape, where=draft.mask.path, model=model)
-        checks.compare_provenance(draft, draft.mask)
+        compare_provenance(draft, draft.mask)
     if "source" in draft.models:
-        checks.check_distinct(draft, recipe)
+        check_distinct(draft, recipe)
         any_family = bool(recipe.value("allow_family_mismatch"))
-        checks.check_roles(draft, allowed=any_family)
-        checks.check_pairing(draft, any_family=any_family)
+        check_roles(draft, allowed=any_family)
+        check_pairing(draft, any_family=any_family)
         if draft.mask is not None and not draft.problems:
             _plan_edits(draft, recipe, draft.mask, target)
     return draft
@@ -214,8 +225,8 @@ def _plan_edits(draft: PlanDraft, recipe: Recipe, mask: Mask, target: OpenedMode
         first, more = failures[0], len(failures) - 1
         also = f" ({more} further tensors likewise)" if more else ""
         draft.problems.append(SnrfError(first.where, f"{first.what}{also}", first.remedy, field=first.field))
-    checks.check_names(draft)
-    checks.check_edits(draft, recipe, mask, failed=bool(failures))
+    check_names(draft)
+    check_edits(draft, recipe, mask, failed=bool(failures))
 
 
 def _planned_edit(

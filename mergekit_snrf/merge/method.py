@@ -26,7 +26,6 @@ from pydantic import BeforeValidator
 
 from mergekit_snrf.errors import SnrfError
 from mergekit_snrf.fusion.fuse import Fusion, Setting, settings
-from mergekit_snrf.merge import install
 
 ALL_NEURONS = "all"
 """In place of a mask file."""
@@ -85,7 +84,7 @@ def find_session(key: str) -> Any:
     """Return the running ``MergeSession`` of a key; ``SnrfError``: there is none."""
     if key not in SESSIONS:
         what = f"no snrf merge with masks {key!r} is running"
-        raise SnrfError(None, what, "import mergekit_snrf.merge before run_merge, and call run_merge")
+        raise SnrfError(None, what, "call mergekit_snrf.merge.install() before mergekit's run_merge")
     return SESSIONS[key]
 
 
@@ -130,4 +129,3 @@ def merge_group(group: TensorGroup, key: str) -> torch.Tensor:
 
 if SPEC.name not in registry._METHODS:
     registry.register(SnrfMethod())
-install()
